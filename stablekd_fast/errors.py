@@ -1,0 +1,29 @@
+"""Errors a user can act on. Each message says what was got, what is needed and what to do."""
+
+
+class StableKDError(Exception):
+    """Base of every error raised on purpose; the command line prints its message and exits with 2."""
+
+
+class ConfigError(StableKDError):
+    """A setting that cannot be used."""
+
+
+class DataError(StableKDError):
+    """A data set, image or label that cannot be used."""
+
+
+class ModelError(StableKDError):
+    """A model name or weight file that cannot be used."""
+
+
+class CutError(StableKDError):
+    """A cut that does not exist, does not fit, or cannot be traced."""
+
+
+class CheckpointError(StableKDError):
+    """A checkpoint that is damaged or belongs to another run."""
+
+
+class TrainingError(StableKDError):
+    """Training cannot go on: a loss is not finite, memory or disk is exhausted."""
