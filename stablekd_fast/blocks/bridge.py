@@ -1,0 +1,93 @@
+"""Fixed linear maps from the teacher's width to the student's at a cut.
+
+The mapped activation is both the input of block k and the target of block k-1, so a merge needs no change and no
+gradient leaves its group. A bridge is training-only state: it is kept in checkpoints and absent from the student.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast.errors import ConfigError
+
+KINDS = ("select", "average", "pca")
+
+
+class Bridge(nn.Module):
+    """Maps a teacher activation to the student's width and layout.
+
+    `weight` is `[student width, teacher width]`, or None where only the layout differs.
+    """
+
+    def __init__(self, weight: Tensor | None, teacher_axis: int = 1, student_axis: int = 1, kind: str = "given"):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.teacher_axis, self.student_axis, self.kind = teacher_axis, student_axis, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, C_teacher, ...]` (or channels last) to `[N, C_student, ...]` in the student's layout."""
+        channels_last = x.movedim(self.teacher_axis, -1)
+        if self.weight is not None:
+            channels_last = nn.functional.linear(channels_last, self.weight.to(x.dtype))
+        return channels_last.movedim(-1, self.student_axis)
+
+    def extra_repr(self) -> str:
+        shape = "layout only" if self.weight is None else f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+        return f"{self.kind}, {shape}"
+
+
+def fit_bridge(kind: str, activation: Tensor, student_width: int, teacher_axis: int, student_axis: int) -> Bridge:
+    """Fit a bridge to teacher activations of a calibration batch.
+
+    - `select`: the student-width subset of teacher channels that leaves least of the others unexplained (pivoted
+      Cholesky of the second moments). Signs and scale stay as they are, so a student block that ends in ReLU can
+      reach its target.
+    - `average`: every teacher channel joins the selected channel it is most similar to, and groups are averaged.
+      Non-negative too.
+    - `pca`: principal directions of the uncentred second moments. Keeps most power, but has negative values.
+
+    A student wider than its teacher gets the teacher's channels repeated, whatever the kind.
+    Raises ConfigError for an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"bridge {kind!r} does not exist; choose one of {', '.join(KINDS)}.")
+    samples = activation.detach().movedim(teacher_axis, -1).flatten(0, -2).double()
+    moments = samples.T @ samples / len(samples)
+    teacher_width = len(moments)
+    eye = torch.eye(teacher_width, dtype=torch.float64, device=moments.device)
+    if student_width == teacher_width:
+        weight, kind = None, "layout"
+    elif student_width > teacher_width:
+        weight, kind = eye[torch.arange(student_width, device=eye.device) % teacher_width], "repeat"
+    elif kind == "pca":
+        weight = torch.linalg.eigh(moments).eigenvectors.flip(1)[:, :student_width].T
+        weight = weight * torch.sign(weight.sum(1, keepdim=True))
+    else:
+        chosen = _pivot_channels(moments, student_width)
+        weight = eye[chosen]
+        if kind == "average":
+            weight = _group_means(moments, chosen)
+    return Bridge(weight if weight is None else weight.float().contiguous(), teacher_axis, student_axis, kind)
+
+
+def _pivot_channels(moments: Tensor, count: int) -> Tensor:
+    """Greedy choice: each step takes the channel with most power left after projecting out those taken."""
+    residual, chosen = moments.clone(), []
+    for _ in range(count):
+        power = residual.diagonal().clone()
+        power[chosen] = -1.0
+        pivot = int(power.argmax())
+        chosen.append(pivot)
+        if residual[pivot, pivot] > 0:
+            residual -= torch.outer(residual[:, pivot], residual[pivot]) / residual[pivot, pivot]
+    return torch.tensor(sorted(chosen), device=moments.device)
+
+
+def _group_means(moments: Tensor, chosen: Tensor) -> Tensor:
+    norms = moments.diagonal().clamp_min(1e-12).sqrt()
+    similarity = moments[:, chosen] / (norms[:, None] * norms[chosen])
+    member = similarity.argmax(1)
+    member[chosen] = torch.arange(len(chosen), device=moments.device)
+    weight = nn.functional.one_hot(member, len(chosen)).T.double()
+    return weight / weight.sum(1, keepdim=True)
