@@ -1,0 +1,8 @@
+"""Cut teacher and student into paired blocks; bridges where widths differ."""
+
+from stablekd_fast.blocks.bridge import Bridge, fit_bridge
+from stablekd_fast.blocks.describe import describe_blocks
+from stablekd_fast.blocks.pair import Cut, PairedBlocks, pair_blocks
+from stablekd_fast.blocks.trace import evaluation_mode
+
+__all__ = ["Bridge", "Cut", "PairedBlocks", "describe_blocks", "evaluation_mode", "fit_bridge", "pair_blocks"]

@@ -18,6 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from stablekd_fast.errors import CutError
 
 
+UNNAMED = 1_000
+
+
 @dataclass(frozen=True)
 class CutPoint:
     """A value that alone carries the network: everything later depends on the input through it only."""
@@ -31,10 +34,8 @@ class CutPoint:
     """Position of the channels in the batched tensor: 1 for `[N, C, H, W]`, -1 for `[N, H, W, C]` and tokens."""
     flops: int
     """FLOPs per image from the input up to here."""
-
-    @property
-    def width(self) -> int:
-        return self.shape[self.channel_axis - 1 if self.channel_axis > 0 else self.channel_axis]
+    depth: int
+    """How deep in the module tree the outermost module that ends here lies; `UNNAMED` between modules."""
 
     @property
     def spatial(self) -> tuple[int, ...]:
@@ -82,9 +83,11 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> TracedNetwork:
     for node in graph.nodes:
         flops += costs.get(node, 0)
         if node in carriers and node in shapes:
-            names = sorted(aliases.get(node, [node.name]), key=lambda path: (path.count("."), path))
-            axis = _channel_axis(model, node, shapes[node])
-            points.append(CutPoint(names[0], tuple(names), node, shapes[node], axis, flops))
+            modules = sorted(aliases.get(node, []), key=lambda path: (path.count("."), path))
+            names = tuple(modules) or (node.name,)
+            depth = names[0].count(".") if modules else UNNAMED
+            axis = _channel_axis(model, node, shapes)
+            points.append(CutPoint(names[0], names, node, shapes[node], axis, flops, depth))
     return TracedNetwork(model, graph, tuple(points), flops)
 
 
@@ -212,30 +215,36 @@ def _single_carriers(graph: fx.Graph) -> set[fx.Node]:
     return carriers - {final}
 
 
-def _channel_axis(model: nn.Module, node: fx.Node, shape: tuple[int, ...]) -> int:
-    """1 for `[N, C, ...]`, -1 for channels last: told by the first layer downstream that declares a width."""
+def _channel_axis(model: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> int:
+    """1 for `[N, C, ...]`, -1 for channels last: told by the nearest layer that declares a width.
+
+    Only nodes of the same shape are followed, up and down: beyond them the layout may be another.
+    """
+    shape = shapes[node]
     if len(shape) == 1:
         return 1
     if len(shape) == 2:
         return -1  # tokens
-    queue, seen = list(node.users), set()
+    queue, seen = [node], {node}
     while queue:
-        user = queue.pop(0)
-        if user in seen:
-            continue
-        seen.add(user)
-        if user.op == "call_module":
-            axis = _declared_axis(model.get_submodule(user.target), shape)
-            if axis is not None:
-                return axis
-        queue.extend(user.users)
+        here = queue.pop(0)
+        for neighbour in (here, *here.users):
+            if neighbour.op == "call_module":
+                side = "out" if neighbour is here else "in"
+                axis = _declared_axis(model.get_submodule(neighbour.target), shape, side)
+                if axis is not None:
+                    return axis
+        for neighbour in (*here.users, *here.all_input_nodes):
+            if neighbour not in seen and shapes.get(neighbour) == shape:
+                seen.add(neighbour)
+                queue.append(neighbour)
     return 1
 
 
-def _declared_axis(module: nn.Module, shape: tuple[int, ...]) -> int | None:
+def _declared_axis(module: nn.Module, shape: tuple[int, ...], side: str) -> int | None:
     if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
         return 1
-    width = getattr(module, "normalized_shape", (getattr(module, "in_features", None),))[-1]
+    width = getattr(module, "normalized_shape", (getattr(module, f"{side}_features", None),))[-1]
     if width is None or width not in (shape[0], shape[-1]):
         return None
     return -1 if shape[-1] == width else 1

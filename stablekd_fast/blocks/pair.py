@@ -1,0 +1,198 @@
+"""Cut a teacher and a student into paired blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast.blocks.bridge import Bridge, fit_bridge
+from stablekd_fast.blocks.select import automatic_pairs, named_pairs
+from stablekd_fast.blocks.trace import evaluation_mode, trace
+from stablekd_fast.errors import CutError
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A border between two blocks: where it is in each network, and what crosses it per image."""
+
+    teacher: str
+    student: str
+    teacher_shape: tuple[int, ...]
+    student_shape: tuple[int, ...]
+    teacher_channel_axis: int = 1
+    student_channel_axis: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.student if self.teacher == self.student else f"{self.teacher}/{self.student}"
+
+
+@dataclass
+class PairedBlocks:
+    """K teacher blocks and K student blocks with the K-1 cuts and bridges between them.
+
+    Blocks refer to the parameters of `teacher` and `student` themselves: training the blocks trains the plain
+    student, whose `state_dict` keys are its own.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    teacher_blocks: list[nn.Module]
+    student_blocks: list[nn.Module]
+    cuts: list[Cut]
+    bridges: list[Bridge | None]
+    teacher_flops: list[int]
+    """FLOPs per image of each block; zeros for blocks given by hand."""
+    student_flops: list[int]
+
+    def __len__(self) -> int:
+        return len(self.student_blocks)
+
+    @torch.no_grad()
+    def teacher_outputs(self, images: Tensor, count: int | None = None) -> list[Tensor]:
+        """Outputs of the first `count` teacher blocks (all by default), bridged to the student's widths.
+
+        One pass: no teacher block runs twice. The last block's output is the logits.
+        """
+        outputs, x = [], images
+        for block, bridge in zip(self.teacher_blocks[:count], [*self.bridges, None]):
+            x = block(x)
+            outputs.append(x if bridge is None else bridge(x))
+        return outputs
+
+
+def pair_blocks(
+    teacher: nn.Module,
+    student: nn.Module,
+    example_input: Tensor,
+    cuts: str | Sequence[str | tuple[str, str]] = "auto",
+    blocks: int | None = None,
+    *,
+    teacher_blocks: Sequence[nn.Module] | None = None,
+    student_blocks: Sequence[nn.Module] | None = None,
+    bridge: str = "select",
+) -> PairedBlocks:
+    """Cut two networks into paired blocks that share the networks' own parameters.
+
+    Args:
+        teacher, student: image classifiers, `[N, 3, H, W]` to logits `[N, classes]`.
+        example_input: real images `[N, 3, H, W]`, normalised. Two are enough to find the cuts; bridges are fitted to
+            all of them, so give a few hundred where widths differ.
+        cuts: `"auto"`, or names of modules after which to cut, in order; `(teacher name, student name)` where they
+            differ.
+        blocks: how many blocks `"auto"` should make; by default one per spatial size, and the classifier.
+        teacher_blocks, student_blocks: block lists made by hand, for models that `torch.fx` cannot trace. They must
+            compose to the models.
+        bridge: how to map widths where they differ: `"select"`, `"average"` or `"pca"` (see `fit_bridge`).
+
+    Raises:
+        CutError: a cut does not exist or does not fit, or a model cannot be traced.
+    """
+    by_hand = teacher_blocks is not None or student_blocks is not None
+    if by_hand:
+        if teacher_blocks is None or student_blocks is None:
+            raise CutError("Only one of teacher_blocks and student_blocks was given; give both.")
+        parts = list(teacher_blocks), list(student_blocks)
+        if len(parts[0]) != len(parts[1]) or len(parts[0]) < 2:
+            raise CutError(
+                f"{len(parts[0])} teacher blocks and {len(parts[1])} student blocks were given; "
+                "give equally many, at least 2."
+            )
+        flops = [0] * len(parts[0]), [0] * len(parts[1])
+        found = _cuts_of_lists(*parts, example_input)
+    else:
+        traced = trace(teacher, example_input), trace(student, example_input)
+        pairs = automatic_pairs(*traced, blocks) if cuts == "auto" else named_pairs(*traced, list(cuts))
+        sides = [[pair[side] for pair in pairs] for side in (0, 1)]
+        parts = tuple(network.split(points) for network, points in zip(traced, sides))
+        flops = tuple(
+            [b - a for a, b in zip([0, *(p.flops for p in points)], [*(p.flops for p in points), network.flops])]
+            for network, points in zip(traced, sides)
+        )
+        found = [Cut(t.name, s.name, t.shape, s.shape, t.channel_axis, s.channel_axis) for t, s in pairs]
+
+    _check_disjoint(student, parts[1])
+    for model, model_blocks, role in ((teacher, parts[0], "teacher"), (student, parts[1], "student")):
+        _check_composition(model, model_blocks, example_input[:2], role)
+    paired = PairedBlocks(
+        teacher, student, parts[0], parts[1], found, [None] * len(found), list(flops[0]), list(flops[1])
+    )
+    paired.bridges = _fit_bridges(paired, example_input, bridge)
+    return paired
+
+
+def _fit_bridges(paired: PairedBlocks, images: Tensor, kind: str) -> list[Bridge | None]:
+    with evaluation_mode(paired.teacher):
+        activations = paired.teacher_outputs(images, len(paired.cuts))
+    bridges: list[Bridge | None] = []
+    for cut, activation in zip(paired.cuts, activations):
+        width = cut.student_shape[_unbatched(cut.student_channel_axis)]
+        same_layout = cut.teacher_channel_axis == cut.student_channel_axis
+        if same_layout and cut.teacher_shape == cut.student_shape:
+            bridges.append(None)
+        else:
+            bridges.append(fit_bridge(kind, activation, width, cut.teacher_channel_axis, cut.student_channel_axis))
+    return bridges
+
+
+def _unbatched(axis: int) -> int:
+    return axis - 1 if axis > 0 else axis
+
+
+def _run_through(blocks: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
+    outputs = [images]
+    for block in blocks:
+        outputs.append(block(outputs[-1]))
+    return outputs[1:]
+
+
+@torch.no_grad()
+def _cuts_of_lists(teacher_blocks: list, student_blocks: list, images: Tensor) -> list[Cut]:
+    shapes = []
+    for blocks in (teacher_blocks, student_blocks):
+        holder = nn.ModuleList(blocks)
+        with evaluation_mode(holder):
+            shapes.append([tuple(out.shape[1:]) for out in _run_through(blocks, images[:2])[:-1]])
+    cuts = []
+    for k, (t, s) in enumerate(zip(*shapes)):
+        axis = -1 if len(t) == 2 else 1
+        if len(t) != len(s) or t[_unbatched(axis) + 1 :] != s[_unbatched(axis) + 1 :]:
+            raise CutError(
+                f"Shapes differ after block {k}: the teacher carries {list(t)}, the student {list(s)} per image. "
+                "Channels may differ, spatial sizes must agree; move the border in one of the lists."
+            )
+        cuts.append(Cut(f"block{k}", f"block{k}", t, s, axis, axis))
+    return cuts
+
+
+def _check_disjoint(student: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    owner: dict[int, int] = {}
+    for k, block in enumerate(blocks):
+        for parameter in block.parameters():
+            if owner.setdefault(id(parameter), k) != k:
+                raise CutError(
+                    f"The parameter {names.get(id(parameter), '?')!r} is used in blocks {owner[id(parameter)]} and {k}; "
+                    "blocks that train alone cannot share parameters. Move the cut so that one block holds all its uses."
+                )
+    unused = [name for key, name in names.items() if key not in owner]
+    if unused:
+        raise CutError(
+            f"The student's parameters {unused[:3]} belong to no block. Give block lists that compose to the student, "
+            "or remove parameters that its forward does not use."
+        )
+
+
+@torch.no_grad()
+def _check_composition(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, role: str) -> None:
+    holder = nn.ModuleList([model, *blocks])
+    with evaluation_mode(holder):
+        plain, composed = model(images), _run_through(blocks, images)[-1]
+    if plain.shape != composed.shape or not torch.equal(plain, composed):
+        raise CutError(
+            f"The {role}'s blocks do not compose to the {role}: outputs differ on the example input. Cut at other "
+            "places, or give block lists that compose to the model exactly."
+        )

@@ -1,0 +1,179 @@
+"""Choose pairs of cuts, by hand-given names or automatically by spatial size and cost."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from stablekd_fast.blocks.trace import CutPoint, TracedNetwork
+from stablekd_fast.errors import CutError
+
+PointPair = tuple[CutPoint, CutPoint]
+
+SMALLEST_SHARE = 0.05
+"""A block that costs less than this share of its network is joined to the next one (the head stands alone)."""
+
+DEFAULT_BLOCKS = 4
+"""For networks of one spatial size throughout, such as vision transformers: bodies plus head."""
+
+
+def named_pairs(
+    teacher: TracedNetwork, student: TracedNetwork, cuts: Sequence[str | tuple[str, str]]
+) -> list[PointPair]:
+    """Cut points for given module names: one name for both networks, or `(teacher name, student name)`.
+
+    Raises CutError for unknown names (with the nearest ones), wrong order, or different spatial sizes.
+    """
+    pairs = []
+    for cut in cuts:
+        teacher_name, student_name = (cut, cut) if isinstance(cut, str) else cut
+        pair = _find(teacher, teacher_name, "teacher"), _find(student, student_name, "student")
+        if pair[0].spatial != pair[1].spatial:
+            raise CutError(
+                f"Shapes differ at the cut {teacher_name!r} / {student_name!r}: the teacher carries "
+                f"{list(pair[0].shape)}, the student {list(pair[1].shape)} per image. Channels may differ, spatial "
+                f"sizes must agree; student cuts of that size: {_names_of_size(student, pair[0].spatial)}."
+            )
+        pairs.append(pair)
+    for network, side in ((teacher, 0), (student, 1)):
+        order = [network.points.index(pair[side]) for pair in pairs]
+        if any(a >= b for a, b in zip(order, order[1:])):
+            raise CutError(
+                f"Cuts must be given in the order of execution, each once; in the {('teacher', 'student')[side]} "
+                f"{[pair[side].name for pair in pairs]} is not. Reorder them."
+            )
+    return pairs
+
+
+def automatic_pairs(teacher: TracedNetwork, student: TracedNetwork, blocks: int | None = None) -> list[PointPair]:
+    """Cut where both networks change spatial size; where that does not say enough, balance the costs.
+
+    With `blocks` given, the pairs of equal spatial size that balance the costs of exactly that many blocks.
+    Raises CutError if there are not enough places.
+    """
+    ends = _stage_ends(teacher, student)
+    if blocks is None:
+        pairs = _drop_cheap(teacher, student, ends)
+        if len(pairs) >= 2:
+            return pairs
+        blocks = DEFAULT_BLOCKS
+    if blocks < 2:
+        raise CutError(f"blocks={blocks} was given, but at least 2 are needed to decompose a network.")
+    head = ends[-1:]
+    body = _balanced(teacher, student, head, blocks - 1 - len(head))
+    if body is None:
+        raise CutError(
+            f"{blocks} blocks were asked for, but teacher and student have too few cuts of equal spatial size in "
+            f"common. Teacher sizes: {_sizes(teacher)}; student sizes: {_sizes(student)}. Ask for fewer blocks, or "
+            "give cuts by name or block lists by hand."
+        )
+    return body + head
+
+
+def _find(network: TracedNetwork, name: str, role: str) -> CutPoint:
+    for point in network.points:
+        if name in point.aliases:
+            return point
+    valid = {alias: point.name for point in network.points for alias in point.aliases}
+    near = list(dict.fromkeys(valid[alias] for alias in difflib.get_close_matches(name, valid, 5, 0.3)))
+    listed = ", ".join(near or list(dict.fromkeys(valid.values()))[:8])
+    exists = name in dict(network.root.named_modules())
+    reason = "other tensors run beside its output (a branch or a skip)" if exists else f"the {role} has no such module"
+    raise CutError(f"Cannot cut the {role} at {name!r}: {reason}. Cuts near that name: {listed}.")
+
+
+def _names_of_size(network: TracedNetwork, spatial: tuple[int, ...]) -> str:
+    return ", ".join(point.name for point in network.points if point.spatial == spatial) or "none"
+
+
+def _sizes(network: TracedNetwork) -> list[tuple[int, ...]]:
+    return list(dict.fromkeys(point.spatial for point in network.points if _extended(point)))
+
+
+def _extended(point: CutPoint) -> bool:
+    return math.prod(point.spatial) > 1
+
+
+def _stage_ends(teacher: TracedNetwork, student: TracedNetwork) -> list[PointPair]:
+    """For each spatial size that both networks have: the end of its stage in each."""
+    ends = [_stage_end(teacher), _stage_end(student)]
+    pairs = sorted(
+        ((ends[0][spatial], ends[1][spatial]) for spatial in ends[1] if spatial in ends[0]),
+        key=lambda pair: student.points.index(pair[1]),
+    )
+    ordered: list[PointPair] = []
+    for pair in pairs:
+        if not ordered or teacher.points.index(pair[0]) > teacher.points.index(ordered[-1][0]):
+            ordered.append(pair)
+    return ordered
+
+
+def _stage_end(network: TracedNetwork) -> dict[tuple[int, ...], CutPoint]:
+    """Per spatial size the cut that ends the outermost module, the last of them: a stage, not a layer in the next."""
+    ends: dict[tuple[int, ...], CutPoint] = {}
+    for point in network.points:
+        if _extended(point) and (point.spatial not in ends or point.depth <= ends[point.spatial].depth):
+            ends[point.spatial] = point
+    return ends
+
+
+def _drop_cheap(teacher: TracedNetwork, student: TracedNetwork, pairs: list[PointPair]) -> list[PointPair]:
+    kept: list[PointPair] = []
+    for pair in pairs:
+        before = [kept[-1][side].flops if kept else 0 for side in (0, 1)]
+        share = min(
+            (pair[0].flops - before[0]) / max(teacher.flops, 1), (pair[1].flops - before[1]) / max(student.flops, 1)
+        )
+        if share >= SMALLEST_SHARE:
+            kept.append(pair)
+        elif pair is pairs[-1] and kept:
+            kept[-1] = pair
+    return kept
+
+
+def _balanced(
+    teacher: TracedNetwork, student: TracedNetwork, head: list[PointPair], count: int
+) -> list[PointPair] | None:
+    """`count` pairs before `head` whose blocks have even cost in the student and equal shares in both.
+
+    Exact, by dynamic programming over pairs: a pair's penalty depends only on how far its cumulative costs are from
+    even shares, so states are (number of cuts placed, last pair).
+    """
+    if count == 0:
+        return []
+    ends = [point.flops for point in head[0]] if head else [teacher.flops, student.flops]
+    pairs = [
+        (t, s)
+        for t in teacher.points
+        for s in student.points
+        if t.spatial == s.spatial and _extended(t) and t.flops < ends[0] and s.flops < ends[1]
+    ]
+    if len(pairs) < count:
+        return None
+    shares = np.array([(t.flops / max(ends[0], 1), s.flops / max(ends[1], 1)) for t, s in pairs])
+    order_t = np.array([teacher.points.index(t) for t, _ in pairs])
+    order_s = np.array([student.points.index(s) for _, s in pairs])
+    follows = (order_t[None] > order_t[:, None]) & (order_s[None] > order_s[:, None])  # [previous, next]
+    # Of cuts with about equal cost: ends of outer modules first, then the last, which comes after the activation.
+    depth = np.array([min(t.depth, 9) + min(s.depth, 9) for t, s in pairs])
+    taste = 1e-3 * depth - 1e-9 * (order_t + order_s)
+
+    def penalty(k: int) -> np.ndarray:
+        even = (k + 1) / (count + 1)
+        return ((shares - even) ** 2).sum(1) + ((shares[:, 0] - shares[:, 1]) ** 2) + taste
+
+    best, came_from = penalty(0), []
+    for k in range(1, count):
+        through = np.where(follows, best[:, None], np.inf)
+        came_from.append(through.argmin(0))
+        best = through.min(0) + penalty(k)
+    last = int(best.argmin())
+    if not np.isfinite(best[last]):
+        return None
+    chosen = [last]
+    for step in reversed(came_from):
+        chosen.append(int(step[chosen[-1]]))
+    return [pairs[i] for i in reversed(chosen)]
