@@ -1,0 +1,86 @@
+"""Checkpoints for exact resume, and the student's export. Safetensors with JSON metadata: nothing is unpickled."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from stablekd_fast.errors import CheckpointError, TrainingError
+
+FORMAT = 1
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+    """Write `tensors` and JSON `metadata` to `path` atomically: whole, or not at all.
+
+    Raises TrainingError if the disk refuses; the file that was there before stays.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(contiguous, {"stablekd": json.dumps(metadata)})
+    write_atomically(path, data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write to a temporary name beside `path`, flush to disk, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise TrainingError(
+            f"Could not write {path} ({len(data)} bytes): {error.strerror or error}. What was there before is untouched; "
+            "free some space or choose another --out."
+        ) from error
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and metadata of a file written by `save_tensors`. Raises CheckpointError if it is missing or damaged."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("stablekd", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except FileNotFoundError:
+        raise CheckpointError(f"There is no checkpoint {path}; start the run without --resume.") from None
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be read ({error}). It is damaged or not a checkpoint; "
+            "restore it from a copy, or start the run anew in another directory."
+        ) from error
+
+
+def optimizer_tensors(prefix: str, parameters: dict[str, torch.nn.Parameter], optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as flat names `<prefix>/<parameter>/<key>`."""
+    return {
+        f"{prefix}/{name}/{key}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(
+    prefix: str, parameters: dict[str, torch.nn.Parameter], optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Put the states named `<prefix>/<parameter>/<key>` into `optimizer`, in each parameter's own memory layout."""
+    for name, parameter in parameters.items():
+        lead = f"{prefix}/{name}/"
+        for full, value in tensors.items():
+            if full.startswith(lead):
+                if value.shape == parameter.shape:
+                    state = torch.empty_like(parameter).copy_(value)
+                else:
+                    state = value.to(parameter.device, copy=True)
+                optimizer.state[parameter][full[len(lead) :]] = state

@@ -1,0 +1,93 @@
+"""The settings of one distillation run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stablekd_fast.errors import ConfigError
+from stablekd_fast.schedule import METHODS, RECIPES, Optimizer, Stage
+
+
+@dataclass
+class DistillConfig:
+    """Everything that decides a run's numbers, and where they go."""
+
+    data: str = "digits"
+    """A data set: `digits` (embedded), a folder of images, a CIFAR / MNIST archive, or an .npz file."""
+    teacher: str = "resnet56"
+    teacher_weights: str | None = None
+    student: str = "resnet20"
+    student_weights: str | None = None
+    """Start the student from these weights instead of at random."""
+    method: str = "stablekd"
+    """One of stablekd, kd, kd+features, blocks, ce."""
+    recipe: str = "default"
+    """`default`, or `paper` for the schedule of the authors' draft."""
+    epochs: float = 8.0
+    subset: float | None = None
+    """Training images to use, class-balanced: a count above 1, or a fraction."""
+    subset_seed: int = 0
+    validation: float = 0.04
+    """Training images held out for the live metric, a count or a fraction; 0 for none."""
+    batch_size: int = 128
+    image_size: int | None = None
+    views: int | None = None
+    """Distinct augmented views per image, reused in turn; None draws a new one each epoch."""
+    seed: int = 0
+    cuts: list[Any] | None = None
+    """Modules after which to cut; None finds cuts automatically."""
+    blocks: int | None = None
+    bridge: str = "select"
+    align: Literal["ends", "all"] = "all"
+    """After a merge, align features at the group's end only, or at the cuts inside it too."""
+    copy_classifier: bool = True
+    """Start the student's head from the teacher's where shapes agree (not for ce)."""
+    optimizer: Optimizer | None = None
+    stages: list[Stage] | None = None
+    feature: str = "mse"
+    feature_options: dict[str, Any] = field(default_factory=dict)
+    logits: str = "kd"
+    logits_options: dict[str, Any] = field(default_factory=dict)
+    bn_batches: int = 16
+    """Training batches over which batch-norm statistics are re-estimated for evaluation and export."""
+    device: str = "auto"
+    workers: int = 2
+    """Threads that decode large images."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    evaluate_every: float = 1.0
+    """Epochs between evaluations on the held-out images; 0 for none."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; None writes one per epoch."""
+    log_every: int = 20
+    out: str = "runs/distill"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("recipe", self.recipe, RECIPES)
+        for name in ("epochs", "batch_size", "log_every"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} was given; it must be greater than 0.")
+        for name in ("validation", "bn_batches", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} was given; it must not be negative.")
+        if self.subset is not None and self.subset <= 0:
+            raise ConfigError(f"subset={self.subset} was given; give a count, or a fraction up to 1.")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ConfigError(f"checkpoint_every={self.checkpoint_every} was given; it must be at least 1.")
+
+
+WITHOUT_EFFECT_ON_NUMBERS = ("out", "resume", "checkpoint_every", "log_every", "workers")
+
+
+def identity(config: DistillConfig) -> dict[str, Any]:
+    """The settings that a resumed run must share with the one it continues, as plain values."""
+    values = dataclasses.asdict(config)
+    return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT_ON_NUMBERS}
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} was given; choose one of {', '.join(choices)}.")

@@ -1,0 +1,58 @@
+"""Hinton distillation and cross entropy at the head (arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast import kernels
+from stablekd_fast.errors import ConfigError
+from stablekd_fast.objectives.registry import register
+
+
+@dataclass(frozen=True)
+class LogitKD:
+    """`kl_weight` * T^2 * KL(teacher || student at temperature T) + `ce_weight` * cross entropy with the labels."""
+
+    temperature: float = 4.0
+    kl_weight: float = 0.1
+    ce_weight: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature={self.temperature} was given; it must be greater than 0.")
+        if self.kl_weight < 0 or self.ce_weight < 0 or self.kl_weight + self.ce_weight == 0:
+            raise ConfigError(
+                f"kl_weight={self.kl_weight} and ce_weight={self.ce_weight} were given; "
+                "they must not be negative, and one must be greater than 0."
+            )
+
+
+@register("logits", "kd", LogitKD)
+def logit_kd(config: LogitKD, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Without teacher logits the cross entropy alone; without labels the KL term alone."""
+    kl_weight = config.kl_weight if teacher is not None else 0.0
+    ce_weight = config.ce_weight if labels is not None else 0.0
+    total = kl_weight + ce_weight
+    if kl_weight == 0.0:
+        return _cross_entropy(student, labels, ce_weight, config.label_smoothing)
+    return kernels.kd_loss_with_grad(
+        student,
+        teacher,
+        labels if ce_weight else None,
+        temperature=config.temperature,
+        alpha=kl_weight / total,
+        label_smoothing=config.label_smoothing,
+        scale=total,
+    )
+
+
+def _cross_entropy(student: Tensor, labels: Tensor, weight: float, smoothing: float) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = student.detach().requires_grad_(True)
+        loss = weight * nn.functional.cross_entropy(leaf, labels, label_smoothing=smoothing)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient

@@ -1,0 +1,59 @@
+"""Losses by name. An objective is one file that registers a name, a config dataclass, and a function.
+
+Two places take objectives:
+
+- `feature`: `(config, student, target, channel_axis) -> (loss, gradient)` at a cut, both `[N, ...]` of one shape;
+- `logits`: `(config, student, teacher or None, labels or None) -> (loss, gradient)` at the head, `[N, classes]`.
+
+Losses come already weighted, as 0-dim tensors, together with their gradient with respect to the student's tensor:
+a step starts backward from the gradients, so no further pass over the feature maps is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from stablekd_fast.errors import ConfigError
+
+_REGISTRY: dict[str, dict[str, tuple[type, Callable]]] = {"feature": {}, "logits": {}}
+
+
+def register(place: str, name: str, config: type) -> Callable[[Callable], Callable]:
+    """Decorator that makes a function known as objective `name` at `place` (`"feature"` or `"logits"`)."""
+
+    def add(function: Callable) -> Callable:
+        _REGISTRY[place][name] = (config, function)
+        return function
+
+    return add
+
+
+def objective(place: str, name: str, options: dict[str, Any] | None = None) -> Callable:
+    """The objective's function with its options bound.
+
+    Raises ConfigError for an unknown name or option, with the nearest valid one.
+    """
+    known = _REGISTRY[place]
+    if name not in known:
+        raise ConfigError(f"There is no {place} objective {name!r}{_nearest(name, known)}.")
+    config_type, function = known[name]
+    options = dict(options or {})
+    fields = [field.name for field in dataclasses.fields(config_type)]
+    for key in options:
+        if key not in fields:
+            raise ConfigError(f"The {place} objective {name!r} has no option {key!r}{_nearest(key, fields)}.")
+    config = config_type(**options)
+
+    def bound(*tensors):
+        return function(config, *tensors)
+
+    bound.config = config
+    return bound
+
+
+def _nearest(word: str, known) -> str:
+    near = difflib.get_close_matches(word, list(known), 1, 0.0)
+    return f"; the nearest is {near[0]!r} (all: {', '.join(sorted(known))})" if near else ""

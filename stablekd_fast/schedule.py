@@ -1,0 +1,192 @@
+"""Decomposition and recomposition as data: which blocks train together, for how long, at which learning rate.
+
+A stage is a list of groups of neighbouring blocks. Within a stage every group is trained alone, fed with the
+teacher's activation before it; the groups of a later stage are unions of the groups of an earlier one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stablekd_fast.errors import ConfigError
+
+METHODS = ("stablekd", "kd", "kd+features", "blocks", "ce")
+RECIPES = ("default", "paper")
+
+
+@dataclass
+class Optimizer:
+    """One stage's optimizer. The learning rate starts and ends each stage near zero.
+
+    `cycle`: `cosine` rises linearly for `warmup` (share of the stage) and falls as a half cosine; `triangular` rises
+    linearly to the middle and falls linearly (one cycle of torch's CyclicLR), with momentum cycled the other way
+    between `momentum` and `momentum_low` if that is given; `constant` does neither.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 0.01
+    cycle: Literal["cosine", "triangular", "constant"] = "cosine"
+    warmup: float = 0.15
+    momentum: float = 0.9
+    momentum_low: float | None = None
+    weight_decay: float = 0.05
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("lr", self.lr, 0.0, math.inf),
+            ("warmup", self.warmup, 0.0, 1.0),
+            ("momentum", self.momentum, 0.0, 1.0),
+            ("weight_decay", self.weight_decay, 0.0, math.inf),
+        ):
+            if not low <= value <= high:
+                raise ConfigError(f"optimizer.{name}={value} was given; it must lie between {low} and {high}.")
+
+    def lr_at(self, progress: float) -> float:
+        """Learning rate at `progress` (0 to 1) through the stage."""
+        return self.lr * self._height(progress)
+
+    def momentum_at(self, progress: float) -> float:
+        if self.momentum_low is None:
+            return self.momentum
+        return self.momentum - (self.momentum - self.momentum_low) * self._height(progress)
+
+    def _height(self, progress: float) -> float:
+        if self.cycle == "constant":
+            return 1.0
+        if self.cycle == "triangular":
+            return max(1.0 - abs(2.0 * progress - 1.0), 1e-3)
+        if progress < self.warmup:
+            return max(progress / self.warmup, 0.01)
+        return max(0.5 * (1.0 + math.cos(math.pi * (progress - self.warmup) / (1.0 - self.warmup))), 0.01)
+
+
+@dataclass
+class Stage:
+    """Groups of neighbouring blocks that train together, e.g. `[[0, 1], [2, 3]]`.
+
+    Exactly one of `epochs`, `steps` and `share` says how long; `share` divides what the others leave of the run.
+    `optimizer_state`: what merged groups do with their parts' moments, `carry` or `reset`.
+    """
+
+    groups: list[list[int]]
+    share: float | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    optimizer_state: Literal["carry", "reset"] = "reset"
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in (("share", self.share), ("epochs", self.epochs), ("steps", self.steps)) if v is not None}
+        if len(given) != 1 or next(iter(given.values())) <= 0:
+            raise ConfigError(
+                f"Stage {self.name} has the length {given or 'nothing'}; give exactly one of share, epochs, steps, "
+                "greater than 0."
+            )
+
+    @property
+    def name(self) -> str:
+        return "|".join(group_name(group) for group in self.groups)
+
+
+def group_name(group: list[int]) -> str:
+    """`[0, 1]` is called `1+2`: people count blocks from one."""
+    return "+".join(str(block + 1) for block in group)
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage with its place in the run: it trains steps `first` up to, not including, `last`."""
+
+    stage: Stage
+    first: int
+    last: int
+
+    def progress(self, step: int) -> float:
+        return (step - self.first) / (self.last - self.first)
+
+
+def plan_stages(stages: list[Stage], blocks: int, total_steps: int, steps_per_epoch: int) -> list[PlannedStage]:
+    """Give every stage its steps, so that together they fill `total_steps`.
+
+    Raises ConfigError if groups are not neighbouring blocks in order, if a later stage splits a group, or if the
+    lengths do not fit.
+    """
+    previous: list[list[int]] = []
+    for stage in stages:
+        if [block for group in stage.groups for block in group] != list(range(blocks)):
+            raise ConfigError(
+                f"Stage {stage.name} must hold the blocks 1 to {blocks} once each, in order; groups are neighbours."
+            )
+        borders = {group[0] for group in stage.groups}
+        if previous and not borders <= {group[0] for group in previous}:
+            raise ConfigError(f"Stage {stage.name} splits a group of the stage before it; stages may only merge groups.")
+        previous = stage.groups
+    fixed = [
+        stage.steps if stage.steps is not None else round(stage.epochs * steps_per_epoch) if stage.epochs else 0
+        for stage in stages
+    ]
+    shares = [stage.share or 0.0 for stage in stages]
+    left = total_steps - sum(fixed)
+    if left < 0 or (left > 0 and not any(shares)):
+        raise ConfigError(
+            f"The stages take {sum(fixed)} steps, but the run has {total_steps} "
+            f"({total_steps / steps_per_epoch:g} epochs); change --epochs or the stages' lengths."
+        )
+    planned, position, placed = [], 0, 0.0
+    for stage, own, share in zip(stages, fixed, shares):
+        if share:
+            before = round(left * placed / sum(shares))
+            placed += share
+            own = round(left * placed / sum(shares)) - before
+        if own < 1:
+            raise ConfigError(f"Stage {stage.name} gets no step of the {total_steps} in this run; give it more epochs.")
+        planned.append(PlannedStage(stage, position, position + own))
+        position += own
+    return planned
+
+
+def merge_neighbours(blocks: int) -> list[list[list[int]]]:
+    """Groups of each stage when neighbours merge two by two until one group is left: 4, 2, 1 for four blocks."""
+    groups = [[block] for block in range(blocks)]
+    stages = [groups]
+    while len(groups) > 1:
+        groups = [sum(groups[i : i + 2], []) for i in range(0, len(groups), 2)]
+        stages.append(groups)
+    return stages
+
+
+def method_stages(method: str, blocks: int, recipe: str = "default", optimizer: Optimizer | None = None) -> list[Stage]:
+    """The stages of a method for a network of `blocks` blocks.
+
+    `stablekd` decomposes and merges; `blocks` never merges; `kd`, `kd+features` and `ce` train end to end from the
+    start. The recipe `paper` is the schedule of the StableKD authors' earlier draft (Divide and Distill): three equal
+    phases of SGD with one triangular cycle each whose peak halves, never merging the classifier in.
+    Raises ConfigError for an unknown method or recipe.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method {method!r} does not exist; choose one of {', '.join(METHODS)}.")
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe {recipe!r} does not exist; choose one of {', '.join(RECIPES)}.")
+    if method in ("kd", "kd+features", "ce"):
+        groupings = [[list(range(blocks))]]
+    elif method == "blocks":
+        groupings = [[[block] for block in range(blocks)]]
+    elif recipe == "paper":
+        body = merge_neighbours(blocks - 1)
+        head = [[blocks - 1]]
+        groupings = [body[0] + head, body[min(1, len(body) - 1)] + head, body[-1] + head]
+    else:
+        groupings = merge_neighbours(blocks)
+    return [
+        Stage(groups, share=1.0, optimizer=_stage_optimizer(recipe, optimizer, i)) for i, groups in enumerate(groupings)
+    ]
+
+
+def _stage_optimizer(recipe: str, optimizer: Optimizer | None, stage: int) -> Optimizer:
+    """The peak learning rate halves from stage to stage."""
+    paper = Optimizer("sgd", lr=0.5, cycle="triangular", momentum=0.9, momentum_low=0.8, weight_decay=5e-4)
+    base = optimizer or (paper if recipe == "paper" else Optimizer())
+    return Optimizer(**{**vars(base), "lr": base.lr / 2**stage})
