@@ -1,3 +1,26 @@
-"""Blockwise knowledge distillation after StableKD (arXiv 2312.13223)."""
+"""Blockwise knowledge distillation after StableKD (arXiv 2312.13223).
+
+Public names: `pair_blocks`, `distill`, `Distiller`, `DistillConfig`, and the operators in `stablekd_fast.kernels`.
+"""
+
+from __future__ import annotations
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "pair_blocks": "stablekd_fast.blocks",
+    "distill": "stablekd_fast.distiller",
+    "Distiller": "stablekd_fast.distiller",
+    "DistillConfig": "stablekd_fast.config",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str):
+    """Import on first use, so that `import stablekd_fast` costs nothing and changes nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stablekd_fast' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,197 @@
+"""The `stablekd` command."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import jsonargparse
+from rich.console import Console
+from rich.table import Table
+
+from stablekd_fast import __version__
+from stablekd_fast.config import DistillConfig
+from stablekd_fast.errors import StableKDError
+
+console = Console()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors on purpose are one sentence on stderr and exit code 2."""
+    parser, commands = _parser()
+    words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    try:
+        settings = parser.parse_args(words)
+    except jsonargparse.ArgumentError as error:
+        print(f"stablekd: {_with_nearest(str(error), commands, words)}", file=sys.stderr)
+        return 2
+    if settings.command is None:
+        parser.print_help()
+        return 2
+    # Kept memory: with glibc's default thresholds every large tensor is mapped and faulted in anew.
+    _keep_freed_memory()
+    options = commands[settings.command].instantiate_classes(settings[settings.command])
+    try:
+        return RUN[settings.command](options)
+    except StableKDError as error:
+        print(f"stablekd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stablekd: interrupted. --resume continues from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def _demo(options) -> int:
+    from stablekd_fast.demo import run_demo
+
+    run_demo(Path(options.out), seeds=options.seeds, device=options.device)
+    return 0
+
+
+def _distill(options) -> int:
+    from stablekd_fast.distiller import Distiller
+
+    config = DistillConfig(**_fields(options))
+    result = Distiller(config).run()
+    _print_rows(f"{result.method}, seed {result.seed}", [asdict(result)])
+    console.print(f"Results, report and student: {config.out}", highlight=False)
+    return 0
+
+
+def _evaluate(options) -> int:
+    from stablekd_fast.distiller import evaluate_file
+
+    metrics = evaluate_file(
+        Path(options.weights), model=options.model, data=options.data, split=options.split, device=options.device
+    )
+    _print_rows(f"{options.weights} on the {options.split} split", [asdict(metrics)])
+    return 0
+
+
+def _plan(options) -> int:
+    import torch
+
+    from stablekd_fast import models
+    from stablekd_fast.blocks import describe_blocks, pair_blocks
+
+    sides = [models.build(name, options.classes, options.image_size) for name in (options.teacher, options.student)]
+    images = torch.randn(2, 3, options.image_size, options.image_size)
+    paired = pair_blocks(*sides, images, options.cuts or "auto", options.blocks, bridge=options.bridge)
+    _print_rows(f"{options.teacher} -> {options.student}", [_readable(row) for row in describe_blocks(paired)])
+    return 0
+
+
+def _info(options) -> int:
+    from stablekd_fast import kernels
+    from stablekd_fast.report import machine, versions
+
+    _print_rows("machine", [{"what": key, "value": value} for key, value in machine().items()])
+    _print_rows("versions", [{"what": key, "value": value} for key, value in versions().items()])
+    rows = [{"operator": name, **facts} for name, facts in kernels.implementations().items()]
+    _print_rows("operators", rows)
+    return 0
+
+
+RUN = {"demo": _demo, "distill": _distill, "evaluate": _evaluate, "plan": _plan, "info": _info}
+
+
+def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.ArgumentParser]]:
+    parser = jsonargparse.ArgumentParser(
+        prog="stablekd", description="Blockwise knowledge distillation.", exit_on_error=False, version=__version__
+    )
+    chosen = parser.add_subcommands(required=False, dest="command")
+    commands = {name: jsonargparse.ArgumentParser(exit_on_error=False) for name in RUN}
+
+    demo = commands["demo"]
+    demo.add_argument("--out", type=str, default="demo", help="directory for results and report")
+    demo.add_argument("--seeds", type=int, default=3)
+    demo.add_argument("--device", type=str, default="auto")
+
+    commands["distill"].add_argument("--config", action="config", help="YAML file with any of these settings")
+    commands["distill"].add_class_arguments(DistillConfig)
+
+    evaluate = commands["evaluate"]
+    evaluate.add_argument("weights", type=str, help="student.safetensors, checkpoint.safetensors or a weights file")
+    evaluate.add_argument("--data", type=str | None, default=None, help="data set; that of the run by default")
+    evaluate.add_argument("--model", type=str | None, default=None, help="model name; that of the run by default")
+    evaluate.add_argument("--split", type=str, default="test", choices=["test", "train"])
+    evaluate.add_argument("--device", type=str, default="auto")
+
+    plan = commands["plan"]
+    plan.add_argument("--teacher", type=str, required=True)
+    plan.add_argument("--student", type=str, required=True)
+    plan.add_argument("--image_size", type=int, default=224, help="pixels")
+    plan.add_argument("--classes", type=int, default=1000)
+    plan.add_argument("--cuts", type=list[str | tuple[str, str]] | None, default=None)
+    plan.add_argument("--blocks", type=int | None, default=None)
+    plan.add_argument("--bridge", type=str, default="select")
+
+    helps = {
+        "demo": "compare methods on embedded real data",
+        "distill": "distil a student (or train a teacher with --method ce)",
+        "evaluate": "top-1 and top-5 of a checkpoint",
+        "plan": "show how a pair is cut into blocks",
+        "info": "machine, versions, and which implementation serves each operator",
+    }
+    for name, command in commands.items():
+        chosen.add_subcommand(name, command, help=helps[name])
+    return parser, commands
+
+
+def _fields(options) -> dict:
+    values = dict(vars(options))
+    values.pop("config", None)
+    return values
+
+
+def _underscored(word: str) -> str:
+    """Options may be written with hyphens, as people expect, or with underscores, as in the YAML file."""
+    if not word.startswith("--") or len(word) == 2:
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _with_nearest(message: str, commands: dict, words: list[str]) -> str:
+    """Add the nearest valid name to a complaint about an unknown one."""
+    unknown = re.search(r"--([\w.]+)", message) or re.search(r"[Kk]ey ['\"]?([\w.]+)", message)
+    command = next((word for word in words if word in commands), None)
+    if unknown is None or command is None:
+        return message
+    valid = [action.dest for action in commands[command]._actions if action.dest]
+    near = difflib.get_close_matches(unknown.group(1), valid, 1, 0.5)
+    if not near or unknown.group(1) in valid:
+        return message
+    return f"{message} The nearest valid name is {near[0]!r}."
+
+
+def _keep_freed_memory() -> None:
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold, one_gigabyte = -1, -3, 1 << 30
+    mallopt(mmap_threshold, one_gigabyte)
+    mallopt(trim_threshold, one_gigabyte)
+
+
+def _readable(row: dict) -> dict:
+    return {key: f"{value:,}" if isinstance(value, int) and value > 9999 else value for key, value in row.items()}
+
+
+def _print_rows(title: str, rows: list[dict]) -> None:
+    table = Table(title=title, title_justify="left")
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""Assemble a run from its settings: data, models, blocks, schedule, engine. The Python face of `stablekd distill`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stablekd_fast import models
+from stablekd_fast.blocks import PairedBlocks, pair_blocks
+from stablekd_fast.checkpoint import save_tensors
+from stablekd_fast.config import DistillConfig, identity
+from stablekd_fast.data import Dataset, EvalSource, Split, TrainSource, open_dataset
+from stablekd_fast.engine import Engine
+from stablekd_fast.errors import ConfigError, ModelError
+from stablekd_fast.evaluate import evaluate
+from stablekd_fast.objectives import objective
+from stablekd_fast.report import Recorder, machine, versions, write_report, write_results
+from stablekd_fast.schedule import method_stages, plan_stages
+from stablekd_fast.step import Objectives
+
+CALIBRATION_BATCHES = 2
+"""Training batches to which bridges are fitted."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one run reached; `accuracy` and `top5` (0 to 1) are of the exported student on the test split."""
+
+    method: str
+    seed: int
+    accuracy: float
+    top5: float
+    epochs: float
+    steps: int
+    images_per_second: float
+    wall_seconds: float
+    """Training and waiting for data, evaluation left out; summed over resumes."""
+
+
+class Distiller:
+    """One distillation run.
+
+    Args:
+        config: the settings.
+        teacher, student: modules to use instead of the names in the settings. The teacher comes with its weights.
+        dataset: a data set to use instead of the path in the settings.
+
+    Raises ConfigError, DataError, ModelError or CutError if the parts do not fit.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        *,
+        teacher: nn.Module | None = None,
+        student: nn.Module | None = None,
+        dataset: Dataset | None = None,
+    ) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        self.dataset = dataset or open_dataset(
+            config.data, image_size=config.image_size, on_bad_image=config.on_bad_image
+        )
+        train, held_out = split_training_images(self.dataset, config)
+        self.source = TrainSource(
+            train,
+            self.dataset.augmentation,
+            self.dataset.mean,
+            self.dataset.std,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            views=config.views,
+            workers=config.workers,
+        )
+        self.validation = self._eval_source(held_out) if held_out is not None else None
+        torch.manual_seed(config.seed)
+        self.paired = self._pair(teacher, student)
+
+    def run(self, *, progress: bool = True) -> RunResult:
+        """Train (or resume), evaluate on the test split once, and write all results to `config.out`."""
+        out = Path(self.config.out)
+        checkpoint = out / "checkpoint.safetensors"
+        if not self.config.resume and checkpoint.exists():
+            raise ConfigError(
+                f"{out} already holds a run. Pass --resume to continue it, or another --out to keep it."
+            )
+        engine = self._engine(checkpoint)
+        if self.config.resume:
+            engine.resume()
+        resumed_at = engine.progress.step if self.config.resume else None
+        with Recorder(out, progress=progress, resume_step=resumed_at) as recorder:
+            engine.recorder = recorder
+            if resumed_at is None:
+                self._emit_start(recorder, engine)
+            engine.train()
+            result = self._finish(engine, out)
+            recorder.emit("run_end", step=engine.progress.step, **asdict(result))
+        write_results(out / "results.json", [asdict(result)])
+        write_report(out / "report.html", out)
+        return result
+
+    def _finish(self, engine: Engine, out: Path) -> RunResult:
+        student = engine.composed_student()
+        metrics = evaluate(student, self._eval_source(self.dataset.test).batches(), engine.to_device)
+        engine.emit_evaluation("test", metrics)
+        save_tensors(
+            out / "student.safetensors",
+            student.state_dict(),
+            {"student": self.config.student, "classes": self.dataset.classes, "data": self.config.data},
+        )
+        steps, seconds = engine.progress.step, engine.progress.seconds
+        return RunResult(
+            method=self.config.method,
+            seed=self.config.seed,
+            accuracy=metrics.accuracy,
+            top5=metrics.top5,
+            epochs=steps / self.source.steps_per_epoch,
+            steps=steps,
+            images_per_second=steps * self.config.batch_size / seconds,
+            wall_seconds=seconds,
+        )
+
+    def _engine(self, checkpoint: Path) -> Engine:
+        config, per_epoch = self.config, self.source.steps_per_epoch
+        total_steps = max(round(config.epochs * per_epoch), 1)
+        stages = config.stages or method_stages(config.method, len(self.paired), config.recipe, config.optimizer)
+        return Engine(
+            paired=self.paired,
+            objectives=self._objectives(),
+            stages=plan_stages(stages, len(self.paired), total_steps, per_epoch),
+            source=self.source,
+            validation=self.validation,
+            recorder=None,
+            checkpoint=checkpoint,
+            identity=identity(config),
+            device=self.device,
+            bn_batches=min(config.bn_batches, per_epoch),
+            evaluate_every=round(config.evaluate_every * per_epoch),
+            checkpoint_every=config.checkpoint_every or per_epoch,
+            log_every=config.log_every,
+        )
+
+    def _objectives(self) -> Objectives:
+        config = self.config
+        align = {"stablekd": config.align, "blocks": "ends", "kd+features": "all", "kd": "none", "ce": "none"}
+        return Objectives(
+            feature=objective("feature", config.feature, config.feature_options),
+            logits=objective("logits", config.logits, config.logits_options),
+            align=align[config.method],
+            use_teacher_logits=config.method != "ce",
+        )
+
+    def _pair(self, teacher: nn.Module | None, student: nn.Module | None) -> PairedBlocks:
+        config, classes = self.config, len(self.dataset.classes)
+        calibration = [batch.images for batch in self.source.batches(0, CALIBRATION_BATCHES)]
+        example = torch.cat(calibration)
+        size = example.shape[-1]
+        if student is None:
+            student = models.build(config.student, classes, size)
+            if config.student_weights:
+                models.load_weights(student, config.student_weights)
+        if config.method == "ce":
+            student = self._placed(student)
+            return PairedBlocks(student, student, [student], [student], [], [], [0], [0])
+        if teacher is None:
+            teacher = self._named_teacher(classes, size)
+        teacher, student = self._placed(teacher).eval(), self._placed(student)
+        example = example.to(self.device)
+        with torch.no_grad():
+            width = teacher(example[:2]).shape[-1]
+        if width != classes:
+            raise ModelError(
+                f"The teacher predicts {width} classes, but the data set {self.dataset.name} has {classes}. "
+                "Use a teacher trained on these classes."
+            )
+        paired = pair_blocks(teacher, student, example, config.cuts or "auto", config.blocks, bridge=config.bridge)
+        if config.copy_classifier and not config.student_weights:
+            copy_head(paired)
+        return paired
+
+    def _named_teacher(self, classes: int, size: int) -> nn.Module:
+        if not self.config.teacher_weights:
+            raise ConfigError(
+                f"The method {self.config.method} needs a trained teacher, but no --teacher-weights were given. Train "
+                f"one with `stablekd distill --method ce --student {self.config.teacher} --data {self.config.data} "
+                "--out teacher` and pass --teacher-weights teacher/student.safetensors."
+            )
+        teacher = models.build(self.config.teacher, classes, size)
+        models.load_weights(teacher, self.config.teacher_weights)
+        return teacher
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device).to(memory_format=torch.channels_last)
+
+    def _eval_source(self, split: Split) -> EvalSource:
+        return EvalSource(
+            split,
+            self.dataset.mean,
+            self.dataset.std,
+            batch_size=self.config.batch_size * 2,
+            image_size=self.config.image_size,
+        )
+
+    def _emit_start(self, recorder: Recorder, engine: Engine) -> None:
+        recorder.emit(
+            "run_start",
+            step=0,
+            method=self.config.method,
+            seed=self.config.seed,
+            total_steps=engine.stages[-1].last,
+            steps_per_epoch=self.source.steps_per_epoch,
+            config=asdict(self.config),
+            machine=machine(),
+            versions=versions(),
+        )
+
+
+def distill(config: DistillConfig | None = None, *, progress: bool = True, **settings) -> RunResult:
+    """Distil a student and write it, with its results, to the output directory.
+
+    `settings` are fields of `DistillConfig`, given instead of a config; `teacher` and `student` may be modules, and
+    `dataset` a `Dataset`:
+
+        distill(data="cifar10", teacher="resnet56", teacher_weights="teacher.safetensors",
+                student="resnet20", epochs=8, out="runs/first")
+    """
+    parts = {"dataset": settings.pop("dataset", None)}
+    for name in ("teacher", "student"):
+        if isinstance(settings.get(name), nn.Module):
+            parts[name] = settings[name]
+            settings[name] = type(settings[name]).__name__
+    if config is not None and settings:
+        raise ConfigError(f"Both a config and the settings {sorted(settings)} were given; give one of the two.")
+    return Distiller(config or DistillConfig(**settings), **parts).run(progress=progress)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used ({error}); choose cpu, cuda or auto.") from error
+    return device
+
+
+def split_training_images(dataset: Dataset, config: DistillConfig) -> tuple[Split, Split | None]:
+    """The images to train on and those held out for the live metric (None if there are none).
+
+    The held-out images are taken first, so that they are the same for every subset.
+    """
+    train, held_out = dataset.train, None
+    count = round(config.validation * len(train)) if config.validation < 1 else round(config.validation)
+    if count:
+        train, held_out = train.holdout(count, config.subset_seed)
+    if config.subset is not None:
+        size = config.subset if config.subset <= 1 else int(config.subset)
+        train = train.subset(size, config.subset_seed)
+    return train, held_out
+
+
+def copy_head(paired: PairedBlocks) -> bool:
+    """Start the student's last block from the teacher's if all shapes agree; says whether it did."""
+    theirs = list(paired.teacher_blocks[-1].state_dict().values())
+    ours = list(paired.student_blocks[-1].state_dict().values())
+    if [tensor.shape for tensor in theirs] != [tensor.shape for tensor in ours]:
+        return False
+    with torch.no_grad():
+        for mine, other in zip(ours, theirs):
+            mine.copy_(other)
+    return True
