@@ -1,0 +1,29 @@
+"""Data sets, subsets, views by (seed, sample, view), and sources of batches."""
+
+from stablekd_fast.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Dataset, open_dataset
+from stablekd_fast.data.source import Batch, EvalSource, TrainSource
+from stablekd_fast.data.split import Split
+from stablekd_fast.data.views import (
+    VIEW_VERSION,
+    crop_offsets_and_flips,
+    epoch_order,
+    resized_crop_boxes,
+    view_flips,
+)
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "VIEW_VERSION",
+    "Augmentation",
+    "Batch",
+    "Dataset",
+    "EvalSource",
+    "Split",
+    "TrainSource",
+    "crop_offsets_and_flips",
+    "epoch_order",
+    "open_dataset",
+    "resized_crop_boxes",
+    "view_flips",
+]

@@ -1,0 +1,151 @@
+"""Data sets that come as arrays: scikit-learn's digits, MNIST's idx files, `.npz`."""
+
+import gzip
+import math
+from pathlib import Path
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+
+from stablekd_fast.data.split import Split
+from stablekd_fast.errors import DataError
+
+# Seed and share of the split of the digits. Changing either makes results incomparable.
+_DIGITS_SEED = 0
+_DIGITS_TEST_SHARE = 0.2
+
+_IDX_UINT8 = 0x08
+_IDX_PARTS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
+_NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def array_split(where: str, images: np.ndarray, labels: np.ndarray, class_count: int) -> Split:
+    """A resident split of uint8 images `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` and labels `[N]`.
+
+    Gray is replicated to three channels. `where` names the source in the `DataError` raised for a
+    wrong shape or type and for a label outside 0..class_count-1.
+    """
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise DataError(
+            f"{where}: images are {images.dtype} of shape {list(images.shape)}; "
+            "needed is uint8 of shape [N, H, W] or [N, H, W, 3]."
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1] or not len(labels):
+        raise DataError(
+            f"{where}: labels are {labels.dtype} of shape {list(labels.shape)}; "
+            f"needed is one integer for each of {len(images)} images, and at least one image."
+        )
+    wrong = np.flatnonzero((labels < 0) | (labels >= class_count))
+    if wrong.size:
+        raise DataError(
+            f"{where}: label {labels[wrong[0]]} of image {wrong[0]} is out of range; "
+            f"labels of {class_count} classes run from 0 to {class_count - 1}."
+        )
+    if images.ndim == 3:
+        images = images[..., None]
+    images = np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+    return Split(torch.from_numpy(labels.astype(np.int64)), images=torch.from_numpy(images))
+
+
+def read_digits() -> tuple[list[str], Split, Split]:
+    """The 1,797 handwritten digits (8 x 8) that scikit-learn ships, in a fixed 80/20 split.
+
+    Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
+    """
+    from sklearn.datasets import load_digits  # takes a second to import; only this data set needs it
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    whole = array_split("digits", images, digits.target, 10)
+    parts = whole.holdout(round(_DIGITS_TEST_SHARE * len(whole)), _DIGITS_SEED)
+    train, test = (Split(part.labels, images=part.images) for part in parts)
+    return [str(digit) for digit in range(10)], train, test
+
+
+def find_idx(folder: Path) -> dict[str, Path] | None:
+    """MNIST's four files in `folder`, gzipped or not; None when there are none.
+
+    Raises `DataError` when some are missing.
+    """
+    found = {}
+    for part in _IDX_PARTS:
+        kind = "idx3" if part.endswith("images") else "idx1"
+        names = (f"{part}{separator}{kind}-ubyte{ending}" for ending in ("", ".gz") for separator in "-.")
+        matches = [folder / name for name in names if (folder / name).is_file()]
+        if matches:
+            found[part] = matches[0]
+    missing = [part for part in _IDX_PARTS if part not in found]
+    if found and missing:
+        raise DataError(f"{folder} lacks the idx files {', '.join(missing)}; put all four into one folder.")
+    return found or None
+
+
+def read_idx(files: dict[str, Path], class_count: int) -> tuple[Split, Split]:
+    """Training and test split of MNIST-like idx files."""
+    train, test = (
+        array_split(
+            str(files[f"{part}-images"]),
+            _read_idx_array(files[f"{part}-images"], 3),
+            _read_idx_array(files[f"{part}-labels"], 1),
+            class_count,
+        )
+        for part in ("train", "t10k")
+    )
+    return train, test
+
+
+def _read_idx_array(path: Path, dimensions: int) -> np.ndarray:
+    """Format: two zero bytes, element type, number of dimensions, sizes as big-endian int32, data."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"Cannot read {path}: {error}. Fetch the file again.") from error
+    start = 4 + 4 * dimensions
+    if len(content) < start or content[:4] != bytes((0, 0, _IDX_UINT8, dimensions)):
+        raise DataError(f"{path} is not an idx file of bytes in {dimensions} dimensions; fetch the file again.")
+    shape = struct.unpack(f">{dimensions}I", content[4:start])
+    expected = math.prod(shape)
+    if len(content) - start != expected:
+        raise DataError(
+            f"{path} holds {len(content) - start} bytes where its header announces {expected}; fetch the file again."
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def read_npz(path: Path) -> tuple[list[str], Split, Split]:
+    """Arrays x_train, y_train, x_test, y_test of an `.npz` file; classes are named by their number."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in _NPZ_KEYS if key not in archive]
+            if missing:
+                raise DataError(
+                    f"{path} lacks {', '.join(missing)} (it holds {', '.join(archive) or 'nothing'}); "
+                    f"needed are {', '.join(_NPZ_KEYS)}."
+                )
+            x_train, y_train, x_test, y_test = (archive[key] for key in _NPZ_KEYS)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"Cannot read {path}: {error}. Arrays of plain numbers in .npz format are needed.") from error
+    if x_train.shape[1:3] != x_test.shape[1:3]:
+        raise DataError(
+            f"{path}: training images are {list(x_train.shape[1:3])} and test images {list(x_test.shape[1:3])} "
+            "pixels; both need one size."
+        )
+    y_train, y_test = _flat_labels(y_train), _flat_labels(y_test)
+    present = np.unique(y_train)
+    if not np.array_equal(present, np.arange(len(present))):
+        raise DataError(
+            f"{path}: training labels are {', '.join(map(str, present[:10]))}{', …' if len(present) > 10 else ''}; "
+            "number the classes from 0 without gaps."
+        )
+    train = array_split(f"{path}, x_train", x_train, y_train, len(present))
+    test = array_split(f"{path}, x_test", x_test, y_test, len(present))
+    return [str(label) for label in range(len(present))], train, test
+
+
+def _flat_labels(labels: np.ndarray) -> np.ndarray:
+    """Keras and others publish labels as `[N, 1]`."""
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels

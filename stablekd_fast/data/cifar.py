@@ -1,0 +1,208 @@
+"""CIFAR-10 and CIFAR-100 as their authors publish them: archives or folders, Python or binary version.
+
+Format: https://www.cs.toronto.edu/~kriz/cifar.html. The Python version is pickled, so it is read by an
+unpickler that builds nothing but containers, numbers, text and numpy arrays.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+import io
+from pathlib import Path
+import pickle
+import tarfile
+import zlib
+
+import numpy as np
+
+from stablekd_fast.data.arrays import array_split
+from stablekd_fast.data.split import Split
+from stablekd_fast.errors import DataError
+
+_SIDE = 32
+_PIXELS = 3 * _SIDE * _SIDE
+
+# The archives have at most nine members; one that shows none of them this early is something else.
+_MEMBERS_LOOKED_AT = 32
+
+# One file named `test` or `meta` says nothing; two known names do.
+_TELLING_MEMBERS = 2
+
+Parser = Callable[[bytes], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    name: str
+    train: tuple[str, ...]
+    test: str
+    meta: str
+    parse: Parser
+    parse_names: Callable[[bytes], list[str]]
+
+    @property
+    def members(self) -> frozenset[str]:
+        return frozenset((*self.train, self.test, self.meta))
+
+
+def read_cifar(path: Path) -> tuple[str, list[str], Split, Split] | None:
+    """Name ("cifar10", "cifar100"), classes, training and test split; None when `path` is not CIFAR.
+
+    `path` is a `.tar.gz` archive or the folder that it unpacks to, or one above it. Raises `DataError`
+    for damaged or incomplete data.
+    """
+    members = _members_of_folder(path) if path.is_dir() else _members_of_archive(path)
+    layout = max(_LAYOUTS, key=lambda layout: len(layout.members & members.keys()))
+    if len(layout.members & members.keys()) < _TELLING_MEMBERS:
+        return None
+    missing = sorted(layout.members - members.keys())
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)} of {layout.name}; fetch the archive again.")
+    try:
+        classes = layout.parse_names(members[layout.meta]())
+        train = [layout.parse(members[member]()) for member in layout.train]
+        test = layout.parse(members[layout.test]())
+    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged or not {layout.name} ({error}); fetch the archive again.") from error
+    images, labels = (np.concatenate(parts) for parts in zip(*train))
+    return (
+        layout.name,
+        classes,
+        array_split(f"{path}, training part", images, labels, len(classes)),
+        array_split(f"{path}, test part", *test, len(classes)),
+    )
+
+
+def _members_of_folder(folder: Path) -> dict[str, Callable[[], bytes]]:
+    places = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
+    known = frozenset().union(*(layout.members for layout in _LAYOUTS))
+    for place in places:
+        found = {name: (place / name).read_bytes for name in known if (place / name).is_file()}
+        if len(found) >= _TELLING_MEMBERS:
+            return found
+    return {}
+
+
+def _members_of_archive(path: Path) -> dict[str, Callable[[], bytes]]:
+    """Members by base name, read into memory: nothing is ever unpacked to disk."""
+    known = frozenset().union(*(layout.members for layout in _LAYOUTS))
+    found = {}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for seen, member in enumerate(archive):
+                if seen >= _MEMBERS_LOOKED_AT:
+                    break
+                name = Path(member.name).name
+                if member.isfile() and name in known:
+                    content = archive.extractfile(member).read()
+                    found[name] = lambda content=content: content
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise DataError(f"Cannot read archive {path}: {error}. Fetch it again.") from error
+    return found
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits numpy arrays and nothing else that would need an import."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return _empty_array
+        if (module, name) == ("_codecs", "encode"):
+            return _latin1_bytes
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
+
+
+def _empty_array(kind: type, shape: tuple, dtype) -> np.ndarray:
+    """What numpy pickles an array as: an empty one whose state is set afterwards."""
+    if kind is not np.ndarray:
+        raise pickle.UnpicklingError("it holds an array of an unknown kind")
+    return np.ndarray(shape, dtype)
+
+
+def _latin1_bytes(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes in the pickle protocol of Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds text in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _unpickle(content: bytes) -> dict:
+    # Written by Python 2, whose byte strings hold both text and pixels: Latin-1 keeps either intact.
+    loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+    if not isinstance(loaded, dict):
+        raise ValueError(f"a dictionary is needed, found {type(loaded).__name__}")
+    return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in loaded.items()}
+
+
+def _pickled_batch(label_key: str) -> Parser:
+    def parse(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+        batch = _unpickle(content)
+        return _images(np.asarray(batch["data"])), np.asarray(batch[label_key])
+
+    return parse
+
+
+def _pickled_names(key: str) -> Callable[[bytes], list[str]]:
+    def parse(content: bytes) -> list[str]:
+        return [name.decode() if isinstance(name, bytes) else str(name) for name in _unpickle(content)[key]]
+
+    return parse
+
+
+def _binary_batch(label_bytes: int) -> Parser:
+    def parse(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+        records = np.frombuffer(content, np.uint8).reshape(-1, label_bytes + _PIXELS)
+        # CIFAR-100 puts the coarse label first and the fine one second.
+        return _images(records[:, label_bytes:]), records[:, label_bytes - 1].astype(np.int64)
+
+    return parse
+
+
+def _text_names(content: bytes) -> list[str]:
+    return content.decode().split()
+
+
+def _images(rows: np.ndarray) -> np.ndarray:
+    """Rows uint8 `[N, 3072]`, channel after channel, to images `[N, 32, 32, 3]`."""
+    if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != _PIXELS:
+        raise ValueError(f"images are {rows.dtype} {list(rows.shape)}, needed is uint8 [N, {_PIXELS}]")
+    return rows.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
+
+
+_LAYOUTS = (
+    _Layout(
+        name="cifar10",
+        train=tuple(f"data_batch_{part}" for part in range(1, 6)),
+        test="test_batch",
+        meta="batches.meta",
+        parse=_pickled_batch("labels"),
+        parse_names=_pickled_names("label_names"),
+    ),
+    _Layout(
+        name="cifar10",
+        train=tuple(f"data_batch_{part}.bin" for part in range(1, 6)),
+        test="test_batch.bin",
+        meta="batches.meta.txt",
+        parse=_binary_batch(label_bytes=1),
+        parse_names=_text_names,
+    ),
+    _Layout(
+        name="cifar100",
+        train=("train",),
+        test="test",
+        meta="meta",
+        parse=_pickled_batch("fine_labels"),
+        parse_names=_pickled_names("fine_label_names"),
+    ),
+    _Layout(
+        name="cifar100",
+        train=("train.bin",),
+        test="test.bin",
+        meta="fine_label_names.txt",
+        parse=_binary_batch(label_bytes=2),
+        parse_names=_text_names,
+    ),
+)

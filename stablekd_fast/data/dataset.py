@@ -1,0 +1,171 @@
+"""Opening a data set by path or name: images, classes, normalisation and augmentation that suit it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from PIL import Image
+import torch
+
+from stablekd_fast.data.arrays import find_idx, read_digits, read_idx, read_npz
+from stablekd_fast.data.cifar import read_cifar
+from stablekd_fast.data.folder import SMALL_SIDE, find_tree, open_tree
+from stablekd_fast.data.images import resize
+from stablekd_fast.data.split import OnBadImage, Split
+from stablekd_fast.errors import ConfigError, DataError
+
+EMBEDDED = "digits"
+
+Channels = tuple[float, float, float]
+
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+
+# Mean and standard deviation of the training images, as the literature uses them.
+_STATISTICS: dict[str, tuple[Channels, Channels]] = {
+    "digits": ((0.3053,) * 3, (0.3760,) * 3),
+    "mnist": ((0.1307,) * 3, (0.3081,) * 3),
+    "fashion-mnist": ((0.2860,) * 3, (0.3530,) * 3),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+_FASHION_CLASSES = [
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",
+]  # fmt: skip
+
+_KINDS = (
+    f"give {EMBEDDED!r}, a folder with train/CLASS/* and test/CLASS/* (or val), a CIFAR-10 or CIFAR-100 "
+    "archive or its folder, a folder with MNIST's four idx files, or an .npz file"
+)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images vary. Which variant an image gets is decided by `views`.
+
+    "pad_crop": zero-pad by `padding` pixels on each side, cut the original size out. "resized_crop":
+    cut a random box out and scale it to `size` x `size`. `flip` mirrors one half of the images.
+    """
+
+    kind: Literal["pad_crop", "resized_crop"]
+    flip: bool
+    padding: int = 0
+    size: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("pad_crop", "resized_crop"):
+            raise ConfigError(f"Augmentation {self.kind!r} does not exist; use 'pad_crop' or 'resized_crop'.")
+        if self.padding < 0:
+            raise ConfigError(f"Padding must be 0 pixels or more, got {self.padding}.")
+        if self.kind == "resized_crop" and (self.size is None or self.size < 1):
+            raise ConfigError(f"A resized crop needs its size in pixels, got {self.size}.")
+
+
+@dataclass
+class Dataset:
+    """A training and a test split with all that belongs to them.
+
+    `mean` and `std` are per channel, for images scaled to 0..1. All fields may be replaced, for instance
+    by the statistics with which a teacher was trained.
+    """
+
+    name: str
+    classes: list[str]
+    train: Split
+    test: Split
+    mean: Channels
+    std: Channels
+    augmentation: Augmentation
+
+
+def open_dataset(
+    path_or_name: str | Path, *, image_size: int | None = None, on_bad_image: OnBadImage = "stop"
+) -> Dataset:
+    """Open the data set at a path, or by the name "digits". Raises `DataError`.
+
+    Kinds: the embedded digits; a folder with `train/CLASS/*` and `test/CLASS/*` (or `val`), itself or one
+    level below; the archives of CIFAR-10 and CIFAR-100 (Python or binary version, packed or not); a
+    folder with the four idx files of MNIST or Fashion-MNIST; `.npz` with x_train, y_train, x_test, y_test.
+
+    `image_size` is the side in pixels to which all images are brought; by default small ones (up to 64
+    pixels) keep their size and large ones are trained on at 224. `on_bad_image` says what a damaged file
+    of a folder does: "stop" raises an error that names it, "skip" leaves it out and records it in
+    `split.skipped`.
+    """
+    if on_bad_image not in get_args(OnBadImage):
+        raise ConfigError(f"on_bad_image must be 'stop' or 'skip', got {on_bad_image!r}.")
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"The image size must be at least 1 pixel, got {image_size}.")
+    if path_or_name == EMBEDDED:
+        return _array_dataset(EMBEDDED, *read_digits(), Augmentation("pad_crop", flip=False, padding=1), image_size)
+    path = Path(path_or_name).expanduser()
+    if not path.exists():
+        raise DataError(f"There is no data set at {path}; {_KINDS}.")
+    if path.is_dir():
+        return _open_folder(path, image_size, on_bad_image)
+    return _open_file(path, image_size)
+
+
+def _open_folder(path: Path, image_size: int | None, on_bad_image: OnBadImage) -> Dataset:
+    tree = find_tree(path)
+    if tree is not None:
+        classes, train, test = open_tree(tree, crop_size=image_size, on_bad_image=on_bad_image)
+        if train.resident:
+            augmentation = Augmentation("pad_crop", flip=True, padding=4)
+        else:
+            augmentation = Augmentation("resized_crop", flip=True, size=train.crop_size)
+        return Dataset(tree.resolve().name, classes, train, test, IMAGENET_MEAN, IMAGENET_STD, augmentation)
+    idx_files = find_idx(path)
+    if idx_files is not None:
+        return _open_idx(path, idx_files, image_size)
+    cifar = read_cifar(path)
+    if cifar is not None:
+        return _array_dataset(*cifar, Augmentation("pad_crop", flip=True, padding=4), image_size)
+    raise DataError(f"{path} has no train folder and is no other known data set; {_KINDS}.")
+
+
+def _open_file(path: Path, image_size: int | None) -> Dataset:
+    augmentation = Augmentation("pad_crop", flip=True, padding=4)
+    if path.suffix == ".npz":
+        return _array_dataset(path.stem, *read_npz(path), augmentation, image_size)
+    if path.name.endswith((".tar.gz", ".tgz")):
+        cifar = read_cifar(path)
+        if cifar is not None:
+            return _array_dataset(*cifar, augmentation, image_size)
+    if path.name.endswith((".tar", ".tar.gz", ".tgz", ".zip")):
+        raise DataError(f"{path} is a packed archive: unpack it first and give the folder.")
+    raise DataError(f"{path} is no known data set; {_KINDS}.")
+
+
+def _open_idx(path: Path, files: dict[str, Path], image_size: int | None) -> Dataset:
+    # Both data sets use the same file names, so only the folder can tell which one it is.
+    folders = "/".join(path.resolve().parts[-2:]).lower()
+    fashion = "fashion" in folders or "fmnist" in folders
+    name = "fashion-mnist" if fashion else "mnist"
+    classes = list(_FASHION_CLASSES) if fashion else [str(digit) for digit in range(10)]
+    train, test = read_idx(files, len(classes))
+    return _array_dataset(name, classes, train, test, Augmentation("pad_crop", flip=fashion, padding=2), image_size)
+
+
+def _array_dataset(
+    name: str, classes: list[str], train: Split, test: Split, augmentation: Augmentation, image_size: int | None
+) -> Dataset:
+    mean, std = _STATISTICS.get(name, (IMAGENET_MEAN, IMAGENET_STD))
+    if image_size is not None:
+        train, test = (_resized(split, image_size) for split in (train, test))
+    return Dataset(name, classes, train, test, mean, std, augmentation)
+
+
+def _resized(split: Split, size: int) -> Split:
+    height, width = split.images.shape[1:3]
+    if (height, width) == (size, size):
+        return split
+    if size > SMALL_SIDE:
+        raise DataError(
+            f"Images that come as arrays ({width} x {height} pixels) are kept in memory and can be resized to "
+            f"at most {SMALL_SIDE} pixels, got {size}; write them into a folder of image files for more."
+        )
+    images = np.stack([np.asarray(resize(Image.fromarray(image), size, size)) for image in split.images.numpy()])
+    return Split(split.labels, images=torch.from_numpy(images))

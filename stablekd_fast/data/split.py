@@ -1,0 +1,225 @@
+"""One split of a data set: labels, stable sample ids, and images in memory or on disk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+import torch
+
+from stablekd_fast.data.images import BadImage, read_rgb, resize
+from stablekd_fast.data.threads import ordered_map
+from stablekd_fast.data.views import Stream, counter_hash
+from stablekd_fast.errors import DataError
+
+OnBadImage = Literal["stop", "skip"]
+
+# Decoding threads gain nothing beyond this: Python's share of the work holds the interpreter lock.
+_MOST_THREADS = 8
+
+# Small images decode in a tenth of a millisecond, about what handing one task to a thread costs.
+_FILES_PER_TASK = 64
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Where a folder split's images lie and how they are read.
+
+    `paths` has one entry per sample of the whole split, so sample ids index it. With `shape` (height,
+    width) the images are small and are kept in memory, resized to it where `resizing`, else required to
+    have it. Without `shape` they are large and are decoded at `crop_size` batch by batch.
+    """
+
+    paths: list[Path]
+    crop_size: int
+    shape: tuple[int, int] | None = None
+    resizing: bool = False
+    on_bad_image: OnBadImage = "stop"
+
+
+class Split:
+    """Labelled images. Sample ids index the whole split and stay the same in every subset of it.
+
+    Images are given as an array uint8 `[N, H, W, 3]` or as `ImageFiles`. Small files are decoded when
+    they are first needed, so a subset decodes only its own. Where bad files are skipped the length of
+    such a split is not known before, so asking for it decodes too.
+    """
+
+    def __init__(
+        self,
+        labels: torch.Tensor,
+        *,
+        images: torch.Tensor | None = None,
+        files: ImageFiles | None = None,
+        sample_ids: torch.Tensor | None = None,
+    ):
+        self._labels = labels
+        self._sample_ids = torch.arange(len(labels)) if sample_ids is None else sample_ids
+        self._images = images
+        self._files = files
+        self._skipped: dict[Path, str] = {}
+
+    def __len__(self) -> int:
+        self._settle()
+        return len(self._labels)
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Class indices, int64 `[N]`."""
+        self._settle()
+        return self._labels
+
+    @property
+    def sample_ids(self) -> torch.Tensor:
+        """Positions in the whole split, int64 `[N]`."""
+        self._settle()
+        return self._sample_ids
+
+    @property
+    def resident(self) -> bool:
+        """Whether the images fit in memory, all of one shape."""
+        return self._files is None or self._files.shape is not None
+
+    @property
+    def images(self) -> torch.Tensor:
+        """Resident images, uint8 `[N, H, W, 3]`. Raises `DataError` for large ones."""
+        if not self.resident:
+            raise DataError("These images are too large to be kept in memory; read them through a source.")
+        if self._images is None:
+            self._decode()
+        return self._images
+
+    @property
+    def paths(self) -> list[Path]:
+        """Files of a folder split, one per sample; empty where the images came as an array."""
+        if self._files is None:
+            return []
+        return [self._files.paths[sample] for sample in self.sample_ids.tolist()]
+
+    @property
+    def crop_size(self) -> int | None:
+        """Side in pixels at which large images are trained on; None for resident ones."""
+        return None if self.resident else self._files.crop_size
+
+    @property
+    def skipped(self) -> list[tuple[Path, str]]:
+        """Bad files left out so far, with the reason. Large images are only judged when they are read."""
+        if self.resident:
+            self._settle()
+        return sorted(self._skipped.items())
+
+    def subset(self, count_or_fraction: int | float, seed: int) -> "Split":
+        """A part with the class shares of the whole (largest remainder): a count (int) or a share (float).
+
+        Which samples are taken depends on `seed` and their ids alone. Raises `DataError` when there are
+        not enough.
+        """
+        count = self._count(count_or_fraction)
+        return self._take(self._balanced_mask(count, Stream.SUBSET, seed))
+
+    def holdout(self, count: int, seed: int) -> tuple["Split", "Split"]:
+        """Split off `count` samples with the class shares of the whole: (the rest, the held-out part)."""
+        if not 0 < count < len(self._labels):
+            raise DataError(
+                f"Cannot hold out {count} of {len(self._labels)} images; give a count between 1 and "
+                f"{len(self._labels) - 1}."
+            )
+        held_out = self._balanced_mask(count, Stream.HOLDOUT, seed)
+        return self._take(~held_out), self._take(held_out)
+
+    def read(self, position: int, prepare: Callable[[Image.Image, int], np.ndarray]) -> np.ndarray | None:
+        """Decode one large image and return `prepare(image, sample_id)`; None when it is bad and skipped."""
+        sample = int(self._sample_ids[position])
+        path = self._files.paths[sample]
+        try:
+            return prepare(read_rgb(path), sample)
+        except BadImage as error:
+            self._skip_or_raise(error)
+            return None
+
+    def _settle(self) -> None:
+        if self._images is None and self.resident and self._files.on_bad_image == "skip":
+            self._decode()
+
+    def _decode(self) -> None:
+        height, width = self._files.shape
+        samples = self._sample_ids.tolist()
+        images = np.empty((len(samples), height, width, 3), dtype=np.uint8)
+        good = np.zeros(len(samples), dtype=bool)
+
+        def fill(start: int) -> None:
+            for position in range(start, min(start + _FILES_PER_TASK, len(samples))):
+                try:
+                    images[position] = self._read_small(self._files.paths[samples[position]])
+                    good[position] = True
+                except BadImage as error:
+                    self._skip_or_raise(error)
+
+        workers = min(_MOST_THREADS, os.cpu_count() or 1)
+        for _ in ordered_map(fill, range(0, len(samples), _FILES_PER_TASK), workers=workers, ahead=2 * workers):
+            pass
+        if not good.any():
+            path, reason = sorted(self._skipped.items())[0]
+            raise DataError(f"None of {len(samples)} images can be used; the first, {path}: {reason}.")
+        kept = torch.from_numpy(good)
+        self._images = torch.from_numpy(images if good.all() else images[good])
+        self._labels, self._sample_ids = self._labels[kept], self._sample_ids[kept]
+
+    def _read_small(self, path: Path) -> np.ndarray:
+        image, (height, width) = read_rgb(path), self._files.shape
+        if not self._files.resizing and (image.height, image.width) != (height, width):
+            raise BadImage(
+                path,
+                f"it is {image.width} x {image.height} pixels and others are {width} x {height}; "
+                "give an image size to have all resized",
+            )
+        return np.asarray(resize(image, height, width))
+
+    def _skip_or_raise(self, error: BadImage) -> None:
+        if self._files.on_bad_image == "stop":
+            raise error
+        self._skipped[error.path] = error.reason
+
+    def _count(self, count_or_fraction: int | float) -> int:
+        total = len(self._labels)
+        if isinstance(count_or_fraction, float):
+            if not 0 < count_or_fraction <= 1:
+                raise DataError(
+                    f"A subset's share must be above 0 and at most 1.0, got {count_or_fraction}; "
+                    "write a whole number for a count of images."
+                )
+            return max(1, round(count_or_fraction * total))
+        if not 0 < count_or_fraction <= total:
+            raise DataError(
+                f"Cannot take a subset of {count_or_fraction} images from {total}; "
+                f"give a count from 1 to {total} or a share such as 0.5."
+            )
+        return count_or_fraction
+
+    def _balanced_mask(self, count: int, stream: Stream, seed: int) -> torch.Tensor:
+        """Bool `[N]` with `count` samples chosen, per class those of the lowest hash."""
+        labels, total = self._labels.numpy(), len(self._labels)
+        sizes = np.bincount(labels)
+        # Whole numbers throughout: a rounded quotient would decide ties between remainders.
+        quotas, remainders = np.divmod(sizes * count, total)
+        most_owed = np.argsort(-remainders, kind="stable")
+        quotas[most_owed[: count - quotas.sum()]] += 1
+
+        keys = counter_hash(stream, seed, self._sample_ids.numpy())
+        by_class_then_key = np.lexsort((keys, labels))
+        rank_in_class = np.empty(total, dtype=np.int64)
+        rank_in_class[by_class_then_key] = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return torch.from_numpy(rank_in_class < quotas[labels])
+
+    def _take(self, mask: torch.Tensor) -> "Split":
+        part = Split(
+            self._labels[mask],
+            images=None if self._images is None else self._images[mask],
+            files=self._files,
+            sample_ids=self._sample_ids[mask],
+        )
+        part._skipped = dict(self._skipped)
+        return part

@@ -1,0 +1,112 @@
+import numpy as np
+from PIL import Image
+import pytest
+
+from stablekd_fast.data.images import BadImage, centre_crop, read_rgb, resized_crop
+
+
+def pixels(path) -> np.ndarray:
+    image = read_rgb(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def test_gray_is_replicated(tmp_path):
+    gray = np.arange(60, dtype=np.uint8).reshape(6, 10)
+    Image.fromarray(gray).save(tmp_path / "a.png")
+    assert np.array_equal(pixels(tmp_path / "a.png"), np.repeat(gray[..., None], 3, axis=2))
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    deep = (np.arange(60, dtype=np.uint16) * 1000).reshape(6, 10)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    assert np.array_equal(pixels(tmp_path / "a.png")[..., 0], (deep // 256).astype(np.uint8))
+
+
+def test_transparency_is_dropped(tmp_path):
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    image.save(tmp_path / "a.png")
+    assert (pixels(tmp_path / "a.png") == (10, 20, 30)).all()
+
+
+def test_palette_becomes_colours(tmp_path):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "clear.png", transparency=bytes((0, 128)))
+    for name in ("plain.png", "clear.png"):
+        assert (pixels(tmp_path / name) == (200, 100, 50)).all()
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.jpg", quality=95)
+    red, green, blue = pixels(tmp_path / "a.jpg").reshape(-1, 3).mean(0)
+    assert red < 20 and green > 230 and blue > 230
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 255, 255), (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    upright = pixels(tmp_path / "a.jpg")
+    assert upright.shape == (40, 20, 3)
+    assert upright[:18].mean() > 240 and upright[22:].mean() < 15
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(BadImage, match="a.tif.*floating-point"):
+        read_rgb(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_truncated_file_is_named(tmp_path, suffix):
+    path = tmp_path / f"cut.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(BadImage, match=f"cut.{suffix}"):
+        read_rgb(path)
+
+
+def test_empty_foreign_and_missing_files_are_named(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("no picture")
+    for name, reason in (("empty", "is empty"), ("text", "not an image"), ("missing", "No such file")):
+        with pytest.raises(BadImage, match=f"{name}.jpg: .*{reason}"):
+            read_rgb(tmp_path / f"{name}.jpg")
+
+
+def test_decompression_bomb_is_reported(tmp_path, monkeypatch):
+    Image.new("RGB", (100, 100)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(BadImage, match="huge.png: .*10000 pixels"):
+        read_rgb(tmp_path / "huge.png")
+
+
+def test_resized_crop_takes_its_box():
+    image = Image.new("RGB", (30, 20))
+    image.paste((255, 128, 0), (10, 5, 18, 15))
+    crop = resized_crop(image, np.array([5, 10, 10, 8]), 6)
+    assert crop.dtype == np.uint8 and crop.shape == (6, 6, 3)
+    assert (crop == (255, 128, 0)).all()
+
+
+def test_resized_crop_averages_when_it_shrinks():
+    stripes = np.zeros((40, 40, 3), np.uint8)
+    stripes[:, ::2] = 255
+    crop = resized_crop(Image.fromarray(stripes), np.array([0, 0, 40, 40]), 5)
+    assert (abs(crop.astype(int) - 128) < 15).all()
+
+
+@pytest.mark.parametrize("size", [(300, 200), (57, 90), (64, 64)])
+def test_centre_crop_keeps_the_middle(size):
+    height, width = size
+    ramp = np.broadcast_to(np.linspace(0, 255, width, dtype=np.uint8)[None, :, None], (height, width, 3))
+    crop = centre_crop(Image.fromarray(np.ascontiguousarray(ramp)), 56)
+    assert crop.shape == (56, 56, 3)
+    # 56 of 64 pixels of the short side are kept, so this share of the ramp around its middle.
+    kept = 56 / 64 * min(height, width) / width
+    assert abs(crop[:, 0].mean() - 255 * (1 - kept) / 2) < 4
+    assert abs(crop[:, -1].mean() - 255 * (1 + kept) / 2) < 4
