@@ -1,0 +1,143 @@
+import pytest
+import torch
+from torch import nn
+
+from stablekd_fast.blocks import pair_blocks
+from stablekd_fast.blocks.trace import evaluation_mode, trace
+from stablekd_fast.errors import CutError
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(x).relu()
+
+
+class Dropper(nn.Module):
+    """Reads its training flag in Python, as stochastic depth does; has a child, so it is no natural leaf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x):
+        return self.inner(x) * 3 if self.training else self.inner(x)
+
+
+class Stubborn(nn.Module):
+    """Cannot be followed by fx: decides on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x):
+        return self.inner(x) if x.sum() > 0 else -self.inner(x)
+
+
+def network(*middle: nn.Module, width: int = 4) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)
+    )
+
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_inside_a_residual_branch_is_no_cut():
+    names = [alias for point in trace(network(Residual(4)), IMAGES).points for alias in point.aliases]
+    assert "1" in names and "1.conv" not in names
+
+
+def test_segments_compose_to_the_network():
+    model = network(Residual(4), nn.BatchNorm2d(4), Residual(4)).eval()
+    traced = trace(model, IMAGES)
+    for i in range(len(traced.points) - 1):
+        x = IMAGES
+        for part in traced.split([traced.points[i], traced.points[i + 1]]):
+            x = part(x)
+        assert torch.equal(x, model(IMAGES))
+
+
+def test_flops_are_counted_per_image():
+    traced = trace(network(), IMAGES)
+    conv, linear = 2 * 8 * 8 * 4 * 3 * 9, 2 * 4 * 5
+    assert traced.points[0].flops == conv
+    assert traced.flops == conv + linear
+
+
+def test_a_training_flag_is_honoured_after_tracing():
+    model = network(Dropper())
+    x = IMAGES
+    parts = trace(model, IMAGES).split([])
+    model.train()
+    assert torch.equal(parts[0](x), model(x))
+    in_training = parts[0](x)
+    model.eval()
+    assert torch.equal(parts[0](x), model(x))
+    assert not torch.equal(parts[0](x), in_training)
+
+
+def test_a_module_that_cannot_be_followed_stays_whole():
+    model = network(Residual(4), Stubborn(), Residual(4)).eval()
+    traced = trace(model, IMAGES)
+    assert "2" in [point.name for point in traced.points]
+    assert torch.equal(traced.split([])[0](-IMAGES), model(-IMAGES))
+
+
+def test_a_root_that_branches_on_training_is_refused():
+    class TwoFaced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = network(), network()
+
+        def forward(self, x):
+            return self.a(x) + self.b(x) if self.training else self.a(x)
+
+    with pytest.raises(CutError, match="train and eval mode.*teacher_blocks="):
+        trace(TwoFaced(), IMAGES)
+
+
+def test_evaluation_mode_restores_every_flag():
+    model = network(nn.BatchNorm2d(4))
+    model[1].eval()
+    with evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert model.training and model[0].training and not model[1].training
+
+
+def test_channels_last_layouts_are_recognised():
+    torchvision = pytest.importorskip("torchvision")
+    points = trace(torchvision.models.swin_t(num_classes=5), torch.randn(2, 3, 64, 64)).points
+    axes = {point.name: point.channel_axis for point in points}
+    assert axes["features.0.0"] == 1 and axes["features.1"] == -1 and axes["features.3"] == -1
+    assert axes["permute"] == 1
+
+
+def test_dense_connections_leave_only_the_cuts_between_them():
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.b(torch.cat([x, self.a(x)], 1))
+
+    points = [point.name for point in trace(network(Dense()), IMAGES).points]
+    assert "1" in points and "1.a" not in points
+
+
+def test_pairing_reports_an_untraceable_model():
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x):
+            return self.body(x) if x.mean() > 0 else self.body(-x)
+
+    with pytest.raises(CutError, match="cannot trace Root.*student_blocks="):
+        pair_blocks(network(), Root(), IMAGES)
