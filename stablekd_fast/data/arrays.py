@@ -46,8 +46,10 @@ def array_split(where: str, images: np.ndarray, labels: np.ndarray, class_count:
         )
     if images.ndim == 3:
         images = images[..., None]
-    images = np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
-    return Split(torch.from_numpy(labels.astype(np.int64)), images=torch.from_numpy(images))
+    coloured = np.broadcast_to(images, (*images.shape[:3], 3))
+    # Tensors can only share memory that may be written to.
+    owned = np.require(coloured, requirements=["C_CONTIGUOUS", "WRITEABLE"])
+    return Split(torch.from_numpy(labels.astype(np.int64)), images=torch.from_numpy(owned))
 
 
 def read_digits() -> tuple[list[str], Split, Split]:

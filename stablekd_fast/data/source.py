@@ -163,7 +163,7 @@ class EvalSource:
     ):
         _check_common(mean, std, batch_size, workers)
         if split.resident and image_size is not None:
-            raise ConfigError("Resident images are evaluated at their own size; give the image size to open_dataset.")
+            _check_own_size(split, image_size)
         self.split, self.mean, self.std = split, mean, std
         self.batch_size, self.workers = batch_size, workers
         self.image_size = image_size or split.crop_size
@@ -223,6 +223,15 @@ def _check_common(mean: Channels, std: Channels, batch_size: int, workers: int) 
         raise ConfigError(f"The batch size must be at least 1, got {batch_size}.")
     if workers < 0:
         raise ConfigError(f"The number of workers must be 0 or more, got {workers}.")
+
+
+def _check_own_size(split: Split, image_size: int) -> None:
+    height, width = split.images.shape[1:3]
+    if (height, width) != (image_size, image_size):
+        raise ConfigError(
+            f"Images held in memory are evaluated at their own size, {width} x {height} pixels, got {image_size}; "
+            "give the image size to open_dataset."
+        )
 
 
 def _check_augmentation(split: Split, augmentation: Augmentation) -> None:

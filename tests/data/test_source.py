@@ -1,0 +1,252 @@
+import hashlib
+import subprocess
+import sys
+import threading
+
+import numpy as np
+from PIL import Image
+import pytest
+import torch
+
+from stablekd_fast.data import Augmentation, EvalSource, Split, TrainSource, open_dataset, views
+from stablekd_fast.errors import ConfigError, DataError
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+PAD_CROP = Augmentation("pad_crop", flip=True, padding=2)
+
+
+def small_split(count=22) -> Split:
+    images = np.random.default_rng(0).integers(0, 256, (count, 6, 5, 3), dtype=np.uint8)
+    return Split(torch.arange(count) % 3, images=torch.from_numpy(images))
+
+
+def small_source(split=None, **settings) -> TrainSource:
+    return TrainSource(split or small_split(), PAD_CROP, MEAN, STD, **(dict(batch_size=4, seed=7) | settings))
+
+
+@pytest.fixture
+def large_source(write_large_tree):
+    def make(on_bad_image="stop", root=None, **settings) -> TrainSource:
+        dataset = open_dataset(root or write_large_tree(), image_size=32, on_bad_image=on_bad_image)
+        return TrainSource(dataset.train, dataset.augmentation, MEAN, STD, **(dict(batch_size=4, seed=7) | settings))
+
+    return make
+
+
+def assert_same(first, second):
+    first, second = list(first), list(second)
+    assert len(first) == len(second)
+    for one, other in zip(first, second):
+        assert one.view == other.view
+        for field in ("sample_ids", "images", "labels"):
+            assert torch.equal(getattr(one, field), getattr(other, field))
+
+
+def normalised(image: np.ndarray) -> torch.Tensor:
+    """uint8 `[H, W, 3]` to float64 `[3, H, W]`."""
+    return torch.from_numpy(((image / 255 - np.array(MEAN)) / np.array(STD)).transpose(2, 0, 1))
+
+
+def test_batch_contract():
+    split = small_split().subset(13, seed=0)
+    (batch,) = small_source(split).batches(0, 1)
+    assert batch.sample_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.images.dtype == torch.float32 and batch.images.shape == (4, 3, 6, 5)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert set(batch.sample_ids.tolist()) <= set(split.sample_ids.tolist())
+    assert torch.equal(batch.labels, batch.sample_ids % 3)
+
+
+def test_images_are_the_named_views():
+    split = small_split()
+    for batch in small_source(split).batches(4, 7):
+        offsets, flips = views.crop_offsets_and_flips(7, batch.sample_ids.numpy(), batch.view, 2)
+        for image, sample, (top, left), flip in zip(batch.images, batch.sample_ids, offsets, flips):
+            padded = np.pad(split.images[sample].numpy(), ((2, 2), (2, 2), (0, 0)))
+            crop = padded[top : top + 6, left : left + 5]
+            torch.testing.assert_close(image.double(), normalised(crop[:, ::-1] if flip else crop), atol=1e-5, rtol=0)
+
+
+def test_an_epoch_shows_every_image_once_and_drops_the_rest():
+    source = small_source()
+    assert source.steps_per_epoch == 5
+    epochs = [
+        torch.cat([batch.sample_ids for batch in source.batches(5 * epoch, 5 * epoch + 5)]) for epoch in range(2)
+    ]
+    assert all(len(ids) == len(ids.unique()) == 20 for ids in epochs)
+    assert not torch.equal(*epochs)
+
+
+def test_epochs_cycle_through_the_views():
+    assert [batch.view for batch in small_source(views=2).batches(0, 20)] == [0] * 5 + [1] * 5 + [0] * 5 + [1] * 5
+    assert [batch.view for batch in small_source().batches(0, 15)] == [0] * 5 + [1] * 5 + [2] * 5
+    first, _, third = (
+        {
+            sample: image
+            for batch in small_source(views=2).batches(5 * epoch, 5 * epoch + 5)
+            for sample, image in zip(batch.sample_ids.tolist(), batch.images)
+        }
+        for epoch in range(3)
+    )
+    shared = first.keys() & third.keys()
+    assert len(shared) >= 18 and all(torch.equal(first[sample], third[sample]) for sample in shared)
+
+
+def test_resume_gives_the_same_batches():
+    assert_same(small_source().batches(5, 8), list(small_source().batches(0, 8))[5:])
+    source = small_source()
+    interleaved = [batch for pair in zip(source.batches(3, 8), source.batches(8, 13)) for batch in pair]
+    assert_same(interleaved[::2], small_source().batches(3, 8))
+
+
+def test_the_seed_changes_order_and_views():
+    (first,), (second,) = small_source(seed=0).batches(0, 1), small_source(seed=1).batches(0, 1)
+    assert not torch.equal(first.sample_ids, second.sample_ids)
+
+
+def test_another_process_yields_the_same_batches():
+    script = (
+        "from stablekd_fast.data import TrainSource, open_dataset; import hashlib; d = open_dataset('digits');"
+        "s = TrainSource(d.train, d.augmentation, d.mean, d.std, batch_size=32, seed=1);"
+        "print(hashlib.sha256(b''.join(b.images.numpy().tobytes() for b in s.batches(50, 53))).hexdigest())"
+    )
+    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    digits = open_dataset("digits")
+    source = TrainSource(digits.train, digits.augmentation, digits.mean, digits.std, batch_size=32, seed=1)
+    here = b"".join(batch.images.numpy().tobytes() for batch in source.batches(50, 53))
+    assert there.strip() == hashlib.sha256(here).hexdigest()
+
+
+def test_resume_of_large_images(large_source, write_large_tree):
+    root = write_large_tree()
+    assert_same(large_source(root=root).batches(5, 8), list(large_source(root=root).batches(0, 8))[5:])
+
+
+def test_threads_change_nothing(large_source, write_large_tree):
+    root = write_large_tree()
+    assert_same(large_source(root=root, workers=3).batches(0, 7), large_source(root=root).batches(0, 7))
+
+
+def test_large_images_are_the_named_views(large_source):
+    source = large_source()
+    for batch in source.batches(2, 5):
+        assert batch.images.shape == (4, 3, 32, 32) and batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch.labels, batch.sample_ids // 5)
+        for image, sample in zip(batch.images, batch.sample_ids.numpy()):
+            picture = Image.open(source.split.paths[sample])
+            size = np.array([picture.height]), np.array([picture.width])
+            ((top, left, height, width),) = views.resized_crop_boxes(7, np.array([sample]), batch.view, *size).tolist()
+            crop = picture.crop((left, top, left + width, top + height)).resize((32, 32), Image.Resampling.BILINEAR)
+            (flip,) = views.view_flips(7, np.array([sample]), batch.view)
+            pixels = np.asarray(crop)
+            expected = normalised(pixels[:, ::-1] if flip else pixels)
+            torch.testing.assert_close(image.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_leaving_early_stops_the_threads(large_source):
+    before = threading.active_count()
+    batches = large_source(workers=2).batches(0, 1000)
+    next(batches)
+    batches.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_large_image_stops_with_its_name(large_source, write_large_tree, workers):
+    root = write_large_tree()
+    bad = root / "train" / "bee" / "2.JPEG"
+    bad.write_bytes(bad.read_bytes()[:800])
+    with pytest.raises(DataError, match="bee/2.JPEG.*truncated"):
+        list(large_source(root=root, workers=workers).batches(0, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_large_image_is_replaced_and_counted(large_source, write_large_tree, workers):
+    root = write_large_tree()
+    sound = list(large_source(root=root, batch_size=5).batches(0, 3))
+    bad = root / "train" / "bee" / "2.JPEG"
+    bad.write_bytes(b"")
+    source = large_source(root=root, batch_size=5, on_bad_image="skip", workers=workers)
+    batches = list(source.batches(0, 3))
+    assert source.split.skipped == [(bad, "the file is empty")]
+    ids, sound_ids = (torch.cat([batch.sample_ids for batch in part]) for part in (batches, sound))
+    # Sample 7 is the bad one; the next, 8, stands in for it and everything else stays.
+    assert torch.equal(ids, torch.where(sound_ids == 7, 8, sound_ids))
+    assert all(torch.equal(batch.labels, batch.sample_ids // 5) for batch in batches)
+    assert_same(source.batches(1, 3), batches[1:])
+
+
+def test_all_large_images_bad(large_source, write_large_tree):
+    root = write_large_tree()
+    source = large_source(root=root, on_bad_image="skip")
+    for path in source.split.paths:
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="None of 15 training images"):
+        next(source.batches(0, 1))
+
+
+def test_evaluation_shows_all_unchanged_in_order():
+    split = small_split().subset(13, seed=0)
+    batches = list(EvalSource(split, MEAN, STD, batch_size=5).batches())
+    assert [len(batch.labels) for batch in batches] == [5, 5, 3]
+    assert torch.equal(torch.cat([batch.sample_ids for batch in batches]), split.sample_ids)
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), split.labels)
+    images = torch.cat([batch.images for batch in batches])
+    expected = torch.stack([normalised(image.numpy()) for image in split.images])
+    torch.testing.assert_close(images.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_of_large_images(write_large_tree, workers):
+    split = open_dataset(write_large_tree(), image_size=56).test
+    batches = list(EvalSource(split, MEAN, STD, batch_size=4, workers=workers).batches())
+    assert [len(batch.labels) for batch in batches] == [4, 2]
+    assert torch.equal(torch.cat([batch.sample_ids for batch in batches]), torch.arange(6))
+    picture = Image.open(split.paths[0])
+    scale = 64 / min(picture.size)
+    width, height = (max(64, int(side * scale)) for side in picture.size)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    top, left = round((height - 56) / 2), round((width - 56) / 2)
+    expected = normalised(resized[top : top + 56, left : left + 56])
+    torch.testing.assert_close(batches[0].images[0].double(), expected, atol=1e-5, rtol=0)
+    (whole,) = EvalSource(split, MEAN, STD, batch_size=6, image_size=24).batches()
+    assert whole.images.shape == (6, 3, 24, 24)
+
+
+def test_evaluation_leaves_bad_large_images_out(write_large_tree):
+    root = write_large_tree()
+    bad = [root / "val" / "ant" / "0.JPEG", root / "val" / "ant" / "1.JPEG", root / "val" / "cat" / "0.JPEG"]
+    for path in bad:
+        path.write_bytes(b"")
+    split = open_dataset(root, image_size=32, on_bad_image="skip").test
+    batches = list(EvalSource(split, MEAN, STD, batch_size=2).batches())
+    assert [batch.sample_ids.tolist() for batch in batches] == [[2, 3], [5]]
+    assert [batch.labels.tolist() for batch in batches] == [[1, 1], [2]]
+    assert [path for path, _ in split.skipped] == bad
+
+
+def test_too_large_a_batch_says_what_to_do():
+    with pytest.raises(DataError, match="batch of 23 does not fit 22 .*at most 22"):
+        small_source(batch_size=23)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [(dict(batch_size=0), "batch size"), (dict(views=0), "views"), (dict(workers=-1), "workers")],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        small_source(**settings)
+
+
+def test_augmentation_and_normalisation_must_fit(write_large_tree):
+    large = open_dataset(write_large_tree()).train
+    with pytest.raises(ConfigError, match="Large images .*'resized_crop', got 'pad_crop'"):
+        TrainSource(large, PAD_CROP, MEAN, STD, batch_size=2, seed=0)
+    with pytest.raises(ConfigError, match="Small images .*'pad_crop', got 'resized_crop'"):
+        TrainSource(small_split(), Augmentation("resized_crop", flip=True, size=8), MEAN, STD, batch_size=2, seed=0)
+    with pytest.raises(ConfigError, match="std above 0"):
+        EvalSource(small_split(), MEAN, (0.2, 0.0, 0.2), batch_size=2)
+    assert EvalSource(open_dataset("digits").test, MEAN, STD, batch_size=2, image_size=8).image_size == 8
+    with pytest.raises(ConfigError, match="their own size, 5 x 6 pixels, got 8"):
+        EvalSource(small_split(), MEAN, STD, batch_size=2, image_size=8)
