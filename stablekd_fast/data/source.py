@@ -58,7 +58,7 @@ class TrainSource:
         _check_common(mean, std, batch_size, workers)
         _check_augmentation(split, augmentation)
         if views is not None and views < 1:
-            raise ConfigError(f"The number of views must be at least 1 (or none for a new view each epoch), got {views}.")
+            raise ConfigError(f"The number of views must be at least 1, or none for endless new views; got {views}.")
         if batch_size > len(split):
             raise DataError(
                 f"A batch of {batch_size} does not fit {len(split)} training images; "
