@@ -193,11 +193,7 @@ class Engine:
         for step in steps:
             bad = step.first_bad.item()
             if bad >= 0:
-                raise TrainingError(
-                    f"The loss of blocks {step.name} is not finite at step {self._entered_at + bad} "
-                    f"(stage {stage.stage.name}). Training stopped; the last good checkpoint is {self.checkpoint}. "
-                    "Lower the learning rate (--optimizer.lr) or lengthen its warm-up."
-                )
+                raise self._diverged(f"loss of blocks {step.name} is", self._entered_at + bad)
         names = [step.name for step in steps]
         for row in rows:
             if self.progress.merge:
@@ -231,9 +227,20 @@ class Engine:
             loss=metrics.loss,
         )
 
+    def _diverged(self, what: str, step: int) -> TrainingError:
+        stage = next(stage for stage in self.stages if step < stage.last)
+        return TrainingError(
+            f"The {what} not finite at step {step} (stage {stage.stage.name}). Training stopped; the last good "
+            f"checkpoint, if one was written, is {self.checkpoint}. Lower the learning rate (--optimizer.lr) or "
+            "lengthen its warm-up (--optimizer.warmup)."
+        )
+
     # Saving and resuming.
 
     def _save(self, steps: list[GroupStep]) -> None:
+        for step in steps:  # the last update may have broken what the last loss did not show yet
+            if not all(torch.isfinite(parameter).all() for parameter in step.parameters.values()):
+                raise self._diverged(f"weights of blocks {step.name} are", self.progress.step - 1)
         self._optimizer_state = {}
         for step in steps:
             self._optimizer_state |= optimizer_tensors("optimizer", step.parameters, step.optimizer)

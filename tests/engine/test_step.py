@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from stablekd_fast.objectives import objective
+from stablekd_fast.schedule import Optimizer
+from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+
+
+def objectives(align="all", **switches):
+    return Objectives(objective("feature", "mse"), objective("logits", "kd"), align, **switches)
+
+
+@pytest.fixture
+def parts(make):
+    distiller = make()
+    batch = next(iter(distiller.source.batches(0, 1)))
+    return distiller.paired, batch
+
+
+def test_a_decomposed_group_trains_its_own_blocks_only(parts):
+    paired, batch = parts
+    groups = [[0], [1], [2], [3]]
+    for group in groups:
+        before = {name: value.clone() for name, value in paired.student.named_parameters()}
+        inputs = StageInputs()
+        load_batch(inputs, paired, groups, objectives(), batch.images, batch.labels)
+        step = GroupStep(paired, group, objectives(), Optimizer(), inputs)
+        step.set_rates(0.01, 0.9)
+        step.run()
+        changed = {name for name, value in paired.student.named_parameters() if not torch.equal(value, before[name])}
+        assert changed == set(step.parameters)
+        assert changed
+
+
+def test_the_teacher_runs_only_as_far_as_it_is_read(parts):
+    paired, batch = parts
+    ran = []
+    for k, block in enumerate(paired.teacher_blocks):
+        block.register_forward_hook(lambda *_, k=k: ran.append(k))
+    load_batch(StageInputs(), paired, [[0], [1, 2, 3]], objectives("ends", use_teacher_logits=False), batch.images, batch.labels)
+    assert ran == [0]
+    ran.clear()
+    load_batch(StageInputs(), paired, [[0], [1], [2], [3]], objectives(), batch.images, batch.labels)
+    assert ran == [0, 1, 2, 3]
+
+
+def test_gradients_are_those_of_the_summed_loss(parts):
+    """Backward from given gradients equals autograd through the whole loss, in float64."""
+    paired, batch = parts
+    paired.student.double(), paired.teacher.double()
+    for block in paired.student_blocks:
+        block.train()
+    inputs, aims = StageInputs(), objectives()
+    load_batch(inputs, paired, [[0, 1, 2, 3]], aims, batch.images.double(), batch.labels)
+    step = GroupStep(paired, [0, 1, 2, 3], aims, Optimizer(), inputs)
+    outputs, gradients, _ = step.forward()
+    torch.autograd.backward(outputs, gradients)
+    got = {name: parameter.grad.clone() for name, parameter in step.parameters.items()}
+    paired.student.zero_grad()
+
+    x, loss = inputs["images"], 0.0
+    for k, block in enumerate(paired.student_blocks):
+        x = block(x)
+        if k < 3:
+            target = inputs[f"cut{k}"]
+            loss = loss + (x - target).pow(2).mean() / target.pow(2).mean()
+    teacher = torch.softmax(inputs["logits"] / 4, 1)
+    kl = (teacher * (teacher.log() - torch.log_softmax(x / 4, 1))).sum(1).mean() * 16
+    (loss + 0.1 * kl + torch.nn.functional.cross_entropy(x, inputs["labels"])).backward()
+    for name, parameter in step.parameters.items():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_the_learning_rate_is_read_from_a_tensor(parts):
+    paired, batch = parts
+    for settings in (Optimizer("sgd", momentum=0.0, weight_decay=0.0), Optimizer("adamw", weight_decay=0.0)):
+        inputs = StageInputs()
+        load_batch(inputs, paired, [[0]], objectives(), batch.images, batch.labels)
+        step = GroupStep(paired, [0], objectives(), settings, inputs)
+        before = [parameter.clone() for parameter in step.parameters.values()]
+        step.set_rates(0.0, 0.0)
+        step.run()
+        assert all(torch.equal(a, b) for a, b in zip(before, step.parameters.values()))
+        step.set_rates(0.1, 0.0)
+        step.run()
+        assert not all(torch.equal(a, b) for a, b in zip(before, step.parameters.values()))
