@@ -1,0 +1,26 @@
+"""Operators for distillation: mathematics, tensors in, tensors out.
+
+Each operator lives in a folder of its own: the public function with its schema, and `reference.py`, which says
+readably what is computed. They are registered with `torch.library` in the namespace `stablekd`, and torch's
+dispatcher chooses the implementation by device.
+"""
+
+if __name__ == "kernels":
+    raise ImportError(
+        "The operators were imported as top-level `kernels`, which would register them twice; "
+        "use `import stablekd_fast.kernels`."
+    )
+
+from stablekd_fast.kernels._registry import implementations
+from stablekd_fast.kernels.augment_batch import augment_batch
+from stablekd_fast.kernels.feature_mse import feature_mse, feature_mse_with_grad
+from stablekd_fast.kernels.kd_loss import kd_loss, kd_loss_with_grad
+
+__all__ = [
+    "augment_batch",
+    "feature_mse",
+    "feature_mse_with_grad",
+    "implementations",
+    "kd_loss",
+    "kd_loss_with_grad",
+]

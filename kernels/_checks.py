@@ -1,0 +1,35 @@
+"""The error for unusable operands, and helpers that several operators share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.errors import StableKDError
+
+
+class OperandError(StableKDError, ValueError):
+    """A tensor or number that an operator cannot take."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise OperandError(message)
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype and shape, as they appear in messages: `float32 [8, 10]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that an operator computes in: float64 stays, everything else is at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def laid_out_like(value: Tensor, model: Tensor) -> Tensor:
+    """`value` in the dtype and memory format of `model`, copied only where they differ."""
+    out = torch.empty_like(model)
+    if value.dtype == out.dtype and value.stride() == out.stride():
+        return value
+    return out.copy_(value)

@@ -1,0 +1,93 @@
+"""Pad, crop, flip and normalise a batch picked from resident images, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._registry import define
+from stablekd_fast.kernels.augment_batch import reference
+
+
+def augment_batch(
+    images: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    *,
+    padding: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+) -> Tensor:
+    """Training batch `[N, C, H, W]` in `dtype` out of uint8 `images` `[M, H, W, C]`.
+
+    Sample n is image `rows[n]` (int64 `[N]`), padded with `padding` zero pixels on all sides, cropped to H x W at
+    `offsets[n]` (int64 `[N, 2]`: top, left in the padded image, each in 0..2*padding), mirrored left to right where
+    `flips[n]` (bool `[N]`), divided by 255, and normalised per channel to (x - mean) / std. Padding is zero *before*
+    it is normalised, as if the border were black. All tensors lie on one device; arithmetic is float32 (float64 for
+    a float64 `dtype`), rounded to `dtype` once. `channels_last` chooses the memory format.
+
+    Raises OperandError for shapes, dtypes, rows or offsets that do not fit.
+    """
+    _check(images, rows, offsets, flips, padding, mean, std, dtype)
+    return torch.ops.stablekd.augment_batch(
+        images, rows, offsets, flips, padding, list(mean), list(std), dtype, channels_last
+    )
+
+
+def _check(
+    images: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    padding: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> None:
+    require(
+        images.dtype == torch.uint8 and images.dim() == 4,
+        f"images is {describe(images)}; it must be uint8 [M, H, W, C].",
+    )
+    count, channels = rows.shape[0] if rows.dim() else 0, images.shape[3]
+    for name, tensor, kind, shape in (
+        ("rows", rows, torch.int64, [count]),
+        ("offsets", offsets, torch.int64, [count, 2]),
+        ("flips", flips, torch.bool, [count]),
+    ):
+        require(
+            tensor.dtype == kind and list(tensor.shape) == shape,
+            f"{name} is {describe(tensor)}; it must be {str(kind).removeprefix('torch.')} {shape}.",
+        )
+        require(
+            tensor.device == images.device,
+            f"{name} is on {tensor.device} but images on {images.device}; move it there first.",
+        )
+    require(padding >= 0, f"padding={padding} was given; it must not be negative.")
+    require(
+        len(mean) == len(std) == channels,
+        f"mean has {len(mean)} and std {len(std)} values; images with {channels} channels need {channels} each.",
+    )
+    require(all(value > 0 for value in std), f"std={list(std)} was given; every value must be greater than 0.")
+    require(dtype.is_floating_point, f"dtype={dtype} was given; it must be a floating point type.")
+
+
+def _fake(images, rows, offsets, flips, padding, mean, std, dtype, channels_last):
+    _, height, width, channels = images.shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (rows.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
+
+
+define(
+    "augment_batch",
+    "(Tensor images, Tensor rows, Tensor offsets, Tensor flips, int padding, float[] mean, float[] std, "
+    "ScalarType dtype, bool channels_last) -> Tensor",
+    reference.augment_batch,
+    _fake,
+)
