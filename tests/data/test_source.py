@@ -1,4 +1,3 @@
-import hashlib
 import subprocess
 import sys
 import threading
@@ -104,17 +103,24 @@ def test_the_seed_changes_order_and_views():
     assert not torch.equal(first.sample_ids, second.sample_ids)
 
 
-def test_another_process_yields_the_same_batches():
-    script = (
-        "from stablekd_fast.data import TrainSource, open_dataset; import hashlib; d = open_dataset('digits');"
-        "s = TrainSource(d.train, d.augmentation, d.mean, d.std, batch_size=32, seed=1);"
-        "print(hashlib.sha256(b''.join(b.images.numpy().tobytes() for b in s.batches(50, 53))).hexdigest())"
-    )
-    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    digits = open_dataset("digits")
-    source = TrainSource(digits.train, digits.augmentation, digits.mean, digits.std, batch_size=32, seed=1)
-    here = b"".join(batch.images.numpy().tobytes() for batch in source.batches(50, 53))
-    assert there.strip() == hashlib.sha256(here).hexdigest()
+PRINT_A_HASH = """
+import hashlib
+from stablekd_fast.data import TrainSource, open_dataset
+digits = open_dataset("digits")
+rest, held_out = digits.train.holdout(100, seed=3)
+hashed = hashlib.sha256(held_out.sample_ids.numpy().tobytes())
+split = rest.subset(400, seed=8)
+source = TrainSource(split, digits.augmentation, digits.mean, digits.std, batch_size=32, seed=1)
+for batch in source.batches(50, 53):
+    hashed.update(batch.sample_ids.numpy().tobytes() + batch.images.numpy().tobytes())
+print(hashed.hexdigest())
+"""
+
+
+def test_another_process_takes_the_same_subsets_and_batches(capsys):
+    there = subprocess.run([sys.executable, "-c", PRINT_A_HASH], capture_output=True, text=True, check=True).stdout
+    exec(PRINT_A_HASH, {})
+    assert len(there) == 65 and capsys.readouterr().out == there
 
 
 def test_resume_of_large_images(large_source, write_large_tree):

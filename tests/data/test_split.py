@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -80,17 +77,6 @@ def test_holdout_is_disjoint_complete_and_balanced():
 def test_impossible_holdouts_are_refused(count):
     with pytest.raises(DataError, match=f"hold out {count} of 12"):
         make_split([5, 7]).holdout(count, seed=0)
-
-
-def test_another_process_takes_the_same_subset():
-    script = (
-        "from stablekd_fast.data import open_dataset;"
-        "rest, held = open_dataset('digits').train.holdout(100, 3);"
-        "print(rest.subset(50, 8).sample_ids.tolist(), held.sample_ids.tolist())"
-    )
-    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    rest, held_out = open_dataset("digits").train.holdout(100, 3)
-    assert there.strip() == f"{rest.subset(50, 8).sample_ids.tolist()} {held_out.sample_ids.tolist()}"
 
 
 def test_large_images_are_not_given_out_as_an_array(write_large_tree):
