@@ -49,6 +49,12 @@ def test_seed_decides_the_subset():
     assert len(set(first) & set(other)) < 25
 
 
+def test_smaller_subsets_of_one_seed_lie_within_larger_ones():
+    whole = make_split([100, 100])
+    direct, by_steps = whole.subset(20, seed=3), whole.subset(50, seed=3).subset(20, seed=3)
+    assert torch.equal(direct.sample_ids, by_steps.sample_ids)
+
+
 def test_subset_of_everything_is_everything():
     whole = make_split([5, 7])
     assert torch.equal(whole.subset(1.0, seed=0).sample_ids, whole.sample_ids)
