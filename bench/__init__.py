@@ -1,0 +1,1 @@
+"""Measurements. Installed as `stablekd_fast.bench`."""

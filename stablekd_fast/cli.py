@@ -62,7 +62,7 @@ def _distill(options) -> int:
 
 
 def _evaluate(options) -> int:
-    from stablekd_fast.distiller import evaluate_file
+    from stablekd_fast.evaluate import evaluate_file
 
     metrics = evaluate_file(
         Path(options.weights), model=options.model, data=options.data, split=options.split, device=options.device

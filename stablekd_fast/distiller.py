@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from stablekd_fast import models
+from stablekd_fast.assemble import copy_head, eval_source, pick_device, placed, split_training_images, train_source
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.checkpoint import save_tensors
 from stablekd_fast.config import DistillConfig, identity
-from stablekd_fast.data import Dataset, EvalSource, Split, TrainSource, open_dataset
+from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.engine import Engine
 from stablekd_fast.errors import ConfigError, ModelError
 from stablekd_fast.evaluate import evaluate
@@ -66,17 +67,8 @@ class Distiller:
             config.data, image_size=config.image_size, on_bad_image=config.on_bad_image
         )
         train, held_out = split_training_images(self.dataset, config)
-        self.source = TrainSource(
-            train,
-            self.dataset.augmentation,
-            self.dataset.mean,
-            self.dataset.std,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            views=config.views,
-            workers=config.workers,
-        )
-        self.validation = self._eval_source(held_out) if held_out is not None else None
+        self.source = train_source(self.dataset, train, config)
+        self.validation = eval_source(self.dataset, held_out, config) if held_out is not None else None
         torch.manual_seed(config.seed)
         self.paired = self._pair(teacher, student)
 
@@ -105,7 +97,7 @@ class Distiller:
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
         student = engine.composed_student()
-        metrics = evaluate(student, self._eval_source(self.dataset.test).batches(), engine.to_device)
+        metrics = evaluate(student, eval_source(self.dataset, self.dataset.test, self.config).batches(), engine.to_device)
         engine.emit_evaluation("test", metrics)
         save_tensors(
             out / "student.safetensors",
@@ -164,11 +156,11 @@ class Distiller:
             if config.student_weights:
                 models.load_weights(student, config.student_weights)
         if config.method == "ce":
-            student = self._placed(student)
+            student = placed(student, self.device)
             return PairedBlocks(student, student, [student], [student], [], [], [0], [0])
         if teacher is None:
             teacher = self._named_teacher(classes, size)
-        teacher, student = self._placed(teacher).eval(), self._placed(student)
+        teacher, student = placed(teacher, self.device).eval(), placed(student, self.device)
         example = example.to(self.device)
         with torch.no_grad():
             width = teacher(example[:2]).shape[-1]
@@ -192,18 +184,6 @@ class Distiller:
         teacher = models.build(self.config.teacher, classes, size)
         models.load_weights(teacher, self.config.teacher_weights)
         return teacher
-
-    def _placed(self, model: nn.Module) -> nn.Module:
-        return model.to(self.device).to(memory_format=torch.channels_last)
-
-    def _eval_source(self, split: Split) -> EvalSource:
-        return EvalSource(
-            split,
-            self.dataset.mean,
-            self.dataset.std,
-            batch_size=self.config.batch_size * 2,
-            image_size=self.config.image_size,
-        )
 
     def _emit_start(self, recorder: Recorder, engine: Engine) -> None:
         recorder.emit(
@@ -236,42 +216,3 @@ def distill(config: DistillConfig | None = None, *, progress: bool = True, **set
     if config is not None and settings:
         raise ConfigError(f"Both a config and the settings {sorted(settings)} were given; give one of the two.")
     return Distiller(config or DistillConfig(**settings), **parts).run(progress=progress)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used ({error}); choose cpu, cuda or auto.") from error
-    return device
-
-
-def split_training_images(dataset: Dataset, config: DistillConfig) -> tuple[Split, Split | None]:
-    """The images to train on and those held out for the live metric (None if there are none).
-
-    The held-out images are taken first, so that they are the same for every subset.
-    """
-    train, held_out = dataset.train, None
-    count = round(config.validation * len(train)) if config.validation < 1 else round(config.validation)
-    if count:
-        train, held_out = train.holdout(count, config.subset_seed)
-    if config.subset is not None:
-        size = config.subset if config.subset <= 1 else int(config.subset)
-        train = train.subset(size, config.subset_seed)
-    return train, held_out
-
-
-def copy_head(paired: PairedBlocks) -> bool:
-    """Start the student's last block from the teacher's if all shapes agree; says whether it did."""
-    theirs = list(paired.teacher_blocks[-1].state_dict().values())
-    ours = list(paired.student_blocks[-1].state_dict().values())
-    if [tensor.shape for tensor in theirs] != [tensor.shape for tensor in ours]:
-        return False
-    with torch.no_grad():
-        for mine, other in zip(ours, theirs):
-            mine.copy_(other)
-    return True

@@ -5,11 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from stablekd_fast.data import Batch
+from stablekd_fast import models
+from stablekd_fast.assemble import eval_source, pick_device, placed, split_training_images, train_source
+from stablekd_fast.checkpoint import load_tensors
+from stablekd_fast.config import DistillConfig
+from stablekd_fast.data import Batch, open_dataset
+from stablekd_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -60,3 +66,40 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], to_device: Callable[[Te
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         count += len(labels)
     return Metrics(correct / count, correct5 / count, loss / count, count)
+
+
+def evaluate_file(
+    path: Path, *, model: str | None = None, data: str | None = None, split: str = "test", device: str = "auto"
+) -> Metrics:
+    """Top-1, top-5 and cross entropy of a student, a checkpoint, or a weights file.
+
+    Model and data set are those of the run that wrote the file, unless given; files from elsewhere need both. The
+    batch-norm statistics of a checkpoint are re-estimated, as at the end of a run.
+    Raises ConfigError, ModelError, DataError or CheckpointError if something is missing or does not fit.
+    """
+    tensors, metadata = load_tensors(path) if path.suffix == ".safetensors" else ({}, {})
+    run = metadata.get("identity")
+    model = model or metadata.get("student") or (run and run["student"])
+    data = data or metadata.get("data") or (run and run["data"])
+    if not model or not data:
+        raise ConfigError(f"{path} does not say which model and data set it belongs to; pass --model and --data.")
+    target = pick_device(device)
+    config = DistillConfig(data=data, student=model)
+    if run:
+        kept = ("subset", "subset_seed", "validation", "batch_size", "image_size", "seed", "views", "bn_batches")
+        config = DistillConfig(data=data, student=model, **{name: run[name] for name in kept})
+    dataset = open_dataset(data, image_size=config.image_size)
+    images = eval_source(dataset, getattr(dataset, split), config)
+    size = next(iter(images.batches())).images.shape[-1]
+    network = models.build(model, len(dataset.classes), size)
+    if run:
+        student = {name.removeprefix("student/"): t for name, t in tensors.items() if name.startswith("student/")}
+        network.load_state_dict(student)
+    else:
+        models.load_weights(network, path)
+    network = placed(network, target).eval()
+    if run:
+        source = train_source(dataset, split_training_images(dataset, config)[0], config)
+        batches = source.batches(0, min(config.bn_batches, source.steps_per_epoch))
+        network = with_fresh_batch_norm(network, batches, lambda tensor: tensor.to(target))
+    return evaluate(network, images.batches(), lambda tensor: tensor.to(target))

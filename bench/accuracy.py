@@ -1,0 +1,177 @@
+"""Accuracy of the methods under one budget: tuned on held-out training images, tested once, several seeds.
+
+    python -m stablekd_fast.bench.accuracy tune --data CIFAR --teacher-weights FILE --out DIR
+    python -m stablekd_fast.bench.accuracy test --data CIFAR --teacher-weights FILE --out DIR
+
+`tune` trains every candidate setting of every method with one seed and keeps the one with the best accuracy on
+held-out training images; `test` trains the chosen settings with several seeds and evaluates each last checkpoint on
+the test split once. Interrupted, both go on where they stopped. Two commands side by side share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stablekd_fast.config import DistillConfig
+from stablekd_fast.distiller import Distiller
+from stablekd_fast.report import read_events, read_results, summarise, write_report, write_results
+from stablekd_fast.schedule import Optimizer
+
+KL_ONLY = {"logits_options": {"kl_weight": 1.0, "ce_weight": 0.0}}
+SGD = {"name": "sgd", "weight_decay": 5e-4, "nesterov": True}
+
+CANDIDATES: dict[str, dict[str, dict]] = {
+    "ce": {
+        "adamw-0.01": {"optimizer": {"lr": 0.01}},
+        "sgd-0.1": {"optimizer": {**SGD, "lr": 0.1}},
+    },
+    "kd": {
+        "adamw-0.01": {"optimizer": {"lr": 0.01}},
+        "adamw-0.01-kl": {"optimizer": {"lr": 0.01}, **KL_ONLY},
+    },
+    "kd+features": {
+        "adamw-0.01": {"optimizer": {"lr": 0.01}},
+        "adamw-0.01-features-5": {"optimizer": {"lr": 0.01}, "feature_options": {"weight": 5.0}},
+    },
+    "blocks": {"adamw-0.01": {"optimizer": {"lr": 0.01}}},
+    "stablekd": {"adamw-0.01": {"optimizer": {"lr": 0.01}}},
+}
+"""At most six settings per method."""
+
+
+class RememberedTeacher:
+    """The teacher's outputs kept on disk, bit for bit, by the content of the images.
+
+    Every run with one seed sees the same batches, so a campaign runs the teacher once per seed.
+    """
+
+    def __init__(self, distiller: Distiller, folder: Path) -> None:
+        self.live, self.folder = distiller.paired.teacher_outputs, folder
+        self.count = len(distiller.paired)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, images: Tensor, count: int | None = None) -> list[Tensor]:
+        if count == 0:
+            return []
+        content = images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy()
+        path = self.folder / f"{hashlib.blake2b(content.data, digest_size=16).hexdigest()}.safetensors"
+        if not path.exists():
+            outputs = self.live(images)
+            rows = {str(k): out.movedim(1, -1).contiguous() for k, out in enumerate(outputs)}
+            temporary = path.with_suffix(f".{id(self)}.tmp")
+            save_file(rows, temporary)
+            temporary.replace(path)
+        rows = load_file(path)
+        return [rows[str(k)].movedim(-1, 1) for k in range(self.count)][:count]
+
+
+def run_one(arguments, method: str, name: str, settings: dict, seed: int, out: Path) -> dict | None:
+    """Train one setting unless it is done or another process is at it; returns its row."""
+    with claimed(out) as mine:
+        if not mine:
+            return None
+        if (out / "results.json").exists():
+            return read_results(out / "results.json")["runs"][0]
+        optimizer = Optimizer(**settings["optimizer"])
+        config = DistillConfig(
+            **{**settings, "optimizer": optimizer},
+            method=method,
+            data=arguments.data,
+            teacher=arguments.teacher,
+            teacher_weights=arguments.teacher_weights,
+            student=arguments.student,
+            subset=arguments.subset,
+            validation=arguments.validation,
+            epochs=arguments.epochs,
+            seed=seed,
+            out=str(out),
+            resume=(out / "checkpoint.safetensors").exists(),
+        )
+        distiller = Distiller(config)
+        if method != "ce" and arguments.remember:
+            distiller.paired.teacher_outputs = RememberedTeacher(distiller, Path(arguments.remember))
+        distiller.run(progress=False)
+        return read_results(out / "results.json")["runs"][0]
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[bool]:
+    """Whether this process holds the run `out`; a process that dies lets go."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "claim", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def tune(arguments) -> None:
+    """Train every candidate once and write which is best on the held-out images."""
+    rows = []
+    for method, candidates in CANDIDATES.items():
+        for name, settings in candidates.items():
+            out = Path(arguments.out) / "tune" / method / name
+            run_one(arguments, method, name, settings, 0, out)
+            if (out / "results.json").exists():
+                held_out = [e for e in read_events(out) if e["kind"] == "evaluate" and e["split"] == "validation"]
+                rows.append({"method": method, "setting": name, "held_out_accuracy": held_out[-1]["accuracy"]})
+    chosen = {}
+    for row in sorted(rows, key=lambda row: row["held_out_accuracy"]):
+        chosen[row["method"]] = row["setting"]
+    text = json.dumps({"rows": rows, "chosen": chosen, "candidates": CANDIDATES}, indent=1)
+    (Path(arguments.out) / "tuning.json").write_text(text)
+    print(text)
+
+
+def test(arguments) -> None:
+    """Train the chosen settings with several seeds; write results and report."""
+    chosen = json.loads((Path(arguments.out) / "tuning.json").read_text())["chosen"]
+    runs, events = [], {}
+    for seed in range(arguments.seeds):
+        for method in arguments.methods or CANDIDATES:
+            out = Path(arguments.out) / "test" / f"{method}-{seed}"
+            row = run_one(arguments, method, chosen[method], CANDIDATES[method][chosen[method]], seed, out)
+            if row:
+                runs.append({**row, "setting": chosen[method]})
+                events[f"{method}, seed {seed}"] = read_events(out)
+    write_results(Path(arguments.out) / "results.json", runs)
+    write_report(Path(arguments.out) / "report.html", runs, events, "Methods compared under one budget")
+    for row in summarise(runs):
+        print(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["tune", "test"])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--teacher", default="resnet56")
+    parser.add_argument("--teacher-weights", required=True)
+    parser.add_argument("--student", default="resnet20")
+    parser.add_argument("--subset", type=float, default=10_000)
+    parser.add_argument("--validation", type=float, default=2_000)
+    parser.add_argument("--epochs", type=float, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--remember", help="directory in which to keep the teacher's outputs between runs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    {"tune": tune, "test": test}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Parts of a run made from its settings: device, images to train on and to hold out, sources of batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.config import DistillConfig
+from stablekd_fast.data import Dataset, EvalSource, Split, TrainSource
+from stablekd_fast.errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used ({error}); choose cpu, cuda or auto.") from error
+    return device
+
+
+def split_training_images(dataset: Dataset, config: DistillConfig) -> tuple[Split, Split | None]:
+    """The images to train on and those held out for the live metric (None if there are none).
+
+    The held-out images are taken first, so that they are the same for every subset.
+    """
+    train, held_out = dataset.train, None
+    count = round(config.validation * len(train)) if config.validation < 1 else round(config.validation)
+    if count:
+        train, held_out = train.holdout(count, config.subset_seed)
+    if config.subset is not None:
+        size = config.subset if config.subset <= 1 else int(config.subset)
+        train = train.subset(size, config.subset_seed)
+    return train, held_out
+
+
+def train_source(dataset: Dataset, split: Split, config: DistillConfig) -> TrainSource:
+    return TrainSource(
+        split,
+        dataset.augmentation,
+        dataset.mean,
+        dataset.std,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        views=config.views,
+        workers=config.workers,
+    )
+
+
+def eval_source(dataset: Dataset, split: Split, config: DistillConfig) -> EvalSource:
+    return EvalSource(
+        split, dataset.mean, dataset.std, batch_size=config.batch_size * 2, image_size=config.image_size
+    )
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """On the device, convolution weights in channels-last memory."""
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def copy_head(paired: PairedBlocks) -> bool:
+    """Start the student's last block from the teacher's if all shapes agree; says whether it did."""
+    theirs = list(paired.teacher_blocks[-1].state_dict().values())
+    ours = list(paired.student_blocks[-1].state_dict().values())
+    if [tensor.shape for tensor in theirs] != [tensor.shape for tensor in ours]:
+        return False
+    with torch.no_grad():
+        for mine, other in zip(ours, theirs):
+            mine.copy_(other)
+    return True

@@ -1,0 +1,145 @@
+"""Killed with SIGKILL at any step, a resumed run ends with the same bits as one that was not killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from stablekd_fast.checkpoint import load_tensors, save_tensors
+from stablekd_fast.errors import CheckpointError, TrainingError
+
+RUN = """
+import sys, torch
+torch.set_num_threads(1)
+from tests_engine_conftest import small_net
+from stablekd_fast.config import DistillConfig
+from stablekd_fast.data import open_dataset
+from stablekd_fast.distiller import Distiller
+from stablekd_fast.schedule import Optimizer
+
+out, resume = sys.argv[1], sys.argv[2] == "resume"
+config = DistillConfig(
+    out=out, resume=resume, epochs=6.0, subset=320, validation=40, batch_size=32, log_every=1, bn_batches=2,
+    cuts=["0", "1", "2"], checkpoint_every=7, device="cpu", bridge="pca",
+)
+Distiller(config, teacher=small_net(6, 1), student=small_net(2, 2), dataset=open_dataset("digits")).run(progress=False)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    module = tmp_path / "tests_engine_conftest.py"
+    module.write_text((Path(__file__).parent / "conftest.py").read_text())
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+
+    def start(out: Path, mode: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, str(script), str(out), mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+        )
+
+    return start
+
+
+def steps_logged(out: Path) -> int:
+    path = out / "events.jsonl"
+    if not path.exists():
+        return 0
+    steps = [0]
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        event = json.loads(line)
+        if event["kind"] == "train":
+            steps.append(event["step"])
+    return steps[-1]
+
+
+def kill_after(process: subprocess.Popen, out: Path, step: int) -> None:
+    deadline = time.monotonic() + 90
+    while steps_logged(out) < step:
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_bits(launch, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    undisturbed = launch(whole, "start")
+    kill_after(launch(broken, "start"), broken, 10)  # decomposed
+    kill_after(launch(broken, "resume"), broken, 33)  # after the first merge
+    kill_after(launch(broken, "resume"), broken, 52)  # end to end
+    last = launch(broken, "resume")
+    for process in (undisturbed, last):
+        assert process.wait(timeout=120) == 0, process.stderr.read().decode()
+
+    for name in ("checkpoint.safetensors", "student.safetensors"):
+        a, b = load_tensors(whole / name)[0], load_tensors(broken / name)[0]
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    train = [
+        {e["step"]: e["losses"] for e in map(json.loads, (out / "events.jsonl").open()) if e["kind"] == "train"}
+        for out in (whole, broken)
+    ]
+    assert train[0] == train[1]
+    merges = [
+        [e for e in map(json.loads, (out / "events.jsonl").open()) if e["kind"] == "merge"] for out in (whole, broken)
+    ]
+    for merge in merges[0] + merges[1]:
+        del merge["time"]
+    assert merges[0] == merges[1] and len(merges[0]) == 2
+    assert not list(broken.glob(".*.tmp"))
+
+
+def test_a_resume_with_other_settings_is_refused_with_the_difference(make):
+    make(epochs=1.0).run(progress=False)
+    with pytest.raises(CheckpointError, match="seed: was 0, is 1"):
+        make(epochs=1.0, seed=1, resume=True).run(progress=False)
+
+
+def test_resuming_nothing_and_starting_over_are_refused(make):
+    with pytest.raises(CheckpointError, match="no checkpoint.*without --resume"):
+        make(resume=True).run(progress=False)
+    make(epochs=1.0).run(progress=False)
+    with pytest.raises(Exception, match="already holds a run.*--resume"):
+        make(epochs=1.0).run(progress=False)
+
+
+def test_a_damaged_checkpoint_is_named(make):
+    distiller = make(epochs=1.0)
+    distiller.run(progress=False)
+    path = Path(distiller.config.out) / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="checkpoint.safetensors cannot be read.*damaged"):
+        make(epochs=1.0, resume=True).run(progress=False)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """The file-size limit of a real process stands for the full disk: the write fails half way."""
+    path = tmp_path / "state.safetensors"
+    save_tensors(path, {"a": torch.ones(4)}, {})
+    script = f"""
+import resource, signal, torch
+from pathlib import Path
+from stablekd_fast.checkpoint import save_tensors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+save_tensors(Path({str(path)!r}), {{"a": torch.zeros(100_000)}}, {{}})
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode != 0
+    assert "TrainingError" in process.stderr and "free some space" in process.stderr
+    assert load_tensors(path)[0]["a"].eq(1).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_writing_into_a_file_s_place_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="choose another --out"):
+        save_tensors(tmp_path / "file" / "state.safetensors", {"a": torch.ones(1)}, {})
