@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.kernels._checks import describe, require
-from stablekd_fast.kernels._registry import define
-from stablekd_fast.kernels.augment_batch import reference
+from stablekd_fast.kernels._registry import define, register_native
+from stablekd_fast.kernels.augment_batch import cpu_impl, reference
 
 
 def augment_batch(
@@ -36,7 +36,7 @@ def augment_batch(
     """
     _check(images, rows, offsets, flips, padding, mean, std, dtype)
     return torch.ops.stablekd.augment_batch(
-        images, rows, offsets, flips, padding, list(mean), list(std), dtype, channels_last
+        images, rows, offsets, flips, padding, [float(value) for value in mean], [float(value) for value in std], dtype, channels_last
     )
 
 
@@ -91,3 +91,4 @@ define(
     reference.augment_batch,
     _fake,
 )
+register_native("augment_batch", cpu_impl.augment_batch)

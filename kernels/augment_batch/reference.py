@@ -36,7 +36,9 @@ def augment_batch(
     ]
     wide = accumulator(dtype)
     centre, spread = (torch.tensor(values, dtype=wide, device=images.device) for values in (mean, std))
-    normalised = (crops.to(wide) / 255 - centre) / spread
+    # A Python 255 would be a multiplication by 1/255 on some devices, which rounds differently.
+    white = torch.tensor(255, dtype=wide, device=images.device)
+    normalised = (crops.to(wide) / white - centre) / spread
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty((len(rows), channels, height, width), dtype=dtype, device=images.device, memory_format=layout)
     return out.copy_(normalised.permute(0, 3, 1, 2))
