@@ -1,0 +1,39 @@
+"""Colours of the report: pairs for light and dark pages, told apart by colour-blind readers."""
+
+from __future__ import annotations
+
+METHODS = (
+    # (on light, on dark): Okabe and Ito's hues ("Color Universal Design", 2008), set darker or lighter for contrast.
+    ("#0067a8", "#56b4e9"),
+    ("#c84e00", "#ff8c42"),
+    ("#00805c", "#2fd0a0"),
+    ("#a8407f", "#e79ac7"),
+    ("#7a6300", "#e6cf3a"),
+    ("#444444", "#bdbdbd"),
+)
+
+BLOCK_RAMP = (("#35307f", "#20708e", "#1f8f63", "#9a8a00"), ("#9d97f0", "#4fb8d8", "#52d69a", "#f0e04a"))
+"""Ends and knots of the ramp for blocks, which have an order: on light, on dark."""
+
+
+def method_colours(count: int) -> list[tuple[str, str]]:
+    """A pair (on light, on dark) for each method; they repeat after the sixth."""
+    return [METHODS[i % len(METHODS)] for i in range(count)]
+
+
+def block_colours(count: int) -> list[tuple[str, str]]:
+    """A pair (on light, on dark) for each block, along a ramp from first to last."""
+    return [tuple(_along(ramp, i / max(count - 1, 1)) for ramp in BLOCK_RAMP) for i in range(count)]
+
+
+def _along(ramp: tuple[str, ...], position: float) -> str:
+    """The colour at `position` (0 to 1), linear between the ramp's knots."""
+    place = position * (len(ramp) - 1)
+    low = min(int(place), len(ramp) - 2)
+    share = place - low
+    channels = zip(_channels(ramp[low]), _channels(ramp[low + 1]))
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in channels)
+
+
+def _channels(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

@@ -1,0 +1,167 @@
+"""The report's plots as SVG elements whose colours are CSS variables, so that one plot serves light and dark pages.
+
+A series is drawn in a stand-in colour (`series(3)` is #000004) that becomes `var(--method-3)` or `var(--block-3)`.
+Everything drawn in black becomes `currentColor`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import statistics
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+
+from stablekd_fast.report.history import History
+
+WIDTH = 9.0
+"""Inches; the page scales the plot to its column."""
+GRID = "#0000ff"
+STYLE = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "text.parse_math": False,  # a method's name is no formula
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+}
+
+
+def series(index: int) -> str:
+    """The stand-in colour of a series; there are 200 of them."""
+    return f"#0000{index % 200 + 1:02x}"
+
+
+def accuracy_dots(accuracies: dict[str, list[float]]) -> str:
+    """Test accuracy of every run by method: a dot per run, a bar at the mean, a line of one standard deviation."""
+    with _style():
+        figure, axes = _figure(0.75 + 0.36 * len(accuracies))
+        for row, values in enumerate(accuracies.values()):
+            colour, mean = series(row), statistics.fmean(values)
+            if len(values) > 1:
+                spread = statistics.stdev(values)
+                axes.plot([mean - spread, mean + spread], [row, row], color=colour, linewidth=2.2, alpha=0.55)
+            axes.plot([mean, mean], [row - 0.27, row + 0.27], color=colour, linewidth=2.8)
+            axes.plot(values, [row] * len(values), "o", color=colour, markersize=6, alpha=0.7, markeredgewidth=0)
+        axes.set_yticks(range(len(accuracies)), list(accuracies))
+        axes.set_ylim(len(accuracies) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.08)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("accuracy on the test split")
+        return _svg(figure, "dots", "method")
+
+
+def accuracy_curves(histories: list[History], methods: list[str], split: str) -> str:
+    """Accuracy over epochs: a thin line per run, a bold one for each method's mean, dashed lines at its merges."""
+    with _style():
+        figure, axes = _figure(4.2)
+        for index, method in enumerate(methods):
+            colour = series(index)
+            own = [history for history in histories if history.method == method]
+            for epoch in sorted({epoch for history in own for epoch in history.merge_epochs()}):
+                axes.axvline(epoch, color=colour, linewidth=1.1, linestyle=(0, (5, 4)), alpha=0.75)
+            curves = [history.accuracy(split) for history in own if history.accuracy(split)]
+            for curve in curves:
+                _line(axes, curve, color=colour, linewidth=0.9, alpha=0.5)
+            mean = mean_curve(curves)
+            _line(axes, mean, color=colour, linewidth=2.6, marker="o" if len(mean) < 2 else None)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlim(left=0)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(f"{split} accuracy")
+        return _svg(figure, "accuracy", "method")
+
+
+def mean_curve(curves: list[list[tuple[float, float | None]]]) -> list[tuple[float, float]]:
+    """Mean over runs at the epochs that all of them have, so that no run joins or leaves the mean on the way."""
+    by_epoch = [{round(epoch, 6): value for epoch, value in curve if value is not None} for curve in curves]
+    shared = set.intersection(*map(set, by_epoch)) if by_epoch else set()
+    return [(epoch, statistics.fmean(values[epoch] for values in by_epoch)) for epoch in sorted(shared)]
+
+
+def loss_curves(history: History) -> str:
+    """Loss of every group over epochs, in the colour of the group's last block; dashed lines and names for stages."""
+    curves = history.losses()
+    with _style():
+        figure, axes = _figure(4.4)
+        for (_, group), curve in curves.items():
+            _line(axes, curve, color=series(last_block(group)), linewidth=1.8)
+        if all(loss > 0 for curve in curves.values() for _, loss in curve if loss is not None):
+            _logarithmic(axes)
+        axes.set_xlim(left=0)
+        _mark_stages(axes, history)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("training loss")
+        return _svg(figure, "loss", "block")
+
+
+def last_block(group: str) -> int:
+    """Index from 0 of the last block of a group called like `1+2`; 0 for a group called otherwise."""
+    digits = re.findall(r"\d+", group)
+    return int(digits[-1]) - 1 if digits else 0
+
+
+def _mark_stages(axes: Axes, history: History) -> None:
+    for epoch in history.merge_epochs():
+        axes.axvline(epoch, color="black", linewidth=1.0, linestyle=(0, (5, 4)), alpha=0.6)
+    for stage in history.stages:
+        if len(stage["name"]) <= 40:  # longer names would run into each other
+            middle = (stage["first_step"] + stage["last_step"]) / 2 / history.steps_per_epoch
+            if middle <= axes.get_xlim()[1]:
+                axes.annotate(
+                    stage["name"], (middle, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 5),
+                    textcoords="offset points", ha="center", va="bottom",
+                )  # fmt: skip
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _line(axes: Axes, points: list[tuple[float, float | None]], **style) -> None:
+    values = [math.nan if value is None else value for _, value in points]
+    axes.plot([epoch for epoch, _ in points], values, **style)
+
+
+def _style():
+    """matplotlib's defaults with our style on top, whatever the process uses elsewhere; undone on leaving."""
+    return matplotlib.rc_context({**_defaults(), **STYLE})
+
+
+def _defaults() -> dict:
+    # A backend in the settings would be switched to; deprecated keys would warn.
+    return {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure((WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure, name: str, family: str) -> str:
+    """An `<svg>` element for a page: ids carry `name`, as all of a page share them; colours are `var(--family-i)`."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = text.replace(GRID, "var(--grid)").replace("#000000", "currentColor")
+    return re.sub(r"#0000([0-9a-f]{2})\b", lambda match: f"var(--{family}-{int(match.group(1), 16) - 1})", text)

@@ -1,0 +1,114 @@
+"""What a person sees while a run goes on, on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class Display(Protocol):
+    """Shows events as they come."""
+
+    def start(self) -> None: ...
+
+    def show(self, event: dict) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def open_display(progress: bool) -> Display:
+    """A bar where stderr is a terminal, one line per evaluation where it is not, silence if not asked for."""
+    if not progress:
+        return Silence()
+    console = Console(stderr=True)
+    return Bar(console) if console.is_terminal else Lines()
+
+
+class Silence:
+    def start(self) -> None: ...
+
+    def show(self, event: dict) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Lines:
+    """One plain line per evaluation, for log files and pipes."""
+
+    def __init__(self) -> None:
+        self._total_steps: int | None = None
+        self._stage = ""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def show(self, event: dict) -> None:
+        if event["kind"] == "run_start":
+            self._total_steps = event["total_steps"]
+        elif event["kind"] == "stage_start":
+            self._stage = f", stage {event['name']}"
+        elif event["kind"] == "evaluate":
+            of = f"/{self._total_steps}" if self._total_steps else ""
+            line = f"step {event['step']}{of} (epoch {event['epoch']:.2f}{self._stage}): {_evaluation(event)}"
+            print(line, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A progress bar over the run's steps; under it speed, losses by group and the latest accuracy."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=300,  # seconds; events come seldom, and stages differ in speed
+        )
+        self._task = self._progress.add_task("", total=None)
+        self._details = {"speed": "", "losses": "", "accuracy": ""}
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
+
+    def start(self) -> None:
+        self._live.start()
+
+    def stop(self) -> None:
+        self._live.stop()
+
+    def show(self, event: dict) -> None:
+        kind = event["kind"]
+        if kind == "run_start":
+            self._progress.update(self._task, total=event["total_steps"], description=event["method"])
+        elif kind == "resume":
+            # A new start for the clock, so that the steps done before do not count as speed.
+            self._progress.reset(self._task, completed=event["step"])
+        elif kind == "stage_start":
+            self._progress.update(self._task, description=event["name"])
+        elif kind == "train":
+            self._progress.update(self._task, completed=event["step"])
+            self._details["speed"] = f"{_number(event['images_per_second'], '.0f')} images/s"
+            losses = "  ".join(f"{name}: {_number(loss, '.4f')}" for name, loss in event["losses"].items())
+            self._details["losses"] = f"loss  {losses}"
+        elif kind == "evaluate":
+            self._details["accuracy"] = _evaluation(event)
+
+    def _render(self) -> Group:
+        details = "   ".join(text for text in self._details.values() if text)
+        return Group(self._progress, Text(details, style="dim"))
+
+
+def _evaluation(event: dict) -> str:
+    loss = _number(event["loss"], ".4f")
+    return f"{event['split']} accuracy {_number(event['accuracy'], '.2%')}, loss {loss}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

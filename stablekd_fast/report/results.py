@@ -1,0 +1,81 @@
+"""`results.json`: what runs reached, where, and with which versions."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from stablekd_fast.checkpoint import write_atomically
+from stablekd_fast.errors import StableKDError
+from stablekd_fast.report.events import plain
+from stablekd_fast.report.machine import machine, versions
+
+REQUIRED = ("method", "seed", "accuracy", "epochs", "steps", "images_per_second", "wall_seconds")
+
+
+def write_results(path: Path, runs: list[dict], **extra: Any) -> None:
+    """Write `{"runs": …, "machine": …, "versions": …}` to `path`, whole or not at all; `extra` are further entries.
+
+    A run holds at least the keys in `REQUIRED`; its accuracy lies between 0 and 1 and is that of the test split.
+    Raises StableKDError if a run does not, and TrainingError if the file cannot be written.
+    """
+    for index, run in enumerate(runs):
+        _check(run, index)
+    document = plain({"runs": runs, "machine": machine(), "versions": versions(), **extra})
+    write_atomically(Path(path), (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_results(path: Path) -> dict:
+    """The document that `write_results` wrote. Raises StableKDError if it is missing or not such a document."""
+    try:
+        document = json.loads(Path(path).read_bytes())
+        runs = document["runs"]
+    except OSError as error:
+        raise StableKDError(f"{path} cannot be read: {error.strerror}. Give the results.json of a finished run.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise StableKDError(f"{path} is not a results file ({error!r}). Give the results.json of a run.") from error
+    for index, run in enumerate(runs):
+        _check(run, index)
+    return document
+
+
+def summarise(runs: list[dict]) -> list[dict]:
+    """One row per method, in order of first appearance.
+
+    `count` runs; `mean`, `std` (sample standard deviation, None for a single run), `min` and `max` of the accuracy,
+    0 to 1; means of `epochs`, `images_per_second` and `wall_seconds`.
+    """
+    by_method: dict[str, list[dict]] = {}
+    for run in runs:
+        by_method.setdefault(run["method"], []).append(run)
+    rows = []
+    for method, group in by_method.items():
+        accuracies = [run["accuracy"] for run in group]
+        row = {
+            "method": method,
+            "count": len(group),
+            "mean": statistics.fmean(accuracies),
+            "std": statistics.stdev(accuracies) if len(group) > 1 else None,
+            "min": min(accuracies),
+            "max": max(accuracies),
+        }
+        for name in ("epochs", "images_per_second", "wall_seconds"):
+            row[name] = statistics.fmean(run[name] for run in group)
+        rows.append(row)
+    return rows
+
+
+def _check(run: dict, index: int) -> None:
+    missing = [key for key in REQUIRED if key not in run]
+    if missing:
+        raise StableKDError(
+            f"Run {index} lacks {', '.join(missing)}; it has {', '.join(run) or 'nothing'}. "
+            f"A run in results.json needs {', '.join(REQUIRED)}."
+        )
+    if not 0.0 <= run["accuracy"] <= 1.0:
+        raise StableKDError(
+            f"Run {index} ({run['method']}, seed {run['seed']}) has the accuracy {run['accuracy']}; "
+            "give a share of images between 0 and 1, not percent."
+        )

@@ -1,0 +1,75 @@
+"""The comparison of methods as a table: for the terminal, as plain text, as markdown."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from stablekd_fast.errors import StableKDError
+from stablekd_fast.report.results import summarise
+
+
+def summary_rows(runs: list[dict], baseline: str | None = None) -> list[dict[str, str]]:
+    """One row of readable texts per method; accuracies in percent, differences to `baseline` in percentage points.
+
+    The spread after ± is the sample standard deviation over runs. Raises StableKDError if no run has the baseline's
+    method.
+    """
+    summaries = summarise(runs)
+    means = {summary["method"]: summary["mean"] for summary in summaries}
+    if baseline is not None and baseline not in means:
+        raise StableKDError(f"The baseline {baseline!r} is not among the methods: {', '.join(means) or 'no runs'}.")
+    rows = []
+    for summary in summaries:
+        row = {"method": summary["method"], "runs": str(summary["count"]), "accuracy %": percent(summary)}
+        if baseline is not None:
+            same = summary["method"] == baseline
+            row[f"vs {baseline}"] = "" if same else f"{100 * (summary['mean'] - means[baseline]):+.2f}"
+        row["range %"] = f"{100 * summary['min']:.1f}–{100 * summary['max']:.1f}"
+        row["images/s"] = f"{summary['images_per_second']:,.0f}"
+        row["time"] = duration(summary["wall_seconds"])
+        rows.append(row)
+    return rows
+
+
+def summary_table(runs: list[dict], baseline: str | None = None, title: str = "Test accuracy") -> Table:
+    """The rows of `summary_rows` as a rich table."""
+    rows = summary_rows(runs, baseline)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in rows[0] if rows else ():
+        table.add_column(Text(name), justify="left" if name == "method" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row.values()))  # Text: a method's name is no markup
+    return table
+
+
+def summary_text(runs: list[dict], baseline: str | None = None, *, markdown: bool = False) -> str:
+    """The rows of `summary_rows` in aligned columns, or as a markdown table. Empty if there are no runs."""
+    rows = summary_rows(runs, baseline)
+    if not rows:
+        return ""
+    header = list(rows[0])
+    cells = [header] + [[value.replace("|", r"\|") if markdown else value for value in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    padded = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))] for line in cells]
+    if not markdown:
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
+
+
+def percent(summary: dict) -> str:
+    """Mean ± standard deviation in percent; a single run has no spread to show."""
+    mean = f"{100 * summary['mean']:.2f}"
+    return mean if summary["std"] is None else f"{mean} ± {100 * summary['std']:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
