@@ -148,7 +148,8 @@ def test(arguments) -> None:
                 runs.append({**row, "setting": chosen[method]})
                 events[f"{method}, seed {seed}"] = read_events(out)
     write_results(Path(arguments.out) / "results.json", runs)
-    write_report(Path(arguments.out) / "report.html", runs, events, "Methods compared under one budget")
+    title = "Methods compared under one budget"
+    write_report(Path(arguments.out) / "report.html", runs, events, title, baseline="kd")
     for row in summarise(runs):
         print(row)
 

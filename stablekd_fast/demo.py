@@ -43,6 +43,6 @@ def run_demo(out: Path, *, seeds: int = 3, device: str = "auto") -> list[dict]:
             runs.append(asdict(Distiller(config).run()))
             events[f"{method}, seed {seed}"] = read_events(run_out)
     write_results(out / "results.json", runs, teacher=asdict(teacher))
-    write_report(out / "report.html", runs, events, "Digits: distillation methods compared")
+    write_report(out / "report.html", runs, events, "Digits: distillation methods compared", baseline="kd")
     Console().print(summary_table(runs, baseline="kd"))
     return runs

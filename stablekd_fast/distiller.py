@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from stablekd_fast.engine import Engine
 from stablekd_fast.errors import ConfigError, ModelError
 from stablekd_fast.evaluate import evaluate
 from stablekd_fast.objectives import objective
-from stablekd_fast.report import Recorder, machine, versions, write_report, write_results
+from stablekd_fast.report import Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.schedule import method_stages, plan_stages
 from stablekd_fast.step import Objectives
 
@@ -92,7 +91,7 @@ class Distiller:
             result = self._finish(engine, out)
             recorder.emit("run_end", step=engine.progress.step, **asdict(result))
         write_results(out / "results.json", [asdict(result)])
-        write_report(out / "report.html", out)
+        write_run_report(out)
         return result
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
