@@ -1,0 +1,17 @@
+"""What holds for all tests: which of them run where, and how many examples hypothesis tries."""
+
+from hypothesis import settings
+import pytest
+import torch
+
+settings.register_profile("few", max_examples=12, deadline=None, derandomize=True, database=None)
+settings.load_profile("few")
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = config.getoption("markexpr")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "slow" in item.keywords and "slow" not in chosen:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with `pytest -m slow`"))

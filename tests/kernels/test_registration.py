@@ -1,0 +1,27 @@
+"""How operators are found and registered."""
+
+from pathlib import Path
+import subprocess
+import sys
+
+from stablekd_fast import kernels
+from stablekd_fast.kernels import _native
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_top_level_import_is_refused():
+    run = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "ImportError" in run.stderr and "import stablekd_fast.kernels" in run.stderr
+
+
+def test_implementations_say_what_runs_and_why():
+    table = kernels.implementations()
+    assert set(table) == set(kernels.__all__) - {"implementations"}
+    assert all(entry["reason"] for entry in table.values())
+    native = table["augment_batch"]
+    if _native.core is None:
+        assert native == {"implementation": "reference", "reason": _native.reason}
+    else:
+        assert native["implementation"] == "C++ core"
