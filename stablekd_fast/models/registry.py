@@ -1,0 +1,74 @@
+"""Models by name. A family is one file with a dict `MODELS` of builders, entered in `OWN_MODELS`."""
+
+import difflib
+from collections.abc import Callable
+
+from torch import nn
+
+from stablekd_fast.errors import ModelError
+from stablekd_fast.models import (
+    cifar_mobilenet_v2,
+    cifar_resnet,
+    cifar_shufflenet_v2,
+    cifar_vgg,
+    cifar_wrn,
+    torchvision_models,
+)
+from stablekd_fast.models.timm_models import build_timm
+from stablekd_fast.models.torchvision_models import build_torchvision, torchvision_names
+
+Builder = Callable[[int, int | None], nn.Module]
+"""Makes a model from `(num_classes, image_size)`."""
+
+
+def _of_any_size(builders: dict[str, Callable[..., nn.Module]]) -> dict[str, Builder]:
+    def sized(builder) -> Builder:
+        return lambda num_classes, image_size: builder(num_classes=num_classes)
+
+    return {name: sized(builder) for name, builder in builders.items()}
+
+
+OWN_MODELS: dict[str, Builder] = {
+    **_of_any_size(cifar_resnet.MODELS),
+    **_of_any_size(cifar_wrn.MODELS),
+    **_of_any_size(cifar_vgg.MODELS),
+    **_of_any_size(cifar_shufflenet_v2.MODELS),
+    **_of_any_size(cifar_mobilenet_v2.MODELS),
+    **torchvision_models.MODELS,
+}
+
+
+def build(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
+    """A model with random weights (from torch's global generator): images `[N, 3, H, W]` → logits `[N, num_classes]`.
+
+    `name` is one of `names()`, or `timm/NAME` where timm is installed. Where one of our own models and one of
+    torchvision's share a name, the plain name is ours and `torchvision/NAME` is theirs. `image_size` (pixels, square)
+    matters only to models that are tied to one, such as vision transformers.
+
+    Raises ModelError for an unknown name (with the nearest ones) or a size that the model cannot be made for.
+    """
+    if num_classes < 1:
+        raise ModelError(f"{name} was asked for {num_classes} classes; at least 1 is needed.")
+    if image_size is not None and image_size < 1:
+        raise ModelError(f"{name} was asked for images of {image_size} pixels; a positive size is needed.")
+    if name in OWN_MODELS:
+        return OWN_MODELS[name](num_classes, image_size)
+    if name.startswith("timm/"):
+        return build_timm(name.removeprefix("timm/"), num_classes, image_size)
+    plain = name.removeprefix("torchvision/")
+    if plain in torchvision_names():
+        return build_torchvision(plain, num_classes, image_size)
+    raise _unknown(name)
+
+
+def names() -> list[str]:
+    """Every name that `build` knows, our own first. timm's are not listed: ask `timm.list_models()`."""
+    theirs = (f"torchvision/{name}" if name in OWN_MODELS else name for name in torchvision_names())
+    return [*OWN_MODELS, *theirs]
+
+
+def _unknown(name: str) -> ModelError:
+    known = {valid.removeprefix("torchvision/"): valid for valid in reversed(names())}
+    near = difflib.get_close_matches(name.removeprefix("torchvision/").lower(), known, 5, 0.5)
+    hint = f"The nearest: {', '.join(known[word] for word in near)}" if near else f"Our own: {', '.join(OWN_MODELS)}"
+    return ModelError(f"There is no model {name!r}. {hint}. torchvision's names and timm/NAME are known too.")

@@ -1,0 +1,63 @@
+"""torchvision's classification models by name, without weights, and a shallow vision transformer built from its parts."""
+
+import torchvision
+from torch import nn
+from torchvision.models import VisionTransformer
+
+from stablekd_fast.errors import ModelError
+
+DEFAULT_IMAGE_SIZE = 224
+
+# Auxiliary classifiers would make the output a tuple in train mode.
+_ONE_OUTPUT = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def torchvision_names() -> list[str]:
+    """All of torchvision's classification models."""
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def build_torchvision(name: str, num_classes: int, image_size: int | None) -> nn.Module:
+    """The torchvision model `name`; only vision transformers and MaxViT are tied to `image_size` (pixels, square).
+
+    Raises ModelError if the model cannot be made for that size.
+    """
+    options = {"weights": None, "num_classes": num_classes, **_ONE_OUTPUT.get(name, {})}
+    if image_size is not None and name.startswith("vit_"):
+        options["image_size"] = image_size
+    if image_size is not None and name.startswith("maxvit"):
+        options["input_size"] = (image_size, image_size)
+    try:
+        return torchvision.models.get_model(name, **options)
+    except (ValueError, AssertionError) as error:
+        raise _wrong_size(name, image_size, error) from error
+
+
+def vit_b_16_6l(num_classes: int, image_size: int | None) -> nn.Module:
+    """ViT-B/16 (Dosovitskiy et al., arXiv 2010.11929) with 6 of its 12 layers, laid out as torchvision's `vit_b_16`."""
+    try:
+        return VisionTransformer(
+            image_size=image_size or DEFAULT_IMAGE_SIZE,
+            patch_size=16,
+            num_layers=6,
+            num_heads=12,
+            hidden_dim=768,
+            mlp_dim=3072,
+            num_classes=num_classes,
+        )
+    except AssertionError as error:
+        raise _wrong_size("vit_b_16_6l", image_size, error) from error
+
+
+def _wrong_size(name: str, image_size: int | None, error: Exception) -> ModelError:
+    reason = str(error).strip().rstrip(".!")
+    return ModelError(
+        f"{name} cannot be built for images of {image_size}x{image_size} pixels ({reason}). "
+        f"Choose an image size that fits (it is made for {DEFAULT_IMAGE_SIZE}), or another model."
+    )
+
+
+MODELS = {"vit_b_16_6l": vit_b_16_6l}
