@@ -56,6 +56,9 @@ def write_run_report(run_dir: Path) -> None:
     write_report(run_dir / "report.html", runs, {label: read_events(run_dir)}, f"Distillation run: {label}")
 
 
+NAMES_A_RUN = ("method", "seed", "out")
+"""Settings that tell runs apart rather than say how they were trained."""
+
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -108,7 +111,7 @@ def _accuracy(histories: list[History], methods: list[str]) -> str:
 
     shown = [m for m in methods if any(h.method == m and h.accuracy(split) for h in histories)]
     legend = _legend([(f"--method-{methods.index(method)}", method) for method in shown])
-    notes = "Thin: one run. Bold: mean over runs. Dashed: blocks merge. Batch-norm statistics re-estimated for each point."
+    notes = "Thin: one run. Bold: mean over runs. Dashed: blocks merge."
     figure = _figure(plots.accuracy_curves(histories, methods, split))
     return _section(f"{split.capitalize()} accuracy over epochs", notes, legend + figure)
 
@@ -126,8 +129,8 @@ def _losses(histories: list[History]) -> str:
             names.append(group)
     legend = _legend([(f"--block-{block}", ", then ".join(names)) for block, names in sorted(groups.items())])
     notes = (
-        f"Run: {escape(history.label)}. One line per group of blocks, in the colour of its last block; 1+2 is the group "
-        "of the merged blocks 1 and 2. Losses of different groups have different terms; compare each with itself."
+        f"Run: {escape(history.label)}. One line per group of blocks, in the colour of its last block; "
+        "1+2 is the group of the merged blocks 1 and 2. Losses of different groups have different terms; compare each with itself."
     )
     return _section("Training loss by group", notes, legend + _figure(plots.loss_curves(history)))
 
@@ -163,19 +166,22 @@ def _merges(histories: list[History]) -> str:
 
 
 def _settings(histories: list[History]) -> str:
-    configs = {h.label: _flat(h.start.get("config", {})) for h in histories if h.start.get("config")}
-    if not configs:
+    configured = [(history, _flat(history.start["config"])) for history in histories if "config" in history.start]
+    if not configured:
         return ""
-    keys = list(dict.fromkeys(key for config in configs.values() for key in config))
-    values = {key: [config.get(key) for config in configs.values()] for key in keys}
-    shared = [key for key in keys if all(value == values[key][0] for value in values[key])]
-    differing = [key for key in keys if key not in shared and key != "out"]
-    body = ""
+    configs = [config for _, config in configured]
+    keys = [key for key in dict.fromkeys(key for config in configs for key in config) if key not in NAMES_A_RUN]
+    shared = [key for key in keys if all(config.get(key) == configs[0].get(key) for config in configs)]
+    differing = [key for key in keys if key not in shared]
+    body = _pairs({key: _value(configs[0].get(key)) for key in shared})
     if differing:
-        rows = [[escape(label), *(_value(config.get(key)) for key in differing)] for label, config in configs.items()]
-        body += "<h3>Where runs differ</h3>" + _table(["run", *differing], rows)
-        body += "<h3>Shared by all runs</h3>"
-    body += _pairs({key: _value(values[key][0]) for key in shared})
+        seeds: dict[tuple[str, ...], list[str]] = {}
+        for history, config in configured:
+            row = (escape(history.method), *(_value(config.get(key)) for key in differing))
+            seeds.setdefault(row, []).append(_value(history.seed))
+        rows = [[row[0], ", ".join(of_row), *row[1:]] for row, of_row in seeds.items()]
+        table = _table(["method", "seeds", *differing], rows)
+        body = f"<h3>Where runs differ</h3>{table}<h3>Shared by all runs</h3>{body}"
     return _section("Settings", "", body)
 
 

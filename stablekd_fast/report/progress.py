@@ -25,8 +25,7 @@ def open_display(progress: bool) -> Display:
     """A bar where stderr is a terminal, one line per evaluation where it is not, silence if not asked for."""
     if not progress:
         return Silence()
-    console = Console(stderr=True)
-    return Bar(console) if console.is_terminal else Lines()
+    return Bar(Console(stderr=True)) if sys.stderr.isatty() else Lines()
 
 
 class Silence:

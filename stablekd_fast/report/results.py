@@ -16,7 +16,7 @@ REQUIRED = ("method", "seed", "accuracy", "epochs", "steps", "images_per_second"
 
 
 def write_results(path: Path, runs: list[dict], **extra: Any) -> None:
-    """Write `{"runs": …, "machine": …, "versions": …}` to `path`, whole or not at all; `extra` are further entries.
+    """Write `{"runs": …, "machine": …, "versions": …}` and the entries `extra` to `path`, whole or not at all.
 
     A run holds at least the keys in `REQUIRED`; its accuracy lies between 0 and 1 and is that of the test split.
     Raises StableKDError if a run does not, and TrainingError if the file cannot be written.
@@ -33,7 +33,9 @@ def read_results(path: Path) -> dict:
         document = json.loads(Path(path).read_bytes())
         runs = document["runs"]
     except OSError as error:
-        raise StableKDError(f"{path} cannot be read: {error.strerror}. Give the results.json of a finished run.") from error
+        raise StableKDError(
+            f"{path} cannot be read: {error.strerror}. Give the results.json of a finished run."
+        ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise StableKDError(f"{path} is not a results file ({error!r}). Give the results.json of a run.") from error
     for index, run in enumerate(runs):

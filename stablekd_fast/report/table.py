@@ -36,7 +36,7 @@ def summary_rows(runs: list[dict], baseline: str | None = None) -> list[dict[str
 def summary_table(runs: list[dict], baseline: str | None = None, title: str = "Test accuracy") -> Table:
     """The rows of `summary_rows` as a rich table."""
     rows = summary_rows(runs, baseline)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for name in rows[0] if rows else ():
         table.add_column(Text(name), justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
@@ -52,7 +52,7 @@ def summary_text(runs: list[dict], baseline: str | None = None, *, markdown: boo
     header = list(rows[0])
     cells = [header] + [[value.replace("|", r"\|") if markdown else value for value in row.values()] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    padded = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))] for line in cells]
+    padded = [[f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:]))] for line in cells]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in padded)
     rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
@@ -66,10 +66,11 @@ def percent(summary: dict) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
-    if seconds < 60:
+    """`42.0 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"

@@ -19,7 +19,8 @@ def open_scalars(directory: Path, tensorboard: bool | Literal["auto"], resume_st
         if tensorboard == "auto":
             return NoScalars()
         raise ConfigError(
-            f"TensorBoard was asked for, but cannot be imported ({error}). Run `pip install tensorboard`, or leave it out."
+            f"TensorBoard was asked for, but cannot be imported ({error}). "
+            "Run `pip install tensorboard`, or leave it out."
         ) from error
     # What an earlier, unfinished run wrote to this directory after the point of resumption is hidden.
     purge_step = 0 if resume_step is None else resume_step + 1

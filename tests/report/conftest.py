@@ -17,7 +17,7 @@ def group_name(group):
     return "+".join(str(block + 1) for block in group)
 
 
-def made_up_run(method: str, seed: int, *, epochs: int = 8, steps_per_epoch: int = 78, log_every: int = 20):
+def make_up_run(method: str, seed: int, *, epochs: int = 8, steps_per_epoch: int = 78, log_every: int = 20):
     """(the run as in results.json, its events)"""
     draw = random.Random(f"{method}{seed}")
     total = epochs * steps_per_epoch
@@ -59,7 +59,8 @@ def made_up_run(method: str, seed: int, *, epochs: int = 8, steps_per_epoch: int
             loss = {name: 0.4 * draw.uniform(0.8, 1.2) for name in names}
             events.append({"kind": "merge", "step": last, "merge_step": first, "stage": index, "merged": names,
                            "exposure_gap": {cut: draw.uniform(1.1, 6.0) for cut in CUTS[1:]}, "loss_at_merge": loss,
-                           "max_output_difference": 0.0, "steps_until_recovered": draw.choice([17, 42, None])})  # fmt: skip
+                           "max_output_difference": 0.0,
+                           "steps_until_recovered": draw.choice([17, 42, None])})  # fmt: skip
         events.append({"kind": "checkpoint", "step": last})
     run = {"method": method, "seed": seed, "accuracy": final, "top5": 0.97, "epochs": float(epochs), "steps": total,
            "images_per_second": draw.gauss(830, 10), "wall_seconds": draw.gauss(96, 3)}  # fmt: skip
@@ -69,13 +70,18 @@ def made_up_run(method: str, seed: int, *, epochs: int = 8, steps_per_epoch: int
     return run, [{"time": 1e9 + i, **event} for i, event in enumerate(events)]
 
 
+@pytest.fixture
+def made_up_run():
+    return make_up_run
+
+
 @pytest.fixture(scope="session")
 def comparison():
     """Runs, and events by name, of four methods with two seeds each."""
     runs, events = [], {}
     for method in ("ce", "kd", "kd+features", "stablekd"):
         for seed in range(2):
-            run, logged = made_up_run(method, seed)
+            run, logged = make_up_run(method, seed)
             runs.append(run)
             events[f"{method}, seed {seed}"] = logged
     return runs, events
