@@ -42,7 +42,7 @@ def write_report(
     page = PAGE.format(
         title=escape(title),
         style=STYLE_SHEET.strip(),
-        colours=_colour_variables(palette.method_colours(len(methods)), palette.block_colours(len(shown))),
+        colours=_colour_variables(palette.method_colours(methods), palette.block_colours(len(shown))),
         body="\n".join(section for section in sections if section),
     )
     write_atomically(Path(path), page.encode())
@@ -130,7 +130,8 @@ def _losses(histories: list[History]) -> str:
     legend = _legend([(f"--block-{block}", ", then ".join(names)) for block, names in sorted(groups.items())])
     notes = (
         f"Run: {escape(history.label)}. One line per group of blocks, in the colour of its last block; "
-        "1+2 is the group of the merged blocks 1 and 2. Losses of different groups have different terms; compare each with itself."
+        "1+2 is the group of the merged blocks 1 and 2. "
+        "Losses of different groups have different terms; compare each with itself."
     )
     return _section("Training loss by group", notes, legend + _figure(plots.loss_curves(history)))
 

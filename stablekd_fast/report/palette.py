@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 METHODS = (
     # (on light, on dark): Okabe and Ito's hues ("Color Universal Design", 2008), set darker or lighter for contrast.
     ("#0067a8", "#56b4e9"),
@@ -12,13 +14,18 @@ METHODS = (
     ("#444444", "#bdbdbd"),
 )
 
+KNOWN = ("stablekd", "kd", "kd+features", "blocks", "ce")
+"""Methods with a colour of their own, in the order of METHODS."""
+
 BLOCK_RAMP = (("#35307f", "#20708e", "#1f8f63", "#9a8a00"), ("#9d97f0", "#4fb8d8", "#52d69a", "#f0e04a"))
-"""Ends and knots of the ramp for blocks, which have an order: on light, on dark."""
+"""Knots of the ramp for blocks, which have an order: on light, on dark."""
 
 
-def method_colours(count: int) -> list[tuple[str, str]]:
-    """A pair (on light, on dark) for each method; they repeat after the sixth."""
-    return [METHODS[i % len(METHODS)] for i in range(count)]
+def method_colours(methods: list[str]) -> list[tuple[str, str]]:
+    """A pair (on light, on dark) for each method: its own in every report if it is known, else one that is free."""
+    taken = {KNOWN.index(method) for method in methods if method in KNOWN}
+    free = itertools.cycle(pair for i, pair in enumerate(METHODS) if i not in taken)
+    return [METHODS[KNOWN.index(method)] if method in KNOWN else next(free) for method in methods]
 
 
 def block_colours(count: int) -> list[tuple[str, str]]:

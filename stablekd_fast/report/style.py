@@ -30,7 +30,8 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: currentColor; font-family: inherit !important; }
 .legend { margin: 0; display: flex; flex-wrap: wrap; gap: 0.3rem 1.4rem; font-size: 0.9rem; }
 .chip i {
-  display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.5em; border-radius: 0.2em; vertical-align: -0.05em;
+  display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.5em; border-radius: 0.2em;
+  vertical-align: -0.05em;
 }
 dl { margin: 0; columns: 24rem 2; column-gap: 2.5rem; font-size: 0.875rem; }
 dl div {

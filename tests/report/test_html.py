@@ -172,7 +172,12 @@ def test_a_group_has_the_colour_of_its_last_block():
     assert [last_block(name) for name in ("1", "1+2", "3+4+12", "all")] == [0, 1, 11, 0]
 
 
-@pytest.mark.parametrize("pairs", [method_colours(6), block_colours(1), block_colours(12)])
+def test_a_known_method_has_one_colour_in_every_report():
+    alone, among = method_colours(["stablekd"]), method_colours(["mine", "ce", "stablekd", "kd", "kd+features", "blocks"])
+    assert among[2] == alone[0] and len(set(among)) == 6
+
+
+@pytest.mark.parametrize("pairs", [method_colours([*"abcdef"]), block_colours(1), block_colours(12)])
 def test_colours_can_be_read_on_their_page(pairs):
     """Contrast of at least 3 to 1 with the page, as WCAG 2.1 asks of graphics (criterion 1.4.11)."""
 
