@@ -36,18 +36,21 @@ def feature_mse_with_grad(
     weight: float,
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss and its gradient with respect to the student, in closed form."""
-    loss = weight * feature_mse(student, target, normalize, scale, channel_axis)
     dtype = accumulator(student.dtype)
     wide, wide_target = student.to(dtype), target.to(dtype)
     if normalize == "l2":
+        loss = feature_mse(student, target, normalize, scale, channel_axis)
         gradient = _l2_gradient(wide, wide_target) * (weight / max(len(wide), 1))
     else:
-        gradient = (wide - wide_target) * (2 * weight / max(wide.numel(), 1))
-        if normalize == "power":
-            gradient = gradient / _power(wide_target, scale)
-        elif normalize == "channel":
-            gradient = gradient / _channel_variance(wide_target, channel_axis)
-    return loss, laid_out_like(gradient, student)
+        difference = wide - wide_target
+        factor = 2 * weight / max(wide.numel(), 1)
+        if normalize == "channel":
+            pull = difference / _channel_variance(wide_target, channel_axis)
+            loss, gradient = difference.mul_(pull).mean(), pull.mul_(factor)
+        else:
+            power = _power(wide_target, scale) if normalize == "power" else 1
+            loss, gradient = difference.square().mean() / power, difference.mul_(factor / power)
+    return weight * loss, laid_out_like(gradient, student)
 
 
 def _power(target: Tensor, scale: Tensor | None) -> Tensor:
