@@ -53,7 +53,7 @@ def vit_b_16_6l(num_classes: int, image_size: int | None) -> nn.Module:
 
 
 def _wrong_size(name: str, image_size: int | None, error: Exception) -> ModelError:
-    reason = str(error).strip().rstrip(".!")
+    reason = str(error).partition("\n")[0].rstrip(".!")
     return ModelError(
         f"{name} cannot be built for images of {image_size}x{image_size} pixels ({reason}). "
         f"Choose an image size that fits (it is made for {DEFAULT_IMAGE_SIZE}), or another model."

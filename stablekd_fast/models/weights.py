@@ -5,7 +5,6 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -38,25 +37,26 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
             targets[name].copy_(value)
 
 
-def _read(path: Path) -> Mapping:
+def _read(path: Path) -> object:
     if not path.is_file():
         found = "is a directory" if path.is_dir() else "does not exist"
-        raise ModelError(f"The weight file {path} {found}; give the path of a .safetensors file or of a torch file.")
+        raise ModelError(
+            f"The weight file {path} {found}; give the path of a .safetensors file or of a torch file."
+        )
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"The weight file {path} is damaged, or holds Python objects besides tensors, which are never loaded. "
             "Save the model's state_dict alone: torch.save(model.state_dict(), file)."
         ) from error
     except Exception as error:  # readers of damaged files raise whatever they stumble over
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(
-            f"The weight file {path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'}). "
-            "It is truncated or of another format; fetch it again."
+            f"The weight file {path} cannot be read ({reason}). It is truncated or of another format; fetch it again."
         ) from error
-    return content
 
 
 def _unnested(content: object, path: Path) -> dict[str, Tensor]:
@@ -99,7 +99,10 @@ def _differences(targets: dict[str, Tensor], values: dict[str, Tensor]) -> list[
         found.append("the file's classifier has {} classes, this data set has {}".format(*classes))
         wrong = [name for name in wrong if name.rpartition(".")[0] != _classifier(targets)]
     if wrong:
-        pairs = [f"{name} ({_kind(values[name])} in the file, {_kind(targets[name])} in the model)" for name in wrong]
+        pairs = [
+            f"{name} ({_kind(values[name])} in the file, {_kind(targets[name])} in the model)"
+            for name in wrong
+        ]
         found.append(f"tensors differ: {_first(pairs)}")
     return found
 
@@ -118,8 +121,8 @@ def _class_counts(
     targets: dict[str, Tensor], values: dict[str, Tensor], wrong: list[str]
 ) -> tuple[int, int] | None:
     """Classes in the file and in the model, if the classifier's rows are all that differs in it."""
-    name = f"{_classifier(targets)}.weight"
-    if name not in wrong or targets[name].shape[1:] != values[name].shape[1:]:
+    name = f"{_classifier(targets)}.weight" if wrong else None
+    if name not in wrong or targets[name].dim() < 2 or targets[name].shape[1:] != values[name].shape[1:]:
         return None
     return len(values[name]), len(targets[name])
 
