@@ -1,6 +1,7 @@
-"""MobileNetV2 at half width for CIFAR (Sandler et al., arXiv 1801.04381), as the distillation literature uses it.
+"""MobileNetV2 at half width for CIFAR (Sandler et al., arXiv 1801.04381).
 
-The stem halves the resolution, the second stage does not, and the last layer keeps its full 1280 channels.
+As the distillation literature uses it: the stem halves the resolution, the second stage does not, and the
+last layer keeps its full 1280 channels.
 """
 
 from functools import partial

@@ -1,9 +1,9 @@
 """Residual networks for CIFAR, in the two dialects that weight files come in.
 
-- `resnet20` to `resnet110`: He et al. (arXiv 1512.03385, section 4.2) with parameter-free shortcuts ("option A")
-  and the classifier named `linear`.
-- `resnet8x4`, `resnet32x4`: the wide ones of the distillation literature (Tian et al., "Contrastive Representation
-  Distillation"), with projection shortcuts named `downsample` and the classifier named `fc`.
+- `resnet20` to `resnet110`: He et al. (arXiv 1512.03385, section 4.2) with parameter-free shortcuts
+  ("option A") and the classifier named `linear`.
+- `resnet8x4`, `resnet32x4`: the wide ones of the distillation literature (Tian et al., "Contrastive
+  Representation Distillation"), with projection shortcuts named `downsample` and the classifier named `fc`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Shortcut = Callable[[int, int, int], nn.Module]
 
 
 class PaddedShortcut(nn.Module):
-    """Every `stride`-th pixel, with zero channels added half before and half behind: `[N, C, H, W]` → `[N, C', H', W']`."""
+    """Every `stride`-th pixel; zero channels, half on each side: `[N, C, H, W]` → `[N, C', H', W']`."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class BasicBlock(nn.Module):
 
 
 class _ThreeStages(nn.Module):
-    """Stem and three stages of basic blocks, the second and third at half the resolution of the one before."""
+    """Stem and three stages of basic blocks; the second and the third halve the resolution."""
 
     def __init__(self, depth: int, widths: tuple[int, int, int, int], shortcut: Shortcut) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _ThreeStages(nn.Module):
 
 
 class PaddedResNet(_ThreeStages):
-    """ResNet of `6n + 2` layers with parameter-free shortcuts: images `[N, 3, H, W]` → logits `[N, classes]`."""
+    """`6n + 2` layers, parameter-free shortcuts: images `[N, 3, H, W]` → logits `[N, classes]`."""
 
     def __init__(self, depth: int, num_classes: int, width: int = 16) -> None:
         super().__init__(depth, (width, width, 2 * width, 4 * width), PaddedShortcut)
@@ -88,7 +88,7 @@ class PaddedResNet(_ThreeStages):
 
 
 class ProjectedResNet(_ThreeStages):
-    """ResNet of `6n + 2` layers with projection shortcuts: images `[N, 3, H, W]` → logits `[N, classes]`."""
+    """`6n + 2` layers, projection shortcuts: images `[N, 3, H, W]` → logits `[N, classes]`."""
 
     def __init__(self, depth: int, num_classes: int, widths: tuple[int, int, int, int]) -> None:
         super().__init__(depth, widths, projection_shortcut)

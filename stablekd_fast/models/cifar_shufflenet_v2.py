@@ -58,7 +58,7 @@ class DownUnit(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """Images `[N, 3, H, W]` → logits `[N, classes]`; `widths` are those of the three stages and of the last 1×1 layer."""
+    """Images `[N, 3, H, W]` → logits `[N, classes]`; `widths`: three stages and the last 1×1 layer."""
 
     def __init__(self, widths: tuple[int, int, int, int], num_classes: int) -> None:
         super().__init__()

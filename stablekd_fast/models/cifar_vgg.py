@@ -1,7 +1,7 @@
 """VGG networks for CIFAR as the distillation literature uses them: batch norm, one linear classifier.
 
-Features of Simonyan and Zisserman (arXiv 1409.1556), configurations A, B, D and E; `vgg8` has one convolution per
-block. There are three poolings: between blocks 0–1, 1–2 and 2–3.
+Features of Simonyan and Zisserman (arXiv 1409.1556), configurations A, B, D and E; `vgg8` has one convolution
+per block. There are three poolings, whatever the image size: after blocks 0, 1 and 2.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG(nn.Module):
-    """Five blocks of `convolutions[i]` layers each: images `[N, 3, H, W]`, H and W ≥ 8, → logits `[N, classes]`."""
+    """Block i has `convolutions[i]` layers: images `[N, 3, H, W]`, H and W ≥ 8, → logits `[N, classes]`."""
 
     def __init__(self, convolutions: tuple[int, int, int, int, int], num_classes: int) -> None:
         super().__init__()

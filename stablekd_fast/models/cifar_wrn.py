@@ -1,4 +1,4 @@
-"""Wide residual networks for CIFAR (Zagoruyko and Komodakis, arXiv 1605.07146), pre-activation, no dropout."""
+"""Wide residual networks for CIFAR (Zagoruyko and Komodakis, arXiv 1605.07146), without dropout."""
 
 from collections import OrderedDict
 from functools import partial

@@ -39,11 +39,11 @@ OWN_MODELS: dict[str, Builder] = {
 
 
 def build(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
-    """A model with random weights (from torch's global generator): images `[N, 3, H, W]` → logits `[N, num_classes]`.
+    """A model with random weights (global generator): images `[N, 3, H, W]` → logits `[N, num_classes]`.
 
     `name` is one of `names()`, or `timm/NAME` where timm is installed. Where one of our own models and one of
-    torchvision's share a name, the plain name is ours and `torchvision/NAME` is theirs. `image_size` (pixels, square)
-    matters only to models that are tied to one, such as vision transformers.
+    torchvision's share a name, the plain name is ours and `torchvision/NAME` is theirs. `image_size` (pixels,
+    square) matters only to models that are tied to one, such as vision transformers.
 
     Raises ModelError for an unknown name (with the nearest ones) or a size that the model cannot be made for.
     """

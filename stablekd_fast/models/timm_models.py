@@ -8,7 +8,7 @@ from stablekd_fast.errors import ModelError
 
 
 def build_timm(name: str, num_classes: int, image_size: int | None) -> nn.Module:
-    """The timm model `name` (without the prefix `timm/`); `image_size` is passed to models that are tied to one.
+    """The timm model `name` (no prefix); `image_size` (pixels, square) passed where a model is tied to one.
 
     Raises ModelError if timm is not installed, has no such model, or cannot make it for that size.
     """

@@ -1,4 +1,4 @@
-"""torchvision's classification models by name, without weights, and a shallow vision transformer built from its parts."""
+"""torchvision's classification models by name, without weights, and a shallow vision transformer."""
 
 import torchvision
 from torch import nn
@@ -21,7 +21,7 @@ def torchvision_names() -> list[str]:
 
 
 def build_torchvision(name: str, num_classes: int, image_size: int | None) -> nn.Module:
-    """The torchvision model `name`; only vision transformers and MaxViT are tied to `image_size` (pixels, square).
+    """The torchvision model `name`; `image_size` (pixels, square) matters to vision transformers and MaxViT.
 
     Raises ModelError if the model cannot be made for that size.
     """
@@ -37,7 +37,10 @@ def build_torchvision(name: str, num_classes: int, image_size: int | None) -> nn
 
 
 def vit_b_16_6l(num_classes: int, image_size: int | None) -> nn.Module:
-    """ViT-B/16 (Dosovitskiy et al., arXiv 2010.11929) with 6 of its 12 layers, laid out as torchvision's `vit_b_16`."""
+    """torchvision's `vit_b_16` (Dosovitskiy et al., arXiv 2010.11929) with 6 layers in place of 12.
+
+    Raises ModelError if patches of 16 pixels do not divide `image_size`.
+    """
     try:
         return VisionTransformer(
             image_size=image_size or DEFAULT_IMAGE_SIZE,

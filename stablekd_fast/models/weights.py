@@ -20,11 +20,11 @@ _SHOWN = 4
 def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """Copy the weights in `path` into `model`, in the model's own dtype and place.
 
-    `path` is a `.safetensors` file or one written by `torch.save`: a state_dict, or a dict that holds one as
-    "state_dict" or "model". A prefix `module.` on all names is dropped. Batch norm's `num_batches_tracked` may be
-    missing, nothing else.
+    `path` is a `.safetensors` file or one of `torch.save`: a state_dict, or a dict that holds one as
+    "state_dict" or "model". A prefix `module.` on all names is dropped. Batch norm's
+    `num_batches_tracked` may be missing, nothing else.
 
-    Raises ModelError if the file is missing, damaged, or does not fit; the model is then as it was before.
+    Raises ModelError if the file is missing, damaged, or does not fit; the model is then as it was.
     """
     path = Path(path)
     values = _without_prefixes(_unnested(_read(path), path))
@@ -49,13 +49,14 @@ def _read(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"The weight file {path} is damaged, or holds Python objects besides tensors, which are never loaded. "
-            "Save the model's state_dict alone: torch.save(model.state_dict(), file)."
+            f"The weight file {path} is damaged, or holds Python objects besides tensors, which are never "
+            "loaded. Save the model's state_dict alone: torch.save(model.state_dict(), file)."
         ) from error
     except Exception as error:  # readers of damaged files raise whatever they stumble over
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(
-            f"The weight file {path} cannot be read ({reason}). It is truncated or of another format; fetch it again."
+            f"The weight file {path} cannot be read ({reason}). It is truncated or of another format; "
+            "fetch it again."
         ) from error
 
 
@@ -67,13 +68,17 @@ def _unnested(content: object, path: Path) -> dict[str, Tensor]:
         content = inner
     if not isinstance(content, Mapping) or not content:
         raise ModelError(f"{path} holds no weights ({type(content).__name__}); a state_dict is needed.")
-    strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    strange = [str(key) for key, value in content.items() if not _is_named_tensor(key, value)]
     if strange:
         raise ModelError(
-            f"{path} holds entries that are not tensors ({_first(strange)}); a state_dict, or a dict with one as "
-            f"{' or '.join(map(repr, _NESTS))}, is needed."
+            f"{path} holds entries that are not tensors ({_first(strange)}); a state_dict, or a dict with "
+            f"one as {' or '.join(map(repr, _NESTS))}, is needed."
         )
     return dict(content)
+
+
+def _is_named_tensor(key: object, value: object) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor)
 
 
 def _without_prefixes(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,8 +4,10 @@ from torch import nn
 
 from stablekd_fast import models
 from stablekd_fast.blocks.trace import trace
+from stablekd_fast.models.cifar_mobilenet_v2 import InvertedResidual
 from stablekd_fast.models.cifar_resnet import BasicBlock, PaddedShortcut
 from stablekd_fast.models.cifar_shufflenet_v2 import BasicUnit
+from stablekd_fast.models.cifar_wrn import PreActivationBlock
 
 CLASSES_10, CLASSES_100 = 10, 100
 
@@ -157,6 +159,27 @@ def test_basic_block_adds_its_input_before_the_last_activation():
     nn.init.zeros_(block.bn2.weight)
     x = torch.randn(2, 4, 5, 5)
     assert torch.equal(block(x), x.clamp(min=0))
+
+
+def test_pre_activation_block_projects_its_activated_input_where_the_width_changes():
+    x = torch.randn(2, 4, 6, 6)
+    keeping, widening = PreActivationBlock(4, 4, 1).eval(), PreActivationBlock(4, 8, 2).eval()
+    nn.init.zeros_(keeping.conv2.weight)
+    nn.init.zeros_(widening.conv2.weight)
+    assert torch.equal(keeping(x), x)
+    assert torch.equal(widening(x), widening.convShortcut(widening.bn1(x).clamp(min=0)))
+
+
+def test_inverted_residual_adds_its_input_where_the_shape_is_kept():
+    x = torch.randn(2, 4, 6, 6)
+    for width, stride, expected in (
+        (4, 1, x),
+        (6, 1, torch.zeros(2, 6, 6, 6)),
+        (4, 2, torch.zeros(2, 4, 3, 3)),
+    ):
+        block = InvertedResidual(4, width, stride, 6).eval()
+        nn.init.zeros_(block.conv[-1].weight)
+        assert torch.equal(block(x), expected)
 
 
 def test_shuffle_alternates_kept_and_new_channels():

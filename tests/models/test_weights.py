@@ -155,7 +155,9 @@ def test_python_objects_are_never_unpickled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [{}, [1, 2], {"epoch": 3, "weights": [1.0]}], ids=["empty", "list", "no tensors"]
+    "content",
+    [{}, [1, 2], {"epoch": 3, "weights": [1.0]}, {0: torch.zeros(1)}],
+    ids=["empty", "list", "no tensors", "no names"],
 )
 def test_files_without_weights(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
