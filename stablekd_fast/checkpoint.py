@@ -53,10 +53,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
             metadata = json.loads((file.metadata() or {}).get("stablekd", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except FileNotFoundError:
-        raise CheckpointError(f"There is no checkpoint {path}; start the run without --resume.") from None
+        raise CheckpointError(f"There is no file {path}; check the path (a new run starts without --resume).") from None
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"The checkpoint {path} cannot be read ({error}). It is damaged or not a checkpoint; "
+            f"{path} cannot be read ({error}). It is damaged or no safetensors file; "
             "restore it from a copy, or start the run anew in another directory."
         ) from error
 

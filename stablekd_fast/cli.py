@@ -22,6 +22,7 @@ console = Console()
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors on purpose are one sentence on stderr and exit code 2."""
     parser, commands = _parser()
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         settings = parser.parse_args(words)
@@ -80,7 +81,7 @@ def _plan(options) -> int:
     sides = [models.build(name, options.classes, options.image_size) for name in (options.teacher, options.student)]
     images = torch.randn(2, 3, options.image_size, options.image_size)
     paired = pair_blocks(*sides, images, options.cuts or "auto", options.blocks, bridge=options.bridge)
-    _print_rows(f"{options.teacher} -> {options.student}", [_readable(row) for row in describe_blocks(paired)])
+    _print_rows(f"{options.teacher} -> {options.student}", [_plan_row(row) for row in describe_blocks(paired)])
     return 0
 
 
@@ -151,6 +152,8 @@ def _underscored(word: str) -> str:
     """Options may be written with hyphens, as people expect, or with underscores, as in the YAML file."""
     if not word.startswith("--") or len(word) == 2:
         return word
+    if word == "--resume":
+        return "--resume=true"
     name, equals, value = word[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
 
@@ -180,8 +183,29 @@ def _keep_freed_memory() -> None:
     mallopt(trim_threshold, one_gigabyte)
 
 
-def _readable(row: dict) -> dict:
-    return {key: f"{value:,}" if isinstance(value, int) and value > 9999 else value for key, value in row.items()}
+def _plan_row(row: dict) -> dict:
+    """A described block in the widths of a terminal; two values are teacher / student."""
+
+    def both(name: str, form) -> str:
+        pair = [form(row[f"{side}_{name}"]) for side in ("teacher", "student")]
+        return pair[0] if pair[0] == pair[1] else " / ".join(pair)
+
+    return {
+        "block": row["block"] + 1,
+        "ends at": both("end", str),
+        "shape": both("shape", lambda shape: "x".join(map(str, shape)) if shape else ""),
+        "parameters": both("parameters", _short),
+        "FLOPs/image": both("flops", _short),
+        "bridge": row["bridge"],
+        "bytes/image": f"{row['activation_bytes']:,}" if row["activation_bytes"] else None,
+    }
+
+
+def _short(number: int) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
 
 
 def _print_rows(title: str, rows: list[dict]) -> None:

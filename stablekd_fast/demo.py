@@ -21,7 +21,7 @@ def run_demo(out: Path, *, seeds: int = 3, device: str = "auto") -> list[dict]:
 
     Writes `results.json` and `report.html` to `out`, and one folder per run below `out/runs`.
     """
-    common = {"data": "digits", "device": device, "batch_size": 64, "validation": 0}
+    common = {"data": "digits", "device": device, "batch_size": 64, "validation": 0.1}
     teacher_out = out / "runs" / "teacher"
     teacher = Distiller(
         DistillConfig(method="ce", student="resnet56", epochs=TEACHER_EPOCHS, out=str(teacher_out), **common)

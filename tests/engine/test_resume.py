@@ -104,7 +104,7 @@ def test_a_resume_with_other_settings_is_refused_with_the_difference(make):
 
 
 def test_resuming_nothing_and_starting_over_are_refused(make):
-    with pytest.raises(CheckpointError, match="no checkpoint.*without --resume"):
+    with pytest.raises(CheckpointError, match="no file.*without --resume"):
         make(resume=True).run(progress=False)
     make(epochs=1.0).run(progress=False)
     with pytest.raises(Exception, match="already holds a run.*--resume"):
