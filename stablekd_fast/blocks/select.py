@@ -112,11 +112,20 @@ def _stage_ends(teacher: TracedNetwork, student: TracedNetwork) -> list[PointPai
 
 
 def _stage_end(network: TracedNetwork) -> dict[tuple[int, ...], CutPoint]:
-    """Per spatial size the cut that ends the outermost module, the last of them: a stage, not a layer in the next."""
-    ends: dict[tuple[int, ...], CutPoint] = {}
+    """Per spatial size the end of its stage: the last cut that ends an outermost module.
+
+    Cuts in the first tenth of the stage's cost are left aside, so that a cheap stem of that size is not taken for it.
+    """
+    stages: dict[tuple[int, ...], list[CutPoint]] = {}
     for point in network.points:
-        if _extended(point) and (point.spatial not in ends or point.depth <= ends[point.spatial].depth):
-            ends[point.spatial] = point
+        if _extended(point):
+            stages.setdefault(point.spatial, []).append(point)
+    ends = {}
+    for spatial, points in stages.items():
+        first, last = points[0].flops, points[-1].flops
+        late = [point for point in points if point.flops >= first + 0.1 * (last - first)]
+        depth = min(point.depth for point in late)
+        ends[spatial] = [point for point in late if point.depth == depth][-1]
     return ends
 
 
