@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stablekd_fast.cli import keep_freed_memory
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.distiller import Distiller
 from stablekd_fast.report import read_events, read_results, summarise, write_report, write_results
@@ -34,18 +35,30 @@ SGD = {"name": "sgd", "weight_decay": 5e-4, "nesterov": True}
 CANDIDATES: dict[str, dict[str, dict]] = {
     "ce": {
         "adamw-0.01": {"optimizer": {"lr": 0.01}},
+        "adamw-0.02": {"optimizer": {"lr": 0.02}},
         "sgd-0.1": {"optimizer": {**SGD, "lr": 0.1}},
     },
     "kd": {
         "adamw-0.01": {"optimizer": {"lr": 0.01}},
+        "adamw-0.02": {"optimizer": {"lr": 0.02}},
+        "adamw-0.04": {"optimizer": {"lr": 0.04}},
         "adamw-0.01-kl": {"optimizer": {"lr": 0.01}, **KL_ONLY},
     },
     "kd+features": {
         "adamw-0.01": {"optimizer": {"lr": 0.01}},
-        "adamw-0.01-features-5": {"optimizer": {"lr": 0.01}, "feature_options": {"weight": 5.0}},
+        "adamw-0.02": {"optimizer": {"lr": 0.02}},
+        "adamw-0.04": {"optimizer": {"lr": 0.04}},
+        "adamw-0.01-kl": {"optimizer": {"lr": 0.01}, **KL_ONLY},
     },
-    "blocks": {"adamw-0.01": {"optimizer": {"lr": 0.01}}},
-    "stablekd": {"adamw-0.01": {"optimizer": {"lr": 0.01}}},
+    "blocks": {
+        "adamw-0.02": {"optimizer": {"lr": 0.02}},
+    },
+    "stablekd": {
+        "adamw-0.01": {"optimizer": {"lr": 0.01}},
+        "adamw-0.02": {"optimizer": {"lr": 0.02}},
+        "adamw-0.04": {"optimizer": {"lr": 0.04}},
+        "adamw-0.01-kl": {"optimizer": {"lr": 0.01}, **KL_ONLY},
+    },
 }
 """At most six settings per method."""
 
@@ -94,6 +107,7 @@ def run_one(arguments, method: str, name: str, settings: dict, seed: int, out: P
             subset=arguments.subset,
             validation=arguments.validation,
             epochs=arguments.epochs,
+            evaluate_every=2,
             seed=seed,
             out=str(out),
             resume=(out / "checkpoint.safetensors").exists(),
@@ -171,6 +185,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     {"tune": tune, "test": test}[arguments.what](arguments)
 
 

@@ -32,9 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     if settings.command is None:
         parser.print_help()
         return 2
-    # Kept memory: with glibc's default thresholds every large tensor is mapped and faulted in anew.
-    _keep_freed_memory()
-    options = commands[settings.command].instantiate_classes(settings[settings.command])
+    keep_freed_memory()
+    options = commands[settings.command].instantiate(settings[settings.command])
     try:
         return RUN[settings.command](options)
     except StableKDError as error:
@@ -160,7 +159,7 @@ def _underscored(word: str) -> str:
 
 def _with_nearest(message: str, commands: dict, words: list[str]) -> str:
     """Add the nearest valid name to a complaint about an unknown one."""
-    unknown = re.search(r"--([\w.]+)", message) or re.search(r"[Kk]ey ['\"]?([\w.]+)", message)
+    unknown = re.search(r"--([\w.]+)", message) or re.search(r"option ['\"]([\w.]+)", message)
     command = next((word for word in words if word in commands), None)
     if unknown is None or command is None:
         return message
@@ -171,7 +170,8 @@ def _with_nearest(message: str, commands: dict, words: list[str]) -> str:
     return f"{message} The nearest valid name is {near[0]!r}."
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory: by default every large tensor is mapped and faulted in anew."""
     import ctypes
 
     try:

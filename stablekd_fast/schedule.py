@@ -26,7 +26,7 @@ class Optimizer:
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 0.01
+    lr: float = 0.02
     cycle: Literal["cosine", "triangular", "constant"] = "cosine"
     warmup: float = 0.15
     momentum: float = 0.9
