@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def _load():
             ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
         return import_module("stablekd_fast._C"), None
     except (ImportError, OSError) as error:
-        return None, f"the C++ core does not load ({error}); reinstall with a C++ compiler to build it"
+        reason = f"the C++ core does not load ({error}); reinstall with a C++ compiler to build it"
+        warnings.warn(f"{reason}. Operators use the slower reference implementation.", RuntimeWarning, stacklevel=2)
+        return None, reason
 
 
 core, reason = _load()

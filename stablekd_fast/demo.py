@@ -11,9 +11,11 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.distiller import Distiller
 from stablekd_fast.report import read_events, summary_table, write_report, write_results
 
-TEACHER_EPOCHS = 30
-STUDENT_EPOCHS = 6
-METHODS = ("ce", "kd", "kd+features", "stablekd")
+TEACHER = "resnet32"
+TEACHER_EPOCHS = 12
+STUDENT = "resnet20"
+STUDENT_EPOCHS = 3
+METHODS = ("ce", "kd", "stablekd")
 
 
 def run_demo(out: Path, *, seeds: int = 3, device: str = "auto") -> list[dict]:
@@ -21,10 +23,10 @@ def run_demo(out: Path, *, seeds: int = 3, device: str = "auto") -> list[dict]:
 
     Writes `results.json` and `report.html` to `out`, and one folder per run below `out/runs`.
     """
-    common = {"data": "digits", "device": device, "batch_size": 64, "validation": 0.1}
+    common = {"data": "digits", "device": device, "batch_size": 64, "validation": 0.1, "log_every": 2}
     teacher_out = out / "runs" / "teacher"
     teacher = Distiller(
-        DistillConfig(method="ce", student="resnet56", epochs=TEACHER_EPOCHS, out=str(teacher_out), **common)
+        DistillConfig(method="ce", student=TEACHER, epochs=TEACHER_EPOCHS, out=str(teacher_out), **common)
     ).run()
     runs, events = [], {}
     for method in METHODS:
@@ -34,9 +36,9 @@ def run_demo(out: Path, *, seeds: int = 3, device: str = "auto") -> list[dict]:
                 method=method,
                 seed=seed,
                 epochs=STUDENT_EPOCHS,
-                teacher="resnet56",
+                teacher=TEACHER,
                 teacher_weights=str(teacher_out / "student.safetensors"),
-                student="resnet20",
+                student=STUDENT,
                 out=str(run_out),
                 **common,
             )
