@@ -106,6 +106,7 @@ def run_one(arguments, method: str, name: str, settings: dict, seed: int, out: P
             student=arguments.student,
             subset=arguments.subset,
             validation=arguments.validation,
+            batch_size=arguments.batch_size,
             epochs=arguments.epochs,
             evaluate_every=2,
             seed=seed,
@@ -135,8 +136,8 @@ def claimed(out: Path) -> Iterator[bool]:
 def tune(arguments) -> None:
     """Train every candidate once and write which is best on the held-out images."""
     rows = []
-    for method, candidates in CANDIDATES.items():
-        for name, settings in candidates.items():
+    for method in arguments.methods or CANDIDATES:
+        for name, settings in CANDIDATES[method].items():
             out = Path(arguments.out) / "tune" / method / name
             run_one(arguments, method, name, settings, 0, out)
             if (out / "results.json").exists():
@@ -168,7 +169,7 @@ def test(arguments) -> None:
         print(row)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tune", "test"])
     parser.add_argument("--data", required=True)
@@ -177,13 +178,14 @@ def main() -> None:
     parser.add_argument("--student", default="resnet20")
     parser.add_argument("--subset", type=float, default=10_000)
     parser.add_argument("--validation", type=float, default=2_000)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--epochs", type=float, default=8)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--methods", nargs="*", choices=list(CANDIDATES))
     parser.add_argument("--remember", help="directory in which to keep the teacher's outputs between runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     {"tune": tune, "test": test}[arguments.what](arguments)

@@ -1,0 +1,53 @@
+import json
+
+import pytest
+import torch
+
+from stablekd_fast.bench.accuracy import CANDIDATES, main
+from stablekd_fast.checkpoint import load_tensors
+from stablekd_fast.cli import main as stablekd
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    """A whole campaign in small: two methods, one seed, the digits."""
+    out = tmp_path_factory.mktemp("campaign")
+    small = ["--validation", "32", "--subset", "128", "--batch-size", "32"]
+    teacher = ["distill", "--method", "ce", "--student", "resnet20", "--epochs", "1", *small]
+    assert stablekd([*teacher, "--out", str(out / "teacher")]) == 0
+    words = ["--data", "digits", "--teacher", "resnet20", "--teacher-weights", str(out / "teacher/student.safetensors")]
+    words += [*small, "--epochs", "1", "--seeds", "1", "--threads", "1", "--methods", "kd", "blocks"]
+    threads = torch.get_num_threads()
+    main(["tune", *words, "--out", str(out / "live")])
+    main(["test", *words, "--out", str(out / "live")])
+    main(["test", *words, "--out", str(prepared(out)), "--remember", str(out / "outputs")])
+    torch.set_num_threads(threads)
+    return out
+
+
+def prepared(out):
+    (out / "remembered").mkdir()
+    (out / "remembered" / "tuning.json").write_text((out / "live" / "tuning.json").read_text())
+    return out / "remembered"
+
+
+def test_the_best_setting_on_held_out_images_is_tested(campaign):
+    tuning = json.loads((campaign / "live" / "tuning.json").read_text())
+    kd = {row["setting"]: row["held_out_accuracy"] for row in tuning["rows"] if row["method"] == "kd"}
+    assert kd.keys() == CANDIDATES["kd"].keys()
+    assert kd[tuning["chosen"]["kd"]] == max(kd.values())
+    runs = json.loads((campaign / "live" / "results.json").read_text())["runs"]
+    assert [(run["method"], run["setting"]) for run in runs] == [(m, tuning["chosen"][m]) for m in ("kd", "blocks")]
+
+
+def test_a_remembered_teacher_changes_no_bit(campaign):
+    for run in ("kd-0", "blocks-0"):
+        live, remembered = (
+            load_tensors(campaign / kind / "test" / run / "checkpoint.safetensors")[0] for kind in ("live", "remembered")
+        )
+        assert all(torch.equal(live[name], remembered[name]) for name in live)
+    assert len(list((campaign / "outputs").glob("*.safetensors"))) >= 4
+
+
+def test_every_method_has_at_most_six_settings():
+    assert all(1 <= len(settings) <= 6 for settings in CANDIDATES.values())
