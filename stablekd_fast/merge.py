@@ -22,8 +22,9 @@ WINDOW = 10
 def untouched(model: nn.Module):
     """Run the model in any mode without a trace: buffers and random state come back afterwards."""
     saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices=list(gpus)), torch.no_grad():
             yield
     finally:
         for name, buffer in model.named_buffers():

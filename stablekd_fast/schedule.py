@@ -13,7 +13,7 @@ from typing import Literal
 from stablekd_fast.errors import ConfigError
 
 METHODS = ("stablekd", "kd", "kd+features", "blocks", "ce")
-RECIPES = ("default", "paper")
+RECIPES = ("default", "paper", "paper-end-to-end")
 
 
 @dataclass
@@ -163,7 +163,8 @@ def method_stages(method: str, blocks: int, recipe: str = "default", optimizer: 
 
     `stablekd` decomposes and merges; `blocks` never merges; `kd`, `kd+features` and `ce` train end to end from the
     start. The recipe `paper` is the schedule of the StableKD authors' earlier draft (Divide and Distill): three equal
-    phases of SGD with one triangular cycle each whose peak halves, never merging the classifier in.
+    phases of SGD with one triangular cycle each whose peak halves, never merging the classifier in;
+    `paper-end-to-end` adds a fourth phase that does.
     Raises ConfigError for an unknown method or recipe.
     """
     if method not in METHODS:
@@ -174,12 +175,14 @@ def method_stages(method: str, blocks: int, recipe: str = "default", optimizer: 
         groupings = [[list(range(blocks))]]
     elif method == "blocks":
         groupings = [[[block] for block in range(blocks)]]
-    elif recipe == "paper":
+    elif recipe == "default":
+        groupings = merge_neighbours(blocks)
+    else:
         body = merge_neighbours(blocks - 1)
         head = [[blocks - 1]]
         groupings = [body[0] + head, body[min(1, len(body) - 1)] + head, body[-1] + head]
-    else:
-        groupings = merge_neighbours(blocks)
+        if recipe == "paper-end-to-end":
+            groupings.append([list(range(blocks))])
     return [
         Stage(groups, share=1.0, optimizer=_stage_optimizer(recipe, optimizer, i)) for i, groups in enumerate(groupings)
     ]
@@ -188,5 +191,5 @@ def method_stages(method: str, blocks: int, recipe: str = "default", optimizer: 
 def _stage_optimizer(recipe: str, optimizer: Optimizer | None, stage: int) -> Optimizer:
     """The peak learning rate halves from stage to stage."""
     paper = Optimizer("sgd", lr=0.5, cycle="triangular", momentum=0.9, momentum_low=0.8, weight_decay=5e-4)
-    base = optimizer or (paper if recipe == "paper" else Optimizer())
+    base = optimizer or (Optimizer() if recipe == "default" else paper)
     return Optimizer(**{**vars(base), "lr": base.lr / 2**stage})

@@ -17,6 +17,9 @@ def test_the_paper_recipe_is_the_draft_s():
     assert [stage.optimizer.lr for stage in stages] == [0.5, 0.25, 0.125]
     assert {stage.optimizer.cycle for stage in stages} == {"triangular"}
     assert {stage.optimizer.weight_decay for stage in stages} == {5e-4}
+    longer = method_stages("stablekd", 5, "paper-end-to-end")
+    assert [stage.name for stage in longer[:3]] == [stage.name for stage in stages]
+    assert longer[3].name == "1+2+3+4+5" and longer[3].optimizer.lr == 0.0625
 
 
 def test_stages_fill_the_run_exactly():
