@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.checkpoint import load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors
@@ -45,6 +45,24 @@ class Progress:
 
 
 @dataclass
+class StageRun:
+    """A stage in training: its groups' steps, and the losses that were not read yet."""
+
+    index: int
+    planned: PlannedStage
+    steps: list[GroupStep]
+    losses: Tensor
+    """`[log_every, groups]` on the device, so that a step need not wait for the host to read its loss."""
+    entered_at: int
+    entered_seconds: float
+    unread: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        return [step.name for step in self.steps]
+
+
+@dataclass
 class Engine:
     """Trains a paired student through planned stages. Assembled by `Distiller`."""
 
@@ -53,7 +71,8 @@ class Engine:
     stages: list[PlannedStage]
     source: TrainSource
     validation: EvalSource | None
-    recorder: Recorder
+    recorder: Recorder | None
+    """Set before `train`."""
     checkpoint: Path
     identity: dict
     device: torch.device
@@ -68,16 +87,16 @@ class Engine:
 
     def train(self) -> None:
         """Train from where the progress stands to the end of the last stage."""
-        for index, stage in enumerate(self.stages):
-            if self.progress.step >= stage.last:
+        for index, planned in enumerate(self.stages):
+            if self.progress.step >= planned.last:
                 continue
-            steps = self._enter(index, stage)
-            for batch in self._batches(stage):
-                self._train_step(stage, steps, batch)
-                self._after_step(stage, steps)
-            self._leave(index, stage, steps)
+            stage = self._enter(index, planned)
+            for batch in self._batches(planned):
+                self._train_step(stage, batch)
+                self._after_step(stage)
+            self._leave(stage)
 
-    def composed_student(self) -> torch.nn.Module:
+    def composed_student(self) -> nn.Module:
         """A copy of the plain student in eval mode with batch-norm statistics of its own activations."""
         return with_fresh_batch_norm(self.paired.student, self.source.batches(0, self.bn_batches), self.to_device)
 
@@ -86,8 +105,8 @@ class Engine:
 
     # One step.
 
-    def _batches(self, stage: PlannedStage) -> Iterator[Batch]:
-        source = self.source.batches(max(self.progress.step, stage.first), stage.last)
+    def _batches(self, planned: PlannedStage) -> Iterator[Batch]:
+        source = self.source.batches(max(self.progress.step, planned.first), planned.last)
         while True:
             start = time.perf_counter()
             batch = next(source, None)
@@ -96,68 +115,64 @@ class Engine:
                 return
             yield batch
 
-    def _train_step(self, stage: PlannedStage, steps: list[GroupStep], batch: Batch) -> None:
+    def _train_step(self, stage: StageRun, batch: Batch) -> None:
         start = time.perf_counter()
-        progress = stage.progress(self.progress.step)
-        settings = stage.stage.optimizer
-        lr, momentum = settings.lr_at(progress), settings.momentum_at(progress)
+        settings, share = stage.planned.stage.optimizer, stage.planned.progress(self.progress.step)
+        lr, momentum = settings.lr_at(share), settings.momentum_at(share)
         current = "the teacher"
         try:
             images, labels = self.to_device(batch.images), self.to_device(batch.labels)
-            load_batch(steps[0].inputs, self.paired, stage.stage.groups, self.objectives, images, labels)
-            for i, step in enumerate(steps):
+            load_batch(stage.steps[0].inputs, self.paired, stage.planned.stage.groups, self.objectives, images, labels)
+            for i, step in enumerate(stage.steps):
                 current = f"group {step.name}"
                 step.set_rates(lr, momentum)
                 step.run()
-                self._losses[self._logged, i].copy_(step.loss)
+                stage.losses[stage.unread, i].copy_(step.loss)
         except RuntimeError as error:
-            raise _explained(error, stage, current, len(batch.labels)) from error
-        self._logged += 1
+            if not _is_out_of_memory(error):
+                raise
+            raise _out_of_memory(error, stage.planned, current, len(batch.labels)) from error
+        stage.unread += 1
         self.progress.step += 1
         self.progress.train_seconds += time.perf_counter() - start
 
-    def _after_step(self, stage: PlannedStage, steps: list[GroupStep]) -> None:
-        at = self.progress.step
+    def _after_step(self, stage: StageRun) -> None:
+        at, last = self.progress.step, stage.planned.last
         evaluates = self.evaluate_every and at % self.evaluate_every == 0
-        saves = at % self.checkpoint_every == 0 and at < stage.last
-        if at % self.log_every == 0 or evaluates or saves or at == stage.last:
-            self._flush(stage, steps)
+        saves = at % self.checkpoint_every == 0 and at < last
+        if at % self.log_every == 0 or evaluates or saves or at == last:
+            self._flush(stage)
         if evaluates or at == self.stages[-1].last:
             self._validate()
         if saves:
-            self._save(steps)
+            self._save(stage)
 
     # Stages.
 
-    def _enter(self, index: int, stage: PlannedStage) -> list[GroupStep]:
-        inputs = StageInputs()
-        steps = [
-            GroupStep(self.paired, group, self.objectives, stage.stage.optimizer, inputs) for group in stage.stage.groups
-        ]
-        if self.progress.step > stage.first or stage.stage.optimizer_state == "carry":
+    def _enter(self, index: int, planned: PlannedStage) -> StageRun:
+        settings, inputs = planned.stage, StageInputs()
+        steps = [GroupStep(self.paired, group, self.objectives, settings.optimizer, inputs) for group in settings.groups]
+        if self.progress.step > planned.first or settings.optimizer_state == "carry":
             for step in steps:
                 load_optimizer_tensors("optimizer", step.parameters, step.optimizer, self._optimizer_state)
-        self._losses = torch.zeros(max(self.log_every, 1), len(steps), device=self.device)
-        self._logged = 0
-        self.paired.student.train()
-        for block in self.paired.student_blocks:
-            block.train()
-        self._entered_at, self._entered_seconds = self.progress.step, self.progress.seconds
+        nn.ModuleList([self.paired.student, *self.paired.student_blocks]).train()
+        losses = torch.zeros(self.log_every, len(steps), device=self.device)
+        stage = StageRun(index, planned, steps, losses, self.progress.step, self.progress.seconds)
         self.recorder.emit(
             "stage_start",
             step=self.progress.step,
             stage=index,
-            name=stage.stage.name,
-            groups=stage.stage.groups,
-            first_step=stage.first,
-            last_step=stage.last,
+            name=settings.name,
+            groups=settings.groups,
+            first_step=planned.first,
+            last_step=planned.last,
         )
-        if index > 0 and self.progress.step == stage.first:
-            self._record_merge(index, stage, steps)
-        return steps
+        if index > 0 and self.progress.step == planned.first:
+            self._record_merge(stage)
+        return stage
 
-    def _record_merge(self, index: int, stage: PlannedStage, steps: list[GroupStep]) -> None:
-        apart = self.stages[index - 1].stage.groups
+    def _record_merge(self, stage: StageRun) -> None:
+        apart = self.stages[stage.index - 1].stage.groups
         probes = list(self.source.batches(0, PROBE_BATCHES))
         images = self.to_device(probes[0].images)
         before = self._composed_before_merge
@@ -165,50 +180,52 @@ class Engine:
             with torch.no_grad(), evaluation_mode(self.paired.student):
                 before = self.paired.student(images)
         self.progress.merge = MergeRecord(
-            step=stage.first,
-            stage=index,
+            step=stage.planned.first,
+            stage=stage.index,
             exposure_gap=self.progress.exposure,
-            max_output_difference=(before - composed_output(self.paired, steps, images)).abs().max().item(),
-            loss_at_merge=probe_losses(self.paired, steps, probes, self.to_device),
-            merged=[step.name for step in steps if step.group not in apart],
+            max_output_difference=(before - composed_output(self.paired, stage.steps, images)).abs().max().item(),
+            loss_at_merge=probe_losses(self.paired, stage.steps, probes, self.to_device),
+            merged=[step.name for step in stage.steps if step.group not in apart],
         )
 
-    def _leave(self, index: int, stage: PlannedStage, steps: list[GroupStep]) -> None:
-        if self.progress.merge and self.progress.merge.stage == index:
+    def _leave(self, stage: StageRun) -> None:
+        if self.progress.merge and self.progress.merge.stage == stage.index:
             report = self.progress.merge.report()
-            self.recorder.emit("merge", **{**report, "merge_step": report["step"], "step": stage.last})
-        if len(steps) > 1:
+            self.recorder.emit("merge", **{**report, "merge_step": report["step"], "step": stage.planned.last})
+        if len(stage.steps) > 1:
             probes = list(self.source.batches(0, PROBE_BATCHES))
-            self.progress.exposure = exposure_gap(self.paired, steps, probes, self.to_device)
-            images = self.to_device(probes[0].images)
-            self._composed_before_merge = composed_output(self.paired, steps, images)
-        self._save(steps)
+            self.progress.exposure = exposure_gap(self.paired, stage.steps, probes, self.to_device)
+            self._composed_before_merge = composed_output(self.paired, stage.steps, self.to_device(probes[0].images))
+            self.recorder.emit(
+                "stage_end", step=self.progress.step, stage=stage.index, exposure_gap=self.progress.exposure
+            )
+        self._save(stage)
 
     # Looking at the run.
 
-    def _flush(self, stage: PlannedStage, steps: list[GroupStep]) -> None:
+    def _flush(self, stage: StageRun) -> None:
         """Read the losses of the steps since the last flush, check them, log them."""
-        rows = self._losses[: self._logged].tolist()
-        self._logged = 0
-        for step in steps:
+        rows = stage.losses[: stage.unread].tolist()
+        stage.unread = 0
+        for step in stage.steps:
             bad = step.first_bad.item()
             if bad >= 0:
-                raise self._diverged(f"loss of blocks {step.name} is", self._entered_at + bad)
-        names = [step.name for step in steps]
-        for row in rows:
-            if self.progress.merge:
-                self.progress.merge.watch(dict(zip(names, row)))
-        if rows:
-            images = self.source.batch_size * (self.progress.step - self._entered_at)
-            self.recorder.emit(
-                "train",
-                step=self.progress.step,
-                epoch=self.progress.step / self.source.steps_per_epoch,
-                losses={name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(names)},
-                lr=stage.stage.optimizer.lr_at(stage.progress(self.progress.step - 1)),
-                images_per_second=images / (self.progress.seconds - self._entered_seconds),
-                data_wait_share=self.progress.wait_seconds / self.progress.seconds,
-            )
+                raise self._diverged(f"loss of blocks {step.name} is", stage.entered_at + bad)
+        if not rows:
+            return
+        if self.progress.merge:
+            for row in rows:
+                self.progress.merge.watch(dict(zip(stage.names, row)))
+        images = self.source.batch_size * (self.progress.step - stage.entered_at)
+        self.recorder.emit(
+            "train",
+            step=self.progress.step,
+            epoch=self.progress.step / self.source.steps_per_epoch,
+            losses={name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(stage.names)},
+            lr=stage.planned.stage.optimizer.lr_at(stage.planned.progress(self.progress.step - 1)),
+            images_per_second=images / (self.progress.seconds - stage.entered_seconds),
+            data_wait_share=self.progress.wait_seconds / self.progress.seconds,
+        )
 
     def _validate(self) -> None:
         if self.validation is None:
@@ -237,12 +254,12 @@ class Engine:
 
     # Saving and resuming.
 
-    def _save(self, steps: list[GroupStep]) -> None:
-        for step in steps:  # the last update may have broken what the last loss did not show yet
+    def _save(self, stage: StageRun) -> None:
+        for step in stage.steps:  # the last update may have broken what the last loss did not show yet
             if not all(torch.isfinite(parameter).all() for parameter in step.parameters.values()):
                 raise self._diverged(f"weights of blocks {step.name} are", self.progress.step - 1)
         self._optimizer_state = {}
-        for step in steps:
+        for step in stage.steps:
             self._optimizer_state |= optimizer_tensors("optimizer", step.parameters, step.optimizer)
         tensors = {f"student/{name}": value for name, value in self.paired.student.state_dict().items()}
         tensors |= self._optimizer_state
@@ -285,14 +302,14 @@ class Engine:
             )
 
 
-def _explained(error: RuntimeError, stage: PlannedStage, current: str, batch_size: int) -> Exception:
-    """Out of memory becomes a TrainingError that names stage, group and bytes; anything else stays as it is."""
-    text = str(error)
-    if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text):
-        return error
-    size = re.search(r"allocate ([\d.]+ ?\w*)", text.replace("allocate memory", ""))
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(error: RuntimeError, planned: PlannedStage, current: str, batch_size: int) -> TrainingError:
+    size = re.search(r"allocate ([\d.]+ ?\w*)", str(error).replace("allocate memory", ""))
     return TrainingError(
-        f"Out of memory in stage {stage.stage.name}, {current}: could not allocate "
+        f"Out of memory in stage {planned.stage.name}, {current}: could not allocate "
         f"{size.group(1) if size else 'memory'} with batch size {batch_size}. "
         f"Try --batch-size {max(batch_size // 2, 1)}."
     )
