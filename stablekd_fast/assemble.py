@@ -53,7 +53,12 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig) -> Train
 
 def eval_source(dataset: Dataset, split: Split, config: DistillConfig) -> EvalSource:
     return EvalSource(
-        split, dataset.mean, dataset.std, batch_size=config.batch_size * 2, image_size=config.image_size
+        split,
+        dataset.mean,
+        dataset.std,
+        batch_size=config.batch_size * 2,
+        image_size=config.image_size,
+        workers=config.workers,
     )
 
 

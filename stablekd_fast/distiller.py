@@ -39,6 +39,8 @@ class RunResult:
     images_per_second: float
     wall_seconds: float
     """Training and waiting for data, evaluation left out; summed over resumes."""
+    skipped_images: int = 0
+    """Unreadable images left out (with `on_bad_image="skip"`); the event log names them."""
 
 
 class Distiller:
@@ -66,6 +68,7 @@ class Distiller:
             config.data, image_size=config.image_size, on_bad_image=config.on_bad_image
         )
         train, held_out = split_training_images(self.dataset, config)
+        self.splits = [split for split in (train, held_out, self.dataset.test) if split is not None]
         self.source = train_source(self.dataset, train, config)
         self.validation = eval_source(self.dataset, held_out, config) if held_out is not None else None
         torch.manual_seed(config.seed)
@@ -98,6 +101,9 @@ class Distiller:
         student = engine.composed_student()
         metrics = evaluate(student, eval_source(self.dataset, self.dataset.test, self.config).batches(), engine.to_device)
         engine.emit_evaluation("test", metrics)
+        skipped = [[str(path), reason] for split in self.splits for path, reason in split.skipped]
+        if skipped:
+            engine.recorder.emit("skipped_images", step=engine.progress.step, images=skipped)
         save_tensors(
             out / "student.safetensors",
             student.state_dict(),
@@ -113,6 +119,7 @@ class Distiller:
             steps=steps,
             images_per_second=steps * self.config.batch_size / seconds,
             wall_seconds=seconds,
+            skipped_images=len(skipped),
         )
 
     def _engine(self, checkpoint: Path) -> Engine:

@@ -178,3 +178,25 @@ assert torch.equal(torch.random.get_rng_state(), before[2])
 assert not torch.cuda.is_initialized()
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_broken_image_stops_the_run_or_is_counted(tmp_path, capsys):
+    from PIL import Image
+
+    for split, count in (("train", 24), ("test", 6)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (16, 16), (9 * i, 90, 200 if label == "cat" else 20)).save(folder / f"{i}.png")
+    broken = tmp_path / "images" / "train" / "cat" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    words = ["distill", "--data", str(tmp_path / "images"), "--method", "ce", "--student", "resnet20"]
+    words += ["--batch-size", "8", "--epochs", "1", "--validation", "0"]
+    assert main([*words, "--out", str(tmp_path / "stopped")]) == 2
+    assert str(broken) in capsys.readouterr().err
+    assert main([*words, "--on-bad-image", "skip", "--out", str(tmp_path / "counted")]) == 0
+    (run,) = json.loads((tmp_path / "counted" / "results.json").read_text())["runs"]
+    assert run["skipped_images"] == 1
+    events = [json.loads(line) for line in (tmp_path / "counted" / "events.jsonl").open()]
+    assert [e["images"][0][0] for e in events if e["kind"] == "skipped_images"] == [str(broken)]

@@ -11,7 +11,8 @@ from stablekd_fast.models.cifar_wrn import PreActivationBlock
 
 CLASSES_10, CLASSES_100 = 10, 100
 
-# Parameters of the published models: He et al. count with 10 classes, the distillation literature with 100.
+# Parameter counts: published where a paper or its code states them, else what the published architecture gives.
+# He et al. count with 10 classes, the distillation literature with 100.
 PARAMETERS = {
     "resnet20": (CLASSES_10, 269_722),
     "resnet32": (CLASSES_10, 464_154),
