@@ -178,16 +178,23 @@ def named_parameters_of(paired: PairedBlocks, group: list[int]) -> dict[str, nn.
 
 
 def build_optimizer(settings: Optimizer, parameters: list[nn.Parameter], lr: Tensor) -> torch.optim.Optimizer:
-    """A fused torch optimizer that reads its learning rate from the tensor `lr`."""
+    """A fused torch optimizer that reads its learning rate from the tensor `lr`.
+
+    The tensor is put in afterwards: the constructors compare it with zero, which on a GPU waits for the device.
+    """
     if settings.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay, fused=True)
-    if settings.name == "sgd":
-        return torch.optim.SGD(
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=settings.weight_decay, fused=True)
+    elif settings.name == "sgd":
+        optimizer = torch.optim.SGD(
             parameters,
-            lr=lr,
+            lr=0.0,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             nesterov=settings.nesterov,
             fused=True,
         )
-    raise ConfigError(f"optimizer.name={settings.name!r} was given; choose adamw or sgd.")
+    else:
+        raise ConfigError(f"optimizer.name={settings.name!r} was given; choose adamw or sgd.")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return optimizer
