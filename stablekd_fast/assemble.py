@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import nn
 
@@ -65,6 +67,15 @@ def eval_source(dataset: Dataset, split: Split, config: DistillConfig) -> EvalSo
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
     """On the device, convolution weights in channels-last memory."""
     return model.to(device).to(memory_format=torch.channels_last)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of all weights and buffers, by name and value."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def copy_head(paired: PairedBlocks) -> bool:

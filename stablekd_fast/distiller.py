@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,13 +10,21 @@ import torch
 from torch import nn
 
 from stablekd_fast import models
-from stablekd_fast.assemble import copy_head, eval_source, pick_device, placed, split_training_images, train_source
+from stablekd_fast.assemble import (
+    copy_head,
+    eval_source,
+    fingerprint,
+    pick_device,
+    placed,
+    split_training_images,
+    train_source,
+)
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.checkpoint import save_tensors
 from stablekd_fast.config import DistillConfig, identity
 from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.engine import Engine
-from stablekd_fast.errors import ConfigError, ModelError
+from stablekd_fast.errors import ConfigError, ModelError, nearest
 from stablekd_fast.evaluate import evaluate
 from stablekd_fast.objectives import objective
 from stablekd_fast.report import Recorder, machine, versions, write_results, write_run_report
@@ -134,13 +143,22 @@ class Distiller:
             validation=self.validation,
             recorder=None,
             checkpoint=checkpoint,
-            identity=identity(config),
+            identity=identity(config) | self._facts(),
             device=self.device,
             bn_batches=min(config.bn_batches, per_epoch),
-            evaluate_every=round(config.evaluate_every * per_epoch),
+            evaluate_every=max(round(config.evaluate_every * per_epoch), 1) if config.evaluate_every else 0,
             checkpoint_every=config.checkpoint_every or per_epoch,
             log_every=config.log_every,
         )
+
+    def _facts(self) -> dict:
+        """What decides the numbers beside the settings: a resumed run must meet the same teacher and images."""
+        teacher = self.paired.teacher if self.config.method != "ce" else None
+        return {
+            "teacher_fingerprint": fingerprint(teacher) if teacher is not None else None,
+            "training_images": self.source.steps_per_epoch * self.config.batch_size,
+            "classes": self.dataset.classes,
+        }
 
     def _objectives(self) -> Objectives:
         config = self.config
@@ -221,4 +239,8 @@ def distill(config: DistillConfig | None = None, *, progress: bool = True, **set
             settings[name] = type(settings[name]).__name__
     if config is not None and settings:
         raise ConfigError(f"Both a config and the settings {sorted(settings)} were given; give one of the two.")
+    fields = [field.name for field in dataclasses.fields(DistillConfig)]
+    for name in settings:
+        if name not in fields:
+            raise ConfigError(f"There is no setting {name!r}{nearest(name, fields)}.")
     return Distiller(config or DistillConfig(**settings), **parts).run(progress=progress)

@@ -1,5 +1,8 @@
 """Errors a user can act on. Each message says what was got, what is needed and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class StableKDError(Exception):
     """Base of every error raised on purpose; the command line prints its message and exits with 2."""
@@ -27,3 +30,10 @@ class CheckpointError(StableKDError):
 
 class TrainingError(StableKDError):
     """Training cannot go on: a loss is not finite, memory or disk is exhausted."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The part of a message that offers the valid name nearest to `word`, and all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, 1, 0.0)
+    return f"; the nearest is {near[0]!r} (all: {', '.join(known)})" if near else ""

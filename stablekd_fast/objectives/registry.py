@@ -12,11 +12,10 @@ a step starts backward from the gradients, so no further pass over the feature m
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from typing import Any
 
-from stablekd_fast.errors import ConfigError
+from stablekd_fast.errors import ConfigError, nearest
 
 _REGISTRY: dict[str, dict[str, tuple[type, Callable]]] = {"feature": {}, "logits": {}}
 
@@ -38,13 +37,13 @@ def objective(place: str, name: str, options: dict[str, Any] | None = None) -> C
     """
     known = _REGISTRY[place]
     if name not in known:
-        raise ConfigError(f"There is no {place} objective {name!r}{_nearest(name, known)}.")
+        raise ConfigError(f"There is no {place} objective {name!r}{nearest(name, known)}.")
     config_type, function = known[name]
     options = dict(options or {})
     fields = [field.name for field in dataclasses.fields(config_type)]
     for key in options:
         if key not in fields:
-            raise ConfigError(f"The {place} objective {name!r} has no option {key!r}{_nearest(key, fields)}.")
+            raise ConfigError(f"The {place} objective {name!r} has no option {key!r}{nearest(key, fields)}.")
     config = config_type(**options)
 
     def bound(*tensors):
@@ -52,8 +51,3 @@ def objective(place: str, name: str, options: dict[str, Any] | None = None) -> C
 
     bound.config = config
     return bound
-
-
-def _nearest(word: str, known) -> str:
-    near = difflib.get_close_matches(word, list(known), 1, 0.0)
-    return f"; the nearest is {near[0]!r} (all: {', '.join(sorted(known))})" if near else ""

@@ -20,6 +20,11 @@ def small_net(depth: int, seed: int) -> nn.Sequential:
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 
+@pytest.fixture(name="small_net")
+def small_net_fixture():
+    return small_net
+
+
 @pytest.fixture(scope="session")
 def digits():
     return open_dataset("digits")

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from stablekd_fast.checkpoint import load_tensors
-from stablekd_fast.errors import TrainingError
+from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.evaluate import with_fresh_batch_norm
 from stablekd_fast.schedule import METHODS, Optimizer, Stage
 
@@ -155,6 +155,21 @@ def test_the_head_is_copied_only_where_it_fits(make):
     assert torch.equal(distiller.paired.student[-1].weight, distiller.paired.teacher[-1].weight)
     apart = make(copy_classifier=False, out="other")
     assert not torch.equal(apart.paired.student[-1].weight, apart.paired.teacher[-1].weight)
+
+
+def test_distilling_modules_from_python(small_net, digits, tmp_path):
+    import stablekd_fast
+
+    settings = {"epochs": 1, "subset": 96, "batch_size": 32, "validation": 0, "cuts": ["0", "1", "2"]}
+    student = small_net(1, 2)
+    before = student[0][0].weight.clone()
+    result = stablekd_fast.distill(
+        teacher=small_net(2, 1), student=student, dataset=digits, out=str(tmp_path / "run"), progress=False, **settings
+    )
+    assert result.steps == 3
+    assert not torch.equal(student[0][0].weight, before), "the student that was given is the one that is trained"
+    with pytest.raises(ConfigError, match="no setting 'epohcs'; the nearest is 'epochs'"):
+        stablekd_fast.distill(epohcs=1)
 
 
 def test_distilled_students_learn(make):

@@ -103,6 +103,15 @@ def test_a_resume_with_other_settings_is_refused_with_the_difference(make):
         make(epochs=1.0, seed=1, resume=True).run(progress=False)
 
 
+def test_a_resume_with_another_teacher_is_refused(make):
+    make(epochs=1.0).run(progress=False)
+    changed = make(epochs=1.0, resume=True)
+    with torch.no_grad():
+        changed.paired.teacher[0][0].weight[0, 0, 0, 0] += 1e-6
+    with pytest.raises(CheckpointError, match="teacher_fingerprint: was '[0-9a-f]{32}'"):
+        changed.run(progress=False)
+
+
 def test_resuming_nothing_and_starting_over_are_refused(make):
     with pytest.raises(CheckpointError, match="no file.*without --resume"):
         make(resume=True).run(progress=False)
