@@ -59,6 +59,7 @@ class Distiller:
         config: the settings.
         teacher, student: modules to use instead of the names in the settings. The teacher comes with its weights.
         dataset: a data set to use instead of the path in the settings.
+        paired: blocks made by `pair_blocks` to use instead of cutting here, for models that need block lists by hand.
 
     Raises ConfigError, DataError, ModelError or CutError if the parts do not fit.
     """
@@ -70,6 +71,7 @@ class Distiller:
         teacher: nn.Module | None = None,
         student: nn.Module | None = None,
         dataset: Dataset | None = None,
+        paired: PairedBlocks | None = None,
     ) -> None:
         self.config = config
         self.device = pick_device(config.device)
@@ -81,7 +83,7 @@ class Distiller:
         self.source = train_source(self.dataset, train, config)
         self.validation = eval_source(self.dataset, held_out, config) if held_out is not None else None
         torch.manual_seed(config.seed)
-        self.paired = self._pair(teacher, student)
+        self.paired = self._place(paired) if paired is not None else self._pair(teacher, student)
 
     def run(self, *, progress: bool = True) -> RunResult:
         """Train (or resume), evaluate on the test split once, and write all results to `config.out`."""
@@ -194,7 +196,18 @@ class Distiller:
                 "Use a teacher trained on these classes."
             )
         paired = pair_blocks(teacher, student, example, config.cuts or "auto", config.blocks, bridge=config.bridge)
-        if config.copy_classifier and not config.student_weights:
+        return self._with_head(paired)
+
+    def _place(self, paired: PairedBlocks) -> PairedBlocks:
+        modules = [paired.teacher, paired.student, *paired.teacher_blocks, *paired.student_blocks, *paired.bridges]
+        for module in modules:
+            if module is not None:
+                placed(module, self.device)
+        nn.ModuleList([paired.teacher, *paired.teacher_blocks]).eval()
+        return self._with_head(paired)
+
+    def _with_head(self, paired: PairedBlocks) -> PairedBlocks:
+        if self.config.copy_classifier and not self.config.student_weights:
             copy_head(paired)
         return paired
 
@@ -226,13 +239,13 @@ class Distiller:
 def distill(config: DistillConfig | None = None, *, progress: bool = True, **settings) -> RunResult:
     """Distil a student and write it, with its results, to the output directory.
 
-    `settings` are fields of `DistillConfig`, given instead of a config; `teacher` and `student` may be modules, and
-    `dataset` a `Dataset`:
+    `settings` are fields of `DistillConfig`, given instead of a config; `teacher` and `student` may be modules,
+    `dataset` a `Dataset`, and `paired` the result of `pair_blocks`:
 
         distill(data="cifar10", teacher="resnet56", teacher_weights="teacher.safetensors",
                 student="resnet20", epochs=8, out="runs/first")
     """
-    parts = {"dataset": settings.pop("dataset", None)}
+    parts = {name: settings.pop(name, None) for name in ("dataset", "paired")}
     for name in ("teacher", "student"):
         if isinstance(settings.get(name), nn.Module):
             parts[name] = settings[name]

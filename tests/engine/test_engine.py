@@ -172,6 +172,27 @@ def test_distilling_modules_from_python(small_net, digits, tmp_path):
         stablekd_fast.distill(epohcs=1)
 
 
+def test_block_lists_made_by_hand_are_trained(small_net, digits, tmp_path):
+    """For models that cannot be traced: the same numbers as with the cuts that are found."""
+    from stablekd_fast import DistillConfig, Distiller, pair_blocks
+
+    settings = {"epochs": 2, "subset": 96, "batch_size": 32, "validation": 0, "device": "cpu"}
+    runs = []
+    for by_hand in (True, False):
+        teacher, student = small_net(2, 1).eval(), small_net(1, 2)
+        config = DistillConfig(**settings, cuts=["0", "1"], out=str(tmp_path / str(by_hand)))
+        if by_hand:
+            lists = [[net[0], net[1], net[2:]] for net in (teacher, student)]
+            images = torch.zeros(2, 3, 8, 8)
+            paired = pair_blocks(teacher, student, images, teacher_blocks=lists[0], student_blocks=lists[1])
+            runs.append(Distiller(config, dataset=digits, paired=paired))
+        else:
+            runs.append(Distiller(config, dataset=digits, teacher=teacher, student=student, paired=None))
+        runs[-1].run(progress=False)
+    assert runs[0].paired.cuts[0].name == "block0"
+    assert_same(*map(final_weights, runs))
+
+
 def test_distilled_students_learn(make):
     """Loss of every decomposed block falls, and the composed student ends well above chance."""
     distiller = make(method="ce", epochs=8.0, subset=None, validation=0)
