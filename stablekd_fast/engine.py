@@ -167,7 +167,9 @@ class Engine:
             first_step=planned.first,
             last_step=planned.last,
         )
-        if index > 0 and self.progress.step == planned.first:
+        if self.progress.step == 0:
+            self._save(stage)  # so that a run killed at its very first steps can be resumed too
+        elif self.progress.step == planned.first:
             self._record_merge(stage)
         return stage
 
@@ -248,7 +250,7 @@ class Engine:
         stage = next(stage for stage in self.stages if step < stage.last)
         return TrainingError(
             f"The {what} not finite at step {step} (stage {stage.stage.name}). Training stopped; the last good "
-            f"checkpoint, if one was written, is {self.checkpoint}. Lower the learning rate (--optimizer.lr) or "
+            f"checkpoint is {self.checkpoint}. Lower the learning rate (--optimizer.lr) or "
             "lengthen its warm-up (--optimizer.warmup)."
         )
 

@@ -20,4 +20,4 @@ def test_out_of_memory_names_stage_group_and_bytes(tmp_path):
     error = process.stderr.splitlines()[-1]
     assert "Out of memory in stage 1, group 1: could not allocate" in error
     assert "bytes" in error and "--batch-size 512" in error
-    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "run" / "student.safetensors").exists()

@@ -72,7 +72,8 @@ def kill_after(process: subprocess.Popen, out: Path, step: int) -> None:
 def test_a_run_killed_in_every_stage_ends_with_the_same_bits(launch, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     undisturbed = launch(whole, "start")
-    kill_after(launch(broken, "start"), broken, 10)  # decomposed
+    kill_after(launch(broken, "start"), broken, 1)  # before the first periodic checkpoint
+    kill_after(launch(broken, "resume"), broken, 10)  # decomposed
     kill_after(launch(broken, "resume"), broken, 33)  # after the first merge
     kill_after(launch(broken, "resume"), broken, 52)  # end to end
     last = launch(broken, "resume")
