@@ -43,6 +43,17 @@ def to_fake_cuda(paired, mode):
                     store[name] = fake(tensor)
 
 
+@pytest.fixture
+def fakes_need_no_driver():
+    """Older torch (seen with 2.6) asks the CUDA driver even to copy fake tensors."""
+    try:
+        with FakeTensorMode():
+            torch.zeros(1, device="cuda").copy_(torch.ones(1, device="cuda"))
+    except RuntimeError as error:
+        pytest.skip(f"torch {torch.__version__} cannot copy fake CUDA tensors here: {str(error).splitlines()[0]}")
+
+
+@pytest.mark.usefixtures("fakes_need_no_driver")
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_forward_and_losses_stay_on_the_device_and_never_ask_the_host(paired, optimizer):
     mode = FakeTensorMode()
