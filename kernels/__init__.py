@@ -13,14 +13,24 @@ if __name__ == "kernels":
 
 from stablekd_fast.kernels._registry import implementations
 from stablekd_fast.kernels.augment_batch import augment_batch
+from stablekd_fast.kernels.decoupled_kl import decoupled_kl, decoupled_kl_with_grad
+from stablekd_fast.kernels.dequantize_rows import dequantize_rows
+from stablekd_fast.kernels.feature_cosine import feature_cosine, feature_cosine_with_grad
 from stablekd_fast.kernels.feature_mse import feature_mse, feature_mse_with_grad
 from stablekd_fast.kernels.kd_loss import kd_loss, kd_loss_with_grad
+from stablekd_fast.kernels.quantize_rows import quantize_rows
 
 __all__ = [
     "augment_batch",
+    "decoupled_kl",
+    "decoupled_kl_with_grad",
+    "dequantize_rows",
+    "feature_cosine",
+    "feature_cosine_with_grad",
     "feature_mse",
     "feature_mse_with_grad",
     "implementations",
     "kd_loss",
     "kd_loss_with_grad",
+    "quantize_rows",
 ]

@@ -33,3 +33,22 @@ def laid_out_like(value: Tensor, model: Tensor) -> Tensor:
     if value.dtype == out.dtype and value.stride() == out.stride():
         return value
     return out.copy_(value)
+
+
+def scaled(value: Tensor, upstream: Tensor | None) -> Tensor:
+    """`value` times the 0-dim `upstream`, where there is one."""
+    return value if upstream is None else value * upstream.to(value.dtype)
+
+
+def check_upstream(upstream: Tensor | None, student: Tensor) -> None:
+    """Raises OperandError unless `upstream` is None or a 0-dim floating point tensor beside the student."""
+    if upstream is None:
+        return
+    require(
+        upstream.dim() == 0 and upstream.is_floating_point(),
+        f"upstream is {describe(upstream)}; it must be a 0-dim floating point tensor.",
+    )
+    require(
+        upstream.device == student.device,
+        f"upstream is on {upstream.device} but the student on {student.device}; move it there first.",
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.kernels._checks import describe, require
-from stablekd_fast.kernels._registry import define, register_native
+from stablekd_fast.kernels._registry import define, serve_cpu
 from stablekd_fast.kernels.augment_batch import cpu_impl, reference
 
 
@@ -91,4 +91,4 @@ define(
     reference.augment_batch,
     _fake,
 )
-register_native("augment_batch", cpu_impl.augment_batch)
+serve_cpu(augment_batch=cpu_impl.augment_batch)

@@ -5,56 +5,67 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._checks import accumulator, laid_out_like
+from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
+from stablekd_fast.kernels._features import dequantized, length
 
 POWER_FLOOR = 1e-12
 CHANNEL_EPSILON = 1e-5
-LENGTH_EPSILON = 1e-12
 
 
 def feature_mse(
-    student: Tensor, target: Tensor, normalize: str | None, scale: Tensor | None, channel_axis: int
+    student: Tensor,
+    target: Tensor,
+    target_scale: Tensor | None,
+    normalize: str | None,
+    power: Tensor | None,
+    channel_axis: int,
 ) -> Tensor:
     """See `stablekd_fast.kernels.feature_mse`. Differentiable, to any order."""
-    dtype = accumulator(student.dtype)
-    student, target = student.to(dtype), target.to(dtype)
+    student, target = _operands(student, target, target_scale, channel_axis)
     if normalize == "l2":
         return (_unit(student)[0] - _unit(target)[0]).square().sum() / max(len(student), 1)
     squares = (student - target).square()
     if normalize == "channel":
         squares = squares / _channel_variance(target, channel_axis)
     loss = squares.mean()
-    return loss / _power(target, scale) if normalize == "power" else loss
+    return loss / _power(target, power) if normalize == "power" else loss
 
 
 def feature_mse_with_grad(
     student: Tensor,
     target: Tensor,
+    target_scale: Tensor | None,
     normalize: str | None,
-    scale: Tensor | None,
+    power: Tensor | None,
     channel_axis: int,
-    weight: float,
+    factor: float,
+    upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss and its gradient with respect to the student, in closed form."""
-    dtype = accumulator(student.dtype)
-    wide, wide_target = student.to(dtype), target.to(dtype)
+    """The scaled loss and its gradient with respect to the student, in closed form."""
+    wide, wide_target = _operands(student, target, target_scale, channel_axis)
     if normalize == "l2":
-        loss = feature_mse(student, target, normalize, scale, channel_axis)
-        gradient = _l2_gradient(wide, wide_target) * (weight / max(len(wide), 1))
+        loss = feature_mse(wide, wide_target, None, normalize, power, channel_axis)
+        gradient = _l2_gradient(wide, wide_target) * (factor / max(len(wide), 1))
     else:
         difference = wide - wide_target
-        factor = 2 * weight / max(wide.numel(), 1)
+        pull = difference
         if normalize == "channel":
             pull = difference / _channel_variance(wide_target, channel_axis)
-            loss, gradient = difference.mul_(pull).mean(), pull.mul_(factor)
-        else:
-            power = _power(wide_target, scale) if normalize == "power" else 1
-            loss, gradient = difference.square().mean() / power, difference.mul_(factor / power)
-    return weight * loss, laid_out_like(gradient, student)
+        divisor = _power(wide_target, power) if normalize == "power" else 1
+        loss = (difference * pull).mean() / divisor
+        gradient = pull * (2 * factor / max(wide.numel(), 1) / divisor)
+    return scaled(factor * loss, upstream), laid_out_like(scaled(gradient, upstream), student)
 
 
-def _power(target: Tensor, scale: Tensor | None) -> Tensor:
-    power = target.square().mean() if scale is None else scale.to(target.dtype)
+def _operands(
+    student: Tensor, target: Tensor, target_scale: Tensor | None, channel_axis: int
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulator(student.dtype)
+    return student.to(dtype), dequantized(target, target_scale, channel_axis, dtype)
+
+
+def _power(target: Tensor, power: Tensor | None) -> Tensor:
+    power = target.square().mean() if power is None else power.to(target.dtype)
     return power.clamp_min(POWER_FLOOR)
 
 
@@ -65,15 +76,14 @@ def _channel_variance(target: Tensor, channel_axis: int) -> Tensor:
 
 
 def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample scaled to unit length, and the lengths; the epsilon keeps an all-zero sample at zero."""
-    samples = list(range(1, features.dim()))
-    length = (features.square().sum(dim=samples, keepdim=True) + LENGTH_EPSILON).sqrt()
-    return features / length, length
+    """Each sample scaled to unit length, and the lengths."""
+    lengths = length(features, list(range(1, features.dim())))
+    return features / lengths, lengths
 
 
 def _l2_gradient(student: Tensor, target: Tensor) -> Tensor:
     """With u = s / |s| the gradient of |u - v|^2 is the part of 2 (u - v) that is orthogonal to u, over |s|."""
-    unit, length = _unit(student)
+    unit, lengths = _unit(student)
     pull = 2 * (unit - _unit(target)[0])
     along = (unit * pull).sum(dim=list(range(1, student.dim())), keepdim=True)
-    return (pull - unit * along) / length
+    return (pull - unit * along) / lengths

@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._checks import accumulator, describe, require
-from stablekd_fast.kernels._registry import define
-from stablekd_fast.kernels.kd_loss import reference
+from stablekd_fast.kernels._checks import check_upstream, describe, require
+from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
+from stablekd_fast.kernels.kd_loss import cpu_impl, reference
 
 _ARGUMENTS = (
-    "Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
+    "Tensor student, Tensor teacher, Tensor? indices, Tensor? labels, "
     "float temperature, float alpha, float label_smoothing, Tensor? weight"
 )
+
+TopK = tuple[Tensor, Tensor]
+"""A teacher's largest probabilities at the temperature in use: class `indices` int64 `[N, k]`, and `[N, k]` values."""
 
 
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopK,
     labels: Tensor | None = None,
     *,
     temperature: float = 4.0,
@@ -32,18 +35,25 @@ def kd_loss(
     stands alone, with alpha = 1. `weight` `[N]` multiplies each sample's term; the mean stays over N.
     A class whose logit is -inf in both takes no part, in label smoothing neither.
 
+    The teacher may also be given as `(indices, probabilities)` of its k most probable classes, `[N, k]` both, at
+    temperature T; a row names no class twice. What they lack to 1 is spread evenly over the classes that are
+    neither among them nor -inf in the student (marginal smoothing, Shen and Xing: arXiv 2112.01528).
+
     Returns a 0-dim tensor, float64 for float64 logits and float32 otherwise. It may be differentiated twice, with
-    respect to the logits of both and the weight. Raises OperandError for shapes or settings that do not fit.
+    respect to the student's logits, what the teacher gave (logits or probabilities) and the weight. Raises
+    OperandError for shapes or settings that do not fit; labels and indices out of range give NaN on GPUs and an
+    OperandError on the CPU.
     """
-    _check(student_logits, teacher_logits, labels, temperature, label_smoothing, weight)
+    teacher, indices = _teacher(teacher_logits)
+    _check(student_logits, teacher, indices, labels, temperature, label_smoothing, weight)
     return torch.ops.stablekd.kd_loss(
-        student_logits, teacher_logits, labels, temperature, alpha, label_smoothing, weight
+        student_logits, teacher, indices, labels, temperature, alpha, label_smoothing, weight
     )
 
 
 def kd_loss_with_grad(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopK,
     labels: Tensor | None = None,
     *,
     temperature: float = 4.0,
@@ -51,27 +61,38 @@ def kd_loss_with_grad(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     scale: float = 1.0,
+    upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`scale` times `kd_loss`, and the gradient of that product with respect to the student's logits.
+    """`scale` times `upstream` times `kd_loss`, and the gradient of that with respect to the student's logits.
 
-    The gradient is `[N, C]` in the student's dtype. Nothing is recorded for autograd and the host never waits.
+    `upstream` is a 0-dim tensor, for factors that change from step to step. The gradient is `[N, C]` in the
+    student's dtype. Nothing is recorded for autograd and the host never waits.
     """
-    _check(student_logits, teacher_logits, labels, temperature, label_smoothing, weight)
-    return torch.ops.stablekd.kd_loss_with_grad(
-        student_logits.detach(),
-        teacher_logits.detach(),
-        labels,
-        temperature,
-        alpha,
-        label_smoothing,
-        None if weight is None else weight.detach(),
-        scale,
+    teacher, indices = _teacher(teacher_logits)
+    _check(student_logits, teacher, indices, labels, temperature, label_smoothing, weight)
+    check_upstream(upstream, student_logits)
+    with torch.no_grad():
+        return torch.ops.stablekd.kd_loss_with_grad(
+            student_logits, teacher, indices, labels, temperature, alpha, label_smoothing, weight, scale, upstream
+        )
+
+
+def _teacher(given: Tensor | TopK) -> tuple[Tensor, Tensor | None]:
+    """Logits and None, or probabilities and indices."""
+    if isinstance(given, Tensor):
+        return given, None
+    require(
+        isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, Tensor) for part in given),
+        f"teacher_logits is a {type(given).__name__}; give a tensor [N, C], or (indices, probabilities), both [N, k].",
     )
+    indices, probabilities = given
+    return probabilities, indices
 
 
 def _check(
     student: Tensor,
     teacher: Tensor,
+    indices: Tensor | None,
     labels: Tensor | None,
     temperature: float,
     label_smoothing: float,
@@ -81,63 +102,34 @@ def _check(
         student.dim() == 2 and student.is_floating_point(),
         f"student_logits is {describe(student)}; it must be a floating point [N, C].",
     )
-    require(
-        teacher.shape == student.shape and teacher.is_floating_point(),
-        f"teacher_logits is {describe(teacher)} but student_logits {describe(student)}; "
-        "teacher and student must have the same batch and classes.",
-    )
-    for name, tensor, dtypes in (("labels", labels, (torch.int64,)), ("weight", weight, None)):
-        if tensor is None:
-            continue
-        fits = tensor.dtype in dtypes if dtypes else tensor.is_floating_point()
+    if indices is None:
         require(
-            tensor.shape == student.shape[:1] and fits,
-            f"{name} is {describe(tensor)}; it must be {'int64' if dtypes else 'floating point'} [{student.shape[0]}].",
+            teacher.shape == student.shape and teacher.is_floating_point(),
+            f"teacher_logits is {describe(teacher)} but student_logits {describe(student)}; "
+            "teacher and student must have the same batch and classes.",
+        )
+    else:
+        fits = teacher.is_floating_point() and indices.dtype == torch.int64 and teacher.shape == indices.shape
+        count, classes = student.shape
+        require(
+            fits and teacher.dim() == 2 and teacher.shape[0] == count and 1 <= teacher.shape[1] <= classes,
+            f"the teacher's indices are {describe(indices)} and its probabilities {describe(teacher)}; "
+            f"they must be int64 and floating point, both [{count}, k] with k in 1..{classes}.",
+        )
+    if labels is not None:
+        require(
+            labels.dtype == torch.int64 and labels.shape == student.shape[:1],
+            f"labels is {describe(labels)}; it must be int64 [{student.shape[0]}].",
+        )
+    if weight is not None:
+        require(
+            weight.is_floating_point() and weight.shape == student.shape[:1],
+            f"weight is {describe(weight)}; it must be floating point [{student.shape[0]}].",
         )
     require(temperature > 0, f"temperature={temperature} was given; it must be greater than 0.")
     require(0 <= label_smoothing < 1, f"label_smoothing={label_smoothing} was given; it must be in [0, 1).")
 
 
-def _loss_fake(student, *_):
-    return student.new_empty((), dtype=accumulator(student.dtype))
-
-
-def _with_grad_fake(student, *_):
-    return student.new_empty((), dtype=accumulator(student.dtype)), torch.empty_like(student)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, labels, *ctx.settings, weight = inputs
-    ctx.save_for_backward(student, teacher, labels, weight)
-
-
-def _backward(ctx, upstream: Tensor):
-    student, teacher, labels, weight = ctx.saved_tensors
-    if torch.is_grad_enabled() or ctx.needs_input_grad[1] or ctx.needs_input_grad[6]:
-        student_grad, teacher_grad, weight_grad = _through_reference(ctx, upstream)
-    else:
-        _, student_grad = torch.ops.stablekd.kd_loss_with_grad(student, teacher, labels, *ctx.settings, weight, 1.0)
-        student_grad, teacher_grad, weight_grad = student_grad * upstream, None, None
-    return student_grad, teacher_grad, None, None, None, None, weight_grad
-
-
-def _through_reference(ctx, upstream: Tensor) -> list[Tensor | None]:
-    """Gradients that can themselves be differentiated, for student, teacher and weight."""
-    student, teacher, labels, weight = ctx.saved_tensors
-    create_graph = torch.is_grad_enabled()
-    operands = [student, teacher, weight]
-    wanted = [operand for operand in operands if operand is not None and operand.requires_grad]
-    with torch.enable_grad():
-        loss = reference.kd_loss(student, teacher, labels, *ctx.settings, weight)
-        gradients = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=create_graph))
-    return [next(gradients) if operand is not None and operand.requires_grad else None for operand in operands]
-
-
-define("kd_loss", f"({_ARGUMENTS}) -> Tensor", reference.kd_loss, _loss_fake)
-define(
-    "kd_loss_with_grad",
-    f"({_ARGUMENTS}, float scale) -> (Tensor, Tensor)",
-    reference.kd_loss_with_grad,
-    _with_grad_fake,
-)
-torch.library.register_autograd("stablekd::kd_loss", _backward, setup_context=_setup_context)
+define_loss("kd_loss", _ARGUMENTS, reference.kd_loss, reference.kd_loss_with_grad, differentiable=(0, 1, 7))
+serve_cpu(kd_loss=cpu_impl.kd_loss, kd_loss_with_grad=cpu_impl.kd_loss_with_grad)
+serve_cuda(__name__, kd_loss=reference.kd_loss, kd_loss_with_grad=reference.kd_loss_with_grad)

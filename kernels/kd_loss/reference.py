@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._checks import accumulator, laid_out_like
+from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
 
 
 def kd_loss(
     student: Tensor,
     teacher: Tensor,
+    indices: Tensor | None,
     labels: Tensor | None,
     temperature: float,
     alpha: float,
@@ -18,12 +19,12 @@ def kd_loss(
     weight: Tensor | None,
 ) -> Tensor:
     """See `stablekd_fast.kernels.kd_loss`. Differentiable, to any order."""
-    student, teacher, masked = _prepare(student, teacher)
+    student, teacher = (tensor.to(accumulator(student.dtype)) for tensor in (student, teacher))
+    p, log_p, masked = _teacher_distribution(student, teacher, indices, temperature)
     log_q = torch.log_softmax(student / temperature, dim=1).masked_fill(masked, 0.0)
-    log_p = torch.log_softmax(teacher / temperature, dim=1)
     # A class the teacher excludes has p = 0 and adds nothing, though log p is -inf.
-    excluded = torch.isneginf(teacher)
-    terms = log_p.exp() * (log_p.masked_fill(excluded, 0.0) - log_q).masked_fill(excluded, 0.0)
+    excluded = torch.isneginf(log_p)
+    terms = p * (log_p.masked_fill(excluded, 0.0) - log_q).masked_fill(excluded, 0.0)
     samples = temperature**2 * terms.sum(dim=1)
     if labels is not None:
         log_probabilities = torch.log_softmax(student, dim=1)
@@ -38,20 +39,21 @@ def kd_loss(
 def kd_loss_with_grad(
     student: Tensor,
     teacher: Tensor,
+    indices: Tensor | None,
     labels: Tensor | None,
     temperature: float,
     alpha: float,
     label_smoothing: float,
     weight: Tensor | None,
-    scale: float,
+    factor: float,
+    upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The scaled loss and its gradient with respect to the student's logits, in closed form."""
-    loss = scale * kd_loss(student, teacher, labels, temperature, alpha, label_smoothing, weight)
-    logits, teacher_logits, masked = _prepare(student, teacher)
+    loss = kd_loss(student, teacher, indices, labels, temperature, alpha, label_smoothing, weight)
+    logits, wide_teacher = (tensor.to(accumulator(student.dtype)) for tensor in (student, teacher))
+    p, _, masked = _teacher_distribution(logits, wide_teacher, indices, temperature)
     # d(T^2 KL)/ds = T (q - p), where q and p are taken at temperature T.
-    gradient = temperature * (
-        torch.softmax(logits / temperature, dim=1) - torch.softmax(teacher_logits / temperature, dim=1)
-    )
+    gradient = temperature * (torch.softmax(logits / temperature, dim=1) - p)
     if labels is not None:
         targets = torch.zeros_like(logits)
         if label_smoothing > 0:
@@ -59,14 +61,23 @@ def kd_loss_with_grad(
             targets.masked_fill_(masked, 0.0)
         targets.scatter_add_(1, labels[:, None], torch.full_like(logits[:, :1], 1 - label_smoothing))
         gradient = alpha * gradient + (1 - alpha) * (torch.softmax(logits, dim=1) - targets)
-    gradient = _weighted(gradient, weight) * (scale / max(len(logits), 1))
-    return loss, laid_out_like(gradient, student)
+    gradient = _weighted(gradient, weight) * (factor / max(len(logits), 1))
+    return scaled(factor * loss, upstream), laid_out_like(scaled(gradient, upstream), student)
 
 
-def _prepare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both logits in the accumulator's dtype, and which classes are masked: -inf in both."""
-    dtype = accumulator(student.dtype)
-    return student.to(dtype), teacher.to(dtype), torch.isneginf(student) & torch.isneginf(teacher)
+def _teacher_distribution(
+    student: Tensor, teacher: Tensor, indices: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p, log p, and which classes take no part at all, each `[N, C]`."""
+    if indices is None:
+        log_p = torch.log_softmax(teacher / temperature, dim=1)
+        return log_p.exp(), log_p, torch.isneginf(student) & torch.isneginf(teacher)
+    named = torch.zeros_like(student, dtype=torch.bool).scatter(1, indices, True)
+    masked = torch.isneginf(student) & ~named
+    others = ~(named | masked)
+    rest = (1 - teacher.sum(dim=1, keepdim=True)).clamp_min(0.0) / others.sum(dim=1, keepdim=True).clamp_min(1)
+    p = torch.zeros_like(student).scatter(1, indices, teacher) + rest * others
+    return p, torch.where(p > 0, p, 1.0).log().masked_fill(p <= 0, -torch.inf), masked
 
 
 def _open_classes(masked: Tensor) -> Tensor:

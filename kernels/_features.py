@@ -1,0 +1,74 @@
+"""What the operators on feature maps share: checks of their operands, targets stored as 8-bit codes, unit lengths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.kernels._checks import describe, require
+
+CODES = (torch.int8, torch.float8_e4m3fn)
+"""Dtypes of stored activations: code times the scale of its channel gives the value."""
+
+LENGTH_EPSILON = 1e-12
+
+
+def check_features(student: Tensor, target: Tensor, target_scale: Tensor | None, channel_axis: int) -> None:
+    require(
+        student.dim() >= 2 and student.is_floating_point() and student.dtype not in CODES,
+        f"student is {describe(student)}; it must be floating point with a batch axis and at least one more.",
+    )
+    require(
+        target.shape == student.shape and (target.is_floating_point() or target.dtype in CODES),
+        f"target is {describe(target)} but student {describe(student)}; they must have one shape, "
+        "so bridge the widths or resize before comparing.",
+    )
+    check_channel_axis(student, channel_axis)
+    if target.dtype in CODES:
+        check_scales(target, target_scale, channel_axis, "target")
+    else:
+        require(
+            target_scale is None,
+            f"target_scale was given with a target that is {describe(target)}; only int8 and float8_e4m3fn have one.",
+        )
+
+
+def check_channel_axis(features: Tensor, channel_axis: int) -> None:
+    require(
+        -features.dim() <= channel_axis < features.dim() and channel_axis % features.dim() != 0,
+        f"channel_axis={channel_axis} was given for {describe(features)}; it must name an axis other than the batch.",
+    )
+
+
+def check_scales(codes: Tensor, scales: Tensor | None, channel_axis: int, name: str) -> None:
+    samples, channels = codes.shape[0], codes.shape[channel_axis]
+    require(
+        scales is not None
+        and scales.dtype == torch.float32
+        and list(scales.shape) in ([channels], [samples, channels]),
+        f"{name} is {describe(codes)} and its scale {'None' if scales is None else describe(scales)}; "
+        f"such codes need a float32 scale per channel, [{channels}], or per sample and channel, "
+        f"[{samples}, {channels}].",
+    )
+
+
+def dequantized(codes: Tensor, scales: Tensor | None, channel_axis: int, dtype: torch.dtype) -> Tensor:
+    """`codes` times their scales in `dtype`; tensors without scales are only converted."""
+    values = codes.to(dtype)
+    if scales is None:
+        return values
+    return values * per_channel(scales.to(dtype), values, channel_axis)
+
+
+def per_channel(scales: Tensor, features: Tensor, channel_axis: int) -> Tensor:
+    """`[C]` or `[N, C]`, shaped to broadcast over features whose channels lie on `channel_axis`."""
+    shape = [1] * features.dim()
+    shape[channel_axis] = features.shape[channel_axis]
+    if scales.dim() == 2:
+        shape[0] = features.shape[0]
+    return scales.reshape(shape)
+
+
+def length(features: Tensor, axes: list[int]) -> Tensor:
+    """Root of the sum of squares over `axes`, kept; the epsilon under the root keeps all-zero features at zero."""
+    return (features.square().sum(dim=axes, keepdim=True) + LENGTH_EPSILON).sqrt()

@@ -1,0 +1,78 @@
+"""Launching Triton kernels, in one place, so that every compiled variant is known beforehand.
+
+A Triton kernel is compiled once per combination of argument types and constants. Each `triton_impl.py` lists the
+combinations that it can reach (`specialisations()`), each launch goes through `launch`, and the tests compile the
+lists for real chips and check that no launch leaves them. Two rules keep the lists short: integers are `tl.int64`
+and not specialised on their value, and pointers are aligned to 16 bytes (`aligned` copies the rare tensor that is not).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+"""Triton's names of pointers. float8_e4m3fn travels as uint8: chips below sm_89 have no such type in Triton."""
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One compiled variant: argument name -> Triton type or None for an absent tensor, and the constants."""
+
+    kernel: str
+    types: tuple[tuple[str, str | None], ...]
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A variant that the dispatcher can reach. `vectorised`: 128-bit global loads and stores are promised for it."""
+
+    function: Any = field(compare=False)
+    variant: Specialisation
+    vectorised: bool = False
+
+
+watchers: list[Callable[[Specialisation], None]] = []
+"""Called with the variant of every launch; tests and byte counts listen here."""
+
+
+def variant(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], warps: int) -> Specialisation:
+    """`arguments` hold tensors (or their dtypes), None for absent tensors, ints (int64) and floats (float32)."""
+    types = tuple((name, _type(value)) for name, value in arguments.items())
+    return Specialisation(kernel.__name__, types, tuple(sorted(constants.items())), warps)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], warps: int) -> None:
+    """Run `kernel` on `grid`."""
+    for watch in watchers:
+        watch(variant(kernel, arguments, constants, warps))
+    kernel[grid](**arguments, **constants, num_warps=warps)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or a copy if its memory does not begin at a multiple of 16 bytes."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _type(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        value = value.dtype
+    if isinstance(value, torch.dtype):
+        return POINTERS[value]
+    return "fp32" if isinstance(value, float) else "i64"

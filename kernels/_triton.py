@@ -1,0 +1,39 @@
+"""Triton kernels on demand: imported with the first CUDA tensor, replaced by the reference where they do not compile."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+
+missing: str | None = None if find_spec("triton") else "Triton is not installed; `pip install triton` brings it"
+
+_FAILURES: dict[str, str] = {}
+
+
+def implementation(module: str, name: str, reference: Callable) -> Callable:
+    """The function `name` of `<module>.triton_impl`, or `reference` from its first compilation failure on."""
+
+    def run(*arguments):
+        if name not in _FAILURES:
+            try:
+                return getattr(import_module(f"{module}.triton_impl"), name)(*arguments)
+            except Exception as error:
+                if not _is_compilation_failure(error):
+                    raise
+                _FAILURES[name] = f"the Triton kernel does not compile here ({type(error).__name__}: {error})"
+                warnings.warn(f"{name}: {_FAILURES[name]}. The reference is used.", RuntimeWarning, stacklevel=2)
+        return reference(*arguments)
+
+    return run
+
+
+def fallen_back(name: str) -> dict[str, str]:
+    """What changes in an operator's record once its kernel has failed to compile."""
+    return {"cuda": "reference", "reason": f"on CUDA {_FAILURES[name]}"} if name in _FAILURES else {}
+
+
+def _is_compilation_failure(error: Exception) -> bool:
+    """Errors of Triton's own, and its complaint when there is no C compiler for the launcher."""
+    return type(error).__module__.split(".")[0] == "triton" or "C compiler" in str(error)

@@ -1,0 +1,83 @@
+"""Decoupled knowledge distillation (Zhao et al., DKD: arXiv 2203.08679)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.kernels._checks import check_upstream, describe, require
+from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
+from stablekd_fast.kernels.decoupled_kl import cpu_impl, reference
+
+_ARGUMENTS = "Tensor student, Tensor teacher, Tensor labels, float temperature, float alpha, float beta"
+
+
+def decoupled_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+) -> Tensor:
+    """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch.
+
+    `student_logits` and `teacher_logits` are `[N, C]` with C >= 2, `labels` int64 `[N]` with values in 0..C-1. At
+    temperature T, TCKD is the divergence between the two-way distributions (label, all other classes), and NCKD that
+    between the distributions over the other classes alone. A class whose logit is -inf in both takes no part.
+
+    Returns a 0-dim tensor, float64 for float64 logits and float32 otherwise. It may be differentiated twice, with
+    respect to the logits of both. Raises OperandError for shapes or settings that do not fit; labels out of range
+    give NaN on GPUs and an OperandError on the CPU.
+    """
+    _check(student_logits, teacher_logits, labels, temperature)
+    return torch.ops.stablekd.decoupled_kl(student_logits, teacher_logits, labels, temperature, alpha, beta)
+
+
+def decoupled_kl_with_grad(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    scale: float = 1.0,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`scale` times `upstream` times `decoupled_kl`, and the gradient of that with respect to the student's logits.
+
+    `upstream` is a 0-dim tensor, for factors that change from step to step. The gradient is `[N, C]` in the
+    student's dtype. Nothing is recorded for autograd and the host never waits.
+    """
+    _check(student_logits, teacher_logits, labels, temperature)
+    check_upstream(upstream, student_logits)
+    with torch.no_grad():
+        return torch.ops.stablekd.decoupled_kl_with_grad(
+            student_logits, teacher_logits, labels, temperature, alpha, beta, scale, upstream
+        )
+
+
+def _check(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> None:
+    require(
+        student.dim() == 2 and student.is_floating_point() and student.shape[1] >= 2,
+        f"student_logits is {describe(student)}; it must be a floating point [N, C] with at least two classes.",
+    )
+    require(
+        teacher.shape == student.shape and teacher.is_floating_point(),
+        f"teacher_logits is {describe(teacher)} but student_logits {describe(student)}; "
+        "teacher and student must have the same batch and classes.",
+    )
+    require(
+        labels.dtype == torch.int64 and labels.shape == student.shape[:1],
+        f"labels is {describe(labels)}; it must be int64 [{student.shape[0]}].",
+    )
+    require(temperature > 0, f"temperature={temperature} was given; it must be greater than 0.")
+
+
+define_loss(
+    "decoupled_kl", _ARGUMENTS, reference.decoupled_kl, reference.decoupled_kl_with_grad, differentiable=(0, 1)
+)
+serve_cpu(decoupled_kl=cpu_impl.decoupled_kl, decoupled_kl_with_grad=cpu_impl.decoupled_kl_with_grad)
+serve_cuda(__name__, decoupled_kl=reference.decoupled_kl, decoupled_kl_with_grad=reference.decoupled_kl_with_grad)

@@ -1,0 +1,1 @@
+from stablekd_fast.kernels.decoupled_kl.reference import *  # noqa

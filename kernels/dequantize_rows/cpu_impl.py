@@ -1,0 +1,1 @@
+from stablekd_fast.kernels.dequantize_rows.reference import *  # noqa

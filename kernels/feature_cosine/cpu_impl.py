@@ -1,0 +1,1 @@
+from stablekd_fast.kernels.feature_cosine.reference import *  # noqa
