@@ -5,37 +5,127 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
-#include "augment.h"
+#include "levels.h"
 
 namespace py = pybind11;
+using namespace stablekd;
 
 namespace {
 
+// An address; 0 for a tensor that is absent.
+using Address = std::uintptr_t;
+
 template <class T>
-T* at(std::uintptr_t address) {
+T* at(Address address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Address, type (a number of `Type`), and elements from one row to the next.
+using Matrix = std::tuple<Address, int, std::int64_t>;
+// Samples, outer, channels, inner.
+using LayoutNumbers = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
+Layout layout_of(const LayoutNumbers& numbers) {
+    const auto& [samples, outer, channels, inner] = numbers;
+    return {samples, outer, channels, inner};
+}
+
+Logits logits_of(const Matrix& student, const Matrix& teacher, Address indices, std::int64_t kept, Address labels,
+                 Address weight, Address gradient, std::int64_t samples, std::int64_t classes, float temperature) {
+    const auto& [student_at, student_type, student_stride] = student;
+    const auto& [teacher_at, teacher_type, teacher_stride] = teacher;
+    return {at<void>(student_at),      static_cast<Type>(student_type), student_stride,    at<void>(teacher_at),
+            static_cast<Type>(teacher_type), teacher_stride,            at<std::int64_t>(indices), kept,
+            at<std::int64_t>(labels),  at<float>(weight),               at<void>(gradient), samples,
+            classes,                   temperature};
+}
+
+// The loss, and the first row with a label or index out of range (-1: none).
+using LogitsResult = std::pair<double, std::int64_t>;
+
+LogitsResult kd_loss(const Matrix& student, const Matrix& teacher, Address indices, std::int64_t kept, Address labels,
+                     Address weight, Address gradient, std::int64_t samples, std::int64_t classes, float temperature,
+                     double alpha, double smoothing, double factor, int threads) {
+    std::int64_t bad_row = -1;
+    const Logits job = logits_of(student, teacher, indices, kept, labels, weight, gradient, samples, classes, temperature);
+    const double loss = kernels().kd_loss(job, alpha, smoothing, factor, &bad_row, threads);
+    return {loss, bad_row};
+}
+
+LogitsResult decoupled_kl(const Matrix& student, const Matrix& teacher, Address labels, Address gradient,
+                          std::int64_t samples, std::int64_t classes, float temperature, double alpha, double beta,
+                          double factor, int threads) {
+    std::int64_t bad_row = -1;
+    const Logits job = logits_of(student, teacher, 0, 0, labels, 0, gradient, samples, classes, temperature);
+    const double loss = kernels().decoupled_kl(job, alpha, beta, factor, &bad_row, threads);
+    return {loss, bad_row};
+}
+
+Features features_of(Address student, int student_type, Address target, int target_type, Address scales,
+                     std::int64_t scales_sample_stride, Address gradient, const LayoutNumbers& layout) {
+    return {at<void>(student),  static_cast<Type>(student_type), at<void>(target),  static_cast<Type>(target_type),
+            at<float>(scales),  scales_sample_stride,            at<void>(gradient), layout_of(layout)};
+}
+
+double feature_mse(Address student, int student_type, Address target, int target_type, Address scales,
+                   std::int64_t scales_sample_stride, Address gradient, const LayoutNumbers& layout, int normalize,
+                   std::optional<double> power, double factor, int threads) {
+    const Features job = features_of(student, student_type, target, target_type, scales, scales_sample_stride, gradient, layout);
+    return kernels().feature_mse(job, static_cast<Normalize>(normalize), power ? &*power : nullptr, factor, threads);
+}
+
+double feature_cosine(Address student, int student_type, Address target, int target_type, Address scales,
+                      std::int64_t scales_sample_stride, Address gradient, const LayoutNumbers& layout,
+                      bool per_position, double factor, int threads) {
+    const Features job = features_of(student, student_type, target, target_type, scales, scales_sample_stride, gradient, layout);
+    return kernels().feature_cosine(job, per_position, factor, threads);
+}
+
+void quantize_rows(Address rows, int type, Address codes, int code, Address scales, const LayoutNumbers& layout, int threads) {
+    kernels().quantize_rows(at<void>(rows), static_cast<Type>(type), at<void>(codes), static_cast<Type>(code),
+                            at<float>(scales), layout_of(layout), threads);
+}
+
+void dequantize_rows(Address codes, int code, Address scales, std::int64_t scales_sample_stride, Address values, int type,
+                     const LayoutNumbers& layout, int threads) {
+    kernels().dequantize_rows(at<void>(codes), static_cast<Type>(code), at<float>(scales), scales_sample_stride,
+                              at<void>(values), static_cast<Type>(type), layout_of(layout), threads);
+}
+
+void augment_batch(Address images, Address rows, Address offsets, Address flips, Address out, int out_type,
+                   std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t channels,
+                   std::int64_t padding, const std::vector<float>& mean, const std::vector<float>& std,
+                   bool channels_last, int threads) {
+    kernels().augment_batch({at<std::uint8_t>(images), at<std::int64_t>(rows), at<std::int64_t>(offsets), at<bool>(flips),
+                             at<void>(out), static_cast<Type>(out_type), batch, height, width, channels, padding,
+                             mean.data(), std.data(), channels_last},
+                            threads);
+}
+
+void stream(Address a, Address b, Address out, std::int64_t count, bool nontemporal, int threads) {
+    kernels().stream(at<float>(a), at<float>(b), at<float>(out), count, nontemporal, threads);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "CPU implementations behind stablekd_fast.kernels; not to be called directly.";
+    const auto no_gil = py::call_guard<py::gil_scoped_release>();
 
-    module.def(
-        "augment_batch",
-        [](std::uintptr_t images, std::uintptr_t rows, std::uintptr_t offsets, std::uintptr_t flips,
-           std::uintptr_t out, std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t channels,
-           std::int64_t padding, const std::vector<float>& mean, const std::vector<float>& std, bool channels_last,
-           int threads) {
-            stablekd::augment_batch({at<const std::uint8_t>(images), at<const std::int64_t>(rows),
-                                     at<const std::int64_t>(offsets), at<const bool>(flips), at<float>(out), batch,
-                                     height, width, channels, padding, mean.data(), std.data(), channels_last},
-                                    threads);
-        },
-        py::kw_only(), py::arg("images"), py::arg("rows"), py::arg("offsets"), py::arg("flips"), py::arg("out"),
-        py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("channels"), py::arg("padding"),
-        py::arg("mean"), py::arg("std"), py::arg("channels_last"), py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>());
+    module.def("level", [] { return kernels().level; });
+    module.def("levels", &levels);
+    module.def("use_level", &use_level);
+    module.def("kd_loss", &kd_loss, no_gil);
+    module.def("decoupled_kl", &decoupled_kl, no_gil);
+    module.def("feature_mse", &feature_mse, no_gil);
+    module.def("feature_cosine", &feature_cosine, no_gil);
+    module.def("quantize_rows", &quantize_rows, no_gil);
+    module.def("dequantize_rows", &dequantize_rows, no_gil);
+    module.def("augment_batch", &augment_batch, no_gil);
+    module.def("stream", &stream, no_gil);
 }

@@ -1,1 +1,31 @@
-from stablekd_fast.kernels.dequantize_rows.reference import *  # noqa
+"""`dequantize_rows` by the C++ core."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.kernels._checks import laid_out_like
+from stablekd_fast.kernels._cpu import TYPES, scale_stride, threads
+from stablekd_fast.kernels._cpu_features import GRAIN
+from stablekd_fast.kernels._layout import dense, layout
+from stablekd_fast.kernels._native import core
+from stablekd_fast.kernels.dequantize_rows import reference
+
+
+def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype, channel_axis: int) -> Tensor:
+    if codes.numel() == 0:
+        return reference.dequantize_rows(codes, scales, dtype, channel_axis)
+    filled, scales = dense(codes), scales.contiguous()
+    values, shape = torch.empty_like(filled, dtype=dtype), layout(filled, channel_axis)
+    core.dequantize_rows(
+        filled.data_ptr(),
+        TYPES[filled.dtype],
+        scales.data_ptr(),
+        scale_stride(scales, shape),
+        values.data_ptr(),
+        TYPES[dtype],
+        shape,
+        threads(codes.numel(), GRAIN),
+    )
+    return laid_out_like(values, torch.empty_like(codes, dtype=dtype))

@@ -52,8 +52,9 @@ def kd_loss_with_grad(
     loss = kd_loss(student, teacher, indices, labels, temperature, alpha, label_smoothing, weight)
     logits, wide_teacher = (tensor.to(accumulator(student.dtype)) for tensor in (student, teacher))
     p, _, masked = _teacher_distribution(logits, wide_teacher, indices, temperature)
-    # d(T^2 KL)/ds = T (q - p), where q and p are taken at temperature T.
-    gradient = temperature * (torch.softmax(logits / temperature, dim=1) - p)
+    # d(T^2 KL)/ds = T (q - p), where q and p are taken at temperature T. Kept probabilities may not quite sum to 1.
+    q = torch.softmax(logits / temperature, dim=1)
+    gradient = temperature * (q * p.sum(dim=1, keepdim=True) - p)
     if labels is not None:
         targets = torch.zeros_like(logits)
         if label_smoothing > 0:

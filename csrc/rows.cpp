@@ -1,0 +1,163 @@
+// 8-bit codes of activations. Every operation rounds as IEEE single precision says, so that all implementations
+// agree to the last bit: this file is compiled without fused multiply-add.
+
+#include <cmath>
+
+#include "level.h"
+#include "simd.h"
+
+namespace stablekd {
+namespace {
+
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+
+inline void store_code(std::int8_t* to, Vec value, int count) {
+    const Vec low = splat(-127.0f), high = splat(127.0f);
+    value = value < low ? low : value;
+    value = value > high ? high : value;
+    const IntVec rounded = reinterpret<IntVec>(value + kRound) - reinterpret<IntVec>(splat(kRound));
+    const ByteVec out = __builtin_convertvector(rounded, ByteVec);
+    std::memcpy(to, &out, count);
+}
+
+inline void store_code(Float8* to, Vec value, int count) {
+    const Bits bits = reinterpret<Bits>(value), magnitude = bits & 0x7fffffffu;
+    const Bits limited = magnitude > 0x43e00000u ? Bits{} + 0x43e00000u : magnitude;  // 448
+    const Bits normal = ((limited + 0x7ffffu + ((limited >> 20) & 1u)) >> 20) - (120u << 3);
+    const Vec steps = reinterpret<Vec>(limited) * 512.0f + kRound;
+    const Bits subnormal = reinterpret<Bits>(steps) - reinterpret<Bits>(splat(kRound));
+    const Bits code = (limited < 0x3c800000u ? subnormal : normal) | ((bits >> 24) & 0x80u);  // 2^-6
+    const ByteBits out = __builtin_convertvector(code, ByteBits);
+    std::memcpy(to, &out, count);
+}
+
+template <class C>
+constexpr float kLargest = std::is_same_v<C, std::int8_t> ? 127.0f : 448.0f;
+
+inline Vec nan() { return splat(__builtin_nanf("")); }
+
+// Lanes where anything was infinite or NaN become NaN: |x| * 0 is 0 for every other value.
+struct Magnitude {
+    Vec top{}, taint{};
+
+    void see(Vec x) {
+        top = vmax(vabs(x), top);
+        taint += x * 0.0f;
+    }
+    Vec scale(float largest) const { return taint == taint ? top / largest : nan(); }
+};
+
+inline Vec divisor(Vec scale) { return scale > 0.0f ? scale : splat(1.0f); }
+
+// A quotient that is no number has the code 0; its scale says what it was.
+inline Vec quotient(Vec x, Vec by) {
+    const Vec ratio = x / by;
+    return ratio == ratio ? ratio : Vec{};
+}
+
+template <class S, class C>
+class Quantizer {
+public:
+    Quantizer(const S* rows, C* codes, float* scales, const Layout& layout)
+        : rows_(rows), codes_(codes), scales_(scales), layout_(layout), repeats_(layout.outer / layout.samples) {}
+
+    // Channels-first: one channel of one sample, in `repeats_` runs.
+    void channel(std::int64_t sample, std::int64_t channel) const {
+        Magnitude magnitude;
+        for (std::int64_t repeat = 0; repeat < repeats_; ++repeat) {
+            const S* run = rows_ + start(sample, repeat, channel);
+            over(layout_.inner, [&](std::int64_t i, int count) STABLEKD_LAMBDA { magnitude.see(load(run + i, count)); });
+        }
+        const Vec scales = magnitude.scale(1.0f);
+        float top = scales[0];
+        for (int lane = 1; lane < kWidth; ++lane) top = scales[lane] > top || scales[lane] != scales[lane] ? scales[lane] : top;
+        const float scale = top / kLargest<C>;
+        scales_[sample * layout_.channels + channel] = scale;
+        const Vec by = divisor(splat(scale));
+        for (std::int64_t repeat = 0; repeat < repeats_; ++repeat) {
+            const std::int64_t at = start(sample, repeat, channel);
+            over(layout_.inner, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+                store_code(codes_ + at + i, quotient(load(rows_ + at + i, count), by), count);
+            });
+        }
+    }
+
+    // Channels-last: a vector of channels of one sample, at all its positions.
+    void channels(std::int64_t sample, std::int64_t first, int count) const {
+        Magnitude magnitude;
+        for (std::int64_t position = 0; position < repeats_; ++position) {
+            magnitude.see(load(rows_ + start(sample, position, first), count));
+        }
+        const Vec scale = magnitude.scale(kLargest<C>), by = divisor(scale);
+        store(scales_ + sample * layout_.channels + first, scale, count);
+        for (std::int64_t position = 0; position < repeats_; ++position) {
+            const std::int64_t at = start(sample, position, first);
+            store_code(codes_ + at, quotient(load(rows_ + at, count), by), count);
+        }
+    }
+
+private:
+    std::int64_t start(std::int64_t sample, std::int64_t repeat, std::int64_t channel) const {
+        return ((sample * repeats_ + repeat) * layout_.channels + channel) * layout_.inner;
+    }
+
+    const S* rows_;
+    C* codes_;
+    float* scales_;
+    Layout layout_;
+    std::int64_t repeats_;
+};
+
+template <class C, class V>
+void dequantize_run(const C* codes, const float* scales, V* values, std::int64_t n, bool each) {
+    const Vec same = splat(*scales);
+    over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+        store(values + i, load(codes + i, count) * (each ? load(scales + i, count) : same), count);
+    });
+}
+
+}  // namespace
+
+namespace STABLEKD_LEVEL {
+
+void quantize_rows(const void* rows, Type type, void* codes, Type code, float* scales, const Layout& layout, int threads) {
+    with_float_type(type, [&](auto* s) {
+        with_code_type(code, [&](auto* c) {
+            using S = Element<decltype(s)>;
+            using C = Element<decltype(c)>;
+            const Quantizer<S, C> quantizer(static_cast<const S*>(rows), static_cast<C*>(codes), scales, layout);
+            const std::int64_t step = layout.inner == 1 ? kWidth : 1, units = (layout.channels + step - 1) / step;
+#pragma omp parallel for num_threads(threads) schedule(static)
+            for (std::int64_t unit = 0; unit < layout.samples * units; ++unit) {
+                const std::int64_t sample = unit / units, first = unit % units * step, left = layout.channels - first;
+                if (layout.inner == 1) {
+                    quantizer.channels(sample, first, left < kWidth ? left : kWidth);
+                } else {
+                    quantizer.channel(sample, first);
+                }
+            }
+        });
+    });
+}
+
+void dequantize_rows(const void* codes, Type code, const float* scales, std::int64_t scales_sample_stride, void* values,
+                     Type type, const Layout& layout, int threads) {
+    const bool each = layout.inner == 1;
+    const std::int64_t length = each ? layout.channels : layout.inner, channels = each ? 1 : layout.channels;
+    const std::int64_t runs_per_sample = layout.outer / layout.samples * channels;
+    with_code_type(code, [&](auto* c) {
+        with_float_type(type, [&](auto* v) {
+            using C = Element<decltype(c)>;
+            using V = Element<decltype(v)>;
+#pragma omp parallel for num_threads(threads) schedule(static)
+            for (std::int64_t run = 0; run < layout.samples * runs_per_sample; ++run) {
+                const float* scale = scales + run / runs_per_sample * scales_sample_stride + run % channels;
+                dequantize_run(static_cast<const C*>(codes) + run * length, scale, static_cast<V*>(values) + run * length,
+                               length, each);
+            }
+        });
+    });
+}
+
+}  // namespace STABLEKD_LEVEL
+}  // namespace stablekd

@@ -1,0 +1,38 @@
+"""What the calls into the C++ core share: addresses, type numbers, how many threads are worth waking."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.kernels._layout import Layout
+
+TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+}
+"""The numbers of `Type` in csrc/kernels.h."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def threads(elements: int, grain: int) -> int:
+    """As many threads as torch uses, but none for fewer than `grain` elements: waking one costs microseconds."""
+    return max(1, min(torch.get_num_threads(), elements // grain))
+
+
+def scale_stride(scales: Tensor | None, layout: Layout) -> int:
+    """Elements between the scales of one sample and the next: 0 where all share theirs."""
+    return layout.channels if scales is not None and scales.dim() == 2 else 0
+
+
+def number(value: Tensor | None) -> float:
+    """A 0-dim CPU tensor's value; 1 for none."""
+    return 1.0 if value is None else float(value)
