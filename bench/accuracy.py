@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stablekd_fast.cli import keep_freed_memory
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.distiller import Distiller
+from stablekd_fast.memory import keep_freed_memory
 from stablekd_fast.report import read_events, read_results, summarise, write_report, write_results
 from stablekd_fast.schedule import Optimizer
 

@@ -13,9 +13,9 @@ import torch
 
 from stablekd_fast.blocks.bridge import KINDS
 from stablekd_fast.checkpoint import write_atomically
-from stablekd_fast.cli import keep_freed_memory
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.distiller import Distiller
+from stablekd_fast.memory import keep_freed_memory
 from stablekd_fast.report import machine, read_events, versions
 
 

@@ -6,6 +6,7 @@ import difflib
 import re
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import jsonargparse
@@ -15,6 +16,7 @@ from rich.table import Table
 from stablekd_fast import __version__
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
+from stablekd_fast.memory import keep_freed_memory
 
 console = Console()
 
@@ -95,7 +97,47 @@ def _info(options) -> int:
     return 0
 
 
-RUN = {"demo": _demo, "distill": _distill, "evaluate": _evaluate, "plan": _plan, "info": _info}
+def _bench(options) -> int:
+    return BENCHES[options.name](options[options.name])
+
+
+def _bench_kernels(options) -> int:
+    from stablekd_fast.bench.kernels import Setting, run_kernels
+    from stablekd_fast.bench.output import read_json
+
+    earlier = read_json(Path(options.against))["rows"] if options.against else None
+    setting = Setting(options.device, options.compile, options.quick)
+    ops = [op.strip() for op in options.ops.split(",")] if options.ops else []
+    show = partial(_show_case, earlier=earlier)
+    measured = run_kernels(setting, ops, rounds=options.rounds, threads=options.threads, show=show)
+    return _keep_measurements(measured, options, earlier)
+
+
+def _show_case(rows: list[dict], earlier: list[dict] | None) -> None:
+    from stablekd_fast.bench.output import compare, table
+
+    console.print(table(rows if earlier is None else compare(rows, earlier)))
+
+
+def _keep_measurements(measured, options, earlier: list[dict] | None) -> int:
+    """Write the files that were asked for; 1 if a ratio is below what was asked for."""
+    from stablekd_fast.bench.output import below, compare, write_csv, write_json
+
+    rows = measured.rows if earlier is None else compare(measured.rows, earlier)
+    if options.json:
+        write_json(Path(options.json), rows, measured.settings)
+    if options.csv:
+        write_csv(Path(options.csv), rows)
+    if measured.refused:
+        raise StableKDError("\n".join(measured.refused))
+    slow = [] if options.fail_below is None else below(rows, "stablekd", options.fail_below)
+    for row in slow:
+        print(f"{row['case']}: {row['ratio']:.2f} times {row['baseline']}, below {options.fail_below}", file=sys.stderr)
+    return 1 if slow else 0
+
+
+BENCHES = {"kernels": _bench_kernels}
+RUN = {"demo": _demo, "distill": _distill, "evaluate": _evaluate, "plan": _plan, "bench": _bench, "info": _info}
 
 
 def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.ArgumentParser]]:
@@ -134,11 +176,35 @@ def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.Argum
         "distill": "distil a student (or train a teacher with --method ce)",
         "evaluate": "top-1 and top-5 of a checkpoint",
         "plan": "show how a pair is cut into blocks",
+        "bench": "measure speed against rivals",
         "info": "machine, versions, and which implementation serves each operator",
     }
     for name, command in commands.items():
         chosen.add_subcommand(name, command, help=helps[name])
-    return parser, commands
+    benches = _add_benches(commands["bench"])
+    return parser, commands | {f"bench {name}": bench for name, bench in benches.items()}
+
+
+def _add_benches(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.ArgumentParser]:
+    chosen = bench.add_subcommands(required=True, dest="name")
+    benches = {name: jsonargparse.ArgumentParser(exit_on_error=False) for name in BENCHES}
+
+    kernels = benches["kernels"]
+    kernels.add_argument("--ops", type=str | None, default=None, help="operators, with commas between; all by default")
+    kernels.add_argument("--device", type=str, default="cpu")
+    kernels.add_argument("--compile", action=jsonargparse.ActionYesNo, default=True, help="torch.compile as a rival too")
+    kernels.add_argument("--quick", action="store_true", help="a few small cases")
+    kernels.add_argument("--threads", type=int | None, default=None, help="all usable cores by default")
+    kernels.add_argument("--rounds", type=int, default=15)
+    kernels.add_argument("--json", type=str | None, default=None, help="file for rows, machine, versions and settings")
+    kernels.add_argument("--csv", type=str | None, default=None, help="file for the rows")
+    kernels.add_argument("--against", type=str | None, default=None, help="file of an earlier --json to compare with")
+    kernels.add_argument("--fail_below", type=float | None, default=None, help="exit code 1 for a ratio below this")
+
+    helps = {"kernels": "operators against eager and compiled PyTorch, and against the speed of memory"}
+    for name, parser in benches.items():
+        chosen.add_subcommand(name, parser, help=helps[name])
+    return benches
 
 
 def _fields(options) -> dict:
@@ -160,7 +226,7 @@ def _underscored(word: str) -> str:
 def _with_nearest(message: str, commands: dict, words: list[str]) -> str:
     """Add the nearest valid name to a complaint about an unknown one."""
     unknown = re.search(r"--([\w.]+)", message) or re.search(r"option ['\"]([\w.]+)", message)
-    command = next((word for word in words if word in commands), None)
+    command = next((name for name in (" ".join(words[:2]), *words) if name in commands), None)
     if unknown is None or command is None:
         return message
     valid = [action.dest for action in commands[command]._actions if action.dest]
@@ -168,19 +234,6 @@ def _with_nearest(message: str, commands: dict, words: list[str]) -> str:
     if not near or unknown.group(1) in valid:
         return message
     return f"{message} The nearest valid name is {near[0]!r}."
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory: by default every large tensor is mapped and faulted in anew."""
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_threshold, one_gigabyte = -1, -3, 1 << 30
-    mallopt(mmap_threshold, one_gigabyte)
-    mallopt(trim_threshold, one_gigabyte)
 
 
 def _plan_row(row: dict) -> dict:

@@ -1,0 +1,266 @@
+"""Rivals timed fairly: checked first, then interleaved in one process with the same threads and allocator.
+
+A `Case` holds one task and its `Contender`s. `measure` compares every contender's result with a reference in double
+precision, and refuses the whole case if one is wrong. Then it times them in rounds: in each round every contender
+once, in an order shuffled anew, so that whatever slows the machine meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+
+from stablekd_fast.errors import StableKDError
+from stablekd_fast.memory import keep_freed_memory
+from stablekd_fast.report import machine
+
+Result = Tensor | Sequence[Tensor]
+Tolerance = float | Sequence[float]
+
+TIMING_SECONDS = 2e-3
+"""A timing lasts at least about this long: faster contenders are called several times in a row."""
+
+WARM_UP_ROUNDS = 2
+
+
+class WrongResult(StableKDError):
+    """A contender's numbers differ from the reference; its case shows no speed."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a case's task.
+
+    `prepare` runs before each timing and is not timed. Contenders of one name that differ in `variant` are settings
+    of one rival: the fastest stands for the name. `expected` and `tolerance` replace those of the case where the
+    contender computes something else (a memory floor, a rival on easier terms). `extras` go into its row.
+    """
+
+    name: str
+    call: Callable[[], Result]
+    variant: str = ""
+    prepare: Callable[[], None] | None = None
+    expected: Callable[[], Result] | None = None
+    tolerance: Tolerance | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.variant})" if self.variant else self.name
+
+
+@dataclass(frozen=True)
+class Case:
+    """One task. `expected` gives its result in float64.
+
+    `tolerance` bounds, for each tensor of a result, the largest error over the reference's largest magnitude; one
+    number serves all tensors. `extras` go into every row.
+    """
+
+    bench: str
+    name: str
+    contenders: Sequence[Contender]
+    baseline: str
+    expected: Callable[[], Result]
+    tolerance: Tolerance
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one contender, one number per round; `calls` were made per timing."""
+
+    contender: Contender
+    calls: int
+    seconds: list[float]
+
+
+@contextmanager
+def pinned(threads: int | None = None) -> Iterator[dict]:
+    """Within it, torch, its compiler and the C++ core use `threads` threads (default: the usable cores), and the
+    allocator keeps freed memory (it goes on doing so). Gives these settings for the record.
+    """
+    before = torch.get_num_threads()
+    threads = threads or machine()["usable_cores"] or before
+    kept = keep_freed_memory()
+    torch.set_num_threads(threads)
+    try:
+        with torch._inductor.config.patch({"cpp.threads": threads}):
+            yield {"threads": threads, "allocator": "glibc, freed memory kept" if kept else "as it is"}
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(
+    case: Case,
+    rounds: int,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    watch: Callable[[Contender], None] = lambda contender: None,
+) -> list[dict]:
+    """Check and time a case; one row per name, in the order of the contenders.
+
+    `watch` is told each contender just before it is timed. Raises WrongResult before anything is timed.
+    """
+    check(case)
+    return rows(case, time_rounds(case.contenders, rounds, device=device, seed=seed, clock=clock, watch=watch))
+
+
+def check(case: Case) -> None:
+    """Compare every contender with the reference. Raises WrongResult naming case, contender and error."""
+    common = _tensors(case.expected())
+    for contender in case.contenders:
+        if contender.prepare:
+            contender.prepare()
+        expected = _tensors(contender.expected()) if contender.expected else common
+        tolerance = case.tolerance if contender.tolerance is None else contender.tolerance
+        _compare(f"{case.bench}, {case.name}: {contender}", _tensors(contender.call()), expected, tolerance)
+
+
+def time_rounds(
+    contenders: Sequence[Contender],
+    rounds: int,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    watch: Callable[[Contender], None] = lambda contender: None,
+) -> list[Timing]:
+    """Time the contenders in `rounds` interleaved rounds, after warm-up rounds that also find the calls per timing.
+
+    Each timing follows one untimed call of the same contender: none profits from what another left in the caches.
+    """
+    shuffle = random.Random(seed).shuffle
+    calls = [1] * len(contenders)
+    seconds: list[list[float]] = [[] for _ in contenders]
+    with _no_garbage_collection():
+        for number in range(-WARM_UP_ROUNDS, rounds):
+            order = list(range(len(contenders)))
+            shuffle(order)
+            for i in order:
+                watch(contenders[i])
+                taken = _time(contenders[i], calls[i], device, clock)
+                if number >= 0:
+                    seconds[i].append(taken)
+                else:
+                    calls[i] = max(1, math.ceil(TIMING_SECONDS / taken)) if taken > 0 else calls[i]
+    return [Timing(*one) for one in zip(contenders, calls, seconds)]
+
+
+def rows(case: Case, timings: Sequence[Timing]) -> list[dict]:
+    """One row per name.
+
+    `spread_seconds` is half the interquartile range over the rounds. `ratio` is the median over the rounds of
+    baseline time / own time, and `share_of_floor` that of floor time / own time: within a round both met the same
+    machine, so this is steadier than a ratio of medians.
+    """
+    fastest: dict[str, Timing] = {}
+    for timing in timings:
+        name = timing.contender.name
+        if name not in fastest or _median(timing) < _median(fastest[name]):
+            fastest[name] = timing
+    return [_row(case, timing, fastest) for timing in fastest.values()]
+
+
+def _row(case: Case, timing: Timing, fastest: dict[str, Timing]) -> dict:
+    contender = timing.contender
+    row = {
+        "bench": case.bench,
+        "case": case.name,
+        "contender": contender.name,
+        "median_seconds": _median(timing),
+        "spread_seconds": _half_interquartile_range(timing.seconds),
+        "ratio": _ratio(fastest[case.baseline], timing),
+        "baseline": case.baseline,
+        "variant": contender.variant,
+        "rounds": len(timing.seconds),
+        "calls": timing.calls,
+        **case.extras,
+        **contender.extras,
+    }
+    if "floor" in fastest:
+        row["share_of_floor"] = _ratio(fastest["floor"], timing)
+    return row
+
+
+def _time(contender: Contender, calls: int, device: str, clock: Callable[[], float]) -> float:
+    """Seconds per call."""
+    if contender.prepare:
+        contender.prepare()
+    contender.call()
+    _wait(device)
+    start = clock()
+    for _ in range(calls):
+        contender.call()
+    _wait(device)
+    return (clock() - start) / calls
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _compare(who: str, found: list[Tensor], expected: list[Tensor], tolerance: Tolerance) -> None:
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
+        shapes = [[list(tensor.shape) for tensor in side] for side in (found, expected)]
+        raise WrongResult(f"{who} returns tensors of shapes {shapes[0]}; {shapes[1]} are expected. No speed is shown.")
+    bounds = [tolerance] * len(expected) if isinstance(tolerance, (int, float)) else tolerance
+    for place, (value, reference, bound) in enumerate(zip(found, expected, bounds, strict=True)):
+        error = relative_error(value, reference)
+        if not error <= bound:
+            raise WrongResult(
+                f"{who} is wrong: the largest error of its result {place} is {error:.3g} of the reference's largest "
+                f"magnitude; at most {bound:.3g} is allowed. No speed is shown."
+            )
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Largest error over the largest magnitude of the reference; NaN where there is one."""
+    if reference.numel() == 0:
+        return 0.0
+    largest = reference.double().abs().max().clamp_min(1e-300)
+    return float((value.double() - reference.double()).abs().max() / largest)
+
+
+def _tensors(result: Result) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _median(timing: Timing) -> float:
+    return statistics.median(timing.seconds)
+
+
+def _ratio(other: Timing, own: Timing) -> float:
+    return statistics.median(theirs / ours for theirs, ours in zip(other.seconds, own.seconds))
+
+
+def _half_interquartile_range(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

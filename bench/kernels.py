@@ -1,0 +1,80 @@
+"""`stablekd bench kernels`: the operators against eager and compiled PyTorch, and against the memory's speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from stablekd_fast.bench.augmentation import augment_batch_cases
+from stablekd_fast.bench.core import Case, WrongResult, measure, pinned
+from stablekd_fast.bench.features import (
+    dequantize_rows_cases,
+    feature_cosine_cases,
+    feature_mse_cases,
+    quantize_rows_cases,
+)
+from stablekd_fast.bench.losses import Setting, decoupled_kl_cases, kd_loss_cases
+from stablekd_fast.errors import ConfigError, nearest
+
+CASES: dict[str, Callable[[Setting], Iterator[Case]]] = {
+    "kd_loss": kd_loss_cases,
+    "decoupled_kl": decoupled_kl_cases,
+    "feature_mse": feature_mse_cases,
+    "feature_cosine": feature_cosine_cases,
+    "quantize_rows": quantize_rows_cases,
+    "dequantize_rows": dequantize_rows_cases,
+    "augment_batch": augment_batch_cases,
+}
+
+
+class Measured(NamedTuple):
+    """Rows of the cases that were measured, why others were refused, and under which settings."""
+
+    rows: list[dict]
+    refused: list[str]
+    settings: dict
+
+
+def run_kernels(
+    setting: Setting,
+    ops: Sequence[str] = (),
+    *,
+    rounds: int = 15,
+    threads: int | None = None,
+    show: Callable[[list[dict]], None] = lambda rows: None,
+) -> Measured:
+    """Measure all cases of `ops` (all operators by default), and show each case's rows as it is done.
+
+    `threads` (all usable cores by default) serve every contender. A case with a wrong result has no rows; the others
+    are measured all the same. Raises ConfigError for unknown operators and numbers below 1.
+    """
+    _check(ops, rounds, threads)
+    rows, refused = [], []
+    with pinned(threads) as pins:
+        for case in _cases(setting, ops or list(CASES)):
+            try:
+                found = measure(case, rounds, device=setting.device)
+            except WrongResult as error:
+                refused.append(str(error))
+                continue
+            show(found)
+            rows += found
+    return Measured(rows, refused, {"rounds": rounds, "device": setting.device, "quick": setting.quick, **pins})
+
+
+def _cases(setting: Setting, ops: Sequence[str]) -> Iterator[Case]:
+    for op in ops:
+        for case in CASES[op](setting):
+            yield case
+            # Compiled functions of this case would count towards the limit on recompilations of the next.
+            torch.compiler.reset()
+
+
+def _check(ops: Sequence[str], rounds: int, threads: int | None) -> None:
+    for op in ops:
+        if op not in CASES:
+            raise ConfigError(f"There is no bench of an operator {op!r}{nearest(op, CASES)}.")
+    if rounds < 1 or (threads is not None and threads < 1):
+        raise ConfigError(f"rounds={rounds} and threads={threads} were given; both must be at least 1.")
