@@ -16,7 +16,7 @@ constexpr double kPowerFloor = 1e-12, kChannelEpsilon = 1e-5, kLengthEpsilon = 1
 // From this size on a gradient does not stay in the caches anyway, and is written past them.
 constexpr std::int64_t kPastCaches = std::int64_t{16} << 20;  // bytes
 
-// A factor for each element of a run: none, one for all, or one per element (channels-last).
+// A factor for each element of a stretch of memory: none, one for all, or one per element.
 struct One {
     Vec operator()(Vec x, std::int64_t, int) const { return x; }
 };
@@ -57,6 +57,50 @@ void in_parallel(std::int64_t total, std::int64_t per_chunk, int threads, Body&&
     }
 }
 
+// A factor for each element of the whole map, by its channel (and sample); elements are asked for in order.
+// Vectors within one run cost a comparison; those that straddle runs are put together lane by lane.
+template <bool kChannelsLast>
+class ByChannel {
+public:
+    ByChannel(const float* values, std::int64_t sample_stride, const Runs& runs, std::int64_t first)
+        : values_(values), sample_stride_(sample_stride), runs_(runs), first_(first) {
+        enter(first / runs.length);
+    }
+
+    STABLEKD_INLINE Vec operator()(Vec x, std::int64_t i, int count) {
+        const std::int64_t element = first_ + i;
+        if (element >= end_) enter(element / runs_.length);
+        if (element + count > end_) return x * straddling(element, count);
+        if constexpr (kChannelsLast) return x * load(run_values_ + (element - start_), count);
+        return x * *run_values_;
+    }
+
+private:
+    void enter(std::int64_t run) {
+        start_ = run * runs_.length, end_ = start_ + runs_.length;
+        run_values_ = values_of(run);
+    }
+
+    const float* values_of(std::int64_t run) const {
+        return values_ + runs_.sample(run) * sample_stride_ + runs_.channel(run);
+    }
+
+    __attribute__((noinline)) Vec straddling(std::int64_t element, int count) const {
+        Vec out{};
+        for (int lane = 0; lane < count; ++lane) {
+            const std::int64_t run = (element + lane) / runs_.length;
+            out[lane] = values_of(run)[kChannelsLast ? element + lane - run * runs_.length : 0];
+        }
+        return out;
+    }
+
+    const float* values_;
+    std::int64_t sample_stride_;
+    const Runs& runs_;
+    std::int64_t first_, start_, end_;
+    const float* run_values_;
+};
+
 double in_order(const double* values, std::int64_t count) {
     double total = 0;
     for (std::int64_t i = 0; i < count; ++i) total += values[i];
@@ -81,40 +125,44 @@ bool past_caches(const S* gradient, std::int64_t elements) {
 // Sum of (s - t) * pull * (s - t); the gradient is (s - t) * pull * factor.
 template <class S, class T, class Scale, class Pull>
 double pull_run(const S* s, const T* t, S* gradient, std::int64_t n, Scale scale, Pull pull, float factor, bool past) {
-    Wide total{};
-    const auto body = [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+    return sum_over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
         const Vec apart = load(s + i, count) - scale(load(t + i, count), i, count);
         const Vec pulled = pull(apart, i, count);
-        total += widen(apart * pulled);
         if (gradient != nullptr) write(gradient + i, pulled * factor, count, past);
-    };
-    over(n, body);
-    return sum(total);
+        return apart * pulled;
+    });
 }
 
 template <class T, class Scale>
 double squares(const T* t, std::int64_t n, Scale scale) {
-    Wide total{};
-    over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+    return sum_over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
         const Vec x = scale(load(t + i, count), i, count);
-        total += widen(x * x);
+        return x * x;
     });
-    return sum(total);
 }
 
 // Squared lengths of s and t and their inner product.
-struct Products {
-    double ss = 0, tt = 0, st = 0;
+template <class Number>
+struct ProductsOf {
+    Number ss{}, tt{}, st{};
+
+    STABLEKD_INLINE ProductsOf& operator+=(const ProductsOf& more) {
+        ss += more.ss, tt += more.tt, st += more.st;
+        return *this;
+    }
 };
+using Products = ProductsOf<double>;
+using LaneProducts = ProductsOf<Vec>;
+
+Products sum(const LaneProducts& lanes) { return {sum(lanes.ss), sum(lanes.tt), sum(lanes.st)}; }
+
+STABLEKD_INLINE LaneProducts products(Vec a, Vec b) { return {a * a, b * b, a * b}; }
 
 template <class S, class T, class Scale>
-void add_products(const S* s, const T* t, std::int64_t n, Scale scale, Products& products) {
-    Wide ss{}, tt{}, st{};
-    over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-        const Vec a = load(s + i, count), b = scale(load(t + i, count), i, count);
-        ss += widen(a * a), tt += widen(b * b), st += widen(a * b);
+Products products_of(const S* s, const T* t, std::int64_t n, Scale scale) {
+    return sum_over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+        return products(load(s + i, count), scale(load(t + i, count), i, count));
     });
-    products.ss += sum(ss), products.tt += sum(tt), products.st += sum(st);
 }
 
 // u = s / |s| and v = t / |t|; the gradient is ((u - v) - u * along) * factor.
@@ -125,14 +173,12 @@ struct Units {
 // Sum of (u - v)^2.
 template <class S, class T, class Scale>
 double unit_run(const S* s, const T* t, S* gradient, std::int64_t n, Scale scale, const Units& units) {
-    Wide total{};
-    over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+    return sum_over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
         const Vec u = load(s + i, count) * units.student;
         const Vec apart = u - scale(load(t + i, count), i, count) * units.target;
-        total += widen(apart * apart);
         if (gradient != nullptr) store(gradient + i, (apart - u * units.along) * units.factor, count);
+        return apart * apart;
     });
-    return sum(total);
 }
 
 // How a loss made of unit vectors weighs them: 1 - cosine, or the squared distance.
@@ -183,77 +229,72 @@ public:
     }
 
 private:
-    // Calls body(run, scale), with what turns the run's codes into values.
+    static constexpr bool kCodes = std::is_same_v<T, std::int8_t> || std::is_same_v<T, Float8>;
+
+    // Calls body(scale) with what turns the codes of one run into values.
     template <class Body>
-    void with_scale(std::int64_t run, Body&& body) const {
-        if constexpr (std::is_same_v<T, std::int8_t> || std::is_same_v<T, Float8>) {
+    auto with_scale_of_run(std::int64_t run, Body&& body) const {
+        if constexpr (kCodes) {
             const float* scales = job_.scales + runs_.sample(run) * job_.scales_sample_stride + runs_.channel(run);
-            runs_.channels_last ? body(Each{scales}) : body(Same{*scales});
+            return runs_.channels_last ? body(Each{scales}) : body(Same{*scales});
         } else {
-            body(One{});
+            return body(One{});
         }
     }
 
-    // Sum over all runs of body(run, first element), added up chunk by chunk.
+    // Calls body(scale) with what turns the codes from element `first` on into values.
     template <class Body>
-    double sum_over_runs(Body&& body) const {
-        Scratch<double> sums(runs_.chunks());
-        in_parallel(runs_.count, runs_.per_chunk, threads_, [&](std::int64_t chunk, std::int64_t first, std::int64_t last) {
-            double total = 0;
-            for (std::int64_t run = first; run < last; ++run) total += body(run, run * runs_.length);
-            sums.get()[chunk] = total;
+    auto with_scale_from(std::int64_t first, Body&& body) const {
+        if constexpr (kCodes) {
+            if (runs_.channels_last) return body(ByChannel<true>(job_.scales, job_.scales_sample_stride, runs_, first));
+            return body(ByChannel<false>(job_.scales, job_.scales_sample_stride, runs_, first));
+        } else {
+            return body(One{});
+        }
+    }
+
+    // Sum of body(first, last) over chunks of elements.
+    template <class Body>
+    double sum_over_chunks(Body&& body) const {
+        const std::int64_t chunks = (elements_ + kChunk - 1) / kChunk;
+        Scratch<double> sums(chunks);
+        in_parallel(elements_, kChunk, threads_, [&](std::int64_t chunk, std::int64_t first, std::int64_t last) {
+            sums.get()[chunk] = body(first, last);
         });
-        return in_order(sums.get(), runs_.chunks());
+        return in_order(sums.get(), chunks);
     }
 
     S* gradient_at(std::int64_t element) const { return gradient_ == nullptr ? nullptr : gradient_ + element; }
 
     double pulled(double factor) const {
-        if constexpr (std::is_same_v<T, std::int8_t> || std::is_same_v<T, Float8>) {
-            return sum_over_runs([&](std::int64_t run, std::int64_t at) {
-                double total = 0;
-                with_scale(run, [&](auto scale) {
-                    total = pull_run(student_ + at, target_ + at, gradient_at(at), runs_.length, scale, One{}, factor,
-                                     past_aligned());
-                });
-                return total;
+        return sum_over_chunks([&](std::int64_t first, std::int64_t last) {
+            return with_scale_from(first, [&](auto scale) {
+                return pull_run(student_ + first, target_ + first, gradient_at(first), last - first, scale, One{}, factor,
+                                past_);
             });
-        } else {
-            // No channel matters: one long run, in chunks.
-            Scratch<double> sums(elements_ / kChunk + 1);
-            in_parallel(elements_, kChunk, threads_, [&](std::int64_t chunk, std::int64_t first, std::int64_t last) {
-                sums.get()[chunk] = pull_run(student_ + first, target_ + first, gradient_at(first), last - first, One{},
-                                             One{}, factor, past_);
-            });
-            return in_order(sums.get(), (elements_ + kChunk - 1) / kChunk);
-        }
+        });
     }
 
-    // Vectors of a run are aligned only if every run begins at one.
-    bool past_aligned() const { return past_ && runs_.length % kWidth == 0; }
-
     double target_power() const {
-        const double total = sum_over_runs([&](std::int64_t run, std::int64_t at) {
-            double part = 0;
-            with_scale(run, [&](auto scale) { part = squares(target_ + at, runs_.length, scale); });
-            return part;
-        });
-        return total / elements_;
+        return sum_over_chunks([&](std::int64_t first, std::int64_t last) {
+                   return with_scale_from(first, [&](auto scale) { return squares(target_ + first, last - first, scale); });
+               }) /
+               elements_;
     }
 
     double pulled_by_channel(double factor) const {
         Scratch<float> pulls(job_.layout.channels);
         inverse_variances(pulls.get());
-        return sum_over_runs([&](std::int64_t run, std::int64_t at) {
-            double total = 0;
-            with_scale(run, [&](auto scale) {
-                const auto pull = [&](auto by) {
-                    total = pull_run(student_ + at, target_ + at, gradient_at(at), runs_.length, scale, by, factor,
-                                     past_aligned());
-                };
-                runs_.channels_last ? pull(Each{pulls.get()}) : pull(Same{pulls.get()[runs_.channel(run)]});
+        return runs_.channels_last ? pulled_by<true>(pulls.get(), factor) : pulled_by<false>(pulls.get(), factor);
+    }
+
+    template <bool kChannelsLast>
+    double pulled_by(const float* pulls, double factor) const {
+        return sum_over_chunks([&](std::int64_t first, std::int64_t last) {
+            return with_scale_from(first, [&](auto scale) {
+                return pull_run(student_ + first, target_ + first, gradient_at(first), last - first, scale,
+                                ByChannel<kChannelsLast>(pulls, 0, runs_, first), factor, past_);
             });
-            return total;
         });
     }
 
@@ -291,37 +332,33 @@ private:
     }
 
     void moments_of_run(std::int64_t run, double& mean, double& deviation) const {
-        with_scale(run, [&](auto scale) {
-            const T* t = target_ + run * runs_.length;
-            Wide total{}, squared{};
-            over(runs_.length, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-                total += widen(scale(load(t + i, count), i, count));
+        const T* t = target_ + run * runs_.length;
+        with_scale_of_run(run, [&](auto scale) {
+            const double total = sum_over(runs_.length, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+                return scale(load(t + i, count), i, count);
             });
-            mean = sum(total) / runs_.length;
-            const float centre = mean;
-            over(runs_.length, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-                const Vec apart = scale(load(t + i, count, 0.0f), i, count) - centre;
-                squared += widen(lanes_below(count) ? apart * apart : Vec{});
+            const float centre = total / runs_.length;
+            deviation = sum_over(runs_.length, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+                const Vec apart = scale(load(t + i, count), i, count) - centre;
+                return lanes_below(count) ? apart * apart : Vec{};
             });
-            // The centre is the mean rounded to single precision.
-            const double off = mean - centre;
-            deviation = sum(squared) - runs_.length * off * off;
+            // The centre is the mean but for its rounding, which counts twice over: squared, and once per element.
+            mean = total / runs_.length;
+            deviation -= runs_.length * (mean - centre) * (mean - centre);
         });
     }
 
+    // Few enough positions for single precision: a chunk holds kChunk elements of all channels.
     void moments_of_positions(std::int64_t first, std::int64_t last, double* means, double* deviations) const {
-        const double count = last - first;
         over(runs_.length, [&](std::int64_t c, int lanes) STABLEKD_LAMBDA {
-            Wide total{}, squared{};
-            for (std::int64_t run = first; run < last; ++run) total += widen(value(run, c, lanes));
-            const Wide mean = total / count;
-            const Vec centre = __builtin_convertvector(mean, Vec);
+            Vec total{}, squared{};
+            for (std::int64_t run = first; run < last; ++run) total += value(run, c, lanes);
+            const Vec mean = total / static_cast<float>(last - first);
             for (std::int64_t run = first; run < last; ++run) {
-                const Vec apart = value(run, c, lanes) - centre;
-                squared += widen(apart * apart);
+                const Vec apart = value(run, c, lanes) - mean;
+                squared += apart * apart;
             }
-            const Wide off = mean - widen(centre), deviation = squared - count * off * off;
-            for (int lane = 0; lane < lanes; ++lane) means[c + lane] = mean[lane], deviations[c + lane] = deviation[lane];
+            for (int lane = 0; lane < lanes; ++lane) means[c + lane] = mean[lane], deviations[c + lane] = squared[lane];
         });
     }
 
@@ -338,86 +375,97 @@ private:
     double per_sample(const Angle& angle) const {
         Scratch<double> losses(job_.layout.samples);
         in_parallel(job_.layout.samples, 1, threads_, [&](std::int64_t sample, std::int64_t, std::int64_t) {
-            const std::int64_t first = sample * runs_.per_sample, last = first + runs_.per_sample;
-            Products products;
-            for (std::int64_t run = first; run < last; ++run) {
-                const std::int64_t at = run * runs_.length;
-                with_scale(run, [&](auto scale) {
-                    add_products(student_ + at, target_ + at, runs_.length, scale, products);
-                });
-            }
+            const std::int64_t n = elements_ / job_.layout.samples, first = sample * n;
+            const S* s = student_ + first;
+            const T* t = target_ + first;
+            const Products products = with_scale_from(first, [&](auto scale) { return products_of(s, t, n, scale); });
             const Units units = angle.units(products);
-            double apart = 0;
-            for (std::int64_t run = first; run < last; ++run) {
-                const std::int64_t at = run * runs_.length;
-                with_scale(run, [&](auto scale) {
-                    apart += unit_run(student_ + at, target_ + at, gradient_at(at), runs_.length, scale, units);
-                });
-            }
+            const double apart = with_scale_from(
+                first, [&](auto scale) { return unit_run(s, t, gradient_at(first), n, scale, units); });
             losses.get()[sample] = angle.loss(apart, products);
         });
         return in_order(losses.get(), job_.layout.samples);
     }
 
     double positions_as_runs(const Angle& angle) const {
-        return sum_over_runs([&](std::int64_t run, std::int64_t at) {
-            double loss = 0;
-            with_scale(run, [&](auto scale) {
-                Products products;
-                add_products(student_ + at, target_ + at, runs_.length, scale, products);
-                const double apart = unit_run(student_ + at, target_ + at, gradient_at(at), runs_.length, scale,
-                                              angle.units(products));
-                loss = angle.loss(apart, products);
-            });
-            return loss;
+        Scratch<double> losses(runs_.chunks());
+        in_parallel(runs_.count, runs_.per_chunk, threads_, [&](std::int64_t chunk, std::int64_t first, std::int64_t last) {
+            double total = 0;
+            for (std::int64_t run = first; run < last; ++run) total += position(angle, run);
+            losses.get()[chunk] = total;
+        });
+        return in_order(losses.get(), runs_.chunks());
+    }
+
+    double position(const Angle& angle, std::int64_t run) const {
+        const std::int64_t at = run * runs_.length;
+        return with_scale_of_run(run, [&](auto scale) {
+            const Products products = products_of(student_ + at, target_ + at, runs_.length, scale);
+            const double apart =
+                unit_run(student_ + at, target_ + at, gradient_at(at), runs_.length, scale, angle.units(products));
+            return angle.loss(apart, products);
         });
     }
 
-    // Channels-first: as many neighbouring positions at a time as one vector holds, all their channels in turn.
+    // Channels-first: some neighbouring positions at a time, all their channels in turn.
     double positions_across_runs(const Angle& angle) const {
-        const std::int64_t channels = job_.layout.channels, inner = job_.layout.inner;
+        constexpr int wide = 4;  // vectors, as many as there are registers for their sums
         Scratch<double> losses(job_.layout.outer);
         in_parallel(job_.layout.outer, 1, threads_, [&](std::int64_t outer, std::int64_t, std::int64_t) {
-            Wide total{};
-            over(inner, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-                total += positions(angle, outer * channels, i, count);
-            });
-            losses.get()[outer] = sum(total);
+            const std::int64_t first_run = outer * job_.layout.channels, inner = job_.layout.inner;
+            double total = 0;
+            std::int64_t at = 0;
+            for (; at + wide * kWidth <= inner; at += wide * kWidth) total += strip<wide>(angle, first_run, at, kWidth);
+            over(inner - at, [&](std::int64_t i, int count) { total += strip<1>(angle, first_run, at + i, count); });
+            losses.get()[outer] = total;
         });
         return in_order(losses.get(), job_.layout.outer);
     }
 
-    STABLEKD_INLINE Vec value_in_run(std::int64_t run, std::int64_t i, int count) const {
-        Vec out = load(target_ + run * runs_.length + i, count);
-        with_scale(run, [&](auto scale) { out = scale(out, 0, kWidth); });
-        return out;
+    float scale_of(std::int64_t run) const {
+        return kCodes ? job_.scales[runs_.sample(run) * job_.scales_sample_stride + runs_.channel(run)] : 1.0f;
     }
 
-    Wide positions(const Angle& angle, std::int64_t first_run, std::int64_t i, int count) const {
-        const std::int64_t channels = job_.layout.channels;
-        Wide ss{}, tt{}, st{}, apart{};
-        for (std::int64_t run = first_run; run < first_run + channels; ++run) {
-            const Vec a = load(student_ + run * runs_.length + i, count), b = value_in_run(run, i, count);
-            ss += widen(a * a), tt += widen(b * b), st += widen(a * b);
-        }
-        Vec student, target, along, factor;
-        for (int lane = 0; lane < kWidth; ++lane) {
-            const Units units = angle.units({ss[lane], tt[lane], st[lane]});
-            student[lane] = units.student, target[lane] = units.target;
-            along[lane] = units.along, factor[lane] = units.factor;
-        }
-        for (std::int64_t run = first_run; run < first_run + channels; ++run) {
-            const Vec u = load(student_ + run * runs_.length + i, count) * student;
-            const Vec difference = u - value_in_run(run, i, count) * target;
-            apart += widen(difference * difference);
-            if (gradient_ != nullptr) {
-                store(gradient_ + run * runs_.length + i, (difference - u * along) * factor, count);
+    // `kVectors` vectors of positions from `start` on; `count` < kWidth lanes only of a single vector.
+    template <int kVectors>
+    double strip(const Angle& angle, std::int64_t first_run, std::int64_t start, int count) const {
+        const std::int64_t end_run = first_run + job_.layout.channels;
+        LaneProducts sums[kVectors] = {};
+        for (std::int64_t run = first_run; run < end_run; ++run) {
+            const std::int64_t at = run * runs_.length + start;
+            const float scale = scale_of(run);
+            for (int v = 0; v < kVectors; ++v) {
+                const std::int64_t here = at + v * kWidth;
+                sums[v] += products(load(student_ + here, count), load(target_ + here, count) * scale);
             }
         }
-        Wide loss{};
-        for (int lane = 0; lane < count; ++lane) loss[lane] = angle.loss(apart[lane], {ss[lane], tt[lane], st[lane]});
+        Vec student[kVectors], target[kVectors], along[kVectors], factor[kVectors], apart[kVectors] = {};
+        for (int v = 0; v < kVectors; ++v) {
+            for (int lane = 0; lane < kWidth; ++lane) {
+                const Units units = angle.units(lane_of(sums[v], lane));
+                student[v][lane] = units.student, target[v][lane] = units.target;
+                along[v][lane] = units.along, factor[v][lane] = units.factor;
+            }
+        }
+        for (std::int64_t run = first_run; run < end_run; ++run) {
+            const std::int64_t at = run * runs_.length + start;
+            const float scale = scale_of(run);
+            for (int v = 0; v < kVectors; ++v) {
+                const std::int64_t here = at + v * kWidth;
+                const Vec u = load(student_ + here, count) * student[v];
+                const Vec difference = u - load(target_ + here, count) * scale * target[v];
+                apart[v] += difference * difference;
+                if (gradient_ != nullptr) store(gradient_ + here, (difference - u * along[v]) * factor[v], count);
+            }
+        }
+        double loss = 0;
+        for (int v = 0; v < kVectors; ++v) {
+            for (int lane = 0; lane < count; ++lane) loss += angle.loss(apart[v][lane], lane_of(sums[v], lane));
+        }
         return loss;
     }
+
+    static Products lane_of(const LaneProducts& sums, int lane) { return {sums.ss[lane], sums.tt[lane], sums.st[lane]}; }
 
     const Features& job_;
     const S* student_;

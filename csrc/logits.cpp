@@ -11,19 +11,16 @@ namespace stablekd {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Within a block sums are single precision, across blocks double.
-constexpr std::int64_t kBlock = 1024;
-
-template <class Body>
-STABLEKD_INLINE void over_blocks(std::int64_t n, Body&& body) {
-    for (std::int64_t start = 0; start < n; start += kBlock) body(start, n - start < kBlock ? n - start : kBlock);
-}
-
 template <class T>
 float largest(const T* row, std::int64_t n) {
-    Vec top = splat(-kInfinity);
-    over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA { top = vmax(load(row + i, count, -kInfinity), top); });
-    return largest(top);
+    Vec a = splat(-kInfinity), b = a;
+    std::int64_t i = 0;
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+        a = vmax(load(row + i), a);
+        b = vmax(load(row + i + kWidth), b);
+    }
+    over(n - i, [&](std::int64_t j, int count) STABLEKD_LAMBDA { a = vmax(load(row + i + j, count, -kInfinity), a); });
+    return largest(vmax(a, b));
 }
 
 // One thread's memory for a row: exponentials of the student's logits at the temperature and at 1, those of the
@@ -42,38 +39,58 @@ struct Softmax {
 };
 
 template <class T>
-Softmax exponentials(const T* row, std::int64_t n, float inverse_temperature, float* out) {
-    Softmax result{largest(row, n), 0};
-    over_blocks(n, [&](std::int64_t start, std::int64_t length) {
-        Vec part{};
-        over(length, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-            const Vec x = load(row + start + i, count, -kInfinity);
-            const Vec e = exp_negative((x - result.top) * inverse_temperature);
-            part += e;
-            store(out + start + i, e);
-        });
-        result.total += sum(widen(part));
+Softmax exponentials(const T* row, std::int64_t n, float temperature, float* out) {
+    const float top = largest(row, n), rate = kLog2E / temperature;
+    const double total = sum_over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+        const Vec e = exp2_negative((load(row + i, count, -kInfinity) - top) * rate);
+        store(out + i, e);
+        return e;
     });
-    return result;
+    return {top, total};
 }
 
-// Sum of p * (log p - log q) from exponentials of both, p = f / teacher.total, q likewise, over classes with f > 0.
-template <class S, class T>
-double divergence(const S* student, const T* teacher, std::int64_t n, float inverse_temperature, const Softmax& q,
-                  const Softmax& p, const float* teacher_exponentials) {
-    double cross = 0;
-    over_blocks(n, [&](std::int64_t start, std::int64_t length) {
-        Vec part{};
-        over(length, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-            const Vec a = (load(student + start + i, count, -kInfinity) - q.top) * inverse_temperature;
-            const Vec b = (load(teacher + start + i, count, -kInfinity) - p.top) * inverse_temperature;
-            const Vec f = load(teacher_exponentials + start + i);
-            // Where f is 0 the difference may be infinite or undefined, and counts nothing.
-            part += f == 0.0f ? Vec{} : f * (b - a);
-        });
-        cross += sum(widen(part));
+template <class Number>
+struct PairSums {
+    Number student{}, teacher{}, plain{}, cross{};
+
+    STABLEKD_INLINE PairSums& operator+=(const PairSums& more) {
+        student += more.student, teacher += more.teacher, plain += more.plain, cross += more.cross;
+        return *this;
+    }
+};
+
+inline PairSums<double> sum(const PairSums<Vec>& lanes) {
+    return {sum(lanes.student), sum(lanes.teacher), sum(lanes.plain), sum(lanes.cross)};
+}
+
+struct Pair {
+    Softmax student, teacher, plain;  // plain: the student at temperature 1
+    double divergence;                // KL(teacher || student)
+};
+
+// Both rows' exponentials at the temperature, if `kPlain` also the student's at 1, and what their sums say.
+template <bool kPlain, class S, class T>
+Pair compare(const S* student, const T* teacher, std::int64_t n, float temperature, const RowScratch& out) {
+    const float student_top = largest(student, n), teacher_top = largest(teacher, n), rate = kLog2E / temperature;
+    const auto sums = sum_over_costly(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+        const Vec s = load(student + i, count, -kInfinity) - student_top;
+        const Vec t = load(teacher + i, count, -kInfinity) - teacher_top;
+        PairSums<Vec> terms;
+        terms.student = exp2_negative(s * rate);
+        terms.teacher = exp2_negative(t * rate);
+        store(out.student + i, terms.student);
+        store(out.teacher + i, terms.teacher);
+        if constexpr (kPlain) {
+            terms.plain = exp2_negative(s * kLog2E);
+            store(out.plain + i, terms.plain);
+        }
+        // Where the teacher's share is 0 the difference may be infinite or undefined, and counts nothing.
+        terms.cross = terms.teacher == 0.0f ? Vec{} : terms.teacher * (t - s);
+        return terms;
     });
-    return cross / p.total + std::log(q.total) - std::log(p.total);
+    const double divergence =
+        sums.cross / temperature / sums.teacher + std::log(sums.student) - std::log(sums.teacher);
+    return {{student_top, sums.student}, {teacher_top, sums.teacher}, {student_top, sums.plain}, divergence};
 }
 
 // Classes that take part (logit not -inf in both; teacher null: not -inf in the student) and the sum of their logits.
@@ -90,38 +107,36 @@ STABLEKD_INLINE IntVec open_lanes(const S* student, const T* teacher, std::int64
 
 template <class S, class T>
 Open open_classes(const S* student, const T* teacher, std::int64_t n) {
-    Wide logits{};
-    IntVec counts{};
-    over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+    std::int64_t open_count = 0;
+    const double logits = sum_over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
         const IntVec open = open_lanes(student, teacher, i, count);
-        logits += widen(open ? load(student + i, count) : Vec{});
-        counts -= open;
+        for (int lane = 0; lane < kWidth; ++lane) open_count -= open[lane];
+        return open ? load(student + i, count) : Vec{};
     });
-    Open result{sum(logits), 0};
-    for (int lane = 0; lane < kWidth; ++lane) result.count += counts[lane];
-    return result;
+    return {logits, open_count};
 }
 
+// What a row's loss and gradient take from its rows' exponentials, which lie in scratch.
 struct Divergence {
     double value;
-    double teacher_total;  // teacher exponentials / this = p
-    double mass;           // sum of p, 1 but for rounded probabilities
+    double student_total, teacher_total;  // exponentials / these = q and p
+    double mass;                          // sum of p, 1 but for rounded probabilities
 };
 
 // A teacher known by its largest probabilities: they are written over the whole row, what they lack to 1 spread
 // over the other open classes.
 template <class S>
-Divergence from_kept(const S* student, std::int64_t n, float inverse_temperature, const Softmax& q,
+Divergence from_kept(const S* student, std::int64_t n, double temperature, const Softmax& q,
                      const std::int64_t* indices, const float* kept, std::int64_t kept_count, float* p) {
     const auto no_teacher = static_cast<const float*>(nullptr);
     const Open open = open_classes(student, no_teacher, n);
     // a = (logit - top) / temperature; log q = a - log(q.total).
-    double others_a = (open.logits - open.count * static_cast<double>(q.top)) * inverse_temperature;
+    double others_a = (open.logits - open.count * static_cast<double>(q.top)) / temperature;
     double mass = 0, sum_p_log_p = 0, sum_p_a = 0;
     std::int64_t others = open.count;
     for (std::int64_t k = 0; k < kept_count; ++k) {
         const float logit = load_one(student + indices[k]);
-        const double a = (static_cast<double>(logit) - q.top) * inverse_temperature, probability = kept[k];
+        const double a = (static_cast<double>(logit) - q.top) / temperature, probability = kept[k];
         mass += probability;
         if (logit != -kInfinity) others_a -= a, --others;
         if (probability > 0) sum_p_log_p += probability * std::log(probability), sum_p_a += probability * a;
@@ -136,7 +151,7 @@ Divergence from_kept(const S* student, std::int64_t n, float inverse_temperature
         store(p + i, open_lanes(student, no_teacher, i, count) ? splat(static_cast<float>(rest)) : Vec{});
     });
     for (std::int64_t k = 0; k < kept_count; ++k) p[indices[k]] = kept[k];
-    return {sum_p_log_p - sum_p_a + mass * std::log(q.total), 1, mass};
+    return {sum_p_log_p - sum_p_a + mass * std::log(q.total), q.total, 1, mass};
 }
 
 struct KdSettings {
@@ -149,23 +164,25 @@ double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, c
     const std::int64_t n = job.classes;
     const S* student = static_cast<const S*>(job.student) + row * job.student_stride;
     const T* teacher = static_cast<const T*>(job.teacher) + row * job.teacher_stride;
-    const float inverse_temperature = 1.0f / job.temperature;
     const double temperature = job.temperature, alpha = job.labels == nullptr ? 1 : settings.alpha;
 
-    const Softmax q = exponentials(student, n, inverse_temperature, scratch.student);
+    Softmax plain{};
     Divergence kl;
     if (job.indices == nullptr) {
-        const Softmax p = exponentials(teacher, n, inverse_temperature, scratch.teacher);
-        kl = {divergence(student, teacher, n, inverse_temperature, q, p, scratch.teacher), p.total, 1};
+        const Pair pair = job.labels == nullptr ? compare<false>(student, teacher, n, job.temperature, scratch)
+                                                : compare<true>(student, teacher, n, job.temperature, scratch);
+        plain = pair.plain;
+        kl = {pair.divergence, pair.student.total, pair.teacher.total, 1};
     } else {
         for (std::int64_t k = 0; k < job.kept; ++k) scratch.kept[k] = load_one(teacher + k);
-        kl = from_kept(student, n, inverse_temperature, q, job.indices + row * job.kept, scratch.kept, job.kept,
-                       scratch.teacher);
+        const Softmax q = exponentials(student, n, job.temperature, scratch.student);
+        kl = from_kept(student, n, temperature, q, job.indices + row * job.kept, scratch.kept, job.kept, scratch.teacher);
+        if (job.labels != nullptr) plain = exponentials(student, n, 1.0f, scratch.plain);
     }
     double loss = alpha * temperature * temperature * kl.value;
     const double weight = job.weight == nullptr ? 1 : job.weight[row];
     const double factor = settings.gradient_factor * weight;
-    const float from_student = factor * alpha * temperature * kl.mass / q.total;
+    const float from_student = factor * alpha * temperature * kl.mass / kl.student_total;
     const float from_teacher = factor * alpha * temperature / kl.teacher_total;
 
     if (job.labels == nullptr) {
@@ -179,7 +196,6 @@ double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, c
     }
 
     const std::int64_t label = job.labels[row];
-    const Softmax plain = exponentials(student, n, 1.0f, scratch.plain);
     const T* open_teacher = job.indices == nullptr ? teacher : nullptr;
     const bool smooth = settings.smoothing > 0;
     const Open open = smooth ? open_classes(student, open_teacher, n) : Open{0, 1};
@@ -202,23 +218,23 @@ double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, c
     return weight * loss;
 }
 
-// A row without its label's class, as exponentials over the others, and log p and log(1 - p) of the label.
-struct Decoupled {
-    Softmax others;
+// log p and log(1 - p) of the label, from its logit and the softmax over all other classes.
+struct LabelShare {
     double log_label, log_rest;
 };
 
+LabelShare label_share(float label_logit, const Softmax& others, double temperature) {
+    const double own = label_logit / temperature, rest = others.top / temperature + std::log(others.total);
+    const double top = own > rest ? own : rest;
+    const double total = top + std::log(std::exp(own - top) + std::exp(rest - top));
+    return {own - total, rest - total};
+}
+
+// The row without its label's class.
 template <class T>
-Decoupled decouple(const T* row, std::int64_t n, std::int64_t label, float inverse_temperature, float* others,
-                   float* out) {
-    over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA { store(others + i, load(row + i, count, -kInfinity)); });
-    others[label] = -kInfinity;
-    const Softmax rest = exponentials(others, n, inverse_temperature, out);
-    const double own = static_cast<double>(load_one(row + label)) * inverse_temperature;
-    const double log_others = static_cast<double>(rest.top) * inverse_temperature + std::log(rest.total);
-    const double top = own > log_others ? own : log_others;
-    const double total = top + std::log(std::exp(own - top) + std::exp(log_others - top));
-    return {rest, own - total, log_others - total};
+void copy_others(const T* row, std::int64_t n, std::int64_t label, float* out) {
+    over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA { store(out + i, load(row + i, count, -kInfinity)); });
+    out[label] = -kInfinity;
 }
 
 struct DkdSettings {
@@ -231,28 +247,28 @@ double decoupled_row(const Logits& job, const DkdSettings& settings, std::int64_
     const std::int64_t n = job.classes, label = job.labels[row];
     const S* student = static_cast<const S*>(job.student) + row * job.student_stride;
     const T* teacher = static_cast<const T*>(job.teacher) + row * job.teacher_stride;
-    const float inverse_temperature = 1.0f / job.temperature;
     const double temperature = job.temperature;
 
-    const Decoupled q = decouple(student, n, label, inverse_temperature, scratch.plain, scratch.student);
-    const Decoupled p = decouple(teacher, n, label, inverse_temperature, scratch.kept, scratch.teacher);
+    copy_others(student, n, label, scratch.plain);
+    copy_others(teacher, n, label, scratch.kept);
+    const Pair others = compare<false>(scratch.plain, scratch.kept, n, job.temperature, scratch);
+    const LabelShare q = label_share(load_one(student + label), others.student, temperature);
+    const LabelShare p = label_share(load_one(teacher + label), others.teacher, temperature);
     const double p_label = std::exp(p.log_label), p_rest = std::exp(p.log_rest);
     const double target = (p_label > 0 ? p_label * (p.log_label - q.log_label) : 0) +
                           (p_rest > 0 ? p_rest * (p.log_rest - q.log_rest) : 0);
-    const double others =
-        divergence(scratch.plain, scratch.kept, n, inverse_temperature, q.others, p.others, scratch.teacher);
 
     if (gradient != nullptr) {
         const double factor = settings.gradient_factor * temperature, ahead = std::exp(q.log_label) - p_label;
-        const float from_student = factor * (settings.beta - settings.alpha * ahead) / q.others.total;
-        const float from_teacher = factor * settings.beta / p.others.total;
+        const float from_student = factor * (settings.beta - settings.alpha * ahead) / others.student.total;
+        const float from_teacher = factor * settings.beta / others.teacher.total;
         over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
             store(gradient + i, load(scratch.student + i) * from_student - load(scratch.teacher + i) * from_teacher,
                   count);
         });
         store(gradient + label, splat(factor * settings.alpha * ahead), 1);
     }
-    return temperature * temperature * (settings.alpha * target + settings.beta * others);
+    return temperature * temperature * (settings.alpha * target + settings.beta * others.divergence);
 }
 
 bool in_range(const Logits& job, std::int64_t row) {

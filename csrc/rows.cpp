@@ -16,7 +16,7 @@ inline void store_code(std::int8_t* to, Vec value, int count) {
     value = value < low ? low : value;
     value = value > high ? high : value;
     const IntVec rounded = reinterpret<IntVec>(value + kRound) - reinterpret<IntVec>(splat(kRound));
-    const ByteVec out = __builtin_convertvector(rounded, ByteVec);
+    const ByteVec out = __builtin_convertvector(__builtin_convertvector(rounded, ShortVec), ByteVec);
     std::memcpy(to, &out, count);
 }
 
@@ -27,7 +27,7 @@ inline void store_code(Float8* to, Vec value, int count) {
     const Vec steps = reinterpret<Vec>(limited) * 512.0f + kRound;
     const Bits subnormal = reinterpret<Bits>(steps) - reinterpret<Bits>(splat(kRound));
     const Bits code = (limited < 0x3c800000u ? subnormal : normal) | ((bits >> 24) & 0x80u);  // 2^-6
-    const ByteBits out = __builtin_convertvector(code, ByteBits);
+    const ByteBits out = __builtin_convertvector(__builtin_convertvector(code, HalfBits), ByteBits);
     std::memcpy(to, &out, count);
 }
 

@@ -30,10 +30,10 @@ constexpr int kWidth = 4;
 #define STABLEKD_LAMBDA __attribute__((always_inline))
 
 typedef float Vec __attribute__((vector_size(kWidth * 4)));
-typedef double Wide __attribute__((vector_size(kWidth * 8)));
 typedef std::int32_t IntVec __attribute__((vector_size(kWidth * 4)));
 typedef std::uint32_t Bits __attribute__((vector_size(kWidth * 4)));
 typedef std::uint16_t HalfBits __attribute__((vector_size(kWidth * 2)));
+typedef std::int16_t ShortVec __attribute__((vector_size(kWidth * 2)));
 typedef std::int8_t ByteVec __attribute__((vector_size(kWidth)));
 typedef std::uint8_t ByteBits __attribute__((vector_size(kWidth)));
 
@@ -67,11 +67,35 @@ inline V raw_load(const T* from) {
     return out;
 }
 
+// Integers of 8 and 16 bits widened to 32, and 32 narrowed to 16. The compiler's own conversions go by halves.
+#if defined(__AVX512F__)
+inline Bits widen(HalfBits x) { return reinterpret<Bits>(_mm512_cvtepu16_epi32(reinterpret<__m256i>(x))); }
+inline Bits widen(ByteBits x) { return reinterpret<Bits>(_mm512_cvtepu8_epi32(reinterpret<__m128i>(x))); }
+inline IntVec widen(ByteVec x) { return reinterpret<IntVec>(_mm512_cvtepi8_epi32(reinterpret<__m128i>(x))); }
+inline HalfBits narrow(Bits x) { return reinterpret<HalfBits>(_mm512_cvtepi32_epi16(reinterpret<__m512i>(x))); }
+#elif defined(__AVX2__)
+inline __m128i low_half(std::uint64_t bytes) { return _mm_cvtsi64_si128(static_cast<long long>(bytes)); }
+inline Bits widen(HalfBits x) { return reinterpret<Bits>(_mm256_cvtepu16_epi32(reinterpret<__m128i>(x))); }
+inline Bits widen(ByteBits x) {
+    return reinterpret<Bits>(_mm256_cvtepu8_epi32(low_half(reinterpret<std::uint64_t>(x))));
+}
+inline IntVec widen(ByteVec x) {
+    return reinterpret<IntVec>(_mm256_cvtepi8_epi32(low_half(reinterpret<std::uint64_t>(x))));
+}
+inline HalfBits narrow(Bits x) {
+    const __m256i packed = _mm256_packus_epi32(reinterpret<__m256i>(x), reinterpret<__m256i>(x));
+    return reinterpret<HalfBits>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+#else
+inline Bits widen(HalfBits x) { return __builtin_convertvector(x, Bits); }
+inline Bits widen(ByteBits x) { return __builtin_convertvector(x, Bits); }
+inline IntVec widen(ByteVec x) { return __builtin_convertvector(x, IntVec); }
+inline HalfBits narrow(Bits x) { return __builtin_convertvector(x, HalfBits); }
+#endif
+
 inline Vec load(const float* from) { return raw_load<Vec>(from); }
 
-inline Vec load(const BFloat16* from) {
-    return reinterpret<Vec>(__builtin_convertvector(raw_load<HalfBits>(from), Bits) << 16);
-}
+inline Vec load(const BFloat16* from) { return reinterpret<Vec>(widen(raw_load<HalfBits>(from)) << 16); }
 
 inline Vec load(const Float16* from) {
 #if defined(__AVX512F__)
@@ -79,7 +103,7 @@ inline Vec load(const Float16* from) {
 #elif defined(__F16C__)
     return reinterpret<Vec>(_mm256_cvtph_ps(reinterpret<__m128i>(raw_load<HalfBits>(from))));
 #else
-    const Bits half = __builtin_convertvector(raw_load<HalfBits>(from), Bits);
+    const Bits half = widen(raw_load<HalfBits>(from));
     const Bits sign = (half & 0x8000u) << 16, exponent = half & 0x7c00u;
     const Vec normal = reinterpret<Vec>(((half & 0x7fffu) << 13) + (112u << 23));
     const Vec subnormal = __builtin_convertvector(reinterpret<IntVec>(half & 0x3ffu), Vec) * 0x1p-24f;
@@ -90,16 +114,16 @@ inline Vec load(const Float16* from) {
 }
 
 inline Vec load(const std::int8_t* from) {
-    return __builtin_convertvector(__builtin_convertvector(raw_load<ByteVec>(from), IntVec), Vec);
+    return __builtin_convertvector(widen(raw_load<ByteVec>(from)), Vec);
 }
 
 inline Vec load(const std::uint8_t* from) {
-    return __builtin_convertvector(__builtin_convertvector(raw_load<ByteBits>(from), IntVec), Vec);
+    return __builtin_convertvector(reinterpret<IntVec>(widen(raw_load<ByteBits>(from))), Vec);
 }
 
 // e4m3 without infinities: 1 sign, 4 exponent (bias 7), 3 mantissa bits; all ones is NaN.
 inline Vec load(const Float8* from) {
-    const Bits code = __builtin_convertvector(raw_load<ByteBits>(from), Bits);
+    const Bits code = widen(raw_load<ByteBits>(from));
     const Bits magnitude = code & 0x7fu;
     const Vec normal = reinterpret<Vec>((magnitude << 20) + (120u << 23));
     const Vec subnormal = __builtin_convertvector(reinterpret<IntVec>(magnitude), Vec) * 0x1p-9f;
@@ -114,7 +138,7 @@ inline void store(BFloat16* to, Vec value) {
     const Bits bits = reinterpret<Bits>(value);
     const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const Bits quiet = (bits >> 16) | 0x40u;
-    const HalfBits out = __builtin_convertvector(value == value ? rounded : quiet, HalfBits);
+    const HalfBits out = narrow(value == value ? rounded : quiet);
     std::memcpy(to, &out, sizeof(out));
 }
 
@@ -130,7 +154,7 @@ inline void store(Float16* to, Vec value) {
     const Bits subnormal = reinterpret<Bits>(reinterpret<Vec>(magnitude) + 0.5f) - 0x3f000000u;
     const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
     const Bits overflow = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
-    const HalfBits out = __builtin_convertvector((magnitude >= 0x477ff000u ? overflow : finite) | sign, HalfBits);
+    const HalfBits out = narrow((magnitude >= 0x477ff000u ? overflow : finite) | sign);
 #endif
     std::memcpy(to, &out, sizeof(out));
 }
@@ -146,12 +170,59 @@ inline void store_past_caches(float* to, Vec value) {
 #endif
 }
 
+constexpr std::int64_t kBlock = 2048;  // elements, a multiple of four vectors
+
+// Horizontal sum, in double precision.
+inline double sum(Vec value) {
+    double total = 0;
+    for (int lane = 0; lane < kWidth; ++lane) total += value[lane];
+    return total;
+}
+
 // Calls body(i, count) for each vector of n elements: count is kWidth, but for the last one the rest.
 template <class Body>
 STABLEKD_INLINE void over(std::int64_t n, Body&& body) {
     std::int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) body(i, kWidth);
     if (i < n) body(i, static_cast<int>(n - i));
+}
+
+// Sum of term(i, count) over n elements: in single precision within a block, by four chains of additions that do not
+// wait for each other, and in double precision across blocks. A term is a Vec or a struct of them with +=.
+template <class Term>
+STABLEKD_INLINE auto sum_over(std::int64_t n, Term&& term) {
+    decltype(sum(term(0, kWidth))) total{};
+    for (std::int64_t start = 0; start < n; start += kBlock) {
+        const std::int64_t end = n - start < kBlock ? n : start + kBlock;
+        decltype(term(0, kWidth)) a{}, b{}, c{}, d{};
+        std::int64_t i = start;
+        for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
+            a += term(i, kWidth);
+            b += term(i + kWidth, kWidth);
+            c += term(i + 2 * kWidth, kWidth);
+            d += term(i + 3 * kWidth, kWidth);
+        }
+        for (; i + kWidth <= end; i += kWidth) a += term(i, kWidth);
+        if (i < end) b += term(i, static_cast<int>(end - i));
+        a += b, c += d, a += c;
+        total += sum(a);
+    }
+    return total;
+}
+
+// The same by one chain and shorter blocks, for terms of several vectors that cost more than an addition takes.
+template <class Term>
+STABLEKD_INLINE auto sum_over_costly(std::int64_t n, Term&& term) {
+    constexpr std::int64_t block = 512;
+    decltype(sum(term(0, kWidth))) total{};
+    for (std::int64_t start = 0; start < n; start += block) {
+        decltype(term(0, kWidth)) part{};
+        over(n - start < block ? n - start : block, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+            part += term(start + i, count);
+        });
+        total += sum(part);
+    }
+    return total;
 }
 
 // The first `count` elements; the other lanes are `fill`.
@@ -187,36 +258,29 @@ inline float load_one(const T* from) {
     return load(from, 1)[0];
 }
 
-inline double sum(Wide value) {
-    double total = 0;
-    for (int lane = 0; lane < kWidth; ++lane) total += value[lane];
-    return total;
-}
-
-inline Wide widen(Vec value) { return __builtin_convertvector(value, Wide); }
-
 inline float largest(Vec value) {
     float top = value[0];
     for (int lane = 1; lane < kWidth; ++lane) top = value[lane] > top ? value[lane] : top;
     return top;
 }
 
-// e^x for x <= 0, within two units in the last place; 0 below -87.3, where the result leaves the normal range.
-inline Vec exp_negative(Vec x) {
-    const Vec lowest = splat(-87.3f);
-    const Vec bounded = x < lowest ? lowest : x;
+// Coefficients of 2^r for |r| <= 1/2, with a relative error below 2e-8 in single precision.
+constexpr float kExp2[] = {1.0f, 0.693147182f, 0.240226477f, 0.0555033237f, 0.00961843692f, 0.0013398875f, 0.00015353362f};
+constexpr float kLog2E = 1.44269504f;
+
+// 2^x for x <= 0, within a unit in the last place; 0 from -127 on. The power of two is added to the exponent's bits.
+inline Vec exp2_negative(Vec x) {
+    const Vec bounded = vmax(x, splat(-127.0f));
     // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
-    const Vec shifted = bounded * 1.44269504f + 12582912.0f;
-    const Vec n = shifted - 12582912.0f;
-    const Vec r = (bounded - n * 0.693145752f) - n * 1.42860677e-6f;
-    Vec p = r * 1.98756915e-4f + 1.39819995e-3f;
-    p = p * r + 8.33345182e-3f;
-    p = p * r + 4.16657962e-2f;
-    p = p * r + 1.66666657e-1f;
-    p = p * r + 0.5f;
-    p = (p * r) * r + r + 1.0f;
-    const Vec power = reinterpret<Vec>((reinterpret<Bits>(shifted) + 127u) << 23);
-    return x < lowest ? Vec{} : p * power;
+    const Vec shifted = bounded + 12582912.0f;
+    const Vec r = bounded - (shifted - 12582912.0f);
+    Vec p = r * kExp2[6] + kExp2[5];
+    p = p * r + kExp2[4];
+    p = p * r + kExp2[3];
+    p = p * r + kExp2[2];
+    p = p * r + kExp2[1];
+    p = p * r + 1.0f;
+    return reinterpret<Vec>(reinterpret<Bits>(p) + (reinterpret<Bits>(shifted) << 23));
 }
 
 // Calls `run` with a null pointer of the element type that `type` names.
