@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,44 +38,46 @@ def augment_batch_cases(setting: Setting) -> Iterator[Case]:
 
 def _case(batch: int, setting: Setting) -> Case:
     draw = _draw(batch, setting.device)
-    # torchvision cannot crop each sample of a batch differently. One crop and no flip for all is the rival on the
-    # easiest terms; sample by sample does what is asked.
-    shared = replace(draw, offsets=draw.offsets[:1].expand_as(draw.offsets), flips=torch.zeros_like(draw.flips))
-    mean, std = (torch.tensor(values, device=setting.device) for values in (MEAN, STD))
-    stores = {"NHWC store": draw.images.permute(0, 3, 1, 2), "NCHW store": draw.images.permute(0, 3, 1, 2).contiguous()}
-    contenders = [
-        Contender(
-            "torchvision-one-crop",
-            lambda store=store: _torchvision_one_crop(store, shared),
-            variant,
-            expected=lambda: _torchvision_per_sample(stores["NCHW store"], shared, torch.float64),
-        )
-        for variant, store in stores.items()
-    ]
-    contenders += [
-        Contender("torchvision-per-sample", lambda store=store: _torchvision_per_sample(store, draw), variant)
-        for variant, store in stores.items()
-    ]
-    operands = (draw.images, draw.rows, draw.offsets, draw.flips, PADDING, mean, std)
-    contenders.append(Contender("eager", lambda: rivals.augment(*operands)))
-    if setting.compile:
-        compiled = torch.compile(rivals.augment, dynamic=False)
-        contenders.append(Contender("compiled", lambda: compiled(*operands)))
-    contenders += [Contender("stablekd", lambda last=last: _ours(draw, last), name) for name, last in LAYOUTS.items()]
+    by_pixel = draw.images.permute(0, 3, 1, 2)
+    stores = {"NHWC store": by_pixel, "NCHW store": by_pixel.contiguous()}
     pixels = batch * SIDE * SIDE * 3
-    contenders += floor_contenders(pixels, 4 * pixels, setting.device)
     return Case(
         "kernels",
         f"augment_batch {batch}x3x{SIDE}x{SIDE}",
-        contenders,
+        [
+            *_torchvision(stores, draw),
+            *_indexing(draw, setting),
+            Contender("stablekd", lambda: _ours(draw, channels_last=True)),
+            Contender("stablekd-contiguous", lambda: _ours(draw, channels_last=False)),
+            *floor_contenders(pixels, 4 * pixels, setting.device),
+        ],
         "torchvision-one-crop",
-        lambda: _torchvision_per_sample(stores["NCHW store"], draw, torch.float64),
+        lambda: _torchvision_per_sample(by_pixel, draw, torch.float64),
         TOLERANCE,
         {"bytes": 5 * pixels},
     )
 
 
-LAYOUTS = {"channels_last": True, "contiguous": False}
+def _torchvision(stores: dict[str, Tensor], draw: Draw) -> list[Contender]:
+    """torchvision cannot crop each sample of a batch differently. Sample by sample it does what is asked; one crop
+    and no flip for the whole batch is the rival on easier terms."""
+    shared = replace(draw, offsets=draw.offsets[:1].expand_as(draw.offsets), flips=torch.zeros_like(draw.flips))
+    found = []
+    for variant, store in stores.items():
+        one_crop = partial(_torchvision_one_crop, store, shared)
+        expected = partial(_torchvision_per_sample, store, shared, torch.float64)
+        found.append(Contender("torchvision-one-crop", one_crop, variant, expected=expected))
+        found.append(Contender("torchvision-per-sample", partial(_torchvision_per_sample, store, draw), variant))
+    return found
+
+
+def _indexing(draw: Draw, setting: Setting) -> list[Contender]:
+    mean, std = (torch.tensor(values, device=setting.device) for values in (MEAN, STD))
+    operands = (draw.images, draw.rows, draw.offsets, draw.flips, PADDING, mean, std)
+    found = [Contender("eager", partial(rivals.augment, *operands))]
+    if setting.compile:
+        found.append(Contender("compiled", partial(torch.compile(rivals.augment, dynamic=False), *operands)))
+    return found
 
 
 def _draw(batch: int, device: str) -> Draw:

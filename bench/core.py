@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import random
 import statistics
 import time
@@ -87,8 +88,9 @@ class Timing:
 
 @contextmanager
 def pinned(threads: int | None = None) -> Iterator[dict]:
-    """Within it, torch, its compiler and the C++ core use `threads` threads (default: the usable cores), and the
-    allocator keeps freed memory (it goes on doing so). Gives these settings for the record.
+    """Within it torch, its compiler and the C++ core use `threads` threads (default: the usable cores), and the
+    allocator keeps freed memory (as it will go on doing). Gives the settings for the record, with how busy the
+    machine was.
     """
     before = torch.get_num_threads()
     threads = threads or machine()["usable_cores"] or before
@@ -96,7 +98,11 @@ def pinned(threads: int | None = None) -> Iterator[dict]:
     torch.set_num_threads(threads)
     try:
         with torch._inductor.config.patch({"cpp.threads": threads}):
-            yield {"threads": threads, "allocator": "glibc, freed memory kept" if kept else "as it is"}
+            yield {
+                "threads": threads,
+                "allocator": "glibc, freed memory kept" if kept else "as it is",
+                "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            }
     finally:
         torch.set_num_threads(before)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -28,21 +28,29 @@ class Traffic(NamedTuple):
     summed: int
 
 
-def floor_contenders(read: int, written: int, device: str) -> list[Contender]:
+def floor_contenders(
+    read: int, written: int, device: str, operands: Sequence[Tensor] = ()
+) -> list[Contender]:
     """Variants of the contender `floor`: each reads `read` and writes `written` bytes of arrays made beforehand.
 
     Additions and copies are made by torch, and on the CPU also by the C++ core, through the caches and past them.
-    Fills and sums, which only unbalanced traffic has, are torch's.
+    Fills and sums, which only unbalanced traffic has, are torch's. Where the `operands` of the kernel above are two
+    dense float32 tensors of the right size they are what is added: the same memory at the same place, since speeds
+    differ by a tenth from one allocation to another.
     """
     traffic = split(-(-read // _FLOAT_BYTES), -(-written // _FLOAT_BYTES))
-    first = torch.rand(traffic.added + traffic.copied + traffic.summed, device=device)
-    second = torch.rand(traffic.added, device=device)
-    out = torch.empty(traffic.added + traffic.copied + traffic.filled, device=device)
+    own = [tensor for tensor in operands if tensor.dtype == torch.float32 and tensor.numel() == traffic.added]
+    if len(own) == 2:
+        left, right = (tensor.as_strided((traffic.added,), (1,)) for tensor in own)
+    else:
+        left, right = torch.rand(2, traffic.added, device=device)
+    original, alone = (torch.rand(count, device=device) for count in (traffic.copied, traffic.summed))
     adds: dict[str, Add] = {"torch": _torch_add}
     if device == "cpu" and core is not None:
         adds["core"] = partial(_core_add, nontemporal=False)
         adds["core, past the caches"] = partial(_core_add, nontemporal=True)
-    return [_contender(variant, add, traffic, first, second, out) for variant, add in adds.items()]
+    out = torch.empty(traffic.added + traffic.copied + traffic.filled, device=device)
+    return [_contender(variant, add, left, right, original, alone, out) for variant, add in adds.items()]
 
 
 def split(reads: int, writes: int) -> Traffic:
@@ -52,24 +60,24 @@ def split(reads: int, writes: int) -> Traffic:
     return Traffic(added, copied, writes - added - copied, reads - 2 * added - copied)
 
 
-def _contender(variant: str, add: Add, traffic: Traffic, first: Tensor, second: Tensor, out: Tensor) -> Contender:
-    lengths = [traffic.added, traffic.copied, traffic.summed]
-    left, original, alone = first.split(lengths)
-    total, copy, filled = out.split([traffic.added, traffic.copied, traffic.filled])
+def _contender(
+    variant: str, add: Add, left: Tensor, right: Tensor, original: Tensor, alone: Tensor, out: Tensor
+) -> Contender:
+    total, copy, filled = out.tensor_split([len(left), len(left) + len(original)])
 
     def call() -> Tensor:
-        if traffic.added:
-            add(left, second, total)
-        if traffic.copied:
+        if len(left):
+            add(left, right, total)
+        if len(original):
             add(original, original, copy)  # the second read of an element comes from a register or the nearest cache
-        if traffic.filled:
+        if len(filled):
             filled.fill_(1.0)
-        if traffic.summed:
+        if len(alone):
             alone.sum()
         return out
 
     def expected() -> Tensor:
-        return torch.cat([left.double() + second, 2 * original.double(), torch.ones_like(filled, dtype=torch.float64)])
+        return torch.cat([left.double() + right, 2 * original.double(), torch.ones_like(filled, dtype=torch.float64)])
 
     return Contender("floor", call, variant, expected=expected, tolerance=1e-6)
 

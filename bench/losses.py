@@ -81,7 +81,7 @@ def loss_case(loss: Loss, setting: Setting, extra: tuple[Contender, ...] = ()) -
         Contender("stablekd", lambda: fused(*ours, **loss.options)),
         Contender("stablekd-autograd", _by_autograd(lambda leaf, *_: op(leaf, *loss.arguments, **loss.options), loss)),
         *extra,
-        *floor_contenders(loss.bytes_read, loss.bytes_written, setting.device),
+        *floor_contenders(loss.bytes_read, loss.bytes_written, setting.device, (loss.student, *loss.operands)),
     ]
     return Case(
         "kernels",
@@ -94,7 +94,9 @@ def loss_case(loss: Loss, setting: Setting, extra: tuple[Contender, ...] = ()) -
     )
 
 
-def random_features(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str, seed: int) -> Tensor:
+def random_features(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str, seed: int
+) -> Tensor:
     """Features as networks make them: channels of different mean and spread."""
     generator = torch.Generator().manual_seed(seed)
     per_channel = (1, shape[1], 1, 1)

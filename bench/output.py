@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -67,28 +68,28 @@ def below(rows: Sequence[dict], contender: str, ratio: float) -> list[dict]:
     return [row for row in rows if row["contender"] == contender and row["ratio"] < ratio]
 
 
-def table(rows: Sequence[dict]) -> Table:
-    """The rows of one case. `earlier` is the time in an earlier file over the time now."""
-    first = rows[0]
+def table(rows: Sequence[dict]) -> Group:
+    """The rows of one case under its name. `earlier` is the time in an earlier file over the time now."""
     compared = any("against" in row for row in rows)
-    shown = Table(title=f"{first['case']} (ratio: time of {first['baseline']} / own time)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("contender", overflow="fold")
-    columns = ["ratio", "ms", "± ms", "of floor", *(["earlier"] if compared else [])]
-    for name in columns:
+    for name in ["ratio", "ms", "± ms", "of floor", *(["earlier"] if compared else [])]:
         shown.add_column(name, justify="right", no_wrap=True, style="bold" if name == "ratio" else "")
     for row in rows:
-        name = f"{row['contender']} ({row['variant']})" if row.get("variant") else row["contender"]
-        share, against = row.get("share_of_floor"), row.get("against")
-        cells = [
-            f"{row['ratio']:.2f}",
-            f"{1e3 * row['median_seconds']:.3g}",
-            f"{1e3 * row['spread_seconds']:.2g}",
-            "" if share is None else f"{100 * share:.0f} %",
-        ]
-        if compared:
-            cells.append("" if against is None else f"{against:.2f}")
-        shown.add_row(Text(name), *cells)
-    return shown
+        shown.add_row(*map(Text, _cells(row, compared)))
+    return Group(Text(rows[0]["case"], style="bold"), shown)
+
+
+def _cells(row: dict, compared: bool) -> list[str]:
+    share, against = row.get("share_of_floor"), row.get("against")
+    cells = [
+        f"{row['contender']} ({row['variant']})" if row.get("variant") else row["contender"],
+        "baseline" if row["contender"] == row["baseline"] else f"{row['ratio']:.2f}",
+        f"{1e3 * row['median_seconds']:.3g}",
+        f"{1e3 * row['spread_seconds']:.2g}",
+        "" if share is None else f"{100 * share:.0f} %",
+    ]
+    return [*cells, "" if against is None else f"{against:.2f}"] if compared else cells
 
 
 def commit() -> str | None:

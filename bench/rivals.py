@@ -86,7 +86,9 @@ def rows(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).flatten(1)
 
 
-def augment(images: Tensor, rows: Tensor, offsets: Tensor, flips: Tensor, padding: int, mean: Tensor, std: Tensor) -> Tensor:
+def augment(
+    images: Tensor, rows: Tensor, offsets: Tensor, flips: Tensor, padding: int, mean: Tensor, std: Tensor
+) -> Tensor:
     """Pad, crop and flip each sample by indexing; normalised in the dtype of `mean`."""
     height, width = images.shape[1:3]
     padded = F.pad(images[rows], (0, 0, padding, padding, padding, padding))
