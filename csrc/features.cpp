@@ -13,8 +13,6 @@ namespace {
 
 constexpr std::int64_t kChunk = 32768;  // elements
 constexpr double kPowerFloor = 1e-12, kChannelEpsilon = 1e-5, kLengthEpsilon = 1e-12;
-// From this size on a gradient does not stay in the caches anyway, and is written past them.
-constexpr std::int64_t kPastCaches = std::int64_t{16} << 20;  // bytes
 
 // A factor for each element of a stretch of memory: none, one for all, or one per element.
 struct One {
@@ -107,21 +105,6 @@ double in_order(const double* values, std::int64_t count) {
     return total;
 }
 
-template <class S>
-STABLEKD_INLINE void write(S* to, Vec value, int count, bool) {
-    store(to, value, count);
-}
-STABLEKD_INLINE void write(float* to, Vec value, int count, bool past_caches) {
-    if (past_caches && count == kWidth) return store_past_caches(to, value);
-    store(to, value, count);
-}
-
-template <class S>
-bool past_caches(const S* gradient, std::int64_t elements) {
-    return elements * static_cast<std::int64_t>(sizeof(S)) >= kPastCaches &&
-           reinterpret_cast<std::uintptr_t>(gradient) % (kWidth * sizeof(float)) == 0;
-}
-
 // Sum of (s - t) * pull * (s - t); the gradient is (s - t) * pull * factor.
 template <class S, class T, class Scale, class Pull>
 double pull_run(const S* s, const T* t, S* gradient, std::int64_t n, Scale scale, Pull pull, float factor, bool past) {
@@ -207,7 +190,7 @@ public:
     FeatureLoss(const Features& job, int threads)
         : job_(job), student_(static_cast<const S*>(job.student)), target_(static_cast<const T*>(job.target)),
           gradient_(static_cast<S*>(job.gradient)), runs_(runs_of(job.layout)), threads_(threads),
-          elements_(runs_.count * runs_.length), past_(past_caches(gradient_, elements_)) {}
+          elements_(runs_.count * runs_.length), past_(goes_past_caches(gradient_, elements_, kChunk)) {}
 
     double mse(Normalize normalize, const double* given_power, double factor) const {
         if (normalize == Normalize::l2) return per_sample({true, factor / job_.layout.samples}) / job_.layout.samples;

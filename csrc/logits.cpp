@@ -13,14 +13,16 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 template <class T>
 float largest(const T* row, std::int64_t n) {
-    Vec a = splat(-kInfinity), b = a;
+    Vec a = splat(-kInfinity), b = a, c = a, d = a;
     std::int64_t i = 0;
-    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
         a = vmax(load(row + i), a);
         b = vmax(load(row + i + kWidth), b);
+        c = vmax(load(row + i + 2 * kWidth), c);
+        d = vmax(load(row + i + 3 * kWidth), d);
     }
     over(n - i, [&](std::int64_t j, int count) STABLEKD_LAMBDA { a = vmax(load(row + i + j, count, -kInfinity), a); });
-    return largest(vmax(a, b));
+    return largest(vmax(vmax(a, b), vmax(c, d)));
 }
 
 // One thread's memory for a row: exponentials of the student's logits at the temperature and at 1, those of the
@@ -68,28 +70,47 @@ struct Pair {
     double divergence;                // KL(teacher || student)
 };
 
-// Both rows' exponentials at the temperature, if `kPlain` also the student's at 1, and what their sums say.
-template <bool kPlain, class S, class T>
+// How the student's exponentials at temperature 1 are made: not at all, by themselves, or from those at the
+// temperature 2^k by squaring k times.
+enum class Plain { none, own, squared_0, squared_1, squared_2, squared_3 };
+
+Plain plain_for(float temperature) {
+    if (temperature == 1) return Plain::squared_0;
+    if (temperature == 2) return Plain::squared_1;
+    if (temperature == 4) return Plain::squared_2;
+    return temperature == 8 ? Plain::squared_3 : Plain::own;
+}
+
+// Both rows' exponentials at the temperature, those of the student at 1 as `kPlain` says, and what their sums say.
+template <Plain kPlain, class S, class T>
 Pair compare(const S* student, const T* teacher, std::int64_t n, float temperature, const RowScratch& out) {
     const float student_top = largest(student, n), teacher_top = largest(teacher, n), rate = kLog2E / temperature;
-    const auto sums = sum_over_costly(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+    // A copy, as the compiler must think that stores through `out` may change it.
+    const RowScratch to = out;
+    const auto sums = sum_over_costly(n, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
+        // The next row, while this one is worked on: a row is about a page, where the processor's own guesses end.
+        __builtin_prefetch(student + n + i);
+        __builtin_prefetch(teacher + n + i);
         const Vec s = load(student + i, count, -kInfinity) - student_top;
         const Vec t = load(teacher + i, count, -kInfinity) - teacher_top;
         PairSums<Vec> terms;
         terms.student = exp2_negative(s * rate);
         terms.teacher = exp2_negative(t * rate);
-        store(out.student + i, terms.student);
-        store(out.teacher + i, terms.teacher);
-        if constexpr (kPlain) {
-            terms.plain = exp2_negative(s * kLog2E);
-            store(out.plain + i, terms.plain);
+        store(to.student + i, terms.student);
+        store(to.teacher + i, terms.teacher);
+        if constexpr (kPlain != Plain::none) {
+            terms.plain = kPlain == Plain::own ? exp2_negative(s * kLog2E) : terms.student;
+            for (Plain k = Plain::squared_0; kPlain != Plain::own && k < kPlain; k = static_cast<Plain>(static_cast<int>(k) + 1)) {
+                terms.plain *= terms.plain;
+            }
+            store(to.plain + i, terms.plain);
         }
         // Where the teacher's share is 0 the difference may be infinite or undefined, and counts nothing.
         terms.cross = terms.teacher == 0.0f ? Vec{} : terms.teacher * (t - s);
         return terms;
     });
     const double divergence =
-        sums.cross / temperature / sums.teacher + std::log(sums.student) - std::log(sums.teacher);
+        sums.cross / (temperature * sums.teacher) + std::log(sums.student / sums.teacher);
     return {{student_top, sums.student}, {teacher_top, sums.teacher}, {student_top, sums.plain}, divergence};
 }
 
@@ -114,6 +135,17 @@ Open open_classes(const S* student, const T* teacher, std::int64_t n) {
         return open ? load(student + i, count) : Vec{};
     });
     return {logits, open_count};
+}
+
+template <class S, class T>
+Pair compare_with_plain(const S* student, const T* teacher, std::int64_t n, float temperature, const RowScratch& out) {
+    switch (plain_for(temperature)) {
+        case Plain::squared_0: return compare<Plain::squared_0>(student, teacher, n, temperature, out);
+        case Plain::squared_1: return compare<Plain::squared_1>(student, teacher, n, temperature, out);
+        case Plain::squared_2: return compare<Plain::squared_2>(student, teacher, n, temperature, out);
+        case Plain::squared_3: return compare<Plain::squared_3>(student, teacher, n, temperature, out);
+        default: return compare<Plain::own>(student, teacher, n, temperature, out);
+    }
 }
 
 // What a row's loss and gradient take from its rows' exponentials, which lie in scratch.
@@ -169,8 +201,8 @@ double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, c
     Softmax plain{};
     Divergence kl;
     if (job.indices == nullptr) {
-        const Pair pair = job.labels == nullptr ? compare<false>(student, teacher, n, job.temperature, scratch)
-                                                : compare<true>(student, teacher, n, job.temperature, scratch);
+        const Pair pair = job.labels == nullptr ? compare<Plain::none>(student, teacher, n, job.temperature, scratch)
+                                                : compare_with_plain(student, teacher, n, job.temperature, scratch);
         plain = pair.plain;
         kl = {pair.divergence, pair.student.total, pair.teacher.total, 1};
     } else {
@@ -179,6 +211,7 @@ double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, c
         kl = from_kept(student, n, temperature, q, job.indices + row * job.kept, scratch.kept, job.kept, scratch.teacher);
         if (job.labels != nullptr) plain = exponentials(student, n, 1.0f, scratch.plain);
     }
+    const bool past = goes_past_caches(gradient, job.samples * n, n);
     double loss = alpha * temperature * temperature * kl.value;
     const double weight = job.weight == nullptr ? 1 : job.weight[row];
     const double factor = settings.gradient_factor * weight;
@@ -188,8 +221,8 @@ double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, c
     if (job.labels == nullptr) {
         if (gradient != nullptr) {
             over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-                store(gradient + i, load(scratch.student + i) * from_student - load(scratch.teacher + i) * from_teacher,
-                      count);
+                write(gradient + i, load(scratch.student + i) * from_student - load(scratch.teacher + i) * from_teacher,
+                      count, past);
             });
         }
         return weight * loss;
@@ -212,7 +245,7 @@ double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, c
             Vec g = load(scratch.student + i) * from_student - load(scratch.teacher + i) * from_teacher;
             g += load(scratch.plain + i) * from_plain;
             if (smooth) g -= open_lanes(student, open_teacher, i, count) ? splat(everywhere) : Vec{};
-            store(gradient + i, g, count);
+            write(gradient + i, g, count, past);
         });
     }
     return weight * loss;
@@ -251,7 +284,7 @@ double decoupled_row(const Logits& job, const DkdSettings& settings, std::int64_
 
     copy_others(student, n, label, scratch.plain);
     copy_others(teacher, n, label, scratch.kept);
-    const Pair others = compare<false>(scratch.plain, scratch.kept, n, job.temperature, scratch);
+    const Pair others = compare<Plain::none>(scratch.plain, scratch.kept, n, job.temperature, scratch);
     const LabelShare q = label_share(load_one(student + label), others.student, temperature);
     const LabelShare p = label_share(load_one(teacher + label), others.teacher, temperature);
     const double p_label = std::exp(p.log_label), p_rest = std::exp(p.log_rest);

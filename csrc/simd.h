@@ -56,7 +56,16 @@ inline To reinterpret(From value) {
 }
 
 inline Vec splat(float value) { return Vec{} + value; }
-inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+// The larger; b where a is NaN.
+inline Vec vmax(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return reinterpret<Vec>(_mm512_max_ps(reinterpret<__m512>(a), reinterpret<__m512>(b)));
+#elif defined(__AVX2__)
+    return reinterpret<Vec>(_mm256_max_ps(reinterpret<__m256>(a), reinterpret<__m256>(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
 inline Vec vabs(Vec a) { return reinterpret<Vec>(reinterpret<Bits>(a) & 0x7fffffffu); }
 
 template <class V, class T>
@@ -174,9 +183,17 @@ constexpr std::int64_t kBlock = 2048;  // elements, a multiple of four vectors
 
 // Horizontal sum, in double precision.
 inline double sum(Vec value) {
-    double total = 0;
-    for (int lane = 0; lane < kWidth; ++lane) total += value[lane];
-    return total;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256 lanes = reinterpret<__m256>(value);
+    const __m256d halves = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(lanes)),
+                                         _mm256_cvtps_pd(_mm256_extractf128_ps(lanes, 1)));
+    const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(halves), _mm256_extractf128_pd(halves, 1));
+    return _mm_cvtsd_f64(pair) + _mm_cvtsd_f64(_mm_unpackhi_pd(pair, pair));
+#else
+    double even = 0, odd = 0;
+    for (int lane = 0; lane < kWidth; lane += 2) even += value[lane], odd += value[lane + 1];
+    return even + odd;
+#endif
 }
 
 // Calls body(i, count) for each vector of n elements: count is kWidth, but for the last one the rest.
@@ -213,13 +230,14 @@ STABLEKD_INLINE auto sum_over(std::int64_t n, Term&& term) {
 // The same by one chain and shorter blocks, for terms of several vectors that cost more than an addition takes.
 template <class Term>
 STABLEKD_INLINE auto sum_over_costly(std::int64_t n, Term&& term) {
-    constexpr std::int64_t block = 512;
+    constexpr std::int64_t block = 1024;
     decltype(sum(term(0, kWidth))) total{};
     for (std::int64_t start = 0; start < n; start += block) {
+        const std::int64_t end = n - start < block ? n : start + block;
         decltype(term(0, kWidth)) part{};
-        over(n - start < block ? n - start : block, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-            part += term(start + i, count);
-        });
+        std::int64_t i = start;
+        for (; i + kWidth <= end; i += kWidth) part += term(i, kWidth);
+        if (i < end) part += term(i, static_cast<int>(end - i));
         total += sum(part);
     }
     return total;
@@ -244,6 +262,25 @@ STABLEKD_INLINE void store(T* to, Vec value, int count) {
     T elements[kWidth];
     store(elements, value);
     std::memcpy(to, elements, count * sizeof(T));
+}
+
+// A gradient of at least this size does not stay in the caches anyway, and is written past them.
+constexpr std::int64_t kPastCaches = std::int64_t{16} << 20;  // bytes
+
+template <class T>
+STABLEKD_INLINE void write(T* to, Vec value, int count, bool) {
+    store(to, value, count);
+}
+STABLEKD_INLINE void write(float* to, Vec value, int count, bool past_caches) {
+    if (past_caches && count == kWidth) return store_past_caches(to, value);
+    store(to, value, count);
+}
+
+// Whether `elements` written from `to` on, in stretches of `length`, are to go past the caches.
+template <class T>
+bool goes_past_caches(const T* to, std::int64_t elements, std::int64_t length) {
+    const bool aligned = reinterpret_cast<std::uintptr_t>(to) % (kWidth * sizeof(float)) == 0 && length % kWidth == 0;
+    return std::is_same_v<T, float> && aligned && elements * static_cast<std::int64_t>(sizeof(T)) >= kPastCaches;
 }
 
 // True in the first `count` lanes.
@@ -274,12 +311,9 @@ inline Vec exp2_negative(Vec x) {
     // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
     const Vec shifted = bounded + 12582912.0f;
     const Vec r = bounded - (shifted - 12582912.0f);
-    Vec p = r * kExp2[6] + kExp2[5];
-    p = p * r + kExp2[4];
-    p = p * r + kExp2[3];
-    p = p * r + kExp2[2];
-    p = p * r + kExp2[1];
-    p = p * r + 1.0f;
+    const Vec square = r * r;
+    const Vec high = (r * kExp2[6] + kExp2[5]) * square + (r * kExp2[4] + kExp2[3]);
+    const Vec p = (high * r + kExp2[2]) * square + (r * kExp2[1] + 1.0f);
     return reinterpret<Vec>(reinterpret<Bits>(p) + (reinterpret<Bits>(shifted) << 23));
 }
 
