@@ -145,9 +145,8 @@ inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(value))
 
 inline void store(BFloat16* to, Vec value) {
     const Bits bits = reinterpret<Bits>(value);
-    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Bits quiet = (bits >> 16) | 0x40u;
-    const HalfBits out = narrow(value == value ? rounded : quiet);
+    // Every NaN that arithmetic makes survives the rounding.
+    const HalfBits out = narrow((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     std::memcpy(to, &out, sizeof(out));
 }
 
