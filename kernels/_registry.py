@@ -70,7 +70,7 @@ def serve_cpu(**implementations: Callable) -> None:
             _IMPLEMENTATIONS[name]["reason"] = _native.reason
             continue
         torch.library.impl(f"stablekd::{name}", "cpu", implementation)
-        _IMPLEMENTATIONS[name]["cpu"] = "C++ core"
+        _IMPLEMENTATIONS[name]["cpu"] = f"C++ core, {_native.core.level()}"
         _IMPLEMENTATIONS[name]["reason"] = "the core is built and loads"
 
 

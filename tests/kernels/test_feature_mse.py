@@ -6,7 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from stablekd_fast.kernels import feature_mse, feature_mse_with_grad
+from stablekd_fast.kernels import dequantize_rows, quantize_rows
 from stablekd_fast.kernels.feature_mse import reference
+from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 NORMALIZATIONS = [None, "power", "channel", "l2"]
 
@@ -69,6 +71,101 @@ def test_agrees_with_float64(n, c, side, normalize, dtype, channels_last):
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_tokens_have_channels_on_the_last_axis(normalize):
     check_against_float64(*operands(3, 5, 7), normalize, channel_axis=-1)
+
+
+@given(
+    n=st.integers(1, 3),
+    c=st.integers(1, 20),
+    side=st.integers(1, 6),
+    normalize=st.sampled_from(NORMALIZATIONS),
+    codes=st.sampled_from([torch.int8, torch.float8_e4m3fn]),
+    channels_last=st.booleans(),
+    per_sample=st.booleans(),
+)
+def test_a_target_may_be_8_bit_codes(n, c, side, normalize, codes, channels_last, per_sample):
+    student, target = operands(n, c, side, side, seed=c)
+    if channels_last:
+        student, target = (x.to(memory_format=torch.channels_last) for x in (student, target))
+    stored, scales = quantize_rows(target, codes)
+    scales = scales if per_sample else scales[0].contiguous()
+    options = dict(normalize=normalize, weight=3.0)
+    loss, grad = feature_mse_with_grad(student, stored, target_scale=scales, **options)
+    wide_loss, wide_grad = feature_mse_with_grad(student, dequantize_rows(stored, scales), **options)
+    torch.testing.assert_close(loss, wide_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, wide_grad, rtol=1e-4, atol=1e-5 * wide_grad.abs().max().item() + 1e-30)
+    assert grad.stride() == student.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("nearness", [1.0, 1e-3])
+def test_as_exact_as_pytorch(dtype, normalize, nearness):
+    target = operands(4, 32, 9, 9)[1]
+    student = (target + nearness * operands(4, 32, 9, 9)[0]).to(dtype)
+    target = target.to(dtype)
+
+    def plain(student, target):
+        if normalize == "power":
+            return F.mse_loss(student, target) / target.square().mean()
+        if normalize == "channel":
+            variance, mean = torch.var_mean(target, (0, 2, 3), correction=0, keepdim=True)
+            deviation = (variance + reference.CHANNEL_EPSILON).sqrt()
+            return F.mse_loss((student - mean) / deviation, (target - mean) / deviation)
+        if normalize == "l2":
+            student, target = (F.normalize(x.flatten(1), dim=1) for x in (student, target))
+            return F.mse_loss(student, target, reduction="sum") / len(student)
+        return F.mse_loss(student, target)
+
+    fused = feature_mse_with_grad(student, target, normalize=normalize)
+    assert_as_exact_as_pytorch(fused, plain, student, target)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_every_element_is_written(normalize, channels_last, monkeypatch):
+    student, target = operands(3, 5, 7, 3)
+    if channels_last:
+        student, target = (x.to(memory_format=torch.channels_last) for x in (student, target))
+    stored, scales = quantize_rows(target)
+    poisoned(monkeypatch)
+    for options in (dict(target=target), dict(target=stored, target_scale=scales)):
+        loss, grad = feature_mse_with_grad(student, normalize=normalize, **options)
+        assert loss.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_the_number_of_threads_changes_nothing(normalize):
+    student, target = operands(5, 32, 30, 31)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(feature_mse_with_grad(student, target, normalize=normalize))
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+def test_a_mean_far_from_zero_does_not_spoil_the_variance():
+    student, target = operands(4, 3, 16, 16)
+    student, target = student * 1e-2 + 1e3, target * 1e-2 + 1e3
+    loss = feature_mse(student, target, normalize="channel")
+    torch.testing.assert_close(loss.double(), expected_loss(student, target, "channel"), rtol=1e-4, atol=0)
+
+
+def test_compiles_without_a_break():
+    student, target = operands(2, 3, 4, 4)
+    student.requires_grad_()
+
+    def training_loss(student):
+        return 2 * feature_mse(student * 1.5, target, normalize="power")
+
+    (expected,) = torch.autograd.grad(training_loss(student), student)
+    torch.compiler.reset()
+    compiled = torch.compile(training_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(student), student)[0], expected)
 
 
 def test_channel_axis_matters():
@@ -158,7 +255,7 @@ def test_derivatives_by_the_given_power():
 def test_never_waits_for_the_device(normalize):
     # Meta tensors have no values, so anything that reads one back to the host raises.
     student, target = (x.to("meta") for x in operands(2, 3, 4, 4))
-    loss, grad = reference.feature_mse_with_grad(student, target, normalize, None, 1, 1.0)
+    loss, grad = reference.feature_mse_with_grad(student, target, None, normalize, None, 1, 1.0, None)
     assert loss.shape == () and grad.shape == student.shape
 
 
@@ -168,10 +265,10 @@ def test_opcheck(normalize):
     student = student.to(memory_format=torch.channels_last)
     scale = torch.tensor(2.0) if normalize == "power" else None
     torch.library.opcheck(
-        torch.ops.stablekd.feature_mse.default, (student.clone().requires_grad_(), target, normalize, scale, 1)
+        torch.ops.stablekd.feature_mse.default, (student.clone().requires_grad_(), target, None, normalize, scale, 1)
     )
     torch.library.opcheck(
-        torch.ops.stablekd.feature_mse_with_grad.default, (student, target, normalize, scale, 1, 2.0)
+        torch.ops.stablekd.feature_mse_with_grad.default, (student, target, None, normalize, scale, 1, 2.0, torch.tensor(0.5))
     )
 
 
@@ -183,6 +280,8 @@ def test_opcheck(normalize):
         (dict(normalize="max"), "normalize='max'"),
         (dict(scale=torch.tensor(1.0)), "needs normalize='power'"),
         (dict(normalize="power", scale=torch.ones(1)), "0-dim"),
+        (dict(target=torch.zeros(2, 3, 4, 4, dtype=torch.int8)), r"its scale None; such codes need a float32 scale"),
+        (dict(target_scale=torch.ones(3)), "only int8 and float8_e4m3fn have one"),
         (dict(channel_axis=0), "channel_axis=0"),
         (dict(channel_axis=4), "channel_axis=4"),
     ],

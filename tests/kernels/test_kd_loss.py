@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from stablekd_fast.kernels import kd_loss, kd_loss_with_grad
 from stablekd_fast.kernels.kd_loss import reference
+from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 SETTINGS = dict(temperature=3.0, alpha=0.7, label_smoothing=0.1)
 
@@ -71,6 +72,131 @@ def test_agrees_with_float64(n, c, temperature, with_labels, with_weight, dtype)
     )
 
 
+def top_k(teacher, k, temperature):
+    probabilities, indices = torch.softmax(teacher.double() / temperature, 1).topk(k)
+    return probabilities.to(teacher.dtype), indices
+
+
+def spread(indices, probabilities, classes):
+    """The whole distribution: what the kept probabilities lack to 1, evenly over the other classes."""
+    rest = (1 - probabilities.double().sum(1, keepdim=True)).clamp_min(0) / max(classes - indices.shape[1], 1)
+    return rest.expand(-1, classes).scatter(1, indices, probabilities.double())
+
+
+@given(
+    n=st.integers(1, 5),
+    c=st.integers(2, 70),
+    k=st.integers(1, 4),
+    temperature=st.sampled_from([0.5, 1.0, 4.0]),
+    with_labels=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_a_teacher_may_give_its_largest_probabilities(n, c, k, temperature, with_labels, dtype):
+    student, teacher, labels, weight = operands(n, c, dtype, seed=c)
+    labels = labels if with_labels else None
+    probabilities, indices = top_k(teacher, min(k, c), temperature)
+    settings = dict(temperature=temperature, weight=weight, label_smoothing=0.1)
+    loss, grad = kd_loss_with_grad(student, (indices, probabilities), labels, **settings)
+
+    whole = spread(indices, probabilities, c)
+    exact = student.double().requires_grad_()
+    log_q = F.log_softmax(exact / temperature, 1)
+    samples = temperature**2 * (torch.xlogy(whole, whole) - whole * log_q).sum(1)
+    if labels is not None:
+        hard = F.cross_entropy(exact, labels, reduction="none", label_smoothing=0.1)
+        samples = 0.9 * samples + 0.1 * hard
+    expected = (samples * weight.double()).mean()
+    (expected_grad,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    rtol = torch.finfo(dtype).eps
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=rtol, atol=max(rtol * 1e-2, 1e-6))
+
+
+def test_all_probabilities_are_the_whole_teacher():
+    student, teacher, labels, _ = operands(dtype=torch.float64)
+    probabilities, indices = top_k(teacher, teacher.shape[1], 4.0)
+    for got, expected in zip(
+        kd_loss_with_grad(student, (indices, probabilities), labels), kd_loss_with_grad(student, teacher, labels)
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_what_a_teacher_did_not_keep_avoids_masked_classes():
+    student, teacher, _, _ = operands(4, 8)
+    keep = torch.tensor([0, 1, 2, 4, 6, 7])
+    masked = torch.full_like(student, -torch.inf)
+    masked[:, keep] = student[:, keep]
+    probabilities, indices = top_k(teacher[:, keep], 2, 4.0)
+    loss, grad = kd_loss_with_grad(masked, (keep[indices], probabilities))
+    short_loss, short_grad = kd_loss_with_grad(student[:, keep], (indices, probabilities))
+    torch.testing.assert_close(loss, short_loss)
+    torch.testing.assert_close(grad[:, keep], short_grad)
+    assert not grad[:, [3, 5]].any()
+
+
+def test_derivatives_through_a_teacher_s_largest_probabilities():
+    student, teacher, labels, _ = operands(3, 6, torch.float64)
+    probabilities, indices = top_k(teacher, 2, 4.0)
+    inputs = (student.requires_grad_(), probabilities.requires_grad_())
+
+    def loss(student, probabilities):
+        return kd_loss(student, (indices, probabilities), labels)
+
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0, 8.0, 20.0])
+def test_as_exact_as_pytorch(dtype, temperature):
+    student, teacher, labels, _ = operands(64, 257, dtype)
+
+    def plain(student, teacher):
+        kl = F.kl_div(
+            F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1), reduction="batchmean"
+        )
+        return 0.5 * temperature**2 * kl + 0.5 * F.cross_entropy(student, labels)
+
+    fused = kd_loss_with_grad(student, teacher, labels, temperature=temperature, alpha=0.5)
+    assert_as_exact_as_pytorch(fused, plain, student, teacher)
+
+
+@pytest.mark.parametrize("classes", [1, 7, 8, 33, 1030])
+def test_every_element_is_written(classes, monkeypatch):
+    student, teacher, labels, weight = operands(5, classes)
+    poisoned(monkeypatch)
+    for other in (teacher, top_k(teacher, 1, 4.0)[::-1]):
+        loss, grad = kd_loss_with_grad(student, other, labels, weight=weight)
+        assert loss.isfinite() and grad.isfinite().all()
+
+
+def test_the_number_of_threads_changes_nothing():
+    student, teacher, labels, _ = operands(97, 1000)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(kd_loss_with_grad(student, teacher, labels))
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+def test_compiles_without_a_break():
+    student, teacher, labels, _ = operands()
+    student.requires_grad_()
+
+    def training_loss(student):
+        return 2 * kd_loss(student * 1.5, teacher, labels)
+
+    (expected,) = torch.autograd.grad(training_loss(student), student)
+    torch.compiler.reset()
+    compiled = torch.compile(training_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(student), student)[0], expected)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
 def test_extreme_logits(temperature):
     student, teacher, labels, _ = operands(size=1.0)
@@ -87,8 +213,9 @@ def test_defaults_and_missing_labels():
 
 def test_equal_logits_have_no_divergence():
     student, *_ = operands()
-    loss, grad = kd_loss_with_grad(student, student)
-    assert loss == 0 and not grad.any()
+    loss, grad = kd_loss_with_grad(student, student, temperature=4.0)
+    # q and p are the same numbers, but a fused multiply-subtract rounds only one of the two products.
+    assert loss == 0 and grad.abs().max() <= 4.0 / len(student) * torch.finfo(torch.float32).eps
 
 
 def test_masked_classes_are_as_if_absent():
@@ -127,6 +254,9 @@ def test_backward_honours_the_upstream_gradient(dtype):
     (-3 * kd_loss(student, teacher, labels, weight=weight, **SETTINGS)).backward()
     _, grad = kd_loss_with_grad(student, teacher, labels, weight=weight, scale=-3.0, **SETTINGS)
     torch.testing.assert_close(student.grad, grad)
+    upstream = torch.tensor(-3.0)
+    _, grad = kd_loss_with_grad(student, teacher, labels, weight=weight, upstream=upstream, **SETTINGS)
+    torch.testing.assert_close(student.grad, grad)
 
 
 def test_first_and_second_derivatives():
@@ -160,16 +290,24 @@ def test_operands_need_not_be_contiguous():
 def test_never_waits_for_the_device():
     # Meta tensors have no values, so anything that reads one back to the host raises.
     student, teacher, labels, weight = (x.to("meta") for x in operands())
-    loss, grad = reference.kd_loss_with_grad(student, teacher, labels, 4.0, 0.9, 0.1, weight, 1.0)
+    loss, grad = reference.kd_loss_with_grad(student, teacher, None, labels, 4.0, 0.9, 0.1, weight, 1.0, None)
     assert loss.shape == () and grad.shape == student.shape
 
 
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_opcheck(with_labels):
     student, teacher, labels, weight = operands(3, 4)
-    settings = (labels if with_labels else None, 4.0, 0.9, 0.1, weight)
+    settings = (None, labels if with_labels else None, 4.0, 0.9, 0.1, weight)
     torch.library.opcheck(torch.ops.stablekd.kd_loss.default, (student.clone().requires_grad_(), teacher, *settings))
-    torch.library.opcheck(torch.ops.stablekd.kd_loss_with_grad.default, (student, teacher, *settings, 2.0))
+    upstream = torch.tensor(0.5)
+    torch.library.opcheck(torch.ops.stablekd.kd_loss_with_grad.default, (student, teacher, *settings, 2.0, upstream))
+
+
+def test_opcheck_of_a_teacher_s_largest_probabilities():
+    student, teacher, labels, weight = operands(3, 6)
+    probabilities, indices = top_k(teacher, 2, 4.0)
+    arguments = (student.requires_grad_(), probabilities, indices, labels, 4.0, 0.9, 0.1, weight)
+    torch.library.opcheck(torch.ops.stablekd.kd_loss.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +319,11 @@ def test_opcheck(with_labels):
         (dict(labels=torch.zeros(5, dtype=torch.int64)), r"labels is int64 \[5\]"),
         (dict(weight=torch.zeros(6, 1)), r"weight is float32 \[6, 1\]"),
         (dict(temperature=0.0), "temperature=0.0"),
+        (dict(teacher_logits=None), r"teacher_logits is a NoneType; give a tensor \[N, C\], or \(indices"),
+        (
+            dict(teacher_logits=(torch.zeros(6, 2), torch.zeros(6, 2))),
+            r"indices are float32 \[6, 2\] and its probabilities float32 \[6, 2\]; they must be int64",
+        ),
         (dict(label_smoothing=1.0), "label_smoothing=1.0"),
     ],
 )
@@ -190,6 +333,20 @@ def test_unusable_operands_are_named(change, message):
     for operator in (kd_loss, kd_loss_with_grad):
         with pytest.raises(ValueError, match=message):
             operator(**arguments)
+
+
+@pytest.mark.parametrize("label", [-1, 11])
+def test_labels_that_are_no_class_are_named(label):
+    student, teacher, labels, _ = operands()
+    labels[3] = label
+    with pytest.raises((ValueError, RuntimeError), match=rf"labels\[3\] is {label}|out of bounds"):
+        kd_loss_with_grad(student, teacher, labels)
+
+
+def test_a_bad_upstream_is_named():
+    student, teacher, labels, _ = operands()
+    with pytest.raises(ValueError, match=r"upstream is float32 \[1\]; it must be a 0-dim"):
+        kd_loss_with_grad(student, teacher, labels, upstream=torch.ones(1))
 
 
 @pytest.mark.gpu
