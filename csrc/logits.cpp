@@ -10,6 +10,7 @@
 namespace stablekd {
 namespace {
 
+constexpr double kLn2 = 0.693147180559945309417;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 template <class T>
 float largest(const T* row, std::int64_t n) {
@@ -109,8 +110,9 @@ Pair compare(const S* student, const T* teacher, std::int64_t n, float temperatu
         terms.cross = terms.teacher == 0.0f ? Vec{} : terms.teacher * (t - s);
         return terms;
     });
-    const double divergence =
-        sums.cross / (temperature * sums.teacher) + std::log(sums.student / sums.teacher);
+    // With the temperature that the rounded rate stands for: its error would not cancel against the exponentials'.
+    const double inverse_temperature = static_cast<double>(rate) * kLn2;
+    const double divergence = sums.cross * inverse_temperature / sums.teacher + std::log(sums.student / sums.teacher);
     return {{student_top, sums.student}, {teacher_top, sums.teacher}, {student_top, sums.plain}, divergence};
 }
 
