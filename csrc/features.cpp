@@ -148,18 +148,19 @@ Products products_of(const S* s, const T* t, std::int64_t n, Scale scale) {
     });
 }
 
-// u = s / |s| and v = t / |t|; the gradient is ((u - v) - u * along) * factor.
+// With u = s / |s|, v = t / |t| and ratio = |s| / |t|: u - v is (s - t * ratio) / |s|, with fewer roundings than the
+// difference of two quotients. The gradient is ((s - t * ratio) - s * along) * factor.
 struct Units {
-    float student, target, along, factor;
+    float ratio, along, factor;
 };
 
-// Sum of (u - v)^2.
+// Sum of (s - t * ratio)^2.
 template <class S, class T, class Scale>
-double unit_run(const S* s, const T* t, S* gradient, std::int64_t n, Scale scale, const Units& units) {
+double unit_run(const S* s, const T* t, S* gradient, std::int64_t n, Scale scale, const Units& units, bool past) {
     return sum_over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-        const Vec u = load(s + i, count) * units.student;
-        const Vec apart = u - scale(load(t + i, count), i, count) * units.target;
-        if (gradient != nullptr) store(gradient + i, (apart - u * units.along) * units.factor, count);
+        const Vec student = load(s + i, count);
+        const Vec apart = student - scale(load(t + i, count), i, count) * units.ratio;
+        if (gradient != nullptr) write(gradient + i, (apart - student * units.along) * units.factor, count, past);
         return apart * apart;
     });
 }
@@ -170,17 +171,16 @@ struct Angle {
     double factor;
 
     Units units(const Products& p) const {
-        const double s = 1 / std::sqrt(p.ss + kLengthEpsilon), t = 1 / std::sqrt(p.tt + kLengthEpsilon);
-        const double cosine = p.st * s * t;
-        const double along = (squared_distance ? p.ss * s * s : 1) - cosine;
+        const double ss = p.ss + kLengthEpsilon, tt = p.tt + kLengthEpsilon;
+        const double cosine = p.st / std::sqrt(ss * tt), own = squared_distance ? p.ss / ss : 1;
         const double weight = factor * (squared_distance ? 2 : 1);
-        return {static_cast<float>(s), static_cast<float>(t), static_cast<float>(along), static_cast<float>(weight * s)};
+        return {static_cast<float>(std::sqrt(ss / tt)), static_cast<float>(own - cosine), static_cast<float>(weight / ss)};
     }
 
-    // From the sum of (u - v)^2: it does not cancel where u is close to v, as 1 - u.v would.
+    // From the sum of (s - t * ratio)^2: it does not cancel where u is close to v, as 1 - u.v would.
     double loss(double apart, const Products& p) const {
-        if (squared_distance) return apart;
-        return (apart + kLengthEpsilon / (p.ss + kLengthEpsilon) + kLengthEpsilon / (p.tt + kLengthEpsilon)) / 2;
+        const double ss = p.ss + kLengthEpsilon, distance = apart / ss;
+        return squared_distance ? distance : (distance + kLengthEpsilon / ss + kLengthEpsilon / (p.tt + kLengthEpsilon)) / 2;
     }
 };
 
@@ -246,6 +246,9 @@ private:
         });
         return in_order(sums.get(), chunks);
     }
+
+    // Writes past the caches need aligned vectors: stretches of `length` must all begin at one.
+    bool past_aligned(std::int64_t length) const { return past_ && length % kWidth == 0; }
 
     S* gradient_at(std::int64_t element) const { return gradient_ == nullptr ? nullptr : gradient_ + element; }
 
@@ -364,7 +367,7 @@ private:
             const Products products = with_scale_from(first, [&](auto scale) { return products_of(s, t, n, scale); });
             const Units units = angle.units(products);
             const double apart = with_scale_from(
-                first, [&](auto scale) { return unit_run(s, t, gradient_at(first), n, scale, units); });
+                first, [&](auto scale) { return unit_run(s, t, gradient_at(first), n, scale, units, past_aligned(n)); });
             losses.get()[sample] = angle.loss(apart, products);
         });
         return in_order(losses.get(), job_.layout.samples);
@@ -385,7 +388,8 @@ private:
         return with_scale_of_run(run, [&](auto scale) {
             const Products products = products_of(student_ + at, target_ + at, runs_.length, scale);
             const double apart =
-                unit_run(student_ + at, target_ + at, gradient_at(at), runs_.length, scale, angle.units(products));
+                unit_run(student_ + at, target_ + at, gradient_at(at), runs_.length, scale, angle.units(products),
+                         past_aligned(runs_.length));
             return angle.loss(apart, products);
         });
     }
@@ -422,12 +426,11 @@ private:
                 sums[v] += products(load(student_ + here, count), load(target_ + here, count) * scale);
             }
         }
-        Vec student[kVectors], target[kVectors], along[kVectors], factor[kVectors], apart[kVectors] = {};
+        Vec ratio[kVectors], along[kVectors], factor[kVectors], apart[kVectors] = {};
         for (int v = 0; v < kVectors; ++v) {
             for (int lane = 0; lane < kWidth; ++lane) {
                 const Units units = angle.units(lane_of(sums[v], lane));
-                student[v][lane] = units.student, target[v][lane] = units.target;
-                along[v][lane] = units.along, factor[v][lane] = units.factor;
+                ratio[v][lane] = units.ratio, along[v][lane] = units.along, factor[v][lane] = units.factor;
             }
         }
         for (std::int64_t run = first_run; run < end_run; ++run) {
@@ -435,10 +438,10 @@ private:
             const float scale = scale_of(run);
             for (int v = 0; v < kVectors; ++v) {
                 const std::int64_t here = at + v * kWidth;
-                const Vec u = load(student_ + here, count) * student[v];
-                const Vec difference = u - load(target_ + here, count) * scale * target[v];
+                const Vec student = load(student_ + here, count);
+                const Vec difference = student - load(target_ + here, count) * scale * ratio[v];
                 apart[v] += difference * difference;
-                if (gradient_ != nullptr) store(gradient_ + here, (difference - u * along[v]) * factor[v], count);
+                if (gradient_ != nullptr) store(gradient_ + here, (difference - student * along[v]) * factor[v], count);
             }
         }
         double loss = 0;

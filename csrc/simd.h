@@ -310,9 +310,8 @@ inline Vec exp2_negative(Vec x) {
     // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
     const Vec shifted = bounded + 12582912.0f;
     const Vec r = bounded - (shifted - 12582912.0f);
-    const Vec square = r * r;
-    const Vec high = (r * kExp2[6] + kExp2[5]) * square + (r * kExp2[4] + kExp2[3]);
-    const Vec p = (high * r + kExp2[2]) * square + (r * kExp2[1] + 1.0f);
+    Vec p = r * kExp2[6] + kExp2[5];
+    for (int k = 4; k >= 0; --k) p = p * r + kExp2[k];
     return reinterpret<Vec>(reinterpret<Bits>(p) + (reinterpret<Bits>(shifted) << 23));
 }
 
