@@ -1,7 +1,7 @@
-"""`kd_loss` by Triton.
+"""`kd_loss` by Triton: reads each logit once and writes each gradient once.
 
-A program keeps whole rows in registers: student and teacher are read once, the gradient is written once. Rows of more
-than `NARROW` classes are walked in chunks, once for the sums and once more for the gradient: two reads of both.
+Rows of more than 8192 classes are read twice; with a top-k teacher they are left to the reference. Per row 4 bytes of
+loss are written and read again. A top-k teacher costs k sweeps over the row in registers, no further bytes of it.
 """
 
 from __future__ import annotations
@@ -10,272 +10,231 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
+from torch import Tensor
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from stablekd_fast.kernels._launch import Listed, aligned, launch, variant
-from stablekd_fast.kernels._triton_rows import (
+from stablekd_fast.kernels import _triton_finish
+from stablekd_fast.kernels._launch import Listed, launch, variant
+from stablekd_fast.kernels._logits_triton import (
+    _LN2,
     ALIGNMENTS,
-    CHUNK,
+    FLOATS,
     NARROW,
+    WIDE,
     alignment,
     as_rows,
-    mean,
-    mean_specialisations,
-    online,
-    tile,
-    tiles,
-    warps,
+    compare,
+    compare_chunk,
+    divergence,
+    finite,
+    packed,
+    rounded_rate,
+    tiling,
 )
 from stablekd_fast.kernels.kd_loss import reference
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = ["samples", "classes", "student_stride", "teacher_stride", "kept"]
+_INTEGERS = ("samples", "classes", "kept", "student_stride", "teacher_stride")
+_NUMBERS = ("rate", "kl_scale", "kl_slope", "hard_scale", "smoothing", "scale")
 
 
-@triton.jit
-def _spread(named, mass, open_, kept_p):
-    """Kept probabilities, and what they lack to 1 evenly over the open classes that are not named; rows on axis 0."""
-    others = open_ & (named == 0)
-    count = tl.maximum(tl.sum(others.to(tl.float32), axis=1), 1.0)
-    rest = tl.maximum(1.0 - mass, 0.0) / count
-    return tl.where(named != 0, kept_p, tl.where(others, rest[:, None], 0.0))
-
-
-@triton.jit(do_not_specialize=_INTEGERS)
-def kd_kernel(
-    student,  # [samples, classes], rows student_stride apart
-    teacher,  # likewise; or probabilities [samples, kept]
-    indices,  # int64 [samples, kept] or None
-    labels,  # int64 [samples] or None
-    weight,  # float32 [samples] or None
-    upstream,  # float32 [] or None
-    gradient,  # [samples, classes] or None
-    losses,  # float32 [samples]
+@triton.jit(do_not_specialize=list(_INTEGERS))
+def kd_rows(
+    student_at,  # [N, C], rows student_stride apart
+    teacher_at,  # [N, C] logits, rows teacher_stride apart; with indices [N, kept] probabilities
+    indices_at,  # int64 [N, kept] or None
+    labels_at,  # int64 [N] or None
+    weight_at,  # float32 [N] or None
+    upstream_at,  # float32 [] or None
+    gradient_at,  # [N, C] in the student's dtype, or None
+    losses_at,  # float32 [N]
     samples: tl.int64,
     classes: tl.int64,
+    kept: tl.int64,
     student_stride: tl.int64,
     teacher_stride: tl.int64,
-    kept: tl.int64,
-    temperature,
-    alpha,
+    rate,
+    kl_scale,
+    kl_slope,
+    hard_scale,
     smoothing,
-    factor,  # of the gradient
+    scale,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    classes = tl.multiple_of(classes, ALIGN)
-    student_stride = tl.multiple_of(student_stride, ALIGN)
-    teacher_stride = tl.multiple_of(teacher_stride, ALIGN)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK)
-    exists = row < samples
-    inside = exists[:, None] & (col < classes)[None, :]
-    minus_infinity = float("-inf")
+    """Losses and gradients of ROWS rows held in registers."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    present = rows < samples
+    cols = tl.arange(0, BLOCK)[None, :]
+    # Dividing and multiplying tells the compiler of the multiples that vector loads and stores need.
+    inside = present[:, None] & (cols < classes // ALIGN * ALIGN)
+    student_rows = student_at + (rows * (student_stride // ALIGN * ALIGN))[:, None]
+    student = tl.load(student_rows + cols, mask=inside, other=-float("inf")).to(tl.float32)
+    factor = row_factor(weight_at, rows, present)
 
-    s = tl.load(student + row[:, None] * student_stride + col[None, :], mask=inside, other=minus_infinity).to(tl.float32)
-    s_top = tl.max(s, axis=1)
-    a = (s - s_top[:, None]) / temperature
-    q = tl.exp(a)
-    q_total = tl.sum(q, axis=1)
-    q = q / q_total[:, None]
-
-    if indices is None:
-        t = tl.load(teacher + row[:, None] * teacher_stride + col[None, :], mask=inside, other=minus_infinity).to(
-            tl.float32
-        )
-        b = (t - tl.max(t, axis=1)[:, None]) / temperature
-        e = tl.exp(b)
-        p_total = tl.sum(e, axis=1)
-        p = e / p_total[:, None]
-        # Where p is 0 the difference may be infinite or undefined, and counts nothing.
-        divergence = tl.sum(tl.where(e == 0.0, 0.0, p * (b - a)), axis=1) + tl.log(q_total / p_total)
-        open_ = (s != minus_infinity) | (t != minus_infinity)
-        gap = q - p
+    if indices_at is None:
+        teacher_rows = teacher_at + (rows * (teacher_stride // ALIGN * ALIGN))[:, None]
+        teacher = tl.load(teacher_rows + cols, mask=inside, other=-float("inf")).to(tl.float32)
+        q, q_sum, top, p, p_sum, _, kl = compare(student, teacher, rate)
+        masked = (student == -float("inf")) & (teacher == -float("inf"))
+        p *= (1 / p_sum)[:, None]
+        mass = tl.full([ROWS], 1.0, tl.float32)
     else:
-        named = tl.zeros([ROWS, BLOCK], dtype=tl.int32)
-        kept_p = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-        mass = tl.zeros([ROWS], dtype=tl.float32)
-        for k in range(0, kept):
-            index = tl.load(indices + row * kept + k, mask=exists, other=0)
-            value = tl.load(teacher + row * teacher_stride + k, mask=exists, other=0.0).to(tl.float32)
-            value = tl.where((index >= 0) & (index < classes), value, float("nan"))
-            hit = col[None, :] == index[:, None]
-            kept_p = tl.where(hit, value[:, None], kept_p)
-            named = tl.where(hit, 1, named)
-            mass += value
-        p = _spread(named, mass, s != minus_infinity, kept_p)
-        p_mass = tl.sum(p, axis=1)
-        terms = tl.where(p == 0.0, 0.0, p * (tl.log(tl.where(p == 0.0, 1.0, p)) - a))
-        divergence = tl.sum(terms, axis=1) + p_mass * tl.log(q_total) + 0.0 * mass
-        open_ = (s != minus_infinity) | (named != 0)
-        gap = q * p_mass[:, None] - p
+        p, masked, valid = top_k(teacher_at, indices_at, student, cols, rows, present, kept, classes, ROWS, BLOCK)
+        factor = tl.where(valid, factor, float("nan"))
+        top = tl.max(student, 1)
+        log_q = (student - top[:, None]) * rate
+        q = tl.exp2(log_q)
+        q_sum = tl.sum(q, 1)
+        log_q = log_q * _LN2 - tl.log(q_sum)[:, None]
+        kl = tl.sum(tl.where(p <= 0, 0.0, p * (tl.log(p) - log_q)), 1)
+        mass = tl.sum(p, 1)
+    loss = kl_scale * kl
 
-    loss = alpha * temperature * temperature * divergence
-    step = alpha * temperature * gap
-    if labels is not None:
-        label = tl.load(labels + row, mask=exists, other=0)
-        known = (label >= 0) & (label < classes)
-        hit = col[None, :] == label[:, None]
-        e = tl.exp(s - s_top[:, None])
-        total = tl.sum(e, axis=1)
-        log_sum = s_top + tl.log(total)
-        hard = log_sum - tl.sum(tl.where(hit, s, 0.0), axis=1)
-        # Padding is -inf in both, hence not open.
-        open_count = tl.sum(open_.to(tl.float32), axis=1)
-        uniform = log_sum - tl.sum(tl.where(open_, s, 0.0), axis=1) / open_count
-        # Without smoothing an infinite mean must not count.
-        soft = tl.where(smoothing > 0.0, smoothing * uniform, 0.0)
-        entropy = (1.0 - smoothing) * hard + soft
-        loss += (1.0 - alpha) * tl.where(known, entropy, float("nan"))
-        targets = tl.where(hit, 1.0 - smoothing, 0.0) + tl.where(open_, (smoothing / open_count)[:, None], 0.0)
-        step += (1.0 - alpha) * (e / total[:, None] - targets)
-    if weight is not None:
-        sample_weight = tl.load(weight + row, mask=exists, other=0.0)
-        loss = loss * sample_weight
-        step = step * sample_weight[:, None]
-    tl.store(losses + row, loss, mask=exists)
-    if gradient is not None:
-        scale = factor
-        if upstream is not None:
-            scale = factor * tl.load(upstream)
-        out = gradient + row[:, None] * classes + col[None, :]
-        tl.store(out, (step * scale).to(gradient.dtype.element_ty), mask=inside)
+    if labels_at is not None:
+        label = tl.load(labels_at + rows, mask=present, other=0)
+        factor = tl.where((label >= 0) & (label < classes), factor, float("nan"))
+        is_label = cols == label[:, None]
+        logits = student - top[:, None]
+        hard = tl.exp(logits)
+        hard_sum = tl.sum(hard, 1)
+        open_classes = tl.sum((~masked).to(tl.float32), 1)
+        own = tl.sum(tl.where(is_label, logits, 0.0), 1)
+        flat = tl.sum(tl.where(masked, 0.0, logits), 1)
+        loss += hard_scale * cross_entropy(own, flat, hard_sum, open_classes, smoothing)
+
+    tl.store(losses_at + rows, factor * loss, mask=present)
+    if gradient_at is not None:
+        factor *= scale
+        if upstream_at is not None:
+            factor *= tl.load(upstream_at)
+        gradient = kl_slope * (q * (mass / q_sum)[:, None] - p)
+        if labels_at is not None:
+            even = tl.where(masked, 0.0, (smoothing / open_classes)[:, None])
+            targets = tl.where(is_label, even + (1 - smoothing), even)
+            gradient += hard_scale * (hard * (1 / hard_sum)[:, None] - targets)
+        gradient_rows = gradient_at + (rows * (classes // ALIGN * ALIGN))[:, None]
+        tl.store(gradient_rows + cols, (factor[:, None] * gradient).to(gradient_at.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
-def kd_wide_kernel(
-    student,  # [samples, classes], rows student_stride apart
-    teacher,  # likewise; or probabilities [samples, kept]
-    indices,  # int64 [samples, kept] or None
-    labels,  # int64 [samples] or None
-    weight,  # float32 [samples] or None
-    upstream,  # float32 [] or None
-    gradient,  # [samples, classes] or None
-    losses,  # float32 [samples]
+@triton.jit(do_not_specialize=list(_INTEGERS))
+def kd_wide_rows(
+    student_at,  # [N, C], rows student_stride apart
+    teacher_at,  # [N, C], rows teacher_stride apart
+    indices_at,  # None
+    labels_at,  # int64 [N] or None
+    weight_at,  # float32 [N] or None
+    upstream_at,  # float32 [] or None
+    gradient_at,  # [N, C] in the student's dtype, or None
+    losses_at,  # float32 [N]
     samples: tl.int64,
     classes: tl.int64,
+    kept: tl.int64,
     student_stride: tl.int64,
     teacher_stride: tl.int64,
-    kept: tl.int64,
-    temperature,
-    alpha,
+    rate,
+    kl_scale,
+    kl_slope,
+    hard_scale,
     smoothing,
-    factor,  # of the gradient
+    scale,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """One row per program, in chunks."""
-    classes = tl.multiple_of(classes, ALIGN)
-    student_stride = tl.multiple_of(student_stride, ALIGN)
-    teacher_stride = tl.multiple_of(teacher_stride, ALIGN)
-    row = tl.program_id(0).to(tl.int64)
-    student += row * student_stride
-    teacher += row * teacher_stride
-    lanes = tl.arange(0, BLOCK)
-    minus_infinity = float("-inf")
-    inverse = 1.0 / temperature
+    """Loss and gradient of one row, read twice in chunks."""
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, ROWS)
+    classes = classes // ALIGN * ALIGN
+    student_rows = student_at + (rows * (student_stride // ALIGN * ALIGN))[:, None]
+    teacher_rows = teacher_at + (rows * (teacher_stride // ALIGN * ALIGN))[:, None]
+    factor = row_factor(weight_at, rows, rows < samples)
 
-    s_top = minus_infinity
-    t_top = minus_infinity
-    q_total = 0.0
-    p_total = 0.0
-    plain_total = 0.0
-    cross = 0.0  # dense: sum of exp((t - t_top) / T) * (t - s); kept: sum of p * (log p - s / T) over named classes
-    named_mass = 0.0
-    others_count = 0.0
-    others_logits = 0.0
-    open_count = 0.0
-    open_logits = 0.0
-    mass = 0.0
-    if indices is not None:
-        for k in range(0, kept):
-            index = tl.load(indices + row * kept + k)
-            value = tl.load(teacher + k).to(tl.float32)
-            mass += tl.where((index >= 0) & (index < classes), value, float("nan"))
+    nothing = tl.zeros([ROWS], tl.float32)
+    top, teacher_top = nothing - float("inf"), nothing - float("inf")
+    q_sum, p_sum, cross, hard_sum, open_classes, flat = nothing, nothing, nothing, nothing, nothing, nothing
     for start in range(0, classes, BLOCK):
-        col = start + lanes
-        inside = col < classes
-        s = tl.load(student + col, mask=inside, other=minus_infinity).to(tl.float32)
-        plain_top, plain_total, _, _ = online(s_top, plain_total, s, 1.0)
-        s_top, q_total, _, _ = online(s_top, q_total, s, inverse)
-        is_open = s != minus_infinity
-        if indices is None:
-            t = tl.load(teacher + col, mask=inside, other=minus_infinity).to(tl.float32)
-            t_top, p_total, shrink, base = online(t_top, p_total, t, inverse)
-            e = tl.exp((t - base) * inverse)
-            cross = cross * shrink + tl.sum(tl.where(e == 0.0, 0.0, e * (t - s)), axis=0)
-            is_open = is_open | (t != minus_infinity)
-        else:
-            named = tl.zeros([BLOCK], dtype=tl.int32)
-            p = tl.zeros([BLOCK], dtype=tl.float32)
-            for k in range(0, kept):
-                hit = col == tl.load(indices + row * kept + k)
-                p = tl.where(hit, tl.load(teacher + k).to(tl.float32), p)
-                named = tl.where(hit, 1, named)
-            cross += tl.sum(tl.where(p == 0.0, 0.0, p * (tl.log(tl.where(p == 0.0, 1.0, p)) - s * inverse)), axis=0)
-            named_mass += tl.sum(p, axis=0)
-            others = is_open & (named == 0)
-            others_count += tl.sum(others.to(tl.float32), axis=0)
-            others_logits += tl.sum(tl.where(others, s, 0.0), axis=0)
-            is_open = is_open | (named != 0)
-        open_count += tl.sum(is_open.to(tl.float32), axis=0)
-        open_logits += tl.sum(tl.where(is_open, s, 0.0), axis=0)
+        cols = (start + tl.arange(0, BLOCK))[None, :]
+        student = tl.load(student_rows + cols, mask=cols < classes, other=-float("inf")).to(tl.float32)
+        teacher = tl.load(teacher_rows + cols, mask=cols < classes, other=-float("inf")).to(tl.float32)
+        q_sum, top, p_sum, teacher_top, cross, moved = compare_chunk(
+            student, teacher, rate, q_sum, top, p_sum, teacher_top, cross
+        )
+        if labels_at is not None:
+            logits = student - finite(top)[:, None]
+            masked = (student == -float("inf")) & (teacher == -float("inf"))
+            hard_sum = hard_sum * tl.exp(moved) + tl.sum(tl.exp(logits), 1)
+            flat += open_classes * moved + tl.sum(tl.where(masked, 0.0, logits), 1)
+            open_classes += tl.sum((~masked).to(tl.float32), 1)
+    loss = kl_scale * divergence(cross, q_sum, p_sum)
 
-    q_log_sum = s_top * inverse + tl.log(q_total)
-    rest = 0.0
-    p_mass = 1.0
-    if indices is None:
-        divergence = cross / p_total * inverse - (t_top * inverse + tl.log(p_total)) + q_log_sum
-    else:
-        rest = tl.maximum(1.0 - mass, 0.0) / tl.maximum(others_count, 1.0)
-        p_mass = named_mass + rest * others_count
-        spread = rest * (others_count * tl.log(tl.where(rest > 0.0, rest, 1.0)) - others_logits * inverse)
-        divergence = cross + tl.where(rest > 0.0, spread, 0.0) + p_mass * q_log_sum + 0.0 * mass
-    loss = alpha * temperature * temperature * divergence
-    label = tl.zeros([], dtype=tl.int64)
-    if labels is not None:
-        label = tl.load(labels + row)
-        known = (label >= 0) & (label < classes)
-        log_sum = s_top + tl.log(plain_total)
-        hard = log_sum - tl.load(student + label, mask=known, other=0.0).to(tl.float32)
-        uniform = log_sum - open_logits / open_count
-        entropy = (1.0 - smoothing) * hard + tl.where(smoothing > 0.0, smoothing * uniform, 0.0)
-        loss += (1.0 - alpha) * tl.where(known, entropy, float("nan"))
-    scale = factor
-    if upstream is not None:
-        scale = scale * tl.load(upstream)
-    if weight is not None:
-        sample_weight = tl.load(weight + row)
-        loss = loss * sample_weight
-        scale = scale * sample_weight
-    tl.store(losses + row, loss)
+    if labels_at is not None:
+        label = tl.load(labels_at + rows)
+        valid = (label >= 0) & (label < classes)
+        factor = tl.where(valid, factor, float("nan"))
+        own = tl.load(student_at + rows * student_stride + label, mask=valid, other=0.0).to(tl.float32) - top
+        loss += hard_scale * cross_entropy(own, flat, hard_sum, open_classes, smoothing)
 
-    if gradient is not None:
-        gradient += row * classes
+    tl.store(losses_at + rows, factor * loss)
+    if gradient_at is not None:
+        factor *= scale
+        if upstream_at is not None:
+            factor *= tl.load(upstream_at)
+        gradient_rows = gradient_at + (rows * classes)[:, None]
         for start in range(0, classes, BLOCK):
-            col = start + lanes
-            inside = col < classes
-            s = tl.load(student + col, mask=inside, other=minus_infinity).to(tl.float32)
-            is_open = s != minus_infinity
-            q = tl.exp((s - s_top) * inverse) / q_total
-            if indices is None:
-                t = tl.load(teacher + col, mask=inside, other=minus_infinity).to(tl.float32)
-                p = tl.exp((t - t_top) * inverse) / p_total
-                is_open = is_open | (t != minus_infinity)
-            else:
-                p = tl.where(is_open, rest, 0.0)
-                for k in range(0, kept):
-                    hit = col == tl.load(indices + row * kept + k)
-                    p = tl.where(hit, tl.load(teacher + k).to(tl.float32), p)
-                    is_open = is_open | hit
-            step = alpha * temperature * (q * p_mass - p)
-            if labels is not None:
-                targets = tl.where(col == label, 1.0 - smoothing, 0.0) + tl.where(is_open, smoothing / open_count, 0.0)
-                step += (1.0 - alpha) * (tl.exp(s - s_top) / plain_total - targets)
-            tl.store(gradient + col, (step * scale).to(gradient.dtype.element_ty), mask=inside)
+            cols = (start + tl.arange(0, BLOCK))[None, :]
+            student = tl.load(student_rows + cols, mask=cols < classes, other=-float("inf")).to(tl.float32)
+            teacher = tl.load(teacher_rows + cols, mask=cols < classes, other=-float("inf")).to(tl.float32)
+            q = tl.exp2((student - top[:, None]) * rate) * (1 / q_sum)[:, None]
+            p = tl.exp2((teacher - teacher_top[:, None]) * rate) * (1 / p_sum)[:, None]
+            gradient = kl_slope * (q - p)
+            if labels_at is not None:
+                masked = (student == -float("inf")) & (teacher == -float("inf"))
+                even = tl.where(masked, 0.0, (smoothing / open_classes)[:, None])
+                targets = tl.where(cols == label[:, None], even + (1 - smoothing), even)
+                hard = tl.exp(student - top[:, None]) * (1 / hard_sum)[:, None]
+                gradient += hard_scale * (hard - targets)
+            gradient = (factor[:, None] * gradient).to(gradient_at.dtype.element_ty)
+            tl.store(gradient_rows + cols, gradient, mask=cols < classes)
+
+
+@triton.jit
+def row_factor(weight_at, rows, present):
+    """The weight of each row `[ROWS]`."""
+    if weight_at is None:
+        return tl.where(present, 1.0, 0.0)
+    else:
+        return tl.load(weight_at + rows, mask=present, other=0.0)
+
+
+@triton.jit
+def top_k(teacher_at, indices_at, student, cols, rows, present, kept, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A top-k teacher's p and which classes take no part, `[ROWS, BLOCK]`; whether all indices are classes `[ROWS]`."""
+    p = tl.zeros([ROWS, BLOCK], tl.float32)
+    named = p > 0
+    total = tl.zeros([ROWS], tl.float32)
+    valid = present
+    for place in range(kept):
+        index = tl.load(indices_at + rows * kept + place, mask=present, other=0)
+        probability = tl.load(teacher_at + rows * kept + place, mask=present, other=0.0).to(tl.float32)
+        here = cols == index[:, None]
+        p = tl.where(here, probability[:, None], p)
+        named = named | here
+        total += probability
+        valid = valid & (index >= 0) & (index < classes)
+    excluded = student == -float("inf")
+    others = (~named) & (~excluded)
+    count = tl.sum(others.to(tl.float32), 1)
+    rest = tl.maximum(1 - total, 0.0) / tl.maximum(count, 1.0)
+    return tl.where(others, rest[:, None], p), excluded & (~named), valid
+
+
+@triton.jit
+def cross_entropy(own, flat, hard_sum, open_classes, smoothing):
+    """`[ROWS]`, from the label's logit, the sum over the open classes' and that of exponentials, less the maximum."""
+    log_sum = tl.log(hard_sum)
+    uniform = tl.where(smoothing > 0, log_sum - flat / open_classes, 0.0)
+    return (1 - smoothing) * (log_sum - own) + smoothing * uniform
 
 
 def kd_loss(
@@ -288,12 +247,10 @@ def kd_loss(
     label_smoothing: float,
     weight: Tensor | None,
 ) -> Tensor:
-    if not _fits(student, teacher):
-        return reference.kd_loss(student, teacher, indices, labels, temperature, alpha, label_smoothing, weight)
-    losses = _losses(
-        student, teacher, indices, labels, temperature, alpha, label_smoothing, weight, 1.0, None, None
-    )
-    return mean(losses, 1.0, None)
+    settings = (temperature, alpha, label_smoothing)
+    if not _fits(student, teacher, indices):
+        return reference.kd_loss(student, teacher, indices, labels, *settings, weight)
+    return _run(student, teacher, indices, labels, *settings, weight, 1.0, None, None)
 
 
 def kd_loss_with_grad(
@@ -308,93 +265,85 @@ def kd_loss_with_grad(
     factor: float,
     upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if not _fits(student, teacher):
-        return reference.kd_loss_with_grad(
-            student, teacher, indices, labels, temperature, alpha, label_smoothing, weight, factor, upstream
-        )
-    upstream = None if upstream is None else upstream.float()
+    settings = (temperature, alpha, label_smoothing)
+    if not _fits(student, teacher, indices):
+        return reference.kd_loss_with_grad(student, teacher, indices, labels, *settings, weight, factor, upstream)
     gradient = torch.empty_like(student)
     into = gradient if gradient.is_contiguous() else torch.empty_like(student, memory_format=torch.contiguous_format)
-    losses = _losses(
-        student, teacher, indices, labels, temperature, alpha, label_smoothing, weight, factor, upstream, into
-    )
-    return mean(losses, factor, upstream), gradient if into is gradient else gradient.copy_(into)
+    loss = _run(student, teacher, indices, labels, *settings, weight, factor, upstream, into)
+    return loss, gradient if into is gradient else gradient.copy_(into)
 
 
-def _fits(student: Tensor, teacher: Tensor) -> bool:
+def specialisations() -> Iterator[Listed]:
+    yield from _triton_finish.specialisations()
+    flags = product((False, True), (False, True), ((False, None), (True, None), (True, torch.float32)))
+    for has_labels, has_weight, (has_gradient, upstream) in flags:
+        labels = torch.int64 if has_labels else None
+        weight = torch.float32 if has_weight else None
+        for student, teacher, tile, align, top_k_teacher in product(
+            FLOATS, FLOATS, (*NARROW, WIDE), ALIGNMENTS, (False, True)
+        ):
+            if top_k_teacher and tile is WIDE:
+                continue
+            indices = torch.int64 if top_k_teacher else None
+            gradient = student if has_gradient else None
+            tensors = (student, teacher, indices, labels, weight, upstream, gradient, torch.float32)
+            arguments = _arguments(tensors, [0] * len(_INTEGERS), [0.0] * len(_NUMBERS))
+            kernel = _kernel(tile)
+            yield Listed(
+                kernel,
+                variant(kernel, arguments, {**tile.constants, "ALIGN": align}, tile.warps),
+                vectorised=align * min(student.itemsize, student.itemsize if top_k_teacher else teacher.itemsize) >= 16,
+            )
+
+
+def _fits(student: Tensor, teacher: Tensor, indices: Tensor | None) -> bool:
     """The kernels compute in single precision; empty batches have no mean, as the reference says."""
-    return student.dtype in FLOATS and teacher.dtype in FLOATS and student.numel() > 0
+    narrow = indices is None or tiling(student.shape[1]) is not WIDE
+    return student.dtype in FLOATS and teacher.dtype in FLOATS and student.numel() > 0 and narrow
 
 
-def _losses(
+def _run(
     student: Tensor,
     teacher: Tensor,
     indices: Tensor | None,
     labels: Tensor | None,
     temperature: float,
     alpha: float,
-    smoothing: float,
+    label_smoothing: float,
     weight: Tensor | None,
     factor: float,
     upstream: Tensor | None,
     gradient: Tensor | None,
 ) -> Tensor:
-    """Each row's loss, float32 `[N]`; the gradient of their mean times `factor` and `upstream` goes to `gradient`."""
-    student, teacher = as_rows(student), as_rows(teacher)
     samples, classes = student.shape
+    student = as_rows(student)
+    teacher = as_rows(teacher) if indices is None else packed(teacher, teacher.dtype)
+    indices, labels = packed(indices, torch.int64), packed(labels, torch.int64)
+    weight, upstream = packed(weight, torch.float32), packed(upstream, torch.float32)
     losses = torch.empty(samples, dtype=torch.float32, device=student.device)
-    arguments = dict(
-        student=student,
-        teacher=teacher,
-        indices=None if indices is None else aligned(indices.contiguous()),
-        labels=None if labels is None else aligned(labels.contiguous()),
-        weight=None if weight is None else aligned(weight.float().contiguous()),
-        upstream=upstream,
-        gradient=gradient,
-        losses=losses,
-        samples=samples,
-        classes=classes,
-        student_stride=student.stride(0),
-        teacher_stride=teacher.stride(0),
-        kept=0 if indices is None else indices.shape[1],
-        temperature=float(temperature),
-        alpha=1.0 if labels is None else float(alpha),
-        smoothing=float(smoothing),
-        factor=factor / samples,
+    if labels is None:
+        alpha = 1.0
+    kept = 0 if indices is None else indices.shape[1]
+    strides = (student.stride(0), teacher.stride(0))
+    rate, temperature = rounded_rate(temperature)
+    tile = tiling(classes)
+    arguments = _arguments(
+        (student, teacher, indices, labels, weight, upstream, gradient, losses),
+        (samples, classes, kept, *strides),
+        (rate, alpha * temperature**2, alpha * temperature, 1 - alpha, label_smoothing, factor / samples),
     )
-    strides = [classes, student.stride(0)] + ([] if indices is not None else [teacher.stride(0)])
-    known = {"ALIGN": alignment(*strides)}
-    if indices is not None:
-        # The stride of kept probabilities is known to be a multiple of nothing.
-        known = {"ALIGN": 1}
-    if classes > NARROW:
-        launch(kd_wide_kernel, (samples,), arguments, {"BLOCK": CHUNK, **known}, warps=8)
-    else:
-        cut = tile(classes)
-        launch(kd_kernel, (triton.cdiv(samples, cut["ROWS"]),), arguments, {**cut, **known}, warps(cut))
-    return losses
+    align = alignment(classes, *(strides if indices is None else strides[:1]))
+    grid = (triton.cdiv(samples, tile.rows),)
+    launch(_kernel(tile), grid, arguments, {**tile.constants, "ALIGN": align}, tile.warps)
+    return _triton_finish.total(losses, factor / samples, upstream)
 
 
-def specialisations() -> Iterator[Listed]:
-    """Every variant that a launch can reach."""
-    yield from mean_specialisations()
-    shapes = [(kd_kernel, cut, warps(cut)) for cut in tiles()] + [(kd_wide_kernel, {"BLOCK": CHUNK}, 8)]
-    optional = list(product((torch.int64, None), (torch.float32, None), ("backward", "given", None)))
-    for (kernel, cut, width), s, t, (labels, weight, mode), top_k, align in product(
-        shapes, FLOATS, FLOATS, optional, (False, True), ALIGNMENTS
-    ):
-        if top_k and align != 1:
-            continue
-        arguments = dict(
-            student=s,
-            teacher=t,
-            indices=torch.int64 if top_k else None,
-            labels=labels,
-            weight=weight,
-            upstream=torch.float32 if mode == "backward" else None,
-            gradient=s if mode else None,
-            losses=torch.float32,
-            **dict.fromkeys(("samples", "classes", "student_stride", "teacher_stride", "kept"), 1),
-            **dict.fromkeys(("temperature", "alpha", "smoothing", "factor"), 1.0),
-        )
-        yield Listed(kernel, variant(kernel, arguments, {**cut, "ALIGN": align}, width), vectorised=align == 8)
+def _kernel(tile):
+    return kd_wide_rows if tile is WIDE else kd_rows
+
+
+def _arguments(tensors, integers, numbers) -> dict:
+    names = ("student", "teacher", "indices", "labels", "weight", "upstream", "gradient", "losses")
+    arguments = {f"{name}_at": tensor for name, tensor in zip(names, tensors)}
+    return arguments | dict(zip(_INTEGERS, map(int, integers))) | dict(zip(_NUMBERS, map(float, numbers)))

@@ -1,0 +1,124 @@
+"""What the Triton losses on logits share: tiles of whole rows, and the divergence between two of them.
+
+Rows of up to 8192 classes stay in registers between loss and gradient. Wider ones pass twice, in chunks: once for
+maxima and sums, which are rescaled when the maximum moves, and once for the gradient.
+
+Exponentials are powers of two: with `rate` = log2(e) / T, exp(x / T) = 2^(x * rate).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+import triton
+import triton.language as tl
+
+from stablekd_fast.kernels._launch import aligned
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+BLOCKS = (16, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Widths of tiles that hold whole rows."""
+
+CHUNK = 4096
+"""Width of the pieces in which wider rows are read."""
+
+ALIGNMENTS = (8, 4, 1)
+"""What classes and strides may be promised to be multiples of: 16 bytes of half floats, of floats, or nothing."""
+
+_TILE = 1024
+
+_LN2 = tl.constexpr(math.log(2.0))
+
+
+class Tiling(NamedTuple):
+    """How rows are cut into tiles `[rows, block]`; rows wider than `block` are read in chunks of it."""
+
+    rows: int
+    block: int
+    warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "BLOCK": self.block}
+
+
+NARROW = tuple(Tiling(max(1, _TILE // block), block, max(4, block // 512)) for block in BLOCKS)
+WIDE = Tiling(1, CHUNK, CHUNK // 512)
+
+
+def tiling(classes: int) -> Tiling:
+    return next((entry for entry in NARROW if entry.block >= classes), WIDE)
+
+
+def alignment(*extents: int) -> int:
+    """The largest promise that holds for all `extents`: classes, and elements between one row and the next."""
+    return next(width for width in ALIGNMENTS if all(extent % width == 0 for extent in extents))
+
+
+def as_rows(matrix: Tensor) -> Tensor:
+    """`matrix` `[N, C]`, or a copy of it, with aligned memory and the elements of a row side by side."""
+    return aligned(matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous())
+
+
+def packed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`tensor` in `dtype`, contiguous and aligned."""
+    return None if tensor is None else aligned(tensor.to(dtype).contiguous())
+
+
+def rounded_rate(temperature: float) -> tuple[float, float]:
+    """`rate` as float32 holds it, and the temperature that it stands for, so that the two agree exactly."""
+    rate = torch.tensor(math.log2(math.e) / temperature, dtype=torch.float32).item()
+    return rate, math.log2(math.e) / rate
+
+
+@triton.jit
+def compare(student, teacher, rate):
+    """Exponentials of two `[ROWS, BLOCK]` tiles relative to their maxima, sums and maxima `[ROWS]`, and `divergence`."""
+    student_top, teacher_top = tl.max(student, 1), tl.max(teacher, 1)
+    student = (student - student_top[:, None]) * rate
+    teacher = (teacher - teacher_top[:, None]) * rate
+    q, p = tl.exp2(student), tl.exp2(teacher)
+    q_sum, p_sum = tl.sum(q, 1), tl.sum(p, 1)
+    # A class the teacher excludes adds nothing, whatever the student says.
+    cross = tl.sum(tl.where(teacher == -float("inf"), 0.0, p * (teacher - student)), 1)
+    return q, q_sum, student_top, p, p_sum, teacher_top, divergence(cross, q_sum, p_sum)
+
+
+@triton.jit
+def divergence(cross, q_sum, p_sum):
+    """KL(teacher || student) `[ROWS]` by the logarithm of one ratio: both sums' own would cancel."""
+    return _LN2 * cross / p_sum + tl.log(q_sum / p_sum)
+
+
+@triton.jit
+def compare_chunk(student, teacher, rate, q_sum, student_top, p_sum, teacher_top, cross):
+    """The sums of `compare` with one more chunk `[1, BLOCK]` in them, and how far each maximum moved (at most 0)."""
+    student_top, student_moved = raised(student_top, student)
+    teacher_top, teacher_moved = raised(teacher_top, teacher)
+    student = (student - finite(student_top)[:, None]) * rate
+    teacher = (teacher - finite(teacher_top)[:, None]) * rate
+    p = tl.exp2(teacher)
+    decay = tl.exp2(teacher_moved * rate)
+    cross = decay * (cross + p_sum * (teacher_moved - student_moved) * rate)
+    cross += tl.sum(tl.where(teacher == -float("inf"), 0.0, p * (teacher - student)), 1)
+    q_sum = q_sum * tl.exp2(student_moved * rate) + tl.sum(tl.exp2(student), 1)
+    p_sum = p_sum * decay + tl.sum(p, 1)
+    return q_sum, student_top, p_sum, teacher_top, cross, student_moved
+
+
+@triton.jit
+def raised(top, values):
+    """The maximum `[1]` of `top` and of the chunk, and by how much sums relative to it change: old less new."""
+    new = tl.maximum(top, tl.max(values, 1))
+    # Nothing but excluded classes so far: the sums are zero and need no shift.
+    return new, tl.where(top == -float("inf"), 0.0, top - new)
+
+
+@triton.jit
+def finite(top):
+    """A maximum that may be subtracted even from excluded classes alone."""
+    return tl.where(top == -float("inf"), 0.0, top)
