@@ -31,7 +31,7 @@ ALIGNMENTS = (8, 4, 1)
 
 _TILE = 1024
 
-_LN2 = tl.constexpr(math.log(2.0))
+LN2 = tl.constexpr(math.log(2.0))
 
 
 class Tiling(NamedTuple):
@@ -91,7 +91,7 @@ def compare(student, teacher, rate):
 @triton.jit
 def divergence(cross, q_sum, p_sum):
     """KL(teacher || student) `[ROWS]` by the logarithm of one ratio: both sums' own would cancel."""
-    return _LN2 * cross / p_sum + tl.log(q_sum / p_sum)
+    return LN2 * cross / p_sum + tl.log(q_sum / p_sum)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.kernels import _native, _triton
-from stablekd_fast.kernels._checks import accumulator
+from stablekd_fast.kernels._checks import accumulator, scaled
 
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {}
 
@@ -23,13 +23,15 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
 
 def define_loss(
     name: str, arguments: str, loss: Callable, with_grad: Callable, differentiable: tuple[int, ...]
-) -> None:
-    """Define the operator pair `<name>` -> loss and `<name>_with_grad` -> (loss, gradient) of a loss.
+) -> Callable[..., Tensor]:
+    """Define the operators `<name>` -> loss and `<name>_with_grad` -> (loss, gradient), and give the loss for autograd.
 
     The first argument is the student. `<name>_with_grad` takes two more arguments, `factor` (a number) and
-    `upstream` (a 0-dim tensor or None), and multiplies loss and gradient by both. `<name>` can be differentiated
-    with respect to the arguments at the positions in `differentiable`: once with respect to the student by the
-    fused operator, in every other case through the reference, which is differentiable to any order.
+    `upstream` (a 0-dim tensor or None), and multiplies loss and gradient by both.
+
+    The function returned takes the arguments of `<name>` and can be differentiated with respect to those at the
+    positions in `differentiable`. Where only the student asks, the gradient is made in the same pass as the loss and
+    waits for backward; in every other case the reference, which is differentiable to any order, is differentiated.
     """
     define(name, f"({arguments}) -> Tensor", loss, _loss_fake)
     define(
@@ -38,29 +40,44 @@ def define_loss(
         with_grad,
         _with_grad_fake,
     )
-    fused = getattr(torch.ops.stablekd, f"{name}_with_grad")
+    count = arguments.count(",") + 1
 
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+        tensors = [value if isinstance(value, Tensor) else None for value in inputs]
         ctx.settings = [None if isinstance(value, Tensor) else value for value in inputs]
+        gradient = None
+        if isinstance(output, tuple):
+            gradient = output[1]
+            ctx.mark_non_differentiable(gradient)
+        ctx.save_for_backward(*tensors, gradient)
 
-    def backward(ctx, upstream: Tensor):
-        saved = ctx.saved_tensors
-        values = [setting if tensor is None else tensor for tensor, setting in zip(saved, ctx.settings)]
-        gradients: list[Tensor | None] = [None] * len(values)
+    def backward(ctx, upstream: Tensor, *_):
+        *tensors, gradient = ctx.saved_tensors
+        gradients: list[Tensor | None] = [None] * len(tensors)
         wanted = [place for place in differentiable if ctx.needs_input_grad[place]]
-        if wanted == [0] and not torch.is_grad_enabled():
-            gradients[0] = fused(*values, 1.0, upstream)[1]
-        else:
-            create_graph = torch.is_grad_enabled()
-            with torch.enable_grad():
-                operands = [values[place] for place in wanted]
-                found = torch.autograd.grad(loss(*values), operands, upstream, create_graph=create_graph)
-            for place, gradient in zip(wanted, found):
-                gradients[place] = gradient
+        create_graph = torch.is_grad_enabled()
+        if gradient is not None and wanted == [0] and not create_graph:
+            gradients[0] = gradient * upstream
+            return tuple(gradients)
+        values = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
+        factor, scale = values[count:] or (1.0, None)
+        with torch.enable_grad():
+            value = scaled(factor * loss(*values[:count]), scale)
+            found = torch.autograd.grad(value, [values[place] for place in wanted], upstream, create_graph=create_graph)
+        for place, one in zip(wanted, found):
+            gradients[place] = one
         return tuple(gradients)
 
-    torch.library.register_autograd(f"stablekd::{name}", backward, setup_context=setup_context)
+    for operator in (name, f"{name}_with_grad"):
+        torch.library.register_autograd(f"stablekd::{operator}", backward, setup_context=setup_context)
+    alone, together = (getattr(torch.ops.stablekd, operator).default for operator in (name, f"{name}_with_grad"))
+
+    def by_autograd(student: Tensor, *others) -> Tensor:
+        if student.requires_grad and torch.is_grad_enabled():
+            return together(student, *others, 1.0, None)[0]
+        return alone(student, *others)
+
+    return by_autograd
 
 
 def serve_cpu(**implementations: Callable) -> None:

@@ -32,7 +32,7 @@ def decoupled_kl(
     give NaN on GPUs and an OperandError on the CPU.
     """
     _check(student_logits, teacher_logits, labels, temperature)
-    return torch.ops.stablekd.decoupled_kl(student_logits, teacher_logits, labels, temperature, alpha, beta)
+    return _by_autograd(student_logits, teacher_logits, labels, temperature, alpha, beta)
 
 
 def decoupled_kl_with_grad(
@@ -76,7 +76,7 @@ def _check(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float)
     require(temperature > 0, f"temperature={temperature} was given; it must be greater than 0.")
 
 
-define_loss(
+_by_autograd = define_loss(
     "decoupled_kl", _ARGUMENTS, reference.decoupled_kl, reference.decoupled_kl_with_grad, differentiable=(0, 1)
 )
 serve_cpu(decoupled_kl=cpu_impl.decoupled_kl, decoupled_kl_with_grad=cpu_impl.decoupled_kl_with_grad)

@@ -38,7 +38,7 @@ def feature_cosine(
     respect to student and target. Raises OperandError for shapes or settings that do not fit.
     """
     _check(student, target, per, target_scale, channel_axis)
-    return torch.ops.stablekd.feature_cosine(student, target, target_scale, per, channel_axis)
+    return _by_autograd(student, target, target_scale, per, channel_axis)
 
 
 def feature_cosine_with_grad(
@@ -69,7 +69,7 @@ def _check(student: Tensor, target: Tensor, per: Per, target_scale: Tensor | Non
     require(per in ("position", "sample"), f"per={per!r} was given; it must be 'position' or 'sample'.")
 
 
-define_loss(
+_by_autograd = define_loss(
     "feature_cosine",
     _ARGUMENTS,
     reference.feature_cosine,

@@ -47,7 +47,7 @@ def feature_mse(
     respect to student, target and scale. Raises OperandError for shapes or settings that do not fit.
     """
     _check(student, target, normalize, scale, target_scale, channel_axis)
-    return torch.ops.stablekd.feature_mse(student, target, target_scale, normalize, scale, channel_axis)
+    return _by_autograd(student, target, target_scale, normalize, scale, channel_axis)
 
 
 def feature_mse_with_grad(
@@ -93,7 +93,7 @@ def _check(
     )
 
 
-define_loss(
+_by_autograd = define_loss(
     "feature_mse", _ARGUMENTS, reference.feature_mse, reference.feature_mse_with_grad, differentiable=(0, 1, 4)
 )
 serve_cpu(feature_mse=cpu_impl.feature_mse, feature_mse_with_grad=cpu_impl.feature_mse_with_grad)

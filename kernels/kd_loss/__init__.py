@@ -46,7 +46,7 @@ def kd_loss(
     """
     teacher, indices = _teacher(teacher_logits)
     _check(student_logits, teacher, indices, labels, temperature, label_smoothing, weight)
-    return torch.ops.stablekd.kd_loss(
+    return _by_autograd(
         student_logits, teacher, indices, labels, temperature, alpha, label_smoothing, weight
     )
 
@@ -130,6 +130,6 @@ def _check(
     require(0 <= label_smoothing < 1, f"label_smoothing={label_smoothing} was given; it must be in [0, 1).")
 
 
-define_loss("kd_loss", _ARGUMENTS, reference.kd_loss, reference.kd_loss_with_grad, differentiable=(0, 1, 7))
+_by_autograd = define_loss("kd_loss", _ARGUMENTS, reference.kd_loss, reference.kd_loss_with_grad, differentiable=(0, 1, 7))
 serve_cpu(kd_loss=cpu_impl.kd_loss, kd_loss_with_grad=cpu_impl.kd_loss_with_grad)
 serve_cuda(__name__, kd_loss=reference.kd_loss, kd_loss_with_grad=reference.kd_loss_with_grad)
