@@ -47,8 +47,9 @@ struct Logits {
 };
 
 struct AugmentBatch {
-    const std::uint8_t* images;   // [M, height, width, channels]
-    const std::int64_t* rows;     // [batch], each in 0..M-1
+    const std::uint8_t* images;   // [count, height, width, channels]
+    std::int64_t count;
+    const std::int64_t* rows;     // [batch], each in 0..count-1
     const std::int64_t* offsets;  // [batch, 2]: top, left in the padded image, each in 0..2*padding
     const bool* flips;            // [batch]
     void* out;                    // [batch, height, width, channels] or [batch, channels, height, width]
@@ -74,7 +75,8 @@ struct Kernels {
     void (*quantize_rows)(const void* rows, Type, void* codes, Type code, float* scales, const Layout&, int threads);
     void (*dequantize_rows)(const void* codes, Type code, const float* scales, std::int64_t scales_sample_stride,
                             void* values, Type, const Layout&, int threads);
-    void (*augment_batch)(const AugmentBatch&, int threads);
+    // False, and nothing is written, if a row or an offset is out of range.
+    bool (*augment_batch)(const AugmentBatch&, int threads);
 
     // out[i] = a[i] + b[i]: the speed of memory, for benches.
     void (*stream)(const float* a, const float* b, float* out, std::int64_t count, bool nontemporal, int threads);

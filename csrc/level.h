@@ -14,7 +14,7 @@ double feature_cosine(const Features&, bool per_position, double factor, int thr
 void quantize_rows(const void* rows, Type, void* codes, Type code, float* scales, const Layout&, int threads);
 void dequantize_rows(const void* codes, Type code, const float* scales, std::int64_t scales_sample_stride, void* values,
                      Type, const Layout&, int threads);
-void augment_batch(const AugmentBatch&, int threads);
+bool augment_batch(const AugmentBatch&, int threads);
 void stream(const float* a, const float* b, float* out, std::int64_t count, bool nontemporal, int threads);
 
 }  // namespace STABLEKD_LEVEL

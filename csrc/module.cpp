@@ -97,11 +97,11 @@ void dequantize_rows(Address codes, int code, Address scales, std::int64_t scale
                               at<void>(values), static_cast<Type>(type), layout_of(layout), threads);
 }
 
-void augment_batch(Address images, Address rows, Address offsets, Address flips, Address out, int out_type,
+bool augment_batch(Address images, std::int64_t count, Address rows, Address offsets, Address flips, Address out, int out_type,
                    std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t channels,
                    std::int64_t padding, const std::vector<float>& mean, const std::vector<float>& std,
                    bool channels_last, int threads) {
-    kernels().augment_batch({at<std::uint8_t>(images), at<std::int64_t>(rows), at<std::int64_t>(offsets), at<bool>(flips),
+    return kernels().augment_batch({at<std::uint8_t>(images), count, at<std::int64_t>(rows), at<std::int64_t>(offsets), at<bool>(flips),
                              at<void>(out), static_cast<Type>(out_type), batch, height, width, channels, padding,
                              mean.data(), std.data(), channels_last},
                             threads);

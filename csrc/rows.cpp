@@ -82,17 +82,26 @@ public:
         }
     }
 
-    // Channels-last: a vector of channels of one sample, at all its positions.
-    void channels(std::int64_t sample, std::int64_t first, int count) const {
-        Magnitude magnitude;
+    // Channels-last: all channels of one sample, in the order of its memory. `magnitudes` has room for them.
+    void sample(std::int64_t sample, Magnitude* magnitudes) const {
+        const std::int64_t channels = layout_.channels, vectors = (channels + kWidth - 1) / kWidth;
+        for (std::int64_t v = 0; v < vectors; ++v) magnitudes[v] = {};
         for (std::int64_t position = 0; position < repeats_; ++position) {
-            magnitude.see(load(rows_ + start(sample, position, first), count));
+            const S* at = rows_ + start(sample, position, 0);
+            over(channels, [&](std::int64_t i, int count) STABLEKD_LAMBDA { magnitudes[i / kWidth].see(load(at + i, count)); });
         }
-        const Vec scale = magnitude.scale(kLargest<C>), by = divisor(scale);
-        store(scales_ + sample * layout_.channels + first, scale, count);
+        float* scales = scales_ + sample * channels;
+        over(channels, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+            Magnitude& magnitude = magnitudes[i / kWidth];
+            const Vec scale = magnitude.scale(kLargest<C>);
+            store(scales + i, scale, count);
+            magnitude.top = divisor(scale);
+        });
         for (std::int64_t position = 0; position < repeats_; ++position) {
-            const std::int64_t at = start(sample, position, first);
-            store_code(codes_ + at, quotient(load(rows_ + at, count), by), count);
+            const std::int64_t at = start(sample, position, 0);
+            over(channels, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+                store_code(codes_ + at + i, quotient(load(rows_ + at + i, count), magnitudes[i / kWidth].top), count);
+            });
         }
     }
 
@@ -126,14 +135,20 @@ void quantize_rows(const void* rows, Type type, void* codes, Type code, float* s
             using S = Element<decltype(s)>;
             using C = Element<decltype(c)>;
             const Quantizer<S, C> quantizer(static_cast<const S*>(rows), static_cast<C*>(codes), scales, layout);
-            const std::int64_t step = layout.inner == 1 ? kWidth : 1, units = (layout.channels + step - 1) / step;
+            if (layout.inner > 1) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-            for (std::int64_t unit = 0; unit < layout.samples * units; ++unit) {
-                const std::int64_t sample = unit / units, first = unit % units * step, left = layout.channels - first;
-                if (layout.inner == 1) {
-                    quantizer.channels(sample, first, left < kWidth ? left : kWidth);
-                } else {
-                    quantizer.channel(sample, first);
+                for (std::int64_t unit = 0; unit < layout.samples * layout.channels; ++unit) {
+                    quantizer.channel(unit / layout.channels, unit % layout.channels);
+                }
+                return;
+            }
+            const std::int64_t vectors = (layout.channels + kWidth - 1) / kWidth;
+            Scratch<Magnitude> magnitudes(threads * vectors);
+#pragma omp parallel for num_threads(threads) schedule(static)
+            for (int thread = 0; thread < threads; ++thread) {
+                const std::int64_t end = layout.samples * (thread + 1) / threads;
+                for (std::int64_t sample = layout.samples * thread / threads; sample < end; ++sample) {
+                    quantizer.sample(sample, magnitudes.get() + thread * vectors);
                 }
             }
         });

@@ -25,13 +25,13 @@ def augment_batch(
     """Equal to the reference to the last bit. The core computes in float32; other types stay with the reference."""
     if dtype not in FLOATS:
         return reference.augment_batch(images, rows, offsets, flips, padding, mean, std, dtype, channels_last)
-    check_bounds(images, rows, offsets, padding)
     images, rows, offsets, flips = (tensor.contiguous() for tensor in (images, rows, offsets, flips))
     _, height, width, channels = images.shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty((len(rows), channels, height, width), dtype=dtype, memory_format=layout)
-    core.augment_batch(
+    done = core.augment_batch(
         images.data_ptr(),
+        len(images),
         rows.data_ptr(),
         offsets.data_ptr(),
         flips.data_ptr(),
@@ -47,4 +47,6 @@ def augment_batch(
         channels_last,
         threads(out.numel(), GRAIN),
     )
+    if not done:
+        check_bounds(images, rows, offsets, padding)
     return out
