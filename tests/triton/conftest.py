@@ -1,7 +1,4 @@
-"""Triton kernels on the device where there is one, and otherwise by Triton's interpreter on the CPU.
-
-Triton decides when a kernel is defined, so the interpreter is switched on before the first of them is imported.
-"""
+"""Triton kernels: on the GPU where there is one, otherwise by Triton's interpreter on CPU tensors."""
 
 import os
 
@@ -9,6 +6,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
+    # `triton.jit` looks at this when the kernels are imported, which none of the package does on its own.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -17,12 +15,39 @@ def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture
-def launches():
-    """The variants launched during the test."""
+@pytest.fixture(scope="session", autouse=True)
+def rounding_as_on_chips():
+    """Chips round to the nearest bfloat16; Triton's interpreter cuts the lower bits off."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    original = interpreter._convert_float
+
+    def convert(values, source, target, mode):
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return original(values, source, target, mode)
+        rounded = torch.from_numpy(values.reshape(-1).copy()).bfloat16()
+        return rounded.view(torch.int16).numpy().view("uint16").reshape(values.shape)
+
+    interpreter._convert_float = convert
+    yield
+    interpreter._convert_float = original
+
+
+@pytest.fixture(autouse=True)
+def launches(request):
+    """The variants launched by the test, each of which the module's `kernels.specialisations()` must list."""
     from stablekd_fast.kernels import _launch
 
-    seen = set()
-    _launch.watchers.append(seen.add)
+    seen = []
+    watch = seen.append
+    _launch.watchers.append(watch)
     yield seen
-    _launch.watchers.remove(seen.add)
+    _launch.watchers.remove(watch)
+    kernels = getattr(request.module, "kernels", None)
+    if kernels is not None:
+        assert set(seen) <= _listed(kernels)
+
+
+def _listed(kernels, known={}):
+    if kernels not in known:
+        known[kernels] = {entry.variant for entry in kernels.specialisations()}
+    return known[kernels]
