@@ -9,6 +9,7 @@ Exponentials are powers of two: with `rate` = log2(e) / T, exp(x / T) = 2^(x * r
 from __future__ import annotations
 
 import math
+import struct
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def packed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def rounded_rate(temperature: float) -> tuple[float, float]:
     """`rate` as float32 holds it, and the temperature that it stands for, so that the two agree exactly."""
-    rate = torch.tensor(math.log2(math.e) / temperature, dtype=torch.float32).item()
+    (rate,) = struct.unpack("f", struct.pack("f", math.log2(math.e) / temperature))
     return rate, math.log2(math.e) / rate
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.kernels._checks import describe, require
-from stablekd_fast.kernels._registry import define, serve_cpu
+from stablekd_fast.kernels._registry import define, serve_cpu, serve_cuda
 from stablekd_fast.kernels.augment_batch import cpu_impl, reference
 
 
@@ -92,3 +92,4 @@ define(
     _fake,
 )
 serve_cpu(augment_batch=cpu_impl.augment_batch)
+serve_cuda(__name__, augment_batch=reference.augment_batch)

@@ -1,9 +1,8 @@
-"""`augment_batch` by Triton: equal to the reference to the last bit, each pixel of a crop read once, each output written
-once.
+"""`augment_batch` by Triton: equal to the reference to the last bit, each value read once and written once.
 
-Every program works on a stretch of one sample's memory as it will be written, so that stores are wide and the reads,
-one byte each, fall close together. NCHW: a stretch of pixels, for all channels, stored plane by plane. Channels-last:
-a stretch of values, channels innermost. Images of more than four channels take one launch per channel.
+Every program works on a stretch of one sample's memory as it will be written, so that stores are wide and the
+reads, one byte each, fall close together. NCHW: a stretch of pixels, for all channels, stored plane by plane.
+Channels-last: a stretch of values, channels innermost. With more than four channels there is a launch per channel.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _WARPS = 4
 _LARGEST_IMAGE = 2**31 - _BLOCK
 
 
-@triton.jit(do_not_specialize=list(_INTEGERS))
+@triton.jit(do_not_specialize=list(_INTEGERS), do_not_specialize_on_alignment=["images_at"])
 def augment_planes(
     images_at,  # uint8 [M, height, width, channels]
     rows_at,  # int64 [N]
@@ -72,14 +71,15 @@ def augment_planes(
     for place in tl.static_range(GROUP):
         values = tl.load(source + first + place, mask=inside & written, other=0)
         mean = per_channel(place, mean_0, mean_1, mean_2, mean_3, GROUP)
-        values = normalised(values, mean, per_channel(place, std_0, std_1, std_2, std_3, GROUP)).to(out_at.dtype.element_ty)
+        std = per_channel(place, std_0, std_1, std_2, std_3, GROUP)
+        values = normalised(values, mean, std).to(out_at.dtype.element_ty)
         if DENSE:
             tl.store(out_at + (first + place) * pixels.to(tl.int64) + position, values, mask=written)
         else:
             tl.store(out_at + (first + place) + position * pixel_stride, values, mask=written)
 
 
-@triton.jit(do_not_specialize=list(_INTEGERS))
+@triton.jit(do_not_specialize=list(_INTEGERS), do_not_specialize_on_alignment=["images_at"])
 def augment_pixels(
     images_at,  # uint8 [M, height, width, GROUP]
     rows_at,  # int64 [N]
@@ -120,9 +120,9 @@ def augment_pixels(
     )
     values = tl.load(source + channel, mask=inside & written, other=0)
     mean = per_channel(channel, mean_0, mean_1, mean_2, mean_3, GROUP)
-    values = normalised(values, mean, per_channel(channel, std_0, std_1, std_2, std_3, GROUP))
-    out_at += sample * size
-    tl.store(out_at + position, values.to(out_at.dtype.element_ty), mask=written)
+    std = per_channel(channel, std_0, std_1, std_2, std_3, GROUP)
+    values = normalised(values, mean, std).to(out_at.dtype.element_ty)
+    tl.store(out_at + sample * size + position, values, mask=written)
 
 
 @triton.jit
@@ -177,14 +177,16 @@ def augment_batch(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    """Equal to the reference to the last bit. Rows and offsets that do not fit fail on the device, which is not awaited."""
+    """Rows and offsets that do not fit fail on the device, which is not awaited."""
     count, height, width, channels = images.shape
     if dtype not in _FLOATS or 0 in (len(rows), images.numel()) or height * width * channels > _LARGEST_IMAGE:
         return reference.augment_batch(images, rows, offsets, flips, padding, mean, std, dtype, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty((len(rows), channels, height, width), dtype=dtype, device=images.device, memory_format=layout)
     allowed = torch.empty(len(rows), dtype=torch.bool, device=images.device)
-    tensors = [aligned(tensor.contiguous()) for tensor in (images, rows, offsets, flips)] + [out, allowed]
+    # Images are read byte by byte, and a copy of them all would cost far more than the batch.
+    picks = [aligned(tensor.contiguous()) for tensor in (rows, offsets, flips)]
+    tensors = [images.contiguous(), *picks, out, allowed]
     together = channels <= _MOST_CHANNELS
     group = channels if together else 1
     kernel = augment_pixels if channels_last and together else augment_planes
