@@ -47,8 +47,9 @@ class Tiling(NamedTuple):
         return {"ROWS": self.rows, "BLOCK": self.block}
 
 
-NARROW = tuple(Tiling(max(1, _TILE // block), block, max(4, block // 512)) for block in BLOCKS)
-WIDE = Tiling(1, CHUNK, CHUNK // 512)
+# Eight elements for a thread, one 128-bit access of half floats, until a program has no more threads to give.
+NARROW = tuple(Tiling(max(1, _TILE // block), block, min(16, max(4, block // 256))) for block in BLOCKS)
+WIDE = Tiling(1, CHUNK, CHUNK // 256)
 
 
 def tiling(classes: int) -> Tiling:

@@ -22,7 +22,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = ("count", "height", "width", "channels", "first", "padding", "pixel_stride")
 _NUMBERS = ("mean_0", "mean_1", "mean_2", "mean_3", "std_0", "std_1", "std_2", "std_3")
 _MOST_CHANNELS = 4
-_ALIGNMENTS = (8, 4, 1)
+_ALIGNMENTS = (8, 1)
 _BLOCK = 1024
 _WARPS = 4
 # Positions within an image are int32, as 64-bit divisions would cost more than the memory traffic.

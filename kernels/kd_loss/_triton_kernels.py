@@ -10,6 +10,9 @@ from stablekd_fast.kernels._logits_triton import LN2, compare, compare_chunk, di
 INTEGERS = ("samples", "classes", "kept", "student_stride", "teacher_stride")
 NUMBERS = ("rate", "kl_scale", "kl_slope", "hard_scale", "smoothing", "scale")
 
+UNNAMED = tl.constexpr(-1.0)
+"""Stands for the probability of a class that a top-k teacher does not name."""
+
 
 @triton.jit(do_not_specialize=list(INTEGERS))
 def kd_rows(
@@ -56,10 +59,10 @@ def kd_rows(
     else:
         total, valid = kept_mass(teacher_at, indices_at, rows, present, kept, classes)
         factor = tl.where(valid, factor, float("nan"))
-        p, named = kept_tile(teacher_at, indices_at, cols, rows, present, kept, ROWS, BLOCK)
-        excluded = student == -float("inf")
-        others = (~named) & (~excluded)
-        masked = (~named) & excluded
+        p = kept_tile(teacher_at, indices_at, cols, rows, present, kept, ROWS, BLOCK)
+        others = (p == UNNAMED) & (student != -float("inf"))
+        masked = (p == UNNAMED) & (student == -float("inf"))
+        p = tl.where(masked, 0.0, p)
         p = tl.where(others, rest(total, tl.sum(others.to(tl.float32), 1))[:, None], p)
         top = tl.max(student, 1)
         log_q = (student - top[:, None]) * rate
@@ -143,12 +146,13 @@ def kd_wide_rows(
             masked = (student == -float("inf")) & (teacher == -float("inf"))
             logits = student - finite(top)[:, None]
         else:
-            p, named = kept_tile(teacher_at, indices_at, cols, rows, present, kept, ROWS, BLOCK)
+            p = kept_tile(teacher_at, indices_at, cols, rows, present, kept, ROWS, BLOCK)
             top, moved = raised(top, student)
             logits = student - finite(top)[:, None]
             q_sum = q_sum * tl.exp2(moved * rate) + tl.sum(tl.exp2(logits * rate), 1)
-            others = (~named) & (student != -float("inf"))
-            masked = (~named) & (student == -float("inf"))
+            others = (p == UNNAMED) & (student != -float("inf"))
+            masked = (p == UNNAMED) & (student == -float("inf"))
+            p = tl.where(p == UNNAMED, 0.0, p)
             cross -= mass * moved * rate * LN2
             cross += tl.sum(tl.where(p <= 0, 0.0, p * (tl.log(p) - logits * rate * LN2)), 1)
             mass += tl.sum(p, 1)
@@ -191,9 +195,9 @@ def kd_wide_rows(
                 p = tl.exp2((teacher - teacher_top[:, None]) * rate) * (1 / p_sum)[:, None]
                 gradient = kl_slope * (tl.exp2(logits * rate) * (1 / q_sum)[:, None] - p)
             else:
-                p, named = kept_tile(teacher_at, indices_at, cols, rows, present, kept, ROWS, BLOCK)
-                masked = (~named) & (student == -float("inf"))
-                p = tl.where(named | masked, p, even_p[:, None])
+                p = kept_tile(teacher_at, indices_at, cols, rows, present, kept, ROWS, BLOCK)
+                masked = (p == UNNAMED) & (student == -float("inf"))
+                p = tl.where(masked, 0.0, tl.where(p == UNNAMED, even_p[:, None], p))
                 gradient = kl_slope * (tl.exp2(logits * rate) * (mass / q_sum)[:, None] - p)
             if labels_at is not None:
                 targets = smoothed(cols == label[:, None], masked, open_classes, smoothing)
@@ -225,16 +229,13 @@ def kept_mass(teacher_at, indices_at, rows, present, kept, classes):
 
 @triton.jit
 def kept_tile(teacher_at, indices_at, cols, rows, present, kept, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A top-k teacher's probabilities, and which classes it names; `[ROWS, BLOCK]` both."""
-    p = tl.zeros([ROWS, BLOCK], tl.float32)
-    named = p > 0
+    """A top-k teacher's probabilities `[ROWS, BLOCK]`, UNNAMED where it gave none."""
+    p = tl.full([ROWS, BLOCK], UNNAMED, tl.float32)
     for place in range(kept):
         probability = tl.load(teacher_at + rows * kept + place, mask=present, other=0.0).to(tl.float32)
         index = tl.load(indices_at + rows * kept + place, mask=present, other=0)
-        here = cols == index.to(cols.dtype)[:, None]
-        p = tl.where(here, probability[:, None], p)
-        named = named | here
-    return p, named
+        p = tl.where(cols == index.to(cols.dtype)[:, None], probability[:, None], p)
+    return p
 
 
 @triton.jit

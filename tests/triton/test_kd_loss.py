@@ -132,9 +132,24 @@ def test_masked_classes(device, classes):
     probabilities, indices = top_k(teacher, 4, 4.0)
     check(student, probabilities, indices, labels, None)
     # A class that only the student excludes.
-    student[2, 4] = -torch.inf
-    loss, grad = kernels.kd_loss_with_grad(student, teacher, None, labels, 4.0, 0.9, 0.0, None, 1.0, None)
-    assert loss == torch.inf and grad.isfinite().all()
+    student[2, indices[2, 0]] = -torch.inf
+    for given in ((teacher, None), (probabilities, indices)):
+        for smoothing in (0.0, 0.1):
+            settings = (given[1], labels, 4.0, 0.9, smoothing, None, 1.0, None)
+            loss, grad = kernels.kd_loss_with_grad(student, given[0], *settings)
+            _, expected = reference.kd_loss_with_grad(student.double(), given[0].double(), *settings)
+            assert loss == torch.inf
+            torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [12, WIDE])
+@pytest.mark.parametrize("share", [0.6, 1.3])
+def test_kept_probabilities_need_not_sum_to_one(device, classes, share):
+    student, teacher, labels, _ = operands(device, 2, classes)
+    student[:, 5:] = -torch.inf
+    labels[:] = 2
+    probabilities, indices = top_k(teacher[:, :5], 5, 4.0)
+    check(student, share * probabilities, indices, labels, None)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
