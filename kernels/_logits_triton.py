@@ -8,6 +8,7 @@ Exponentials are powers of two: with `rate` = log2(e) / T, exp(x / T) = 2^(x * r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import math
 import struct
 from typing import NamedTuple
@@ -30,8 +31,6 @@ CHUNK = 4096
 ALIGNMENTS = (8, 4, 1)
 """What classes and strides may be promised to be multiples of: 16 bytes of half floats, of floats, or nothing."""
 
-_TILE = 1024
-
 LN2 = tl.constexpr(math.log(2.0))
 
 
@@ -47,13 +46,24 @@ class Tiling(NamedTuple):
         return {"ROWS": self.rows, "BLOCK": self.block}
 
 
-# Eight elements for a thread, one 128-bit access of half floats, until a program has no more threads to give.
-NARROW = tuple(Tiling(max(1, _TILE // block), block, min(16, max(4, block // 256))) for block in BLOCKS)
 WIDE = Tiling(1, CHUNK, CHUNK // 256)
 
 
-def tiling(classes: int) -> Tiling:
-    return next((entry for entry in NARROW if entry.block >= classes), WIDE)
+def tiling(classes: int, align: int) -> Tiling:
+    """Eight elements for a thread, one 128-bit access of half floats, until a program has no more threads to give.
+
+    Without alignment a thread's elements lie in different rows, each with sums of its own in registers: fewer rows.
+    """
+    block = next((block for block in BLOCKS if block >= classes), None)
+    if block is None:
+        return WIDE
+    tile = 256 if align == 1 else 1024
+    return Tiling(max(1, tile // block), block, min(16, max(4, block // 256)))
+
+
+def tilings() -> Iterator[tuple[Tiling, int]]:
+    """Every tiling that can be chosen, with its alignment."""
+    return ((tiling(classes, align), align) for classes in (*BLOCKS, BLOCKS[-1] + 1) for align in ALIGNMENTS)
 
 
 def alignment(*extents: int) -> int:

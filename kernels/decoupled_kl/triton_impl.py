@@ -17,10 +17,8 @@ import triton.language as tl
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels._launch import Listed, launch, variant
 from stablekd_fast.kernels._logits_triton import (
-    ALIGNMENTS,
     FLOATS,
     LN2,
-    NARROW,
     WIDE,
     alignment,
     as_rows,
@@ -30,6 +28,7 @@ from stablekd_fast.kernels._logits_triton import (
     packed,
     rounded_rate,
     tiling,
+    tilings,
 )
 from stablekd_fast.kernels.decoupled_kl import reference
 
@@ -207,8 +206,8 @@ def decoupled_kl_with_grad(
 
 def specialisations() -> Iterator[Listed]:
     yield from _triton_finish.specialisations()
-    for tile, align, student, teacher, (has_gradient, upstream) in product(
-        (*NARROW, WIDE), ALIGNMENTS, FLOATS, FLOATS, ((False, None), (True, None), (True, torch.float32))
+    for (tile, align), student, teacher, (has_gradient, upstream) in product(
+        tilings(), FLOATS, FLOATS, ((False, None), (True, None), (True, torch.float32))
     ):
         gradient = student if has_gradient else None
         tensors = (student, teacher, torch.int64, upstream, gradient, torch.float32)
@@ -248,8 +247,9 @@ def _run(
         (samples, classes, *strides),
         (rate, alpha, beta, temperature**2, temperature * factor / samples),
     )
-    tile = tiling(classes)
-    constants = {**tile.constants, "ALIGN": alignment(classes, *strides)}
+    align = alignment(classes, *strides)
+    tile = tiling(classes, align)
+    constants = {**tile.constants, "ALIGN": align}
     launch(_kernel(tile), (triton.cdiv(samples, tile.rows),), arguments, constants, tile.warps)
     return _triton_finish.total(losses, factor / samples, upstream)
 

@@ -47,7 +47,7 @@ def kd_rows(
     inside = present[:, None] & (cols < (classes // ALIGN * ALIGN).to(tl.int32))
     student_rows = student_at + (rows * (student_stride // ALIGN * ALIGN))[:, None]
     student = tl.load(student_rows + cols, mask=inside, other=-float("inf")).to(tl.float32)
-    factor = row_factor(weight_at, rows, present)
+    valid = present
 
     if indices_at is None:
         teacher_rows = teacher_at + (rows * (teacher_stride // ALIGN * ALIGN))[:, None]
@@ -58,7 +58,6 @@ def kd_rows(
         mass = tl.full([ROWS], 1.0, tl.float32)
     else:
         total, valid = kept_mass(teacher_at, indices_at, rows, present, kept, classes)
-        factor = tl.where(valid, factor, float("nan"))
         p = kept_tile(teacher_at, indices_at, cols, rows, present, kept, ROWS, BLOCK)
         others = (p == UNNAMED) & (student != -float("inf"))
         masked = (p == UNNAMED) & (student == -float("inf"))
@@ -75,7 +74,7 @@ def kd_rows(
 
     if labels_at is not None:
         label = tl.load(labels_at + rows, mask=present, other=0)
-        factor = tl.where((label >= 0) & (label < classes), factor, float("nan"))
+        valid = valid & (label >= 0) & (label < classes)
         is_label = cols == label.to(tl.int32)[:, None]
         logits = student - top[:, None]
         hard = tl.exp(logits)
@@ -85,6 +84,7 @@ def kd_rows(
         flat = tl.sum(tl.where(masked, 0.0, logits), 1)
         loss += hard_scale * cross_entropy(own, flat, hard_sum, open_classes, smoothing)
 
+    factor = tl.where(valid, row_weight(weight_at, rows, present), float("nan"))
     tl.store(losses_at + rows, factor * loss, mask=present)
     if gradient_at is not None:
         factor *= scale
@@ -129,7 +129,7 @@ def kd_wide_rows(
     classes = classes // ALIGN * ALIGN
     student_rows = student_at + (rows * (student_stride // ALIGN * ALIGN))[:, None]
     teacher_rows = teacher_at + (rows * (teacher_stride // ALIGN * ALIGN))[:, None]
-    factor = row_factor(weight_at, rows, present)
+    valid = present
 
     nothing = tl.zeros([ROWS], tl.float32)
     top, teacher_top = nothing - float("inf"), nothing - float("inf")
@@ -167,18 +167,17 @@ def kd_wide_rows(
         loss = kl_scale * divergence(cross, q_sum, p_sum)
     else:
         total, valid = kept_mass(teacher_at, indices_at, rows, present, kept, classes)
-        factor = tl.where(valid, factor, float("nan"))
         even_p = rest(total, others_count)
         spread = even_p * (others_count * tl.log(even_p) - others_flat * rate * LN2)
         mass += others_count * even_p
         loss = kl_scale * (cross + tl.where(even_p <= 0, 0.0, spread) + mass * tl.log(q_sum))
     if labels_at is not None:
         label = tl.load(labels_at + rows, mask=present, other=0)
-        valid_label = (label >= 0) & (label < classes)
-        factor = tl.where(valid_label, factor, float("nan"))
-        own = tl.load(student_at + rows * student_stride + label, mask=valid_label, other=0.0).to(tl.float32) - top
+        valid = valid & (label >= 0) & (label < classes)
+        own = tl.load(student_at + rows * student_stride + label, mask=valid, other=0.0).to(tl.float32) - top
         loss += hard_scale * cross_entropy(own, flat, hard_sum, open_classes, smoothing)
 
+    factor = tl.where(valid, row_weight(weight_at, rows, present), float("nan"))
     tl.store(losses_at + rows, factor * loss, mask=present)
     if gradient_at is not None:
         factor *= scale
@@ -207,7 +206,7 @@ def kd_wide_rows(
 
 
 @triton.jit
-def row_factor(weight_at, rows, present):
+def row_weight(weight_at, rows, present):
     """The weight of each row `[ROWS]`."""
     if weight_at is None:
         return tl.where(present, 1.0, 0.0)

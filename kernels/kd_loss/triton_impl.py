@@ -16,15 +16,14 @@ import triton
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels._launch import Listed, launch, variant
 from stablekd_fast.kernels._logits_triton import (
-    ALIGNMENTS,
     FLOATS,
-    NARROW,
     WIDE,
     alignment,
     as_rows,
     packed,
     rounded_rate,
     tiling,
+    tilings,
 )
 from stablekd_fast.kernels.kd_loss import reference
 from stablekd_fast.kernels.kd_loss._triton_kernels import INTEGERS, NUMBERS, kd_rows, kd_wide_rows
@@ -73,9 +72,7 @@ def specialisations() -> Iterator[Listed]:
     for has_labels, has_weight, (has_gradient, upstream) in flags:
         labels = torch.int64 if has_labels else None
         weight = torch.float32 if has_weight else None
-        for student, teacher, tile, align, top_k_teacher in product(
-            FLOATS, FLOATS, (*NARROW, WIDE), ALIGNMENTS, (False, True)
-        ):
+        for student, teacher, (tile, align), top_k_teacher in product(FLOATS, FLOATS, tilings(), (False, True)):
             indices = torch.int64 if top_k_teacher else None
             gradient = student if has_gradient else None
             tensors = (student, teacher, indices, labels, weight, upstream, gradient, torch.float32)
@@ -117,13 +114,13 @@ def _run(
     kept = 0 if indices is None else indices.shape[1]
     strides = (student.stride(0), teacher.stride(0))
     rate, temperature = rounded_rate(temperature)
-    tile = tiling(classes)
     arguments = _arguments(
         (student, teacher, indices, labels, weight, upstream, gradient, losses),
         (samples, classes, kept, *strides),
         (rate, alpha * temperature**2, alpha * temperature, 1 - alpha, label_smoothing, factor / samples),
     )
     align = alignment(classes, *(strides if indices is None else strides[:1]))
+    tile = tiling(classes, align)
     grid = (triton.cdiv(samples, tile.rows),)
     launch(_kernel(tile), grid, arguments, {**tile.constants, "ALIGN": align}, tile.warps)
     return _triton_finish.total(losses, factor / samples, upstream)
