@@ -46,6 +46,9 @@ class Listed:
     vectorised: bool = False
 
 
+REGISTERS = 128
+"""Allowed to a thread, `maxnreg`. Left free, the assembler spills a few to fit one more program on a processor."""
+
 watchers: list[Callable[[Specialisation], None]] = []
 """Called with the variant of every launch; tests and byte counts listen here."""
 
@@ -60,7 +63,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], consta
     """Run `kernel` on `grid`."""
     for watch in watchers:
         watch(variant(kernel, arguments, constants, warps))
-    kernel[grid](**arguments, **constants, num_warps=warps)
+    kernel[grid](**arguments, **constants, num_warps=warps, maxnreg=REGISTERS)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """`kd_loss` by Triton: reads each logit once and writes each gradient once.
 
-Rows of more than 8192 classes are read twice where a gradient is wanted, as they do not fit into registers. Per row 4
-bytes of loss are written and read again. A top-k teacher costs k sweeps over the row in registers and no more bytes.
+Rows of more than 8192 classes (with a top-k teacher 4096) do not fit into registers and are read twice where a gradient
+is wanted. Per row 4 bytes of loss are written and read again. A top-k teacher costs k sweeps over the row in registers
+and no more bytes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import triton
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels._launch import Listed, launch, variant
 from stablekd_fast.kernels._logits_triton import (
+    CHUNK,
     FLOATS,
     WIDE,
+    Tiling,
     alignment,
     as_rows,
     packed,
@@ -73,6 +76,8 @@ def specialisations() -> Iterator[Listed]:
         labels = torch.int64 if has_labels else None
         weight = torch.float32 if has_weight else None
         for student, teacher, (tile, align), top_k_teacher in product(FLOATS, FLOATS, tilings(), (False, True)):
+            if top_k_teacher and tile.block > CHUNK:
+                continue
             indices = torch.int64 if top_k_teacher else None
             gradient = student if has_gradient else None
             tensors = (student, teacher, indices, labels, weight, upstream, gradient, torch.float32)
@@ -120,10 +125,15 @@ def _run(
         (rate, alpha * temperature**2, alpha * temperature, 1 - alpha, label_smoothing, factor / samples),
     )
     align = alignment(classes, *(strides if indices is None else strides[:1]))
-    tile = tiling(classes, align)
+    tile = _tile(classes, align, indices is not None)
     grid = (triton.cdiv(samples, tile.rows),)
     launch(_kernel(tile), grid, arguments, {**tile.constants, "ALIGN": align}, tile.warps)
     return _triton_finish.total(losses, factor / samples, upstream)
+
+
+def _tile(classes: int, align: int, top_k_teacher: bool) -> Tiling:
+    """What a top-k teacher says of more than 4096 classes does not fit into registers beside them."""
+    return WIDE if top_k_teacher and classes > CHUNK else tiling(classes, align)
 
 
 def _kernel(tile):
