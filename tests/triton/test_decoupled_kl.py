@@ -149,7 +149,7 @@ def test_operands_need_not_be_contiguous(device):
 
 
 def test_many_rows(device):
-    check(*operands(device, 1100, 7))
+    check(*operands(device, 130, 7))
 
 
 @pytest.mark.parametrize("classes", [7, 33, WIDE])
