@@ -1,8 +1,9 @@
 """Operators for distillation: mathematics, tensors in, tensors out.
 
-Each operator lives in a folder of its own: the public function with its schema, and `reference.py`, which says
-readably what is computed. They are registered with `torch.library` in the namespace `stablekd`, and torch's
-dispatcher chooses the implementation by device.
+Each operator lives in a folder of its own: the public function with its schema, `reference.py`, which says readably
+what is computed, `cpu_impl.py`, which calls the C++ core, and `triton_impl.py` for NVIDIA GPUs. They are registered
+with `torch.library` in the namespace `stablekd`, and torch's dispatcher chooses the implementation by device. Three
+(`attention_transfer`, `correlation`, `grouped_kl`) are compositions of torch's own operators instead.
 """
 
 if __name__ == "kernels":
@@ -12,16 +13,23 @@ if __name__ == "kernels":
     )
 
 from stablekd_fast.kernels._registry import implementations
+from stablekd_fast.kernels.attention_transfer import attention_transfer, attention_transfer_with_grad
 from stablekd_fast.kernels.augment_batch import augment_batch
+from stablekd_fast.kernels.correlation import correlation, correlation_with_grad
 from stablekd_fast.kernels.decoupled_kl import decoupled_kl, decoupled_kl_with_grad
 from stablekd_fast.kernels.dequantize_rows import dequantize_rows
 from stablekd_fast.kernels.feature_cosine import feature_cosine, feature_cosine_with_grad
 from stablekd_fast.kernels.feature_mse import feature_mse, feature_mse_with_grad
+from stablekd_fast.kernels.grouped_kl import grouped_kl, grouped_kl_with_grad
 from stablekd_fast.kernels.kd_loss import kd_loss, kd_loss_with_grad
 from stablekd_fast.kernels.quantize_rows import quantize_rows
 
 __all__ = [
+    "attention_transfer",
+    "attention_transfer_with_grad",
     "augment_batch",
+    "correlation",
+    "correlation_with_grad",
     "decoupled_kl",
     "decoupled_kl_with_grad",
     "dequantize_rows",
@@ -29,6 +37,8 @@ __all__ = [
     "feature_cosine_with_grad",
     "feature_mse",
     "feature_mse_with_grad",
+    "grouped_kl",
+    "grouped_kl_with_grad",
     "implementations",
     "kd_loss",
     "kd_loss_with_grad",

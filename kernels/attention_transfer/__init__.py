@@ -1,0 +1,50 @@
+"""Attention transfer (Zagoruyko and Komodakis: arXiv 1612.03928)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._composite import loss_with_grad
+from stablekd_fast.kernels.attention_transfer import reference
+
+
+def attention_transfer(student: Tensor, target: Tensor, *, power: float = 2.0) -> Tensor:
+    """Mean squared difference of the spatial attention maps of `[N, C, H, W]` and `[N, D, H, W]`.
+
+    A map is the mean of |x|^power over the channels at each position, flattened to `[N, H * W]` and scaled to unit
+    length per sample (epsilon 1e-12 under the root). The channel counts may differ. The mean is taken over all N * H * W
+    elements, as the authors' code does.
+
+    Returns a 0-dim tensor, float64 for a float64 student and float32 otherwise, differentiable to any order where |x|^power
+    is. Raises OperandError for shapes or settings that do not fit.
+    """
+    _check(student, target, power)
+    return reference.attention_transfer(student, target, power)
+
+
+def attention_transfer_with_grad(
+    student: Tensor, target: Tensor, *, power: float = 2.0, weight: float = 1.0, upstream: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`weight` times `upstream` times `attention_transfer`, and the gradient of that with respect to the student.
+
+    `upstream` is a 0-dim tensor. The gradient has the student's shape, dtype and memory format. Nothing is recorded
+    for autograd and the host never waits.
+    """
+    _check(student, target, power)
+    target = target.detach()
+    return loss_with_grad(lambda leaf: reference.attention_transfer(leaf, target, power), student, weight, upstream)
+
+
+def _check(student: Tensor, target: Tensor, power: float) -> None:
+    for name, features in (("student", student), ("target", target)):
+        require(
+            features.dim() == 4 and features.is_floating_point(),
+            f"{name} is {describe(features)}; it must be a floating point [N, C, H, W].",
+        )
+    require(
+        student.shape[0] == target.shape[0] and student.shape[2:] == target.shape[2:],
+        f"target is {describe(target)} but student {describe(student)}; batch, height and width must agree, "
+        "so resize one of them before comparing.",
+    )
+    require(power >= 1, f"power={power} was given; it must be at least 1.")

@@ -1,0 +1,65 @@
+"""Correlation distance of predictions (Huang et al., DIST: arXiv 2205.10536; used again in R2KD: arXiv 2311.13934)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._composite import loss_with_grad
+from stablekd_fast.kernels.correlation import reference
+
+
+def correlation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    inter: float = 1.0,
+    intra: float = 1.0,
+) -> Tensor:
+    """T^2 * (inter * mean over samples of 1 - r(rows) + intra * mean over classes of 1 - r(columns)).
+
+    `student_logits` and `teacher_logits` are `[N, C]`; r is Pearson's correlation between the student's and the
+    teacher's probabilities at temperature T, along a row (a sample's classes) or a column (a class's samples). A row or
+    column that does not vary has r = 0 (1e-16 under each root).
+
+    Returns a 0-dim tensor, float64 for float64 logits and float32 otherwise, differentiable to any order. Raises
+    OperandError for shapes or settings that do not fit.
+    """
+    _check(student_logits, teacher_logits, temperature)
+    return reference.correlation(student_logits, teacher_logits, temperature, inter, intra)
+
+
+def correlation_with_grad(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    inter: float = 1.0,
+    intra: float = 1.0,
+    scale: float = 1.0,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`scale` times `upstream` times `correlation`, and the gradient of that with respect to the student's logits.
+
+    `upstream` is a 0-dim tensor. The gradient is `[N, C]` in the student's dtype. Nothing is recorded for autograd and
+    the host never waits.
+    """
+    _check(student_logits, teacher_logits, temperature)
+    teacher = teacher_logits.detach()
+    return loss_with_grad(
+        lambda leaf: reference.correlation(leaf, teacher, temperature, inter, intra), student_logits, scale, upstream
+    )
+
+
+def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
+    require(
+        student.dim() == 2 and student.is_floating_point(),
+        f"student_logits is {describe(student)}; it must be a floating point [N, C].",
+    )
+    require(
+        teacher.shape == student.shape and teacher.is_floating_point(),
+        f"teacher_logits is {describe(teacher)} but student_logits {describe(student)}; "
+        "teacher and student must have the same batch and classes.",
+    )
+    require(temperature > 0, f"temperature={temperature} was given; it must be greater than 0.")

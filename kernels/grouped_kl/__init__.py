@@ -1,0 +1,74 @@
+"""Grouped knowledge distillation (Zhao et al., AAAI 2023: arXiv 2304.04462)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._composite import loss_with_grad
+from stablekd_fast.kernels.grouped_kl import reference
+
+
+def grouped_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    threshold: float = 0.9,
+    primary_weight: float = 1.0,
+    binary_weight: float = 1.0,
+) -> Tensor:
+    """T^2 * (binary_weight * KL_binary + primary_weight * P * KL_primary), averaged over the batch.
+
+    `student_logits` and `teacher_logits` are `[N, C]`. In each row the primary group holds the classes that are most
+    probable for the teacher at temperature T, just as many as reach the probability `threshold` together; the others
+    are the secondary group. The divergence splits exactly into KL_binary, between the two groups' masses,
+    P * KL_primary and (1 - P) * KL_secondary, between the distributions inside the groups, P being the teacher's mass
+    of the primary group. The secondary term, which the authors found to hold training back, is dropped. A class whose
+    logit is -inf in both takes no part.
+
+    Returns a 0-dim tensor, float64 for float64 logits and float32 otherwise, differentiable to any order. Raises
+    OperandError for shapes or settings that do not fit.
+    """
+    _check(student_logits, teacher_logits, temperature, threshold)
+    return reference.grouped_kl(
+        student_logits, teacher_logits, temperature, threshold, primary_weight, binary_weight
+    )
+
+
+def grouped_kl_with_grad(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    threshold: float = 0.9,
+    primary_weight: float = 1.0,
+    binary_weight: float = 1.0,
+    scale: float = 1.0,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`scale` times `upstream` times `grouped_kl`, and the gradient of that with respect to the student's logits.
+
+    `upstream` is a 0-dim tensor. The gradient is `[N, C]` in the student's dtype. Nothing is recorded for autograd and
+    the host never waits.
+    """
+    _check(student_logits, teacher_logits, temperature, threshold)
+    teacher = teacher_logits.detach()
+    settings = (temperature, threshold, primary_weight, binary_weight)
+    return loss_with_grad(
+        lambda leaf: reference.grouped_kl(leaf, teacher, *settings), student_logits, scale, upstream
+    )
+
+
+def _check(student: Tensor, teacher: Tensor, temperature: float, threshold: float) -> None:
+    require(
+        student.dim() == 2 and student.is_floating_point(),
+        f"student_logits is {describe(student)}; it must be a floating point [N, C].",
+    )
+    require(
+        teacher.shape == student.shape and teacher.is_floating_point(),
+        f"teacher_logits is {describe(teacher)} but student_logits {describe(student)}; "
+        "teacher and student must have the same batch and classes.",
+    )
+    require(temperature > 0, f"temperature={temperature} was given; it must be greater than 0.")
+    require(0 < threshold < 1, f"threshold={threshold} was given; it must be between 0 and 1.")
