@@ -107,7 +107,12 @@ def serve_cuda(module: str, **references: Callable) -> None:
 
 def implementations() -> dict[str, dict[str, str]]:
     """For each operator the implementation on `cpu` and on `cuda`, and the `reason` for the choice."""
-    return {name: dict(entry) | _triton.fallen_back(name) for name, entry in sorted(_IMPLEMENTATIONS.items())}
+    table = {}
+    for name, entry in sorted(_IMPLEMENTATIONS.items()):
+        table[name] = dict(entry) | _triton.fallen_back(name)
+        if table[name]["cuda"] == "reference" and "CUDA" not in table[name]["reason"]:
+            table[name]["reason"] += "; on CUDA it has no Triton kernel"
+    return table
 
 
 def _loss_fake(student, *_):

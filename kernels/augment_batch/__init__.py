@@ -32,7 +32,8 @@ def augment_batch(
     it is normalised, as if the border were black. All tensors lie on one device; arithmetic is float32 (float64 for
     a float64 `dtype`), rounded to `dtype` once. `channels_last` chooses the memory format.
 
-    Raises OperandError for shapes, dtypes, rows or offsets that do not fit.
+    Raises OperandError for shapes or dtypes that do not fit, and on the CPU for rows or offsets that do not; on a GPU,
+    where the host must not wait, those end in a device-side assertion that names them.
     """
     _check(images, rows, offsets, flips, padding, mean, std, dtype)
     return torch.ops.stablekd.augment_batch(
