@@ -1,8 +1,14 @@
 """What holds for all tests: which of them run where, and how many examples hypothesis tries."""
 
+import os
+
 from hypothesis import settings
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is first imported, which torch does for reasons of its own.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("few", max_examples=12, deadline=None, derandomize=True, database=None)
 settings.load_profile("few")
