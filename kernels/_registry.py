@@ -99,7 +99,6 @@ def serve_cuda(module: str, **references: Callable) -> None:
     """
     for name, reference in references.items():
         if _triton.missing is not None:
-            _IMPLEMENTATIONS[name]["reason"] += f"; on CUDA {_triton.missing}"
             continue
         torch.library.impl(f"stablekd::{name}", "cuda", _triton.implementation(module, name, reference))
         _IMPLEMENTATIONS[name]["cuda"] = "Triton"
@@ -109,9 +108,10 @@ def implementations() -> dict[str, dict[str, str]]:
     """For each operator the implementation on `cpu` and on `cuda`, and the `reason` for the choice."""
     table = {}
     for name, entry in sorted(_IMPLEMENTATIONS.items()):
-        table[name] = dict(entry) | _triton.fallen_back(name)
-        if table[name]["cuda"] == "reference" and "CUDA" not in table[name]["reason"]:
-            table[name]["reason"] += "; on CUDA it has no Triton kernel"
+        failure = _triton.failure(name)
+        cuda = "reference" if failure else entry["cuda"]
+        why = f"; on CUDA {failure or _triton.missing or 'it has no Triton kernel'}" if cuda == "reference" else ""
+        table[name] = entry | {"cuda": cuda, "reason": entry["reason"] + why}
     return table
 
 

@@ -29,9 +29,9 @@ def implementation(module: str, name: str, reference: Callable) -> Callable:
     return run
 
 
-def fallen_back(name: str) -> dict[str, str]:
-    """What changes in an operator's record once its kernel has failed to compile."""
-    return {"cuda": "reference", "reason": f"on CUDA {_FAILURES[name]}"} if name in _FAILURES else {}
+def failure(name: str) -> str | None:
+    """Why an operator's kernel is no longer used; None while it is."""
+    return _FAILURES.get(name)
 
 
 def _is_compilation_failure(error: Exception) -> bool:
