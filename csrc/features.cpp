@@ -214,12 +214,16 @@ public:
 private:
     static constexpr bool kCodes = std::is_same_v<T, std::int8_t> || std::is_same_v<T, Float8>;
 
+    // The scale of a run's codes; channels-last: of its first channel, those of the others after it.
+    const float* scales_of(std::int64_t run) const {
+        return job_.scales + runs_.sample(run) * job_.scales_sample_stride + runs_.channel(run);
+    }
+
     // Calls body(scale) with what turns the codes of one run into values.
     template <class Body>
     auto with_scale_of_run(std::int64_t run, Body&& body) const {
         if constexpr (kCodes) {
-            const float* scales = job_.scales + runs_.sample(run) * job_.scales_sample_stride + runs_.channel(run);
-            return runs_.channels_last ? body(Each{scales}) : body(Same{*scales});
+            return runs_.channels_last ? body(Each{scales_of(run)}) : body(Same{*scales_of(run)});
         } else {
             return body(One{});
         }
@@ -328,7 +332,7 @@ private:
                 const Vec apart = scale(load(t + i, count), i, count) - centre;
                 return lanes_below(count) ? apart * apart : Vec{};
             });
-            // The centre is the mean but for its rounding, which counts twice over: squared, and once per element.
+            // Squares about the centre, the rounded mean, are too large by the square of that rounding for each element.
             mean = total / runs_.length;
             deviation -= runs_.length * (mean - centre) * (mean - centre);
         });
@@ -350,10 +354,7 @@ private:
 
     STABLEKD_INLINE Vec value(std::int64_t run, std::int64_t i, int count) const {
         const Vec code = load(target_ + run * runs_.length + i, count);
-        if constexpr (std::is_same_v<T, std::int8_t> || std::is_same_v<T, Float8>) {
-            const float* scales = job_.scales + runs_.sample(run) * job_.scales_sample_stride;
-            return code * load(scales + i, count);
-        }
+        if constexpr (kCodes) return code * load(scales_of(run) + i, count);
         return code;
     }
 
@@ -409,10 +410,6 @@ private:
         return in_order(losses.get(), job_.layout.outer);
     }
 
-    float scale_of(std::int64_t run) const {
-        return kCodes ? job_.scales[runs_.sample(run) * job_.scales_sample_stride + runs_.channel(run)] : 1.0f;
-    }
-
     // `kVectors` vectors of positions from `start` on; `count` < kWidth lanes only of a single vector.
     template <int kVectors>
     double strip(const Angle& angle, std::int64_t first_run, std::int64_t start, int count) const {
@@ -420,7 +417,7 @@ private:
         LaneProducts sums[kVectors] = {};
         for (std::int64_t run = first_run; run < end_run; ++run) {
             const std::int64_t at = run * runs_.length + start;
-            const float scale = scale_of(run);
+            const float scale = kCodes ? *scales_of(run) : 1.0f;
             for (int v = 0; v < kVectors; ++v) {
                 const std::int64_t here = at + v * kWidth;
                 sums[v] += products(load(student_ + here, count), load(target_ + here, count) * scale);
@@ -435,7 +432,7 @@ private:
         }
         for (std::int64_t run = first_run; run < end_run; ++run) {
             const std::int64_t at = run * runs_.length + start;
-            const float scale = scale_of(run);
+            const float scale = kCodes ? *scales_of(run) : 1.0f;
             for (int v = 0; v < kVectors; ++v) {
                 const std::int64_t here = at + v * kWidth;
                 const Vec student = load(student_ + here, count);

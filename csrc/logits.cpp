@@ -12,6 +12,7 @@ namespace {
 
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
 template <class T>
 float largest(const T* row, std::int64_t n) {
     Vec a = splat(-kInfinity), b = a, c = a, d = a;
@@ -73,17 +74,10 @@ struct Pair {
 
 // How the student's exponentials at temperature 1 are made: not at all, by themselves, or from those at the
 // temperature 2^k by squaring k times.
-enum class Plain { none, own, squared_0, squared_1, squared_2, squared_3 };
-
-Plain plain_for(float temperature) {
-    if (temperature == 1) return Plain::squared_0;
-    if (temperature == 2) return Plain::squared_1;
-    if (temperature == 4) return Plain::squared_2;
-    return temperature == 8 ? Plain::squared_3 : Plain::own;
-}
+enum class Plain { none, own, squared };
 
 // Both rows' exponentials at the temperature, those of the student at 1 as `kPlain` says, and what their sums say.
-template <Plain kPlain, class S, class T>
+template <Plain kPlain, int kSquarings = 0, class S, class T>
 Pair compare(const S* student, const T* teacher, std::int64_t n, float temperature, const RowScratch& out) {
     const float student_top = largest(student, n), teacher_top = largest(teacher, n), rate = kLog2E / temperature;
     // A copy, as the compiler must think that stores through `out` may change it.
@@ -101,9 +95,7 @@ Pair compare(const S* student, const T* teacher, std::int64_t n, float temperatu
         store(to.teacher + i, terms.teacher);
         if constexpr (kPlain != Plain::none) {
             terms.plain = kPlain == Plain::own ? exp2_negative(s * kLog2E) : terms.student;
-            for (Plain k = Plain::squared_0; kPlain != Plain::own && k < kPlain; k = static_cast<Plain>(static_cast<int>(k) + 1)) {
-                terms.plain *= terms.plain;
-            }
+            for (int k = 0; k < kSquarings; ++k) terms.plain *= terms.plain;
             store(to.plain + i, terms.plain);
         }
         // Where the teacher's share is 0 the difference may be infinite or undefined, and counts nothing.
@@ -141,13 +133,11 @@ Open open_classes(const S* student, const T* teacher, std::int64_t n) {
 
 template <class S, class T>
 Pair compare_with_plain(const S* student, const T* teacher, std::int64_t n, float temperature, const RowScratch& out) {
-    switch (plain_for(temperature)) {
-        case Plain::squared_0: return compare<Plain::squared_0>(student, teacher, n, temperature, out);
-        case Plain::squared_1: return compare<Plain::squared_1>(student, teacher, n, temperature, out);
-        case Plain::squared_2: return compare<Plain::squared_2>(student, teacher, n, temperature, out);
-        case Plain::squared_3: return compare<Plain::squared_3>(student, teacher, n, temperature, out);
-        default: return compare<Plain::own>(student, teacher, n, temperature, out);
-    }
+    if (temperature == 1) return compare<Plain::squared, 0>(student, teacher, n, temperature, out);
+    if (temperature == 2) return compare<Plain::squared, 1>(student, teacher, n, temperature, out);
+    if (temperature == 4) return compare<Plain::squared, 2>(student, teacher, n, temperature, out);
+    if (temperature == 8) return compare<Plain::squared, 3>(student, teacher, n, temperature, out);
+    return compare<Plain::own>(student, teacher, n, temperature, out);
 }
 
 // What a row's loss and gradient take from its rows' exponentials, which lie in scratch.

@@ -1,8 +1,6 @@
 // 8-bit codes of activations. Every operation rounds as IEEE single precision says, so that all implementations
 // agree to the last bit: this file is compiled without fused multiply-add.
 
-#include <cmath>
-
 #include "level.h"
 #include "simd.h"
 
@@ -34,8 +32,6 @@ inline void store_code(Float8* to, Vec value, int count) {
 template <class C>
 constexpr float kLargest = std::is_same_v<C, std::int8_t> ? 127.0f : 448.0f;
 
-inline Vec nan() { return splat(__builtin_nanf("")); }
-
 // Lanes where anything was infinite or NaN become NaN: |x| * 0 is 0 for every other value.
 struct Magnitude {
     Vec top{}, taint{};
@@ -44,7 +40,7 @@ struct Magnitude {
         top = vmax(vabs(x), top);
         taint += x * 0.0f;
     }
-    Vec scale(float largest) const { return taint == taint ? top / largest : nan(); }
+    Vec scale(float largest) const { return taint == taint ? top / largest : splat(__builtin_nanf("")); }
 };
 
 inline Vec divisor(Vec scale) { return scale > 0.0f ? scale : splat(1.0f); }
