@@ -1,13 +1,7 @@
-"""Triton kernels: on the GPU where there is one, otherwise by Triton's interpreter on CPU tensors."""
-
-import os
+"""Triton kernels: on the GPU where there is one, otherwise by Triton's interpreter on CPU tensors (see tests/conftest.py)."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # `triton.jit` looks at this when the kernels are imported, which none of the package does on its own.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
