@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stablekd_fast import kernels
-from stablekd_fast.bench.core import Case, Contender, check, measure
+from stablekd_fast.bench.core import check, measure
 from stablekd_fast.bench.kernels import CASES, Setting
 from stablekd_fast.bench.losses import Loss, loss_case
 from stablekd_fast.bench.output import below, compare
