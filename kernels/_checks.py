@@ -8,6 +8,10 @@ from torch import Tensor
 from stablekd_fast.errors import StableKDError
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What the fused implementations compute in single precision; float64 is the references'."""
+
+
 class OperandError(StableKDError, ValueError):
     """A tensor or number that an operator cannot take."""
 
@@ -27,9 +31,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def laid_out_like(value: Tensor, model: Tensor) -> Tensor:
-    """`value` in the dtype and memory format of `model`, copied only where they differ."""
-    out = torch.empty_like(model)
+def laid_out_like(value: Tensor, model: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`value` in `dtype` (by default the model's) and the memory format of `model`, copied only where they differ."""
+    dtype = dtype or model.dtype
+    if value.dtype == dtype and value.stride() == model.stride():
+        return value
+    out = torch.empty_like(model, dtype=dtype)
     if value.dtype == out.dtype and value.stride() == out.stride():
         return value
     return out.copy_(value)

@@ -16,7 +16,11 @@ TYPES = {
 }
 """The numbers of `Type` in csrc/kernels.h."""
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+GRAIN = 32768
+"""Elements per thread below which waking a thread costs more than it saves."""
+
+EXPONENTIAL_GRAIN = 4096
+"""The same where each element costs exponentials."""
 
 
 def address(tensor: Tensor | None) -> int:

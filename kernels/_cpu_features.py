@@ -7,11 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._cpu import FLOATS, TYPES, address, scale_stride
+from stablekd_fast.kernels._checks import FLOATS
+from stablekd_fast.kernels._cpu import TYPES, address, scale_stride
 from stablekd_fast.kernels._layout import Layout, dense, laid_out_as, layout
-
-# Below this many elements per thread, waking a thread costs more than it saves.
-GRAIN = 32768
 
 
 class Operands(NamedTuple):

@@ -1,8 +1,8 @@
 """Launching Triton kernels, in one place, so that every compiled variant is known beforehand.
 
 A Triton kernel is compiled once per combination of argument types and constants. Each `triton_impl.py` lists the
-combinations that it can reach (`specialisations()`), each launch goes through `launch`, and the tests compile the
-lists for real chips and check that no launch leaves them. Two rules keep the lists short: integers are `tl.int64`
+combinations that it can reach (`specialisations()`), so that they can be compiled for chips that are not at hand; each
+launch goes through `launch`, and the tests check that none leaves the lists. Two rules keep the lists short: integers are `tl.int64`
 and not specialised on their value, and pointers are aligned to 16 bytes (`aligned` copies the rare tensor that is not).
 """
 

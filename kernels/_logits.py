@@ -1,10 +1,44 @@
-"""What the CPU implementations of the losses on logits share."""
+"""What the losses on logits share: checks of their operands, and how the fused implementations take them."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._checks import OperandError
+from stablekd_fast.kernels._checks import FLOATS, OperandError, describe, require
+
+
+def check_student(student: Tensor, temperature: float) -> None:
+    require(
+        student.dim() == 2 and student.is_floating_point(),
+        f"student_logits is {describe(student)}; it must be a floating point [N, C].",
+    )
+    require(temperature > 0, f"temperature={temperature} was given; it must be greater than 0.")
+
+
+def check_teacher(teacher: Tensor, student: Tensor) -> None:
+    require(
+        teacher.shape == student.shape and teacher.is_floating_point(),
+        f"teacher_logits is {describe(teacher)} but student_logits {describe(student)}; "
+        "teacher and student must have the same batch and classes.",
+    )
+
+
+def check_labels(labels: Tensor, student: Tensor) -> None:
+    require(
+        labels.dtype == torch.int64 and labels.shape == student.shape[:1],
+        f"labels is {describe(labels)}; it must be int64 [{student.shape[0]}].",
+    )
+
+
+def in_single_precision(student: Tensor, teacher: Tensor) -> bool:
+    """Whether the fused implementations serve: not float64, nor empty batches, which have no mean."""
+    return student.dtype in FLOATS and teacher.dtype in FLOATS and student.numel() > 0
+
+
+def row_by_row(student: Tensor) -> Tensor:
+    """Room for a gradient, contiguous as the fused implementations write it; `laid_out_like` then gives it its format."""
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
 def as_rows(matrix: Tensor) -> Tensor:

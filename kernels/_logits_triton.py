@@ -18,9 +18,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from stablekd_fast.kernels import _logits
 from stablekd_fast.kernels._launch import aligned
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 BLOCKS = (16, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Widths of tiles that hold whole rows."""
@@ -73,7 +72,7 @@ def alignment(*extents: int) -> int:
 
 def as_rows(matrix: Tensor) -> Tensor:
     """`matrix` `[N, C]`, or a copy of it, with aligned memory and the elements of a row side by side."""
-    return aligned(matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous())
+    return aligned(_logits.as_rows(matrix))
 
 
 def packed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._cpu import FLOATS, TYPES, threads
-from stablekd_fast.kernels._cpu_features import GRAIN
+from stablekd_fast.kernels._checks import FLOATS
+from stablekd_fast.kernels._cpu import GRAIN, TYPES, threads
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.augment_batch import reference
 from stablekd_fast.kernels.augment_batch._bounds import check_bounds
+
 
 def augment_batch(
     images: Tensor,

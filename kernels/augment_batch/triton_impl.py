@@ -15,10 +15,10 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from stablekd_fast.kernels._checks import FLOATS
 from stablekd_fast.kernels._launch import Listed, aligned, launch, variant
 from stablekd_fast.kernels.augment_batch import reference
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = ("count", "height", "width", "channels", "first", "padding", "pixel_stride")
 _NUMBERS = ("mean_0", "mean_1", "mean_2", "mean_3", "std_0", "std_1", "std_2", "std_3")
 _MOST_CHANNELS = 4
@@ -179,7 +179,7 @@ def augment_batch(
 ) -> Tensor:
     """Rows and offsets that do not fit fail on the device, which is not awaited."""
     count, height, width, channels = images.shape
-    if dtype not in _FLOATS or 0 in (len(rows), images.numel()) or height * width * channels > _LARGEST_IMAGE:
+    if dtype not in FLOATS or 0 in (len(rows), images.numel()) or height * width * channels > _LARGEST_IMAGE:
         return reference.augment_batch(images, rows, offsets, flips, padding, mean, std, dtype, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty((len(rows), channels, height, width), dtype=dtype, device=images.device, memory_format=layout)
@@ -205,7 +205,7 @@ def specialisations() -> Iterator[Listed]:
     integers, numbers = [0] * len(_INTEGERS), [0.0] * len(_NUMBERS)
     groups = range(1, _MOST_CHANNELS + 1)
     shapes = [(kernel, group, True) for kernel in (augment_planes, augment_pixels) for group in groups]
-    for dtype, (kernel, group, dense), size in product(_FLOATS, [*shapes, (augment_planes, 1, False)], _ALIGNMENTS):
+    for dtype, (kernel, group, dense), size in product(FLOATS, [*shapes, (augment_planes, 1, False)], _ALIGNMENTS):
         tensors = (torch.uint8, torch.int64, torch.int64, torch.bool, dtype, torch.bool)
         constants = _constants(kernel, group, dense, size)
         listed = variant(kernel, _arguments(tensors, integers, numbers), constants, _WARPS)

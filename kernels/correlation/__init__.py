@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stablekd_fast.kernels._checks import describe, require
 from stablekd_fast.kernels._composite import loss_with_grad
+from stablekd_fast.kernels._logits import check_student, check_teacher
 from stablekd_fast.kernels.correlation import reference
 
 
@@ -53,13 +53,5 @@ def correlation_with_grad(
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
-    require(
-        student.dim() == 2 and student.is_floating_point(),
-        f"student_logits is {describe(student)}; it must be a floating point [N, C].",
-    )
-    require(
-        teacher.shape == student.shape and teacher.is_floating_point(),
-        f"teacher_logits is {describe(teacher)} but student_logits {describe(student)}; "
-        "teacher and student must have the same batch and classes.",
-    )
-    require(temperature > 0, f"temperature={temperature} was given; it must be greater than 0.")
+    check_student(student, temperature)
+    check_teacher(teacher, student)

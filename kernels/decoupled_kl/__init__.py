@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.kernels._checks import check_upstream, describe, require
+from stablekd_fast.kernels._logits import check_labels, check_student, check_teacher
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.decoupled_kl import cpu_impl, reference
 
@@ -60,20 +61,10 @@ def decoupled_kl_with_grad(
 
 
 def _check(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> None:
-    require(
-        student.dim() == 2 and student.is_floating_point() and student.shape[1] >= 2,
-        f"student_logits is {describe(student)}; it must be a floating point [N, C] with at least two classes.",
-    )
-    require(
-        teacher.shape == student.shape and teacher.is_floating_point(),
-        f"teacher_logits is {describe(teacher)} but student_logits {describe(student)}; "
-        "teacher and student must have the same batch and classes.",
-    )
-    require(
-        labels.dtype == torch.int64 and labels.shape == student.shape[:1],
-        f"labels is {describe(labels)}; it must be int64 [{student.shape[0]}].",
-    )
-    require(temperature > 0, f"temperature={temperature} was given; it must be greater than 0.")
+    check_student(student, temperature)
+    require(student.shape[1] >= 2, f"student_logits is {describe(student)}; it must have at least two classes.")
+    check_teacher(teacher, student)
+    check_labels(labels, student)
 
 
 _by_autograd = define_loss(

@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._cpu import FLOATS, TYPES, address, number, threads
-from stablekd_fast.kernels._logits import as_rows, refuse_row
+from stablekd_fast.kernels._checks import laid_out_like
+from stablekd_fast.kernels._cpu import EXPONENTIAL_GRAIN, TYPES, address, number, threads
+from stablekd_fast.kernels._logits import as_rows, in_single_precision, refuse_row, row_by_row
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.decoupled_kl import reference
-
-# Elements per thread: exponentials are worth a thread sooner than plain arithmetic.
-_GRAIN = 4096
 
 
 def decoupled_kl(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, beta: float
 ) -> Tensor:
-    if not _fits(student, teacher):
+    if not in_single_precision(student, teacher):
         return reference.decoupled_kl(student, teacher, labels, temperature, alpha, beta)
     return _call(student, teacher, labels, temperature, alpha, beta, 1.0, None)
 
@@ -32,17 +30,11 @@ def decoupled_kl_with_grad(
     factor: float,
     upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if not _fits(student, teacher):
+    if not in_single_precision(student, teacher):
         return reference.decoupled_kl_with_grad(student, teacher, labels, temperature, alpha, beta, factor, upstream)
-    gradient = torch.empty_like(student)
-    into = gradient if gradient.is_contiguous() else torch.empty_like(student, memory_format=torch.contiguous_format)
-    loss = _call(student, teacher, labels, temperature, alpha, beta, factor * number(upstream), into)
-    return loss, gradient if into is gradient else gradient.copy_(into)
-
-
-def _fits(student: Tensor, teacher: Tensor) -> bool:
-    """The core computes in single precision; empty batches have no mean, as the reference says."""
-    return student.dtype in FLOATS and teacher.dtype in FLOATS and student.numel() > 0
+    gradient = row_by_row(student)
+    loss = _call(student, teacher, labels, temperature, alpha, beta, factor * number(upstream), gradient)
+    return loss, laid_out_like(gradient, student)
 
 
 def _call(
@@ -68,7 +60,7 @@ def _call(
         alpha,
         beta,
         factor,
-        threads(student.numel(), _GRAIN),
+        threads(student.numel(), EXPONENTIAL_GRAIN),
     )
     if bad_row >= 0:
         refuse_row(bad_row, classes, labels)

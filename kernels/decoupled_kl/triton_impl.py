@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from stablekd_fast.kernels import _triton_finish
+from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._launch import Listed, launch, variant
+from stablekd_fast.kernels._logits import in_single_precision, row_by_row
 from stablekd_fast.kernels._logits_triton import (
-    FLOATS,
     LN2,
     WIDE,
     alignment,
@@ -181,7 +182,7 @@ def of_odds(odds):
 def decoupled_kl(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, beta: float
 ) -> Tensor:
-    if not _fits(student, teacher):
+    if not in_single_precision(student, teacher):
         return reference.decoupled_kl(student, teacher, labels, temperature, alpha, beta)
     return _run(student, teacher, labels, temperature, alpha, beta, 1.0, None, None)
 
@@ -196,12 +197,11 @@ def decoupled_kl_with_grad(
     factor: float,
     upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if not _fits(student, teacher):
+    if not in_single_precision(student, teacher):
         return reference.decoupled_kl_with_grad(student, teacher, labels, temperature, alpha, beta, factor, upstream)
-    gradient = torch.empty_like(student)
-    into = gradient if gradient.is_contiguous() else torch.empty_like(student, memory_format=torch.contiguous_format)
-    loss = _run(student, teacher, labels, temperature, alpha, beta, factor, upstream, into)
-    return loss, gradient if into is gradient else gradient.copy_(into)
+    gradient = row_by_row(student)
+    loss = _run(student, teacher, labels, temperature, alpha, beta, factor, upstream, gradient)
+    return loss, laid_out_like(gradient, student)
 
 
 def specialisations() -> Iterator[Listed]:
@@ -218,11 +218,6 @@ def specialisations() -> Iterator[Listed]:
             variant(kernel, arguments, {**tile.constants, "ALIGN": align}, tile.warps),
             vectorised=align * min(student.itemsize, teacher.itemsize) >= 16,
         )
-
-
-def _fits(student: Tensor, teacher: Tensor) -> bool:
-    """The kernels compute in single precision; empty batches have no mean, as the reference says."""
-    return student.dtype in FLOATS and teacher.dtype in FLOATS and student.numel() > 0
 
 
 def _run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._checks import FLOATS, describe, require
 from stablekd_fast.kernels._features import CODES, check_channel_axis, check_scales
 from stablekd_fast.kernels._registry import define, serve_cpu
 from stablekd_fast.kernels.dequantize_rows import cpu_impl, reference
@@ -25,7 +25,7 @@ def dequantize_rows(
         f"codes is {describe(codes)}; it must be int8 or float8_e4m3fn with a batch axis and at least one more.",
     )
     require(
-        dtype in (torch.float32, torch.bfloat16, torch.float16),
+        dtype in FLOATS,
         f"dtype={dtype} was given; it must be torch.float32, torch.bfloat16 or torch.float16.",
     )
     check_channel_axis(codes, channel_axis)

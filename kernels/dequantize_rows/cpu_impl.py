@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.kernels._checks import laid_out_like
-from stablekd_fast.kernels._cpu import TYPES, scale_stride, threads
-from stablekd_fast.kernels._cpu_features import GRAIN
+from stablekd_fast.kernels._cpu import GRAIN, TYPES, scale_stride, threads
 from stablekd_fast.kernels._layout import dense, layout
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.dequantize_rows import reference
@@ -28,4 +27,4 @@ def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype, channel_a
         shape,
         threads(codes.numel(), GRAIN),
     )
-    return laid_out_like(values, torch.empty_like(codes, dtype=dtype))
+    return laid_out_like(values, codes, dtype)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.kernels._checks import laid_out_like
-from stablekd_fast.kernels._cpu import number, threads
-from stablekd_fast.kernels._cpu_features import GRAIN, Operands, operands
+from stablekd_fast.kernels._cpu import GRAIN, number, threads
+from stablekd_fast.kernels._cpu_features import Operands, operands
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.feature_cosine import reference
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.kernels._checks import check_upstream, describe, require
+from stablekd_fast.kernels._logits import check_labels, check_student, check_teacher
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.kd_loss import cpu_impl, reference
 
@@ -98,16 +99,9 @@ def _check(
     label_smoothing: float,
     weight: Tensor | None,
 ) -> None:
-    require(
-        student.dim() == 2 and student.is_floating_point(),
-        f"student_logits is {describe(student)}; it must be a floating point [N, C].",
-    )
+    check_student(student, temperature)
     if indices is None:
-        require(
-            teacher.shape == student.shape and teacher.is_floating_point(),
-            f"teacher_logits is {describe(teacher)} but student_logits {describe(student)}; "
-            "teacher and student must have the same batch and classes.",
-        )
+        check_teacher(teacher, student)
     else:
         fits = teacher.is_floating_point() and indices.dtype == torch.int64 and teacher.shape == indices.shape
         count, classes = student.shape
@@ -117,16 +111,12 @@ def _check(
             f"they must be int64 and floating point, both [{count}, k] with k in 1..{classes}.",
         )
     if labels is not None:
-        require(
-            labels.dtype == torch.int64 and labels.shape == student.shape[:1],
-            f"labels is {describe(labels)}; it must be int64 [{student.shape[0]}].",
-        )
+        check_labels(labels, student)
     if weight is not None:
         require(
             weight.is_floating_point() and weight.shape == student.shape[:1],
             f"weight is {describe(weight)}; it must be floating point [{student.shape[0]}].",
         )
-    require(temperature > 0, f"temperature={temperature} was given; it must be greater than 0.")
     require(0 <= label_smoothing < 1, f"label_smoothing={label_smoothing} was given; it must be in [0, 1).")
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._cpu import FLOATS, TYPES, address, number, threads
-from stablekd_fast.kernels._logits import as_rows, refuse_row
+from stablekd_fast.kernels._checks import laid_out_like
+from stablekd_fast.kernels._cpu import EXPONENTIAL_GRAIN, TYPES, address, number, threads
+from stablekd_fast.kernels._logits import as_rows, in_single_precision, refuse_row, row_by_row
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.kd_loss import reference
-
-# Elements per thread: exponentials are worth a thread sooner than plain arithmetic.
-_GRAIN = 4096
 
 
 def kd_loss(
@@ -24,7 +22,7 @@ def kd_loss(
     label_smoothing: float,
     weight: Tensor | None,
 ) -> Tensor:
-    if not _fits(student, teacher):
+    if not in_single_precision(student, teacher):
         return reference.kd_loss(student, teacher, indices, labels, temperature, alpha, label_smoothing, weight)
     return _call(student, teacher, indices, labels, temperature, alpha, label_smoothing, weight, 1.0, None)
 
@@ -41,20 +39,14 @@ def kd_loss_with_grad(
     factor: float,
     upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if not _fits(student, teacher):
+    if not in_single_precision(student, teacher):
         return reference.kd_loss_with_grad(
             student, teacher, indices, labels, temperature, alpha, label_smoothing, weight, factor, upstream
         )
-    gradient = torch.empty_like(student)
-    into = gradient if gradient.is_contiguous() else torch.empty_like(student, memory_format=torch.contiguous_format)
+    gradient = row_by_row(student)
     factor *= number(upstream)
-    loss = _call(student, teacher, indices, labels, temperature, alpha, label_smoothing, weight, factor, into)
-    return loss, gradient if into is gradient else gradient.copy_(into)
-
-
-def _fits(student: Tensor, teacher: Tensor) -> bool:
-    """The core computes in single precision; empty batches have no mean, as the reference says."""
-    return student.dtype in FLOATS and teacher.dtype in FLOATS and student.numel() > 0
+    loss = _call(student, teacher, indices, labels, temperature, alpha, label_smoothing, weight, factor, gradient)
+    return loss, laid_out_like(gradient, student)
 
 
 def _call(
@@ -88,7 +80,7 @@ def _call(
         alpha,
         label_smoothing,
         factor,
-        threads(student.numel(), _GRAIN),
+        threads(student.numel(), EXPONENTIAL_GRAIN),
     )
     if bad_row >= 0:
         refuse_row(bad_row, classes, labels, indices)

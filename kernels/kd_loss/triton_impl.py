@@ -15,10 +15,11 @@ from torch import Tensor
 import triton
 
 from stablekd_fast.kernels import _triton_finish
+from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._launch import Listed, launch, variant
+from stablekd_fast.kernels._logits import in_single_precision, row_by_row
 from stablekd_fast.kernels._logits_triton import (
     CHUNK,
-    FLOATS,
     WIDE,
     Tiling,
     alignment,
@@ -43,7 +44,7 @@ def kd_loss(
     weight: Tensor | None,
 ) -> Tensor:
     settings = (temperature, alpha, label_smoothing)
-    if not _fits(student, teacher):
+    if not in_single_precision(student, teacher):
         return reference.kd_loss(student, teacher, indices, labels, *settings, weight)
     return _run(student, teacher, indices, labels, *settings, weight, 1.0, None, None)
 
@@ -61,12 +62,11 @@ def kd_loss_with_grad(
     upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     settings = (temperature, alpha, label_smoothing)
-    if not _fits(student, teacher):
+    if not in_single_precision(student, teacher):
         return reference.kd_loss_with_grad(student, teacher, indices, labels, *settings, weight, factor, upstream)
-    gradient = torch.empty_like(student)
-    into = gradient if gradient.is_contiguous() else torch.empty_like(student, memory_format=torch.contiguous_format)
-    loss = _run(student, teacher, indices, labels, *settings, weight, factor, upstream, into)
-    return loss, gradient if into is gradient else gradient.copy_(into)
+    gradient = row_by_row(student)
+    loss = _run(student, teacher, indices, labels, *settings, weight, factor, upstream, gradient)
+    return loss, laid_out_like(gradient, student)
 
 
 def specialisations() -> Iterator[Listed]:
@@ -88,11 +88,6 @@ def specialisations() -> Iterator[Listed]:
                 variant(kernel, arguments, {**tile.constants, "ALIGN": align}, tile.warps),
                 vectorised=align * min(student.itemsize, student.itemsize if top_k_teacher else teacher.itemsize) >= 16,
             )
-
-
-def _fits(student: Tensor, teacher: Tensor) -> bool:
-    """The kernels compute in single precision; empty batches have no mean, as the reference says."""
-    return student.dtype in FLOATS and teacher.dtype in FLOATS and student.numel() > 0
 
 
 def _run(

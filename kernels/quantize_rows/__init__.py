@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._checks import FLOATS, describe, require
 from stablekd_fast.kernels._features import CODES, check_channel_axis
 from stablekd_fast.kernels._registry import define, serve_cpu
 from stablekd_fast.kernels.quantize_rows import cpu_impl, reference
@@ -25,7 +25,7 @@ def quantize_rows(
     Every implementation gives the same bits. Raises OperandError for shapes or dtypes that do not fit.
     """
     require(
-        rows.dim() >= 2 and rows.dtype in (torch.float32, torch.bfloat16, torch.float16),
+        rows.dim() >= 2 and rows.dtype in FLOATS,
         f"rows is {describe(rows)}; it must be float32, bfloat16 or float16 with a batch axis and at least one more.",
     )
     require(dtype in CODES, f"dtype={dtype} was given; it must be torch.int8 or torch.float8_e4m3fn.")

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.kernels._checks import laid_out_like
-from stablekd_fast.kernels._cpu import TYPES, threads
-from stablekd_fast.kernels._cpu_features import GRAIN
+from stablekd_fast.kernels._cpu import GRAIN, TYPES, threads
 from stablekd_fast.kernels._layout import dense, layout
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.quantize_rows import reference
@@ -28,4 +27,4 @@ def quantize_rows(rows: Tensor, dtype: torch.dtype, channel_axis: int) -> tuple[
         layout(filled, channel_axis),
         threads(rows.numel(), GRAIN),
     )
-    return laid_out_like(codes, torch.empty_like(rows, dtype=dtype)), scales
+    return laid_out_like(codes, rows, dtype), scales

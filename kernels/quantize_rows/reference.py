@@ -26,4 +26,4 @@ def quantize_rows(rows: Tensor, dtype: torch.dtype, channel_axis: int) -> tuple[
         codes = codes.nan_to_num(0.0).round().clamp(-127, 127)
     else:
         codes = codes.nan_to_num(0.0).clamp(-448.0, 448.0)
-    return laid_out_like(codes.to(dtype), torch.empty_like(rows, dtype=dtype)), scales
+    return laid_out_like(codes.to(dtype), rows, dtype), scales
