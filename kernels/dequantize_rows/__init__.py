@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stablekd_fast.kernels._checks import FLOATS, describe, require
 from stablekd_fast.kernels._features import CODES, check_channel_axis, check_scales
-from stablekd_fast.kernels._registry import define, serve_cpu
+from stablekd_fast.kernels._registry import define, serve_cpu, serve_cuda
 from stablekd_fast.kernels.dequantize_rows import cpu_impl, reference
 
 
@@ -44,3 +44,4 @@ define(
     _fake,
 )
 serve_cpu(dequantize_rows=cpu_impl.dequantize_rows)
+serve_cuda(__name__, dequantize_rows=reference.dequantize_rows)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stablekd_fast.kernels._checks import check_upstream, require
 from stablekd_fast.kernels._features import check_features
-from stablekd_fast.kernels._registry import define_loss, serve_cpu
+from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.feature_cosine import cpu_impl, reference
 
 Per = Literal["position", "sample"]
@@ -77,3 +77,4 @@ _by_autograd = define_loss(
     differentiable=(0, 1),
 )
 serve_cpu(feature_cosine=cpu_impl.feature_cosine, feature_cosine_with_grad=cpu_impl.feature_cosine_with_grad)
+serve_cuda(__name__, feature_cosine=reference.feature_cosine, feature_cosine_with_grad=reference.feature_cosine_with_grad)

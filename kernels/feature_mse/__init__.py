@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stablekd_fast.kernels._checks import check_upstream, require
 from stablekd_fast.kernels._features import check_features
-from stablekd_fast.kernels._registry import define_loss, serve_cpu
+from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.feature_mse import cpu_impl, reference
 
 Normalize = Literal["power", "channel", "l2"] | None
@@ -97,3 +97,4 @@ _by_autograd = define_loss(
     "feature_mse", _ARGUMENTS, reference.feature_mse, reference.feature_mse_with_grad, differentiable=(0, 1, 4)
 )
 serve_cpu(feature_mse=cpu_impl.feature_mse, feature_mse_with_grad=cpu_impl.feature_mse_with_grad)
+serve_cuda(__name__, feature_mse=reference.feature_mse, feature_mse_with_grad=reference.feature_mse_with_grad)

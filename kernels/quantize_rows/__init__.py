@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stablekd_fast.kernels._checks import FLOATS, describe, require
 from stablekd_fast.kernels._features import CODES, check_channel_axis
-from stablekd_fast.kernels._registry import define, serve_cpu
+from stablekd_fast.kernels._registry import define, serve_cpu, serve_cuda
 from stablekd_fast.kernels.quantize_rows import cpu_impl, reference
 
 
@@ -45,3 +45,4 @@ define(
     _fake,
 )
 serve_cpu(quantize_rows=cpu_impl.quantize_rows)
+serve_cuda(__name__, quantize_rows=reference.quantize_rows)

@@ -1,0 +1,154 @@
+"""What the Triton kernels on feature maps share: operands in memory order, 8-bit codes, whose element is whose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+import triton
+import triton.language as tl
+
+from stablekd_fast.kernels import _features
+from stablekd_fast.kernels._checks import FLOATS
+from stablekd_fast.kernels._launch import aligned
+from stablekd_fast.kernels._layout import Layout, dense, laid_out_as, layout
+
+BLOCK = 2048
+"""Elements of a program that walks over memory."""
+
+WARPS = 4
+
+ALIGNMENTS = (8, 1)
+"""What the number of elements may be promised to be a multiple of; 8 makes accesses of 128 bits possible."""
+
+LENGTH_EPSILON = tl.constexpr(_features.LENGTH_EPSILON)
+
+# `split` is exact below 2^20.
+_LARGEST_EXTENT = 2**19
+
+_STORED = {torch.float8_e4m3fn: torch.uint8}
+
+
+class Operands(NamedTuple):
+    """Student and target in one dense layout, and the gradient (or None) to be written in that layout."""
+
+    student: Tensor
+    target: Tensor
+    scales: Tensor | None
+    gradient: Tensor | None
+    layout: Layout
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        return arguments_of(self.student, self.target, self.scales, self.gradient)
+
+    @property
+    def extents(self) -> dict[str, int]:
+        """What `owners` needs."""
+        return extents(self.layout, self.scales)
+
+
+def operands(
+    student: Tensor, target: Tensor, target_scale: Tensor | None, channel_axis: int, with_gradient: bool
+) -> Operands | None:
+    """None where the reference must serve: double precision, no elements, and extents beyond 2^19."""
+    if student.dtype not in FLOATS or target.dtype not in (*FLOATS, *_features.CODES) or student.numel() == 0:
+        return None
+    student = dense(student)
+    found = layout(student, channel_axis)
+    if not fits(found):
+        return None
+    target, scales = as_bytes(aligned(laid_out_as(target, student))), scales_of(target_scale)
+    gradient = torch.empty_like(student) if with_gradient else None
+    return Operands(aligned(student), target, scales, gradient, found)
+
+
+def fits(found: Layout) -> bool:
+    """Whether the kernels can tell which channel and sample an element belongs to."""
+    return max(found.channels, found.inner, found.outer // found.samples) <= _LARGEST_EXTENT
+
+
+def as_bytes(codes: Tensor) -> Tensor:
+    """float8_e4m3fn as uint8, which Triton has on all chips; everything else as it is."""
+    return codes.view(_STORED.get(codes.dtype, codes.dtype))
+
+
+def scales_of(scales: Tensor | None) -> Tensor | None:
+    return None if scales is None else aligned(scales.contiguous())
+
+
+def extents(found: Layout, scales: Tensor | None) -> dict[str, int]:
+    per_sample = scales is not None and scales.dim() == 2
+    return {
+        "outer": found.outer // found.samples,
+        "channels": found.channels,
+        "inner": found.inner,
+        "scales_stride": found.channels if per_sample else 0,
+    }
+
+
+EXTENTS = ("outer", "channels", "inner", "scales_stride")
+
+
+def arguments_of(student, target, scales, gradient) -> dict:
+    return {"student_at": student, "target_at": target, "scales_at": scales, "gradient_at": gradient}
+
+
+def alignment(extent: int) -> int:
+    """The largest promise that holds for `extent`."""
+    return next(width for width in ALIGNMENTS if extent % width == 0)
+
+
+def operand_types(with_gradient: bool) -> Iterator[dict]:
+    """The types of `arguments_of` in every combination that can occur."""
+    for student, target in product(FLOATS, (*FLOATS, torch.int8, torch.uint8)):
+        scales = None if target in FLOATS else torch.float32
+        yield arguments_of(student, target, scales, student if with_gradient else None)
+
+
+@triton.jit
+def split(value, extent):
+    """`value // extent` and the remainder, exact for 0 <= value < 2^20, at the price of a multiplication."""
+    quotient = ((value.to(tl.float32) + 0.5) * tl.div_rn(1.0, extent.to(tl.float32))).to(tl.int32)
+    return quotient, value - quotient * extent.to(tl.int32)
+
+
+@triton.jit
+def owners(first, lanes, outer, channels, inner):
+    """Sample and channel of the elements `first + lanes` of a map `[samples, outer, channels, inner]`."""
+    run = first // inner
+    position = run // channels
+    sample = position // outer
+    runs, _ = split((first - run * inner).to(tl.int32) + lanes, inner)
+    positions, channel = split((run - position * channels).to(tl.int32) + runs, channels)
+    samples, _ = split((position - sample * outer).to(tl.int32) + positions, outer)
+    return sample + samples, channel
+
+
+@triton.jit
+def loaded(target_at, inside):
+    """Values of a target, or codes without their scales, as float32."""
+    stored = tl.load(target_at, mask=inside, other=0)
+    return from_e4m3(stored) if target_at.dtype.element_ty == tl.uint8 else stored.to(tl.float32)
+
+
+@triton.jit
+def dequantized(target_at, scales_at, scales_stride, sample, channel, inside):
+    """Values of a target: its codes times the scale of their channel, where there are scales."""
+    values = loaded(target_at, inside)
+    if scales_at is not None:
+        values *= tl.load(scales_at + sample * scales_stride + channel, mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
+def from_e4m3(codes):
+    """The values of float8_e4m3fn codes, by integers: chips before sm_89 have nothing for it."""
+    code = codes.to(tl.uint32)
+    # The exponent's bias is 7 instead of 127; the product also turns subnormal numbers into what they stand for.
+    magnitude = ((code & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    magnitude = tl.where((code & 0x7F) == 0x7F, float("nan"), magnitude)
+    return tl.where((code & 0x80) != 0, -magnitude, magnitude)

@@ -1,0 +1,213 @@
+"""`feature_cosine` by Triton.
+
+Per position, all channels of a few positions lie in registers: student and target are read once, the gradient is
+written once. More channels than `_MOST_CHANNELS` are left to the reference. Per sample both are read twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+import triton
+import triton.language as tl
+
+from stablekd_fast.kernels import _sample_triton, _triton_finish
+from stablekd_fast.kernels._checks import laid_out_like
+from stablekd_fast.kernels._features_triton import (
+    ALIGNMENTS,
+    EXTENTS,
+    LENGTH_EPSILON,
+    Operands,
+    alignment,
+    dequantized,
+    operand_types,
+    operands,
+    split,
+)
+from stablekd_fast.kernels._launch import Listed, launch, variant
+from stablekd_fast.kernels._logits_triton import packed
+from stablekd_fast.kernels.feature_cosine import reference
+
+_MOST_CHANNELS = {True: 8192, False: 2048}
+"""By whether channels lie side by side in memory."""
+
+_CHANNEL_BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+class _Tiling(NamedTuple):
+    channels_last: bool
+    positions: int
+    channels: int
+    warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"POSITIONS": self.positions, "CHANNELS": self.channels}
+
+
+def _tiling(channels_last: bool, channels: int) -> _Tiling:
+    """16 elements of each operand for a thread; positions side by side in memory are read at least 8 at a time."""
+    block = next(block for block in _CHANNEL_BLOCKS if block >= channels)
+    positions = max(1 if channels_last else 8, 2048 // block)
+    return _Tiling(channels_last, positions, block, min(16, max(4, positions * block // 512)))
+
+
+@triton.jit(do_not_specialize=["positions", *EXTENTS])
+def last_angles(
+    student_at,  # [positions, C]
+    target_at,
+    scales_at,  # float32 [C] or [N, C] of codes, or None
+    gradient_at,  # in the student's dtype, or None
+    upstream_at,  # float32 [], or None
+    partials_at,  # float32 [programs]
+    positions: tl.int64,
+    outer: tl.int64,
+    channels: tl.int64,
+    inner: tl.int64,
+    scales_stride: tl.int64,
+    slope,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Loss and gradient of POSITIONS positions whose channels lie side by side in memory."""
+    # Dividing and multiplying tells the compiler of the multiple that vector loads and stores need.
+    channels = channels // ALIGN * ALIGN
+    position = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
+    channel = tl.arange(0, CHANNELS)[None, :]
+    inside = (position < positions)[:, None] & (channel < channels.to(tl.int32))
+    place = (position * channels)[:, None] + channel
+    sample = (position // outer)[:, None]
+    student = tl.load(student_at + place, mask=inside, other=0.0).to(tl.float32)
+    target = dequantized(target_at + place, scales_at, scales_stride, sample, channel, inside)
+    apart, distance, length = angles(student, target, 1)
+    tl.store(partials_at + tl.program_id(0), tl.sum(tl.where(position < positions, distance, 0.0), 0))
+    if gradient_at is not None:
+        if upstream_at is not None:
+            slope *= tl.load(upstream_at)
+        gradient = (apart - student * distance[:, None]) * (slope / length)[:, None]
+        tl.store(gradient_at + place, gradient.to(gradient_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["positions", *EXTENTS])
+def first_angles(
+    student_at,  # [..., C, inner]
+    target_at,
+    scales_at,  # float32 [C] or [N, C] of codes, or None
+    gradient_at,  # in the student's dtype, or None
+    upstream_at,  # float32 [], or None
+    partials_at,  # float32 [programs]
+    positions: tl.int64,
+    outer: tl.int64,
+    channels: tl.int64,
+    inner: tl.int64,
+    scales_stride: tl.int64,
+    slope,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Loss and gradient of POSITIONS positions whose channels lie `inner` elements apart."""
+    first = tl.program_id(0).to(tl.int64) * POSITIONS
+    lanes = tl.arange(0, POSITIONS)
+    map_first = first // inner
+    maps, within = split((first - map_first * inner).to(tl.int32) + lanes, inner)
+    samples, _ = split((map_first % outer).to(tl.int32) + maps, outer)
+    sample = (map_first // outer + samples)[None, :]
+    present = first + lanes < positions
+    channel = tl.arange(0, CHANNELS)[:, None]
+    inside = present[None, :] & (channel < channels)
+    place = ((map_first + maps) * channels * inner + within)[None, :] + channel * inner
+    student = tl.load(student_at + place, mask=inside, other=0.0).to(tl.float32)
+    target = dequantized(target_at + place, scales_at, scales_stride, sample, channel, inside)
+    apart, distance, length = angles(student, target, 0)
+    tl.store(partials_at + tl.program_id(0), tl.sum(tl.where(present, distance, 0.0), 0))
+    if gradient_at is not None:
+        if upstream_at is not None:
+            slope *= tl.load(upstream_at)
+        gradient = (apart - student * distance[None, :]) * (slope / length)[None, :]
+        tl.store(gradient_at + place, gradient.to(gradient_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def angles(student, target, AXIS: tl.constexpr):
+    """(u - v) |s|, 1 - u.v and |s|^2 of vectors along AXIS; see `reference` for why nothing cancels."""
+    length = tl.sum(student * student, AXIS) + LENGTH_EPSILON
+    other = tl.sum(target * target, AXIS) + LENGTH_EPSILON
+    apart = student - target * tl.expand_dims(tl.sqrt(length / other), AXIS)
+    distance = tl.sum(apart * apart, AXIS) / length
+    return apart, 0.5 * (distance + LENGTH_EPSILON / length + LENGTH_EPSILON / other), length
+
+
+def feature_cosine(
+    student: Tensor, target: Tensor, target_scale: Tensor | None, per: str, channel_axis: int
+) -> Tensor:
+    found = _operands(student, target, target_scale, per, channel_axis, with_gradient=False)
+    if found is None:
+        return reference.feature_cosine(student, target, target_scale, per, channel_axis)
+    return _loss(found, per, 1.0, None)
+
+
+def feature_cosine_with_grad(
+    student: Tensor,
+    target: Tensor,
+    target_scale: Tensor | None,
+    per: str,
+    channel_axis: int,
+    factor: float,
+    upstream: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    found = _operands(student, target, target_scale, per, channel_axis, with_gradient=True)
+    if found is None:
+        return reference.feature_cosine_with_grad(student, target, target_scale, per, channel_axis, factor, upstream)
+    loss = _loss(found, per, factor, packed(upstream, torch.float32))
+    return loss, laid_out_like(found.gradient, student)
+
+
+def _operands(student, target, target_scale, per: str, channel_axis: int, with_gradient: bool) -> Operands | None:
+    found = operands(student, target, target_scale, channel_axis, with_gradient)
+    if found is None or per == "sample":
+        return found
+    return found if found.layout.channels <= _MOST_CHANNELS[found.layout.inner == 1] else None
+
+
+def _loss(found: Operands, per: str, factor: float, upstream: Tensor | None) -> Tensor:
+    if per == "sample":
+        return _sample_triton.loss(found, factor, upstream, squared_distance=False)
+    shape = found.layout
+    positions = shape.numel // shape.channels
+    tiling = _tiling(shape.inner == 1, shape.channels)
+    programs = triton.cdiv(positions, tiling.positions)
+    partials = torch.empty(programs, dtype=torch.float32, device=found.student.device)
+    wanted = upstream if found.gradient is not None else None
+    arguments = found.tensors | {"upstream_at": wanted, "partials_at": partials, "positions": positions}
+    arguments |= found.extents | {"slope": factor / positions}
+    align = alignment(shape.channels) if tiling.channels_last else 1
+    kernel = last_angles if tiling.channels_last else first_angles
+    launch(kernel, (programs,), arguments, tiling.constants | {"ALIGN": align}, tiling.warps)
+    return _triton_finish.total(partials, factor / positions, upstream)
+
+
+def specialisations() -> Iterator[Listed]:
+    yield from _triton_finish.specialisations()
+    yield from _sample_triton.specialisations(squared_distance=False)
+    single, extents = torch.float32, dict.fromkeys(EXTENTS, 0)
+    for with_gradient, (tiling, align) in product((False, True), _tilings()):
+        for types in operand_types(with_gradient):
+            for upstream in (None, single) if with_gradient else (None,):
+                arguments = types | {"upstream_at": upstream, "partials_at": single, "positions": 0}
+                arguments |= extents | {"slope": 0.0}
+                kernel = last_angles if tiling.channels_last else first_angles
+                listed = variant(kernel, arguments, tiling.constants | {"ALIGN": align}, tiling.warps)
+                yield Listed(kernel, listed, vectorised=align > 1)
+
+
+def _tilings() -> Iterator[tuple[_Tiling, int]]:
+    for channels_last, most in _MOST_CHANNELS.items():
+        for block in _CHANNEL_BLOCKS:
+            if block <= most:
+                yield from ((_tiling(channels_last, block), align) for align in (ALIGNMENTS if channels_last else (1,)))
