@@ -84,7 +84,7 @@ def sample_units(
     slope = factor / length
     if upstream_at is not None:
         slope *= tl.load(upstream_at).to(tl.float64)
-    along, weight, added = 1.0 - cosine, 0.5 / length, 0.5 * (LENGTH_EPSILON / length + LENGTH_EPSILON / other)
+    along, weight, added = 1.0 - cosine, 0.5 / length, (0.5 / length + 0.5 / other) * LENGTH_EPSILON
     if SQUARED_DISTANCE:
         along, slope, weight, added = own / length - cosine, 2.0 * slope, 1.0 / length, 0.0 * length
     out = units_at + 5 * sample

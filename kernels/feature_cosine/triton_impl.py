@@ -50,9 +50,9 @@ class _Tiling(NamedTuple):
 
 
 def _tiling(channels_last: bool, channels: int) -> _Tiling:
-    """16 elements of each operand for a thread; positions side by side in memory are read at least 8 at a time."""
+    """16 elements of each operand for a thread; positions side by side in memory are read 8 at a time if they can."""
     block = next(block for block in _CHANNEL_BLOCKS if block >= channels)
-    positions = max(1 if channels_last else 8, 2048 // block)
+    positions = max(1 if channels_last else min(8, 8192 // block), 2048 // block)
     return _Tiling(channels_last, positions, block, min(16, max(4, positions * block // 512)))
 
 
@@ -140,7 +140,7 @@ def angles(student, target, AXIS: tl.constexpr):
     other = tl.sum(target * target, AXIS) + LENGTH_EPSILON
     apart = student - target * tl.expand_dims(tl.sqrt(length / other), AXIS)
     distance = tl.sum(apart * apart, AXIS) / length
-    return apart, 0.5 * (distance + LENGTH_EPSILON / length + LENGTH_EPSILON / other), length
+    return apart, 0.5 * (distance + (1.0 / length + 1.0 / other) * LENGTH_EPSILON), length
 
 
 def feature_cosine(

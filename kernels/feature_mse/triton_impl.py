@@ -115,7 +115,7 @@ def square_elements(
 def channel_moments(
     target_at,
     scales_at,  # float32 [C] or [N, C] of codes, or None
-    means_at,  # float32 [parts, C]
+    means_at,  # float32 [parts, C], relative to each channel's first value
     deviations_at,  # float32 [parts, C]
     count: tl.int64,
     length: tl.int64,
@@ -130,6 +130,8 @@ def channel_moments(
     start = tl.program_id(1) * length
     stop = tl.minimum(start + length, count)
     channel = (tl.program_id(0) * COLS + tl.arange(0, COLS))[None, :]
+    # Relative to a value of the channel itself, so that a mean far from zero costs no digits.
+    pivot = dequantized(target_at + channel * inner, scales_at, scales_stride, 0, channel, channel < channels)
     mean = tl.zeros([ROWS, COLS], tl.float32)
     deviation = tl.zeros([ROWS, COLS], tl.float32)
     seen = tl.zeros([ROWS, COLS], tl.float32)
@@ -141,7 +143,7 @@ def channel_moments(
         samples, _ = split((run - sample * outer).to(tl.int32) + runs, outer)
         inside = (row + lanes < stop)[:, None] & (channel < channels)
         at = target_at + (((run + runs) * channels * inner) + place)[:, None] + channel * inner
-        values = dequantized(at, scales_at, scales_stride, (sample + samples)[:, None], channel, inside)
+        values = dequantized(at, scales_at, scales_stride, (sample + samples)[:, None], channel, inside) - pivot
         # Each lane keeps the moments of what it has seen (Welford 1962).
         seen += inside.to(tl.float32)
         apart = tl.where(inside, values - mean, 0.0)

@@ -142,9 +142,11 @@ def encoded(values, scale, largest, codes_at):
     quotient = tl.where(quotient == quotient, quotient, 0.0)
     quotient = tl.minimum(tl.maximum(quotient, -largest), largest)
     if codes_at.dtype.element_ty == tl.uint8:
-        return to_e4m3(quotient)
-    # From 1.5 * 2^23 on float32 holds nothing but integers.
-    return ((quotient + 12582912.0) - 12582912.0).to(tl.int8)
+        codes = to_e4m3(quotient)
+    else:
+        # From 1.5 * 2^23 on float32 holds nothing but integers.
+        codes = ((quotient + 12582912.0) - 12582912.0).to(tl.int8)
+    return codes
 
 
 @triton.jit

@@ -174,10 +174,9 @@ def test_features_without_length_or_variance(device, kind):
     student, target = operands(device, 2, 3, 4, 4)
     dead = torch.zeros_like(target)
     for a, b in ((student, dead), (dead, target), (dead, dead), (student, dead + 2.0)):
-        check(kind, a, b) if b is target else None
         got, expected = by_triton(kind, a, b), by_reference(kind, a, b)
         assert got[1].isfinite().all()
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected[1].abs().max().item())
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected[1].abs().max().item() + 1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
