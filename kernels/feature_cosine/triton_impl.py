@@ -50,10 +50,14 @@ class _Tiling(NamedTuple):
 
 
 def _tiling(channels_last: bool, channels: int) -> _Tiling:
-    """16 elements of each operand for a thread; positions side by side in memory are read 8 at a time if they can."""
+    """16 elements of each operand for a thread, 8 where channels are apart and an element's place takes registers."""
     block = next(block for block in _CHANNEL_BLOCKS if block >= channels)
-    positions = max(1 if channels_last else min(8, 8192 // block), 2048 // block)
-    return _Tiling(channels_last, positions, block, min(16, max(4, positions * block // 512)))
+    if channels_last:
+        positions, per_thread = max(1, 2048 // block), 16
+    else:
+        # Positions side by side in memory are read 8 at a time where that many fit.
+        positions, per_thread = max(min(8, 4096 // block), 1024 // block), 8
+    return _Tiling(channels_last, positions, block, min(16, max(4, positions * block // (32 * per_thread))))
 
 
 @triton.jit(do_not_specialize=["positions", *EXTENTS])
