@@ -24,8 +24,13 @@ REQUIRED = ("bench", "case", "contender", "median_seconds", "spread_seconds", "r
 
 def write_json(path: Path, rows: Sequence[dict], settings: dict) -> None:
     """Write rows, machine, versions and settings (with the commit, in a checkout), whole or not at all."""
+    write_document(path, {"rows": rows}, settings)
+
+
+def write_document(path: Path, content: dict, settings: dict) -> None:
+    """Write the content with machine, versions and settings (with the commit, in a checkout), whole or not at all."""
     document = {
-        "rows": rows,
+        **content,
         "machine": machine(),
         "versions": versions(),
         "settings": {**settings, "commit": commit()},

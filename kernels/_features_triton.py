@@ -19,8 +19,6 @@ from stablekd_fast.kernels._layout import Layout, dense, laid_out_as, layout
 BLOCK = 2048
 """Elements of a program that walks over memory."""
 
-WARPS = 4
-
 ALIGNMENTS = (8, 1)
 """What the number of elements may be promised to be a multiple of; 8 makes accesses of 128 bits possible."""
 
@@ -100,6 +98,15 @@ def arguments_of(student, target, scales, gradient) -> dict:
 def alignment(extent: int) -> int:
     """The largest promise that holds for `extent`."""
     return next(width for width in ALIGNMENTS if extent % width == 0)
+
+
+def flat(extent: int) -> tuple[dict[str, int], int]:
+    """Constants and warps of a program that walks over `extent` elements in stretches of BLOCK.
+
+    Without alignment every element's place takes registers of its own: fewer elements for a thread.
+    """
+    align = alignment(extent)
+    return {"BLOCK": BLOCK, "ALIGN": align}, BLOCK // (512 if align > 1 else 256)
 
 
 def operand_types(with_gradient: bool) -> Iterator[dict]:

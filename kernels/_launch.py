@@ -39,11 +39,12 @@ class Specialisation:
 
 @dataclass(frozen=True)
 class Listed:
-    """A variant that the dispatcher can reach. `vectorised`: 128-bit global loads and stores are promised for it."""
+    """A variant that the dispatcher can reach, and whether it promises global loads and stores of 128 bits."""
 
     function: Any = field(compare=False)
     variant: Specialisation
-    vectorised: bool = False
+    wide_loads: bool = False
+    wide_stores: bool = False
 
 
 REGISTERS = 128

@@ -21,10 +21,9 @@ from stablekd_fast.kernels._features_triton import (
     BLOCK,
     EXTENTS,
     LENGTH_EPSILON,
-    WARPS,
     Operands,
-    alignment,
     dequantized,
+    flat,
     operand_types,
     owners,
 )
@@ -32,6 +31,7 @@ from stablekd_fast.kernels._launch import Listed, launch, variant
 
 _UNITS = 5
 _ADDED = 256
+_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["size", "chunks", *EXTENTS])
@@ -169,15 +169,14 @@ def loss(found: Operands, factor: float, upstream: Tensor | None, squared_distan
     units = torch.empty((samples, _UNITS), dtype=torch.float32, device=device)
     partials = torch.empty(samples * chunks, dtype=torch.float32, device=device)
     shape = {"size": size, "chunks": chunks} | found.extents
-    constants = {"BLOCK": BLOCK, "ALIGN": alignment(size)}
     arguments = _without_gradient(found.tensors) | {"products_at": products} | shape
-    launch(sample_products, (len(partials),), arguments, constants, WARPS)
+    launch(sample_products, (len(partials),), arguments, *flat(size))
     wanted = upstream if found.gradient is not None else None
     arguments = {"products_at": products, "upstream_at": wanted, "units_at": units}
     arguments |= {"chunks": chunks, "factor": factor / samples}
-    launch(sample_units, (samples,), arguments, _of_units(squared_distance), WARPS)
+    launch(sample_units, (samples,), arguments, _of_units(squared_distance), _WARPS)
     arguments = found.tensors | {"units_at": units, "partials_at": partials} | shape
-    launch(unit_elements, (len(partials),), arguments, constants, WARPS)
+    launch(unit_elements, (len(partials),), arguments, *flat(size))
     return _triton_finish.total(partials, factor / samples, upstream)
 
 
@@ -185,17 +184,17 @@ def specialisations(squared_distance: bool) -> Iterator[Listed]:
     single = torch.float32
     shape = dict.fromkeys(("size", "chunks", *EXTENTS), 0)
     for with_gradient, align in product((False, True), ALIGNMENTS):
-        constants = {"BLOCK": BLOCK, "ALIGN": align}
         for types in operand_types(with_gradient):
             arguments = types | {"units_at": single, "partials_at": single} | shape
-            yield Listed(unit_elements, variant(unit_elements, arguments, constants, WARPS), vectorised=align > 1)
+            listed, wide = variant(unit_elements, arguments, *flat(align)), align > 1
+            yield Listed(unit_elements, listed, wide_loads=wide, wide_stores=wide and with_gradient)
             if not with_gradient:
                 arguments = _without_gradient(types) | {"products_at": single} | shape
-                listed = variant(sample_products, arguments, constants, WARPS)
-                yield Listed(sample_products, listed, vectorised=align > 1)
+                listed = variant(sample_products, arguments, *flat(align))
+                yield Listed(sample_products, listed, wide_loads=wide)
     for upstream in (None, single):
         arguments = {"products_at": single, "upstream_at": upstream, "units_at": single, "chunks": 0, "factor": 0.0}
-        yield Listed(sample_units, variant(sample_units, arguments, _of_units(squared_distance), WARPS))
+        yield Listed(sample_units, variant(sample_units, arguments, _of_units(squared_distance), _WARPS))
 
 
 def _without_gradient(tensors: dict) -> dict:

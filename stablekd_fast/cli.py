@@ -105,12 +105,33 @@ def _bench_kernels(options) -> int:
     from stablekd_fast.bench.kernels import Setting, run_kernels
     from stablekd_fast.bench.output import read_json
 
+    if options.aot or options.every_variant:
+        return _prove_kernels(options)
     earlier = read_json(Path(options.against))["rows"] if options.against else None
     setting = Setting(options.device, options.compile, options.quick)
-    ops = [op.strip() for op in options.ops.split(",")] if options.ops else []
+    ops = _ops(options)
     show = partial(_show_case, earlier=earlier)
     measured = run_kernels(setting, ops, rounds=options.rounds, threads=options.threads, show=show)
     return _keep_measurements(measured, options, earlier)
+
+
+def _ops(options) -> list[str]:
+    return [op.strip() for op in options.ops.split(",")] if options.ops else []
+
+
+def _prove_kernels(options) -> int:
+    """1 if a kernel spills, is narrower than promised or moves too much."""
+    from stablekd_fast.bench.output import write_document
+    from stablekd_fast.bench.proof import kernel_table, prove, traffic_table
+
+    proof = prove(_ops(options), options.every_variant)
+    console.print(kernel_table(proof.compiled))
+    console.print(traffic_table(proof.moved))
+    if options.json:
+        write_document(Path(options.json), {"compiled": proof.compiled, "traffic": proof.moved}, {})
+    for fault in proof.faults:
+        print(fault, file=sys.stderr)
+    return 1 if proof.faults else 0
 
 
 def _show_case(rows: list[dict], earlier: list[dict] | None) -> None:
@@ -194,6 +215,8 @@ def _add_benches(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.A
     kernels.add_argument("--device", type=str, default="cpu")
     kernels.add_argument("--compile", action=jsonargparse.ActionYesNo, default=True, help="torch.compile as a rival too")
     kernels.add_argument("--quick", action="store_true", help="a few small cases")
+    kernels.add_argument("--aot", action="store_true", help="no timing: compile for GPUs, and count bytes")
+    kernels.add_argument("--every_variant", action="store_true", help="with --aot: all variants, which takes hours")
     kernels.add_argument("--threads", type=int | None, default=None, help="all usable cores by default")
     kernels.add_argument("--rounds", type=int, default=15)
     kernels.add_argument("--json", type=str | None, default=None, help="file for rows, machine, versions and settings")

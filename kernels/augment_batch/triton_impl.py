@@ -210,7 +210,7 @@ def specialisations() -> Iterator[Listed]:
         constants = _constants(kernel, group, dense, size)
         listed = variant(kernel, _arguments(tensors, integers, numbers), constants, _WARPS)
         if dense or size == 1:
-            yield Listed(kernel, listed, vectorised=dense and size * dtype.itemsize >= 16)
+            yield Listed(kernel, listed, wide_stores=dense and size * dtype.itemsize >= 16)
 
 
 def _constants(kernel, group: int, dense: bool, size: int) -> dict:

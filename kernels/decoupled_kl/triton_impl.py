@@ -213,10 +213,12 @@ def specialisations() -> Iterator[Listed]:
         tensors = (student, teacher, torch.int64, upstream, gradient, torch.float32)
         arguments = _arguments(tensors, [0] * len(_INTEGERS), [0.0] * len(_NUMBERS))
         kernel = _kernel(tile)
+        wide = align * min(student.itemsize, teacher.itemsize) >= 16
         yield Listed(
             kernel,
             variant(kernel, arguments, {**tile.constants, "ALIGN": align}, tile.warps),
-            vectorised=align * min(student.itemsize, teacher.itemsize) >= 16,
+            wide_loads=wide,
+            wide_stores=wide and has_gradient,
         )
 
 

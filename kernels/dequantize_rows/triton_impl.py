@@ -15,12 +15,11 @@ from stablekd_fast.kernels._features_triton import (
     ALIGNMENTS,
     BLOCK,
     EXTENTS,
-    WARPS,
-    alignment,
     as_bytes,
     dequantized,
     extents,
     fits,
+    flat,
     owners,
     scales_of,
 )
@@ -58,16 +57,15 @@ def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype, channel_a
     out = torch.empty_like(filled, dtype=dtype)
     arguments = _arguments(aligned(as_bytes(filled)), scales_of(scales), out, codes.numel())
     arguments |= extents(layout(filled, channel_axis), scales)
-    constants = {"BLOCK": BLOCK, "ALIGN": alignment(codes.numel())}
-    launch(dequantize_elements, (triton.cdiv(codes.numel(), BLOCK),), arguments, constants, WARPS)
+    launch(dequantize_elements, (triton.cdiv(codes.numel(), BLOCK),), arguments, *flat(codes.numel()))
     return laid_out_like(out, codes, dtype)
 
 
 def specialisations() -> Iterator[Listed]:
     for codes, dtype, align in product((torch.int8, torch.uint8), FLOATS, ALIGNMENTS):
         arguments = _arguments(codes, torch.float32, dtype, 0) | dict.fromkeys(EXTENTS, 0)
-        listed = variant(dequantize_elements, arguments, {"BLOCK": BLOCK, "ALIGN": align}, WARPS)
-        yield Listed(dequantize_elements, listed, vectorised=align > 1)
+        listed = variant(dequantize_elements, arguments, *flat(align))
+        yield Listed(dequantize_elements, listed, wide_stores=align > 1)
 
 
 def _arguments(codes, scales, out, count: int) -> dict:

@@ -18,7 +18,6 @@ import triton.language as tl
 from stablekd_fast.kernels import _sample_triton, _triton_finish
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._features_triton import (
-    ALIGNMENTS,
     EXTENTS,
     LENGTH_EPSILON,
     Operands,
@@ -42,22 +41,22 @@ class _Tiling(NamedTuple):
     channels_last: bool
     positions: int
     channels: int
+    align: int
     warps: int
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"POSITIONS": self.positions, "CHANNELS": self.channels}
+        return {"POSITIONS": self.positions, "CHANNELS": self.channels, "ALIGN": self.align}
 
 
 def _tiling(channels_last: bool, channels: int) -> _Tiling:
-    """16 elements of each operand for a thread, 8 where channels are apart and an element's place takes registers."""
+    """16 elements of each operand for a thread, 8 where an element's place takes registers of its own."""
     block = next(block for block in _CHANNEL_BLOCKS if block >= channels)
-    if channels_last:
-        positions, per_thread = max(1, 2048 // block), 16
-    else:
-        # Positions side by side in memory are read 8 at a time where that many fit.
-        positions, per_thread = max(min(8, 4096 // block), 1024 // block), 8
-    return _Tiling(channels_last, positions, block, min(16, max(4, positions * block // (32 * per_thread))))
+    align = alignment(channels) if channels_last else 1
+    per_thread = 16 if align > 1 else 8
+    # Positions side by side in memory are read 8 at a time where that many fit.
+    positions = max(1 if channels_last else min(8, 4096 // block), 128 * per_thread // block)
+    return _Tiling(channels_last, positions, block, align, min(16, max(4, positions * block // (32 * per_thread))))
 
 
 @triton.jit(do_not_specialize=["positions", *EXTENTS])
@@ -190,9 +189,8 @@ def _loss(found: Operands, per: str, factor: float, upstream: Tensor | None) -> 
     wanted = upstream if found.gradient is not None else None
     arguments = found.tensors | {"upstream_at": wanted, "partials_at": partials, "positions": positions}
     arguments |= found.extents | {"slope": factor / positions}
-    align = alignment(shape.channels) if tiling.channels_last else 1
     kernel = last_angles if tiling.channels_last else first_angles
-    launch(kernel, (programs,), arguments, tiling.constants | {"ALIGN": align}, tiling.warps)
+    launch(kernel, (programs,), arguments, tiling.constants, tiling.warps)
     return _triton_finish.total(partials, factor / positions, upstream)
 
 
@@ -200,18 +198,22 @@ def specialisations() -> Iterator[Listed]:
     yield from _triton_finish.specialisations()
     yield from _sample_triton.specialisations(squared_distance=False)
     single, extents = torch.float32, dict.fromkeys(EXTENTS, 0)
-    for with_gradient, (tiling, align) in product((False, True), _tilings()):
+    for with_gradient, tiling in product((False, True), _tilings()):
         for types in operand_types(with_gradient):
             for upstream in (None, single) if with_gradient else (None,):
                 arguments = types | {"upstream_at": upstream, "partials_at": single, "positions": 0}
                 arguments |= extents | {"slope": 0.0}
                 kernel = last_angles if tiling.channels_last else first_angles
-                listed = variant(kernel, arguments, tiling.constants | {"ALIGN": align}, tiling.warps)
-                yield Listed(kernel, listed, vectorised=align > 1)
+                wide = tiling.align > 1
+                listed = variant(kernel, arguments, tiling.constants, tiling.warps)
+                yield Listed(kernel, listed, wide_loads=wide, wide_stores=wide and with_gradient)
 
 
-def _tilings() -> Iterator[tuple[_Tiling, int]]:
-    for channels_last, most in _MOST_CHANNELS.items():
-        for block in _CHANNEL_BLOCKS:
-            if block <= most:
-                yield from ((_tiling(channels_last, block), align) for align in (ALIGNMENTS if channels_last else (1,)))
+def _tilings() -> set[_Tiling]:
+    return {
+        _tiling(channels_last, channels)
+        for channels_last, most in _MOST_CHANNELS.items()
+        for block in _CHANNEL_BLOCKS
+        for channels in (block, block - 1)
+        if block <= most
+    }

@@ -21,10 +21,9 @@ from stablekd_fast.kernels._features_triton import (
     ALIGNMENTS,
     BLOCK,
     EXTENTS,
-    WARPS,
     Operands,
-    alignment,
     dequantized,
+    flat,
     operand_types,
     operands,
     owners,
@@ -40,6 +39,7 @@ _POWER_FLOOR = tl.constexpr(reference.POWER_FLOOR)
 # Tiles `[positions, channels]` of the moments: channels side by side in memory are read together.
 _TILES = ((1024, 1), (32, 32))
 _MERGED = 128
+_WARPS = 4
 _PARTS = 64
 _LONGEST_PART = 2**19
 
@@ -230,8 +230,7 @@ def _loss(
     tensors = {"pulls_at": pulls, "power_at": power, "upstream_at": upstream if found.gradient is not None else None}
     arguments = found.tensors | tensors | {"partials_at": partials, "count": count} | found.extents
     arguments["slope"] = 2.0 * factor / count
-    constants = {"BLOCK": BLOCK, "ALIGN": alignment(count)}
-    launch(pull_elements, (len(partials),), arguments, constants, WARPS)
+    launch(pull_elements, (len(partials),), arguments, *flat(count))
     return _triton_finish.total(partials, factor / count, upstream)
 
 
@@ -244,7 +243,7 @@ def _power(found: Operands) -> Tensor:
     count = found.layout.numel
     partials = _one_per_program(found)
     arguments = _target_only(found.tensors) | {"partials_at": partials, "count": count} | found.extents
-    launch(square_elements, (len(partials),), arguments, {"BLOCK": BLOCK, "ALIGN": alignment(count)}, WARPS)
+    launch(square_elements, (len(partials),), arguments, *flat(count))
     return _triton_finish.total(partials, 1.0 / count, None)
 
 
@@ -259,10 +258,10 @@ def _pulls(found: Operands) -> Tensor:
     places = {"means_at": means, "deviations_at": deviations}
     arguments = _target_only(found.tensors) | places | {"count": count, "length": length} | found.extents
     grid = (triton.cdiv(channels, cols), parts)
-    launch(channel_moments, grid, arguments, {"ROWS": rows, "COLS": cols}, WARPS)
+    launch(channel_moments, grid, arguments, {"ROWS": rows, "COLS": cols}, _WARPS)
     pulls = torch.empty(channels, dtype=torch.float32, device=found.student.device)
     arguments = places | {"pulls_at": pulls, "count": count, "length": length, "channels": channels}
-    launch(merge_moments, (triton.cdiv(channels, _MERGED),), arguments, {"BLOCK": _MERGED}, WARPS)
+    launch(merge_moments, (triton.cdiv(channels, _MERGED),), arguments, {"BLOCK": _MERGED}, _WARPS)
     return pulls
 
 
@@ -281,18 +280,19 @@ def specialisations() -> Iterator[Listed]:
             ):
                 tensors = {"pulls_at": pulls, "power_at": power, "upstream_at": upstream}
                 arguments = types | tensors | {"partials_at": single, "count": 0} | extents | {"slope": 0.0}
-                listed = variant(pull_elements, arguments, {"BLOCK": BLOCK, "ALIGN": align}, WARPS)
-                yield Listed(pull_elements, listed, vectorised=align > 1)
+                listed = variant(pull_elements, arguments, *flat(align))
+                wide = align > 1
+                yield Listed(pull_elements, listed, wide_loads=wide, wide_stores=wide and with_gradient)
     for types in _target_types():
         for align in ALIGNMENTS:
             arguments = types | {"partials_at": single, "count": 0} | extents
-            yield Listed(square_elements, variant(square_elements, arguments, {"BLOCK": BLOCK, "ALIGN": align}, WARPS))
+            yield Listed(square_elements, variant(square_elements, arguments, *flat(align)))
         for rows, cols in _TILES:
             arguments = types | {"means_at": single, "deviations_at": single, "count": 0, "length": 0} | extents
-            yield Listed(channel_moments, variant(channel_moments, arguments, {"ROWS": rows, "COLS": cols}, WARPS))
+            yield Listed(channel_moments, variant(channel_moments, arguments, {"ROWS": rows, "COLS": cols}, _WARPS))
     arguments = dict.fromkeys(("means_at", "deviations_at", "pulls_at"), single)
     arguments |= {"count": 0, "length": 0, "channels": 0}
-    yield Listed(merge_moments, variant(merge_moments, arguments, {"BLOCK": _MERGED}, WARPS))
+    yield Listed(merge_moments, variant(merge_moments, arguments, {"BLOCK": _MERGED}, _WARPS))
 
 
 def _target_types() -> Iterator[dict]:

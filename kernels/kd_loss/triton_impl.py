@@ -83,10 +83,12 @@ def specialisations() -> Iterator[Listed]:
             tensors = (student, teacher, indices, labels, weight, upstream, gradient, torch.float32)
             arguments = _arguments(tensors, [0] * len(INTEGERS), [0.0] * len(NUMBERS))
             kernel = _kernel(tile)
+            wide = align * min(student.itemsize, student.itemsize if top_k_teacher else teacher.itemsize) >= 16
             yield Listed(
                 kernel,
                 variant(kernel, arguments, {**tile.constants, "ALIGN": align}, tile.warps),
-                vectorised=align * min(student.itemsize, student.itemsize if top_k_teacher else teacher.itemsize) >= 16,
+                wide_loads=wide,
+                wide_stores=wide and has_gradient,
             )
 
 

@@ -1,0 +1,65 @@
+"""What can be shown of the Triton kernels without a GPU: how they compile for real chips, and how many bytes they move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from stablekd_fast.bench import aot, traffic
+
+
+class Proof(NamedTuple):
+    """Rows of `aot.Compiled` and of `traffic.Traffic`, and in words what breaks a promise."""
+
+    compiled: list[dict]
+    moved: list[dict]
+    faults: list[str]
+
+
+def prove(ops: Sequence[str] = (), every_variant: bool = False) -> Proof:
+    """Compile a covering sample of the variants of `ops` (or all of them) and count the bytes of their cases.
+
+    Raises ConfigError for operators without Triton kernels.
+    """
+    ops = list(ops) or aot.operators()
+    compiled = list(aot.in_a_process(ops, every_variant))
+    moved = list(traffic.in_a_process(ops))
+    faults = [
+        f"{row['op']}: {row['kernel']} for sm_{row['architecture']} {row['fault']}; {row['types']} {row['constants']}"
+        for row in compiled
+        if row["fault"]
+    ]
+    faults += [
+        f"{row['op']}: {row['case']} moves {row['ratio']:.3f} times the least bytes"
+        for row in moved
+        if row["ratio"] > traffic.LIMIT
+    ]
+    return Proof(compiled, moved, faults)
+
+
+def kernel_table(rows: Sequence[dict]) -> Table:
+    """One line per kernel: the most of each resource in any of its variants, on any chip."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("kernel", overflow="fold")
+    for name in ("compiled", "registers", "spilled bytes", "shared bytes", "128-bit loads", "128-bit stores"):
+        table.add_column(name, justify="right")
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        own = [row for row in rows if row["kernel"] == kernel]
+        most = (str(max(row[name] for row in own)) for name in ("registers", "spilled_bytes", "shared_bytes"))
+        wide = (f"{sum('128' in row[name] or '256' in row[name] for row in own)}" for name in ("loads", "stores"))
+        table.add_row(kernel, str(len(own)), *most, *wide)
+    return table
+
+
+def traffic_table(rows: Sequence[dict]) -> Table:
+    """One line per case: bytes moved over the least, and what the least is."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("operator", "case", "least"):
+        table.add_column(name, overflow="fold")
+    table.add_column("moved / least", justify="right")
+    for row in rows:
+        table.add_row(row["op"], row["case"], row["passes"], f"{row['ratio']:.4f}")
+    return table

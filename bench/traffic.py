@@ -1,0 +1,241 @@
+"""Bytes that the Triton kernels move, counted by Triton's interpreter, against the least that an operator can move.
+
+Every load and store of a launch is counted by its lanes that are not masked; repeated ones count each time, although a
+chip's caches may serve them: above all the scales and weights of channels, which each element looks up, and which
+`least` therefore holds per element. `python -m stablekd_fast.bench.traffic` prints one JSON row per case, and needs
+TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from itertools import product
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.errors import ConfigError
+
+LIMIT = 1.02
+"""What is allowed of moved over least: partial sums, scales that several programs read, edges."""
+
+
+class Case(NamedTuple):
+    """A call of an operator, and how often each tensor's bytes have to be moved by the way that the kernel goes."""
+
+    op: str
+    name: str
+    call: Callable[[object], object]
+    tensors: list[tuple[Tensor, int]]
+    """Each tensor with the number of its passes."""
+    passes: str
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one case. `least` counts every tensor as often as `passes` says."""
+
+    op: str
+    case: str
+    passes: str
+    moved: int
+    least: int
+
+    @property
+    def ratio(self) -> float:
+        return self.moved / self.least
+
+
+def cases() -> Iterator[Case]:
+    yield from _logits_cases()
+    yield from _feature_cases()
+    yield from _row_cases()
+    yield _augment_case()
+
+
+def count(case: Case) -> Traffic:
+    """Run the case by the interpreter. Raises ConfigError without it."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("Traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported.")
+    kernels = import_module(f"stablekd_fast.kernels.{case.op}.triton_impl")
+    with counted() as counter:
+        case.call(kernels)
+    least = sum(tensor.numel() * tensor.itemsize * times for tensor, times in case.tensors)
+    return Traffic(case.op, case.name, case.passes, counter.moved, least)
+
+
+@contextmanager
+def counted() -> Iterator[SimpleNamespace]:
+    """`moved` of what this gives grows by the bytes of every load and store in the block."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    counter = SimpleNamespace(moved=0)
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def counting_load(pointers, mask, *others):
+        out = load(pointers, mask, *others)
+        counter.moved += int(mask.data.sum()) * out.data.itemsize
+        return out
+
+    def counting_store(pointers, value, mask, *others):
+        counter.moved += int(mask.data.sum()) * value.data.itemsize
+        return store(pointers, value, mask, *others)
+
+    # Loads and stores without a mask go through these two as well.
+    builder.create_masked_load, builder.create_masked_store = counting_load, counting_store
+    try:
+        yield counter
+    finally:
+        del builder.create_masked_load, builder.create_masked_store
+
+
+def _logits_cases() -> Iterator[Case]:
+    for classes, passes in ((1000, 1), (10_000, 2)):
+        rows = 64 if passes == 1 else 8
+        for dtype in (torch.float32, torch.bfloat16):
+            student, teacher = (torch.randn(rows, classes).to(dtype) for _ in range(2))
+            labels = torch.zeros(rows, dtype=torch.int64)
+            tensors = [(student, passes), (teacher, passes), (labels, passes), (student, 1)]
+            name, words = f"{rows}x{classes} {_short(dtype)}", f"logits {_times(passes)}, gradient once"
+            yield Case("kd_loss", name, _kd_loss(student, teacher, labels), tensors, words)
+            yield Case("decoupled_kl", name, _decoupled_kl(student, teacher, labels), tensors, words)
+
+
+def _kd_loss(student, teacher, labels) -> Callable:
+    return lambda kernels: kernels.kd_loss_with_grad(
+        student, teacher, None, labels, 4.0, 0.9, 0.0, None, 1.0, None
+    )
+
+
+def _decoupled_kl(student, teacher, labels) -> Callable:
+    return lambda kernels: kernels.decoupled_kl_with_grad(student, teacher, labels, 4.0, 1.0, 8.0, 1.0, None)
+
+
+def _feature_cases() -> Iterator[Case]:
+    for layout, codes in product((torch.contiguous_format, torch.channels_last), (False, True)):
+        student, target = (torch.randn(4, 64, 28, 28).contiguous(memory_format=layout) for _ in range(2))
+        scales = torch.ones(64) if codes else None
+        target = target.to(torch.int8) if codes else target
+        operands = (student, target, scales)
+        name = f"4x64x28x28 fp32, target {'int8' if codes else 'fp32'}, {_called(layout)}"
+        given = torch.tensor(1.0)
+        for kind, normalize, power, reads, rereads in (
+            ("plain", None, None, 1, 1),
+            ("power given", "power", given, 1, 1),
+            ("power", "power", None, 1, 2),
+            ("channel", "channel", None, 1, 2),
+            ("l2", "l2", None, 2, 2),
+        ):
+            call = _feature_mse(*operands, normalize, power)
+            lookups = (rereads if codes else 0) + (normalize == "channel")
+            yield _feature_case("feature_mse", f"{kind}: {name}", call, student, target, reads, rereads, lookups)
+        for per, passes in (("position", 1), ("sample", 2)):
+            call, lookups = _feature_cosine(*operands, per), passes if codes else 0
+            yield _feature_case("feature_cosine", f"per {per}: {name}", call, student, target, passes, passes, lookups)
+
+
+def _feature_case(op, name, call, student, target, reads: int, rereads: int, lookups: int) -> Case:
+    tensors = [(student, reads), (target, rereads), (student, 1), (_per_element(student), lookups)]
+    words = f"student {_times(reads)}, target {_times(rereads)}, gradient once"
+    return Case(op, name, call, tensors, words + _looked_up(lookups))
+
+
+def _per_element(features: Tensor) -> Tensor:
+    """Stands for the scale or weight of its channel that each element looks up."""
+    return torch.empty_like(features, dtype=torch.float32)
+
+
+def _feature_mse(student, target, scales, normalize, power) -> Callable:
+    return lambda kernels: kernels.feature_mse_with_grad(
+        student, target, scales, normalize, power, 1, 1.0, None
+    )
+
+
+def _feature_cosine(student, target, scales, per) -> Callable:
+    return lambda kernels: kernels.feature_cosine_with_grad(student, target, scales, per, 1, 1.0, None)
+
+
+def _row_cases() -> Iterator[Case]:
+    for shape, layout, passes in (
+        ((4, 64, 28, 28), torch.contiguous_format, 1),
+        ((1, 4, 100, 100), torch.contiguous_format, 2),
+        ((4, 64, 28, 28), torch.channels_last, 2),
+    ):
+        rows = torch.randn(shape).contiguous(memory_format=layout)
+        codes, scales = torch.empty_like(rows, dtype=torch.int8), torch.ones(shape[:2])
+        name = f"{'x'.join(map(str, shape))} fp32, {_called(layout)}"
+        words = f"values {_times(passes)}, codes once"
+        tensors = [(rows, passes), (codes, 1), (scales, 1)]
+        yield Case("quantize_rows", name, _quantize(rows), tensors, words)
+        tensors = [(codes, 1), (rows, 1), (_per_element(rows), 1)]
+        words = "codes once, values once" + _looked_up(1)
+        yield Case("dequantize_rows", name, _dequantize(codes.zero_(), scales), tensors, words)
+
+
+def _quantize(rows) -> Callable:
+    return lambda kernels: kernels.quantize_rows(rows, torch.int8, 1)
+
+
+def _dequantize(codes, scales) -> Callable:
+    return lambda kernels: kernels.dequantize_rows(codes, scales, torch.float32, 1)
+
+
+def _augment_case() -> Case:
+    images, rows = torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.arange(8)
+    offsets, flips = torch.full((8, 2), 4), torch.zeros(8, dtype=torch.bool)
+    out = torch.empty(8, 3, 32, 32)
+
+    def call(kernels):
+        return kernels.augment_batch(
+            images, rows, offsets, flips, 4, [0.5] * 3, [0.5] * 3, torch.float32, False
+        )
+
+    tensors = [(images, 1), (rows, 1), (offsets, 1), (flips, 1), (out, 1)]
+    return Case("augment_batch", "8x32x32x3, fp32 NCHW", call, tensors, "pixels once, images once")
+
+
+def _times(passes: int) -> str:
+    return "once" if passes == 1 else "twice"
+
+
+def _looked_up(lookups: int) -> str:
+    return f", {lookups} float32 of its channel per element" if lookups else ""
+
+
+def _called(layout: torch.memory_format) -> str:
+    return "NHWC" if layout == torch.channels_last else "NCHW"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def in_a_process(ops) -> Iterator[dict]:
+    """Rows of `Traffic` with their ratio, counted by a process of its own under Triton's interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    words = [sys.executable, "-m", __spec__.name, *ops]
+    found = subprocess.run(words, check=False, stdout=subprocess.PIPE, text=True, env=environment)
+    if found.returncode:
+        raise ConfigError(f"Counting bytes failed with exit code {found.returncode}; its error is above.")
+    yield from map(json.loads, found.stdout.splitlines())
+
+
+def main() -> None:
+    ops = sys.argv[1:]
+    for case in cases():
+        if not ops or case.op in ops:
+            found = count(case)
+            print(json.dumps(asdict(found) | {"ratio": found.ratio}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

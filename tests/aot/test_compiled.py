@@ -1,0 +1,93 @@
+"""The Triton kernels compile for real chips without spills and with the wide accesses that they promise."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from stablekd_fast.bench import aot  # noqa: E402
+from stablekd_fast.errors import ConfigError  # noqa: E402
+
+
+def without_interpreter():
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def check(rows):
+    assert {row["architecture"] for row in rows} == set(aot.ARCHITECTURES)
+    faults = [row for row in rows if row["fault"]]
+    assert not faults, faults[:3]
+
+
+@pytest.mark.parametrize("op", aot.operators())
+def test_a_covering_sample_of_all_variants(op):
+    rows = list(aot.in_a_process([op], every_variant=False))
+    check(rows)
+    kernels = {listed.variant.kernel for _, listed in aot.reachable([op])}
+    assert {row["kernel"] for row in rows} == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", aot.operators())
+def test_every_variant(op):
+    check(list(aot.in_a_process([op], every_variant=True)))
+
+
+@pytest.mark.parametrize("op", ["feature_mse", "quantize_rows"])
+def test_the_sample_covers_all_pairs(op):
+    jobs = aot.every([op])
+    everything, sampled = (
+        {(job[1].kernel, pair) for job in some for pair in aot._pairs(job)} for some in (jobs, aot.covering([op]))
+    )
+    assert everything == sampled
+
+
+PLANTED = """
+import json
+from dataclasses import asdict
+import torch, triton, triton.language as tl
+from stablekd_fast.bench import aot
+from stablekd_fast.kernels._launch import Listed, variant
+
+@triton.jit
+def hoarding(x_at, y_at, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    first = tl.load(x_at + lanes)
+    again = tl.load(x_at + lanes * 3)
+    total = tl.sum(first * again, 0)
+    tl.store(y_at + lanes, first * total + again)
+
+@triton.jit
+def narrow(x_at, y_at, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    tl.store(y_at + 3 * lanes, tl.load(x_at + 3 * lanes))
+
+def listed(kernel, block):
+    arguments = {"x_at": torch.float32, "y_at": torch.float32}
+    return Listed(kernel, variant(kernel, arguments, {"BLOCK": block}, 1), wide_loads=True, wide_stores=True)
+
+print(json.dumps([aot.compile_one("planted", listed(*one), 90).fault for one in ((hoarding, 8192), (narrow, 512))]))
+"""
+
+
+def test_spills_and_narrow_accesses_are_found(tmp_path):
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED)
+    words = [sys.executable, str(script)]
+    environment = without_interpreter() | {"TRITON_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    spilled, narrow = json.loads(found.stdout)
+    assert spilled.startswith("spills") and narrow.startswith("promises loads of 128 bits")
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch):
+    with pytest.raises(ConfigError, match="no Triton kernel of an operator 'kd_los'.*kd_loss"):
+        list(aot.reachable(["kd_los"]))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ConfigError, match="TRITON_INTERPRET=1 is set"):
+        list(aot.compiled([]))
