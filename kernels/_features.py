@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._checks import FLOATS, describe, require
+from stablekd_fast.kernels._layout import Layout, dense, laid_out_as, layout
 
 CODES = (torch.int8, torch.float8_e4m3fn)
 """Dtypes of stored activations: code times the scale of its channel gives the value."""
@@ -72,3 +75,26 @@ def per_channel(scales: Tensor, features: Tensor, channel_axis: int) -> Tensor:
 def length(features: Tensor, axes: list[int]) -> Tensor:
     """Root of the sum of squares over `axes`, kept; the epsilon under the root keeps all-zero features at zero."""
     return (features.square().sum(dim=axes, keepdim=True) + LENGTH_EPSILON).sqrt()
+
+
+class Operands(NamedTuple):
+    """Student and target in one dense layout, and the gradient (or None) to be written in that layout."""
+
+    student: Tensor
+    target: Tensor
+    scales: Tensor | None
+    gradient: Tensor | None
+    layout: Layout
+
+
+def operands(
+    student: Tensor, target: Tensor, target_scale: Tensor | None, channel_axis: int, with_gradient: bool
+) -> Operands | None:
+    """What the fused implementations take; None for double precision and tensors without elements."""
+    if student.dtype not in FLOATS or target.dtype not in (*FLOATS, *CODES) or student.numel() == 0:
+        return None
+    student = dense(student)
+    target = laid_out_as(target, student)
+    scales = None if target_scale is None else target_scale.contiguous()
+    gradient = torch.empty_like(student) if with_gradient else None
+    return Operands(student, target, scales, gradient, layout(student, channel_axis))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +12,9 @@ import triton.language as tl
 
 from stablekd_fast.kernels import _features
 from stablekd_fast.kernels._checks import FLOATS
+from stablekd_fast.kernels._features import Operands
 from stablekd_fast.kernels._launch import aligned
-from stablekd_fast.kernels._layout import Layout, dense, laid_out_as, layout
+from stablekd_fast.kernels._layout import Layout
 
 BLOCK = 2048
 """Elements of a program that walks over memory."""
@@ -24,44 +24,24 @@ ALIGNMENTS = (8, 1)
 
 LENGTH_EPSILON = tl.constexpr(_features.LENGTH_EPSILON)
 
+EXTENTS = ("outer", "channels", "inner", "scales_stride")
+"""Arguments that say whose element is whose; `outer` counts per sample."""
+
 # `split` is exact below 2^20.
 _LARGEST_EXTENT = 2**19
 
 _STORED = {torch.float8_e4m3fn: torch.uint8}
 
 
-class Operands(NamedTuple):
-    """Student and target in one dense layout, and the gradient (or None) to be written in that layout."""
-
-    student: Tensor
-    target: Tensor
-    scales: Tensor | None
-    gradient: Tensor | None
-    layout: Layout
-
-    @property
-    def tensors(self) -> dict[str, Tensor | None]:
-        return arguments_of(self.student, self.target, self.scales, self.gradient)
-
-    @property
-    def extents(self) -> dict[str, int]:
-        """What `owners` needs."""
-        return extents(self.layout, self.scales)
-
-
 def operands(
     student: Tensor, target: Tensor, target_scale: Tensor | None, channel_axis: int, with_gradient: bool
 ) -> Operands | None:
-    """None where the reference must serve: double precision, no elements, and extents beyond 2^19."""
-    if student.dtype not in FLOATS or target.dtype not in (*FLOATS, *_features.CODES) or student.numel() == 0:
+    """Aligned operands; None where the reference must serve, extents beyond 2^19 among others."""
+    found = _features.operands(student, target, target_scale, channel_axis, with_gradient)
+    if found is None or not fits(found.layout):
         return None
-    student = dense(student)
-    found = layout(student, channel_axis)
-    if not fits(found):
-        return None
-    target, scales = as_bytes(aligned(laid_out_as(target, student))), scales_of(target_scale)
-    gradient = torch.empty_like(student) if with_gradient else None
-    return Operands(aligned(student), target, scales, gradient, found)
+    target, scales = as_bytes(aligned(found.target)), scales_of(found.scales)
+    return found._replace(student=aligned(found.student), target=target, scales=scales)
 
 
 def fits(found: Layout) -> bool:
@@ -78,6 +58,10 @@ def scales_of(scales: Tensor | None) -> Tensor | None:
     return None if scales is None else aligned(scales.contiguous())
 
 
+def tensors_of(found: Operands) -> dict[str, Tensor | None]:
+    return arguments_of(found.student, found.target, found.scales, found.gradient)
+
+
 def extents(found: Layout, scales: Tensor | None) -> dict[str, int]:
     per_sample = scales is not None and scales.dim() == 2
     return {
@@ -86,9 +70,6 @@ def extents(found: Layout, scales: Tensor | None) -> dict[str, int]:
         "inner": found.inner,
         "scales_stride": found.channels if per_sample else 0,
     }
-
-
-EXTENTS = ("outer", "channels", "inner", "scales_stride")
 
 
 def arguments_of(student, target, scales, gradient) -> dict:

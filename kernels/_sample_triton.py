@@ -16,16 +16,18 @@ import triton
 import triton.language as tl
 
 from stablekd_fast.kernels import _triton_finish
+from stablekd_fast.kernels._features import Operands
 from stablekd_fast.kernels._features_triton import (
     ALIGNMENTS,
     BLOCK,
     EXTENTS,
     LENGTH_EPSILON,
-    Operands,
     dequantized,
+    extents,
     flat,
     operand_types,
     owners,
+    tensors_of,
 )
 from stablekd_fast.kernels._launch import Listed, launch, variant
 
@@ -168,14 +170,14 @@ def loss(found: Operands, factor: float, upstream: Tensor | None, squared_distan
     products = torch.empty((samples, chunks, 3), dtype=torch.float32, device=device)
     units = torch.empty((samples, _UNITS), dtype=torch.float32, device=device)
     partials = torch.empty(samples * chunks, dtype=torch.float32, device=device)
-    shape = {"size": size, "chunks": chunks} | found.extents
-    arguments = _without_gradient(found.tensors) | {"products_at": products} | shape
+    shape = {"size": size, "chunks": chunks} | extents(found.layout, found.scales)
+    arguments = _without_gradient(tensors_of(found)) | {"products_at": products} | shape
     launch(sample_products, (len(partials),), arguments, *flat(size))
     wanted = upstream if found.gradient is not None else None
     arguments = {"products_at": products, "upstream_at": wanted, "units_at": units}
     arguments |= {"chunks": chunks, "factor": factor / samples}
     launch(sample_units, (samples,), arguments, _of_units(squared_distance), _WARPS)
-    arguments = found.tensors | {"units_at": units, "partials_at": partials} | shape
+    arguments = tensors_of(found) | {"units_at": units, "partials_at": partials} | shape
     launch(unit_elements, (len(partials),), arguments, *flat(size))
     return _triton_finish.total(partials, factor / samples, upstream)
 

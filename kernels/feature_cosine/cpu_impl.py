@@ -7,7 +7,8 @@ from torch import Tensor
 
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._cpu import GRAIN, number, threads
-from stablekd_fast.kernels._cpu_features import Operands, operands
+from stablekd_fast.kernels._cpu_features import for_core
+from stablekd_fast.kernels._features import Operands, operands
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.feature_cosine import reference
 
@@ -40,5 +41,5 @@ def feature_cosine_with_grad(
 
 
 def _call(found: Operands, per: str, factor: float) -> Tensor:
-    loss = core.feature_cosine(*found.for_core(), per == "position", factor, threads(found.layout.numel, GRAIN))
+    loss = core.feature_cosine(*for_core(found), per == "position", factor, threads(found.layout.numel, GRAIN))
     return torch.tensor(factor * loss, dtype=torch.float32)

@@ -17,15 +17,17 @@ import triton.language as tl
 
 from stablekd_fast.kernels import _sample_triton, _triton_finish
 from stablekd_fast.kernels._checks import laid_out_like
+from stablekd_fast.kernels._features import Operands
 from stablekd_fast.kernels._features_triton import (
     EXTENTS,
     LENGTH_EPSILON,
-    Operands,
     alignment,
     dequantized,
+    extents,
     operand_types,
     operands,
     split,
+    tensors_of,
 )
 from stablekd_fast.kernels._launch import Listed, launch, variant
 from stablekd_fast.kernels._logits_triton import packed
@@ -187,8 +189,8 @@ def _loss(found: Operands, per: str, factor: float, upstream: Tensor | None) -> 
     programs = triton.cdiv(positions, tiling.positions)
     partials = torch.empty(programs, dtype=torch.float32, device=found.student.device)
     wanted = upstream if found.gradient is not None else None
-    arguments = found.tensors | {"upstream_at": wanted, "partials_at": partials, "positions": positions}
-    arguments |= found.extents | {"slope": factor / positions}
+    arguments = tensors_of(found) | {"upstream_at": wanted, "partials_at": partials, "positions": positions}
+    arguments |= extents(found.layout, found.scales) | {"slope": factor / positions}
     kernel = last_angles if tiling.channels_last else first_angles
     launch(kernel, (programs,), arguments, tiling.constants, tiling.warps)
     return _triton_finish.total(partials, factor / positions, upstream)
@@ -197,12 +199,12 @@ def _loss(found: Operands, per: str, factor: float, upstream: Tensor | None) -> 
 def specialisations() -> Iterator[Listed]:
     yield from _triton_finish.specialisations()
     yield from _sample_triton.specialisations(squared_distance=False)
-    single, extents = torch.float32, dict.fromkeys(EXTENTS, 0)
+    single, shape = torch.float32, dict.fromkeys(EXTENTS, 0)
     for with_gradient, tiling in product((False, True), _tilings()):
         for types in operand_types(with_gradient):
             for upstream in (None, single) if with_gradient else (None,):
                 arguments = types | {"upstream_at": upstream, "partials_at": single, "positions": 0}
-                arguments |= extents | {"slope": 0.0}
+                arguments |= shape | {"slope": 0.0}
                 kernel = last_angles if tiling.channels_last else first_angles
                 wide = tiling.align > 1
                 listed = variant(kernel, arguments, tiling.constants, tiling.warps)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._cpu import GRAIN, number, threads
-from stablekd_fast.kernels._cpu_features import Operands, operands
+from stablekd_fast.kernels._cpu_features import for_core
+from stablekd_fast.kernels._features import Operands, operands
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.feature_mse import reference
 
@@ -50,7 +51,7 @@ def feature_mse_with_grad(
 
 def _call(found: Operands, normalize: str | None, power: Tensor | None, factor: float) -> Tensor:
     loss = core.feature_mse(
-        *found.for_core(),
+        *for_core(found),
         _NORMALIZE[normalize],
         None if power is None else float(power),
         factor,

@@ -17,17 +17,19 @@ import triton.language as tl
 
 from stablekd_fast.kernels import _sample_triton, _triton_finish
 from stablekd_fast.kernels._checks import laid_out_like
+from stablekd_fast.kernels._features import Operands
 from stablekd_fast.kernels._features_triton import (
     ALIGNMENTS,
     BLOCK,
     EXTENTS,
-    Operands,
     dequantized,
+    extents,
     flat,
     operand_types,
     operands,
     owners,
     split,
+    tensors_of,
 )
 from stablekd_fast.kernels._launch import Listed, launch, variant
 from stablekd_fast.kernels._logits_triton import packed
@@ -228,8 +230,8 @@ def _loss(
         power = _power(found) if power is None else packed(power, torch.float32)
     partials = _one_per_program(found)
     tensors = {"pulls_at": pulls, "power_at": power, "upstream_at": upstream if found.gradient is not None else None}
-    arguments = found.tensors | tensors | {"partials_at": partials, "count": count} | found.extents
-    arguments["slope"] = 2.0 * factor / count
+    arguments = tensors_of(found) | tensors | {"partials_at": partials, "count": count}
+    arguments |= extents(found.layout, found.scales) | {"slope": 2.0 * factor / count}
     launch(pull_elements, (len(partials),), arguments, *flat(count))
     return _triton_finish.total(partials, factor / count, upstream)
 
@@ -242,7 +244,8 @@ def _power(found: Operands) -> Tensor:
     """The target's mean square; 0-dim, float32."""
     count = found.layout.numel
     partials = _one_per_program(found)
-    arguments = _target_only(found.tensors) | {"partials_at": partials, "count": count} | found.extents
+    arguments = _target_only(tensors_of(found)) | {"partials_at": partials, "count": count}
+    arguments |= extents(found.layout, found.scales)
     launch(square_elements, (len(partials),), arguments, *flat(count))
     return _triton_finish.total(partials, 1.0 / count, None)
 
@@ -256,7 +259,8 @@ def _pulls(found: Operands) -> Tensor:
     moments = torch.empty((2, parts, triton.cdiv(channels, 4) * 4), dtype=torch.float32, device=found.student.device)
     means, deviations = moments
     places = {"means_at": means, "deviations_at": deviations}
-    arguments = _target_only(found.tensors) | places | {"count": count, "length": length} | found.extents
+    arguments = _target_only(tensors_of(found)) | places | {"count": count, "length": length}
+    arguments |= extents(found.layout, found.scales)
     grid = (triton.cdiv(channels, cols), parts)
     launch(channel_moments, grid, arguments, {"ROWS": rows, "COLS": cols}, _WARPS)
     pulls = torch.empty(channels, dtype=torch.float32, device=found.student.device)
@@ -272,23 +276,23 @@ def _target_only(tensors: dict) -> dict:
 def specialisations() -> Iterator[Listed]:
     yield from _triton_finish.specialisations()
     yield from _sample_triton.specialisations(squared_distance=True)
-    single, extents = torch.float32, dict.fromkeys(EXTENTS, 0)
+    single, shape = torch.float32, dict.fromkeys(EXTENTS, 0)
     for with_gradient, align in product((False, True), ALIGNMENTS):
         for types in operand_types(with_gradient):
             for (pulls, power), upstream in product(
                 ((None, None), (None, single), (single, None)), (None, single) if with_gradient else (None,)
             ):
                 tensors = {"pulls_at": pulls, "power_at": power, "upstream_at": upstream}
-                arguments = types | tensors | {"partials_at": single, "count": 0} | extents | {"slope": 0.0}
+                arguments = types | tensors | {"partials_at": single, "count": 0} | shape | {"slope": 0.0}
                 listed = variant(pull_elements, arguments, *flat(align))
                 wide = align > 1
                 yield Listed(pull_elements, listed, wide_loads=wide, wide_stores=wide and with_gradient)
     for types in _target_types():
         for align in ALIGNMENTS:
-            arguments = types | {"partials_at": single, "count": 0} | extents
+            arguments = types | {"partials_at": single, "count": 0} | shape
             yield Listed(square_elements, variant(square_elements, arguments, *flat(align)))
         for rows, cols in _TILES:
-            arguments = types | {"means_at": single, "deviations_at": single, "count": 0, "length": 0} | extents
+            arguments = types | {"means_at": single, "deviations_at": single, "count": 0, "length": 0} | shape
             yield Listed(channel_moments, variant(channel_moments, arguments, {"ROWS": rows, "COLS": cols}, _WARPS))
     arguments = dict.fromkeys(("means_at", "deviations_at", "pulls_at"), single)
     arguments |= {"count": 0, "length": 0, "channels": 0}
