@@ -27,6 +27,7 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 from stablekd_fast import kernels
 from stablekd_fast.errors import ConfigError, nearest
+from stablekd_fast.kernels import _triton
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities, times ten."""
@@ -57,12 +58,19 @@ def operators() -> list[str]:
     return sorted(path.parent.name for path in Path(kernels.__file__).parent.glob("*/triton_impl.py"))
 
 
-def reachable(ops: Iterable[str]) -> Iterator[tuple[str, object]]:
-    """(operator, Listed) for every variant of the operators. Raises ConfigError for an unknown operator."""
+def check_operators(ops: Iterable[str]) -> None:
+    """Raises ConfigError where Triton is missing, and for operators without a kernel of it."""
+    if _triton.missing:
+        raise ConfigError(f"Nothing can be compiled: {_triton.missing}.")
     known = operators()
     for op in ops:
         if op not in known:
             raise ConfigError(f"There is no Triton kernel of an operator {op!r}{nearest(op, known)}.")
+
+
+def reachable(ops: Iterable[str]) -> Iterator[tuple[str, object]]:
+    """(operator, Listed) for every variant of the operators."""
+    for op in ops:
         for listed in import_module(f"stablekd_fast.kernels.{op}.triton_impl").specialisations():
             yield op, listed
 

@@ -22,9 +22,10 @@ class Proof(NamedTuple):
 def prove(ops: Sequence[str] = (), every_variant: bool = False) -> Proof:
     """Compile a covering sample of the variants of `ops` (or all of them) and count the bytes of their cases.
 
-    Raises ConfigError for operators without Triton kernels.
+    Raises ConfigError for operators without Triton kernels, and without Triton.
     """
     ops = list(ops) or aot.operators()
+    aot.check_operators(ops)
     compiled = list(aot.in_a_process(ops, every_variant))
     moved = list(traffic.in_a_process(ops))
     faults = [

@@ -9,8 +9,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from stablekd_fast.bench import aot  # noqa: E402
+from stablekd_fast.bench import aot, traffic  # noqa: E402
+from stablekd_fast.cli import main  # noqa: E402
 from stablekd_fast.errors import ConfigError  # noqa: E402
+from stablekd_fast.kernels import _triton  # noqa: E402
 
 
 def without_interpreter():
@@ -85,9 +87,29 @@ def test_spills_and_narrow_accesses_are_found(tmp_path):
     assert spilled.startswith("spills") and narrow.startswith("promises loads of 128 bits")
 
 
+def test_the_command_prints_and_keeps_the_proof(tmp_path, capsys):
+    out = tmp_path / "proof.json"
+    assert main(["bench", "kernels", "--aot", "--ops", "dequantize_rows", "--json", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert {row["op"] for row in document["compiled"] + document["traffic"]} == {"dequantize_rows"}
+    assert {"machine", "versions", "settings"} <= set(document)
+    assert "dequantize_elements" in capsys.readouterr().out
+    assert main(["bench", "kernels", "--aot", "--ops", "dequantise_rows"]) == 2
+    assert "the nearest is 'dequantize_rows'" in capsys.readouterr().err
+
+
+def test_a_broken_promise_is_an_exit_code(monkeypatch, capsys):
+    monkeypatch.setattr(traffic, "LIMIT", 0.5)
+    assert main(["bench", "kernels", "--aot", "--ops", "dequantize_rows"]) == 1
+    assert "moves 1.000 times the least bytes" in capsys.readouterr().err
+
+
 def test_what_cannot_be_compiled_is_said(monkeypatch):
     with pytest.raises(ConfigError, match="no Triton kernel of an operator 'kd_los'.*kd_loss"):
-        list(aot.reachable(["kd_los"]))
+        aot.check_operators(["kd_los"])
+    monkeypatch.setattr(_triton, "missing", "Triton is not installed")
+    with pytest.raises(ConfigError, match="Triton is not installed"):
+        aot.check_operators([])
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ConfigError, match="TRITON_INTERPRET=1 is set"):
         list(aot.compiled([]))
