@@ -13,7 +13,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,9 +27,13 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 from stablekd_fast import kernels
 from stablekd_fast.errors import ConfigError, nearest
 from stablekd_fast.kernels import _triton
+from stablekd_fast.kernels._launch import REGISTERS, Listed, Specialisation
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities, times ten."""
+
+Job = tuple[str, Specialisation, int]
+"""Operator, variant and chip."""
 
 _CANDIDATES = 60
 
@@ -68,19 +71,19 @@ def check_operators(ops: Iterable[str]) -> None:
             raise ConfigError(f"There is no Triton kernel of an operator {op!r}{nearest(op, known)}.")
 
 
-def reachable(ops: Iterable[str]) -> Iterator[tuple[str, object]]:
+def reachable(ops: Iterable[str]) -> Iterator[tuple[str, Listed]]:
     """(operator, Listed) for every variant of the operators."""
     for op in ops:
         for listed in import_module(f"stablekd_fast.kernels.{op}.triton_impl").specialisations():
             yield op, listed
 
 
-def every(ops: Iterable[str]) -> list[tuple]:
-    """Jobs (operator, variant, architecture): all variants for all chips."""
+def every(ops: Iterable[str]) -> list[Job]:
+    """All variants for all chips."""
     return [(op, listed.variant, chip) for (op, listed), chip in product(reachable(ops), ARCHITECTURES)]
 
 
-def covering(ops: Iterable[str]) -> list[tuple]:
+def covering(ops: Iterable[str]) -> list[Job]:
     """Few of `every`: each pair of types, constants or chip that occurs in a variant is still compiled together.
 
     Greedy: of some random jobs the one with most new pairs comes next. The choice is the same on every run.
@@ -97,7 +100,7 @@ def covering(ops: Iterable[str]) -> list[tuple]:
     return chosen
 
 
-def _by_kernel(jobs: Iterable[tuple]) -> Iterable[list[tuple]]:
+def _by_kernel(jobs: Iterable[Job]) -> Iterable[list[Job]]:
     """The jobs of each kernel, those of kernels that several operators use only once."""
     kernels, known = {}, set()
     for job in jobs:
@@ -107,12 +110,12 @@ def _by_kernel(jobs: Iterable[tuple]) -> Iterable[list[tuple]]:
     return kernels.values()
 
 
-def _pairs(job: tuple) -> set:
+def _pairs(job: Job) -> set:
     _, variant, chip = job
     return set(combinations([*variant.types, *variant.constants, ("chip", chip)], 2))
 
 
-def compiled(jobs: Sequence[tuple], processes: int | None = None) -> Iterator[Compiled]:
+def compiled(jobs: Sequence[Job]) -> Iterator[Compiled]:
     """Compile the jobs in parallel processes, without Triton's cache on disk, in the order given.
 
     Raises ConfigError under Triton's interpreter.
@@ -120,8 +123,7 @@ def compiled(jobs: Sequence[tuple], processes: int | None = None) -> Iterator[Co
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ConfigError("TRITON_INTERPRET=1 is set, under which Triton compiles nothing; unset it.")
     with TemporaryDirectory() as folder:
-        pool = ProcessPoolExecutor(processes, get_context("spawn"), _cache_in, (folder,))
-        with pool:
+        with ProcessPoolExecutor(None, get_context("spawn"), _cache_in, (folder,)) as pool:
             yield from pool.map(_compile, jobs, chunksize=4)
 
 
@@ -130,19 +132,18 @@ def _cache_in(folder: str) -> None:
 
 
 @cache
-def _listed(op: str) -> dict:
+def _listed(op: str) -> dict[Specialisation, Listed]:
     return {listed.variant: listed for _, listed in reachable([op])}
 
 
-def _compile(job: tuple) -> Compiled:
+def _compile(job: Job) -> Compiled:
     op, variant, chip = job
     return compile_one(op, _listed(op)[variant], chip)
 
 
-def compile_one(op: str, listed, chip: int) -> Compiled:
+def compile_one(op: str, listed: Listed, chip: int) -> Compiled:
     """Compile one `Listed` with the options of its launch, for compute capability `chip` / 10."""
     import triton
-    from stablekd_fast.kernels._launch import REGISTERS
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -165,7 +166,7 @@ def compile_one(op: str, listed, chip: int) -> Compiled:
     return Compiled(op, variant.kernel, types, constants, chip, registers, spilled, shared, loads, stores, fault)
 
 
-def _fault(listed, spilled: int, loads: dict[int, int], stores: dict[int, int]) -> str | None:
+def _fault(listed: Listed, spilled: int, loads: dict[int, int], stores: dict[int, int]) -> str | None:
     if spilled:
         return f"spills {spilled} bytes"
     for promised, found, name in ((listed.wide_loads, loads, "loads"), (listed.wide_stores, stores, "stores")):
@@ -195,16 +196,6 @@ def _tool(name: str, *arguments: str) -> str:
 
     program = Path(triton.backends.nvidia.__file__).parent / "bin" / name
     return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def in_a_process(ops: Sequence[str], every_variant: bool) -> Iterator[dict]:
-    """Rows of `Compiled`, made by a process of its own without Triton's interpreter."""
-    words = ["-m", __spec__.name, *ops, *(["--every-variant"] if every_variant else [])]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True, env=environment) as process:
-        yield from map(json.loads, process.stdout)
-    if process.returncode:
-        raise ConfigError(f"Compiling ahead of time failed with exit code {process.returncode}; its error is above.")
 
 
 def main() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 from rich import box
 from rich.table import Table
 
 from stablekd_fast.bench import aot, traffic
+from stablekd_fast.errors import StableKDError
 
 
 class Proof(NamedTuple):
@@ -26,8 +32,7 @@ def prove(ops: Sequence[str] = (), every_variant: bool = False) -> Proof:
     """
     ops = list(ops) or aot.operators()
     aot.check_operators(ops)
-    compiled = list(aot.in_a_process(ops, every_variant))
-    moved = list(traffic.in_a_process(ops))
+    compiled, moved = list(compiled_rows(ops, every_variant)), list(traffic_rows(ops))
     faults = [
         f"{row['op']}: {row['kernel']} for sm_{row['architecture']} {row['fault']}; {row['types']} {row['constants']}"
         for row in compiled
@@ -39,6 +44,26 @@ def prove(ops: Sequence[str] = (), every_variant: bool = False) -> Proof:
         if row["ratio"] > traffic.LIMIT
     ]
     return Proof(compiled, moved, faults)
+
+
+def compiled_rows(ops: Sequence[str], every_variant: bool = False) -> Iterator[dict]:
+    """Rows of `aot.Compiled`."""
+    return _rows(aot, [*ops, *(["--every-variant"] if every_variant else [])], interpreted=False)
+
+
+def traffic_rows(ops: Sequence[str]) -> Iterator[dict]:
+    """Rows of `traffic.Traffic` with their ratio."""
+    return _rows(traffic, ops, interpreted=True)
+
+
+def _rows(module: ModuleType, words: Sequence[str], interpreted: bool) -> Iterator[dict]:
+    """What a module prints in a process of its own: whether Triton interprets is settled when it is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted))}
+    command = [sys.executable, "-m", module.__name__, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        yield from map(json.loads, process.stdout)
+    if process.returncode:
+        raise StableKDError(f"{module.__name__} failed with exit code {process.returncode}; its error is above.")
 
 
 def kernel_table(rows: Sequence[dict]) -> Table:

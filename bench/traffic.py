@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -35,7 +34,7 @@ class Case(NamedTuple):
 
     op: str
     name: str
-    call: Callable[[object], object]
+    arguments: tuple
     tensors: list[tuple[Tensor, int]]
     """Each tensor with the number of its passes."""
     passes: str
@@ -68,8 +67,10 @@ def count(case: Case) -> Traffic:
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError("Traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported.")
     kernels = import_module(f"stablekd_fast.kernels.{case.op}.triton_impl")
+    # Of a loss, what makes the gradient as well.
+    function = getattr(kernels, f"{case.op}_with_grad", None) or getattr(kernels, case.op)
     with counted() as counter:
-        case.call(kernels)
+        function(*case.arguments)
     least = sum(tensor.numel() * tensor.itemsize * times for tensor, times in case.tensors)
     return Traffic(case.op, case.name, case.passes, counter.moved, least)
 
@@ -107,18 +108,9 @@ def _logits_cases() -> Iterator[Case]:
             labels = torch.zeros(rows, dtype=torch.int64)
             tensors = [(student, passes), (teacher, passes), (labels, passes), (student, 1)]
             name, words = f"{rows}x{classes} {_short(dtype)}", f"logits {_times(passes)}, gradient once"
-            yield Case("kd_loss", name, _kd_loss(student, teacher, labels), tensors, words)
-            yield Case("decoupled_kl", name, _decoupled_kl(student, teacher, labels), tensors, words)
-
-
-def _kd_loss(student, teacher, labels) -> Callable:
-    return lambda kernels: kernels.kd_loss_with_grad(
-        student, teacher, None, labels, 4.0, 0.9, 0.0, None, 1.0, None
-    )
-
-
-def _decoupled_kl(student, teacher, labels) -> Callable:
-    return lambda kernels: kernels.decoupled_kl_with_grad(student, teacher, labels, 4.0, 1.0, 8.0, 1.0, None)
+            settings = (student, teacher, None, labels, 4.0, 0.9, 0.0, None, 1.0, None)
+            yield Case("kd_loss", name, settings, tensors, words)
+            yield Case("decoupled_kl", name, (student, teacher, labels, 4.0, 1.0, 8.0, 1.0, None), tensors, words)
 
 
 def _feature_cases() -> Iterator[Case]:
@@ -126,7 +118,6 @@ def _feature_cases() -> Iterator[Case]:
         student, target = (torch.randn(4, 64, 28, 28).contiguous(memory_format=layout) for _ in range(2))
         scales = torch.ones(64) if codes else None
         target = target.to(torch.int8) if codes else target
-        operands = (student, target, scales)
         name = f"4x64x28x28 fp32, target {'int8' if codes else 'fp32'}, {_called(layout)}"
         given = torch.tensor(1.0)
         for kind, normalize, power, reads, rereads in (
@@ -136,33 +127,25 @@ def _feature_cases() -> Iterator[Case]:
             ("channel", "channel", None, 1, 2),
             ("l2", "l2", None, 2, 2),
         ):
-            call = _feature_mse(*operands, normalize, power)
+            arguments = (student, target, scales, normalize, power, 1, 1.0, None)
             lookups = (rereads if codes else 0) + (normalize == "channel")
-            yield _feature_case("feature_mse", f"{kind}: {name}", call, student, target, reads, rereads, lookups)
+            yield _feature_case("feature_mse", f"{kind}: {name}", arguments, reads, rereads, lookups)
         for per, passes in (("position", 1), ("sample", 2)):
-            call, lookups = _feature_cosine(*operands, per), passes if codes else 0
-            yield _feature_case("feature_cosine", f"per {per}: {name}", call, student, target, passes, passes, lookups)
+            arguments = (student, target, scales, per, 1, 1.0, None)
+            lookups = passes if codes else 0
+            yield _feature_case("feature_cosine", f"per {per}: {name}", arguments, passes, passes, lookups)
 
 
-def _feature_case(op, name, call, student, target, reads: int, rereads: int, lookups: int) -> Case:
+def _feature_case(op: str, name: str, arguments: tuple, reads: int, rereads: int, lookups: int) -> Case:
+    student, target, *_ = arguments
     tensors = [(student, reads), (target, rereads), (student, 1), (_per_element(student), lookups)]
     words = f"student {_times(reads)}, target {_times(rereads)}, gradient once"
-    return Case(op, name, call, tensors, words + _looked_up(lookups))
+    return Case(op, name, arguments, tensors, words + _looked_up(lookups))
 
 
 def _per_element(features: Tensor) -> Tensor:
     """Stands for the scale or weight of its channel that each element looks up."""
     return torch.empty_like(features, dtype=torch.float32)
-
-
-def _feature_mse(student, target, scales, normalize, power) -> Callable:
-    return lambda kernels: kernels.feature_mse_with_grad(
-        student, target, scales, normalize, power, 1, 1.0, None
-    )
-
-
-def _feature_cosine(student, target, scales, per) -> Callable:
-    return lambda kernels: kernels.feature_cosine_with_grad(student, target, scales, per, 1, 1.0, None)
 
 
 def _row_cases() -> Iterator[Case]:
@@ -176,32 +159,19 @@ def _row_cases() -> Iterator[Case]:
         name = f"{'x'.join(map(str, shape))} fp32, {_called(layout)}"
         words = f"values {_times(passes)}, codes once"
         tensors = [(rows, passes), (codes, 1), (scales, 1)]
-        yield Case("quantize_rows", name, _quantize(rows), tensors, words)
+        yield Case("quantize_rows", name, (rows, torch.int8, 1), tensors, words)
         tensors = [(codes, 1), (rows, 1), (_per_element(rows), 1)]
         words = "codes once, values once" + _looked_up(1)
-        yield Case("dequantize_rows", name, _dequantize(codes.zero_(), scales), tensors, words)
-
-
-def _quantize(rows) -> Callable:
-    return lambda kernels: kernels.quantize_rows(rows, torch.int8, 1)
-
-
-def _dequantize(codes, scales) -> Callable:
-    return lambda kernels: kernels.dequantize_rows(codes, scales, torch.float32, 1)
+        yield Case("dequantize_rows", name, (codes.zero_(), scales, torch.float32, 1), tensors, words)
 
 
 def _augment_case() -> Case:
     images, rows = torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.arange(8)
     offsets, flips = torch.full((8, 2), 4), torch.zeros(8, dtype=torch.bool)
     out = torch.empty(8, 3, 32, 32)
-
-    def call(kernels):
-        return kernels.augment_batch(
-            images, rows, offsets, flips, 4, [0.5] * 3, [0.5] * 3, torch.float32, False
-        )
-
+    arguments = (images, rows, offsets, flips, 4, [0.5] * 3, [0.5] * 3, torch.float32, False)
     tensors = [(images, 1), (rows, 1), (offsets, 1), (flips, 1), (out, 1)]
-    return Case("augment_batch", "8x32x32x3, fp32 NCHW", call, tensors, "pixels once, images once")
+    return Case("augment_batch", "8x32x32x3, fp32 NCHW", arguments, tensors, "pixels once, images once")
 
 
 def _times(passes: int) -> str:
@@ -218,16 +188,6 @@ def _called(layout: torch.memory_format) -> str:
 
 def _short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-
-
-def in_a_process(ops) -> Iterator[dict]:
-    """Rows of `Traffic` with their ratio, counted by a process of its own under Triton's interpreter."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    words = [sys.executable, "-m", __spec__.name, *ops]
-    found = subprocess.run(words, check=False, stdout=subprocess.PIPE, text=True, env=environment)
-    if found.returncode:
-        raise ConfigError(f"Counting bytes failed with exit code {found.returncode}; its error is above.")
-    yield from map(json.loads, found.stdout.splitlines())
 
 
 def main() -> None:

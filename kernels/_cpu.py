@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._layout import Layout
-
 TYPES = {
     torch.float32: 0,
     torch.bfloat16: 1,
@@ -30,11 +28,6 @@ def address(tensor: Tensor | None) -> int:
 def threads(elements: int, grain: int) -> int:
     """As many threads as torch uses, but none for fewer than `grain` elements: waking one costs microseconds."""
     return max(1, min(torch.get_num_threads(), elements // grain))
-
-
-def scale_stride(scales: Tensor | None, layout: Layout) -> int:
-    """Elements between the scales of one sample and the next: 0 where all share theirs."""
-    return layout.channels if scales is not None and scales.dim() == 2 else 0
 
 
 def number(value: Tensor | None) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stablekd_fast.kernels._cpu import TYPES, address, scale_stride
-from stablekd_fast.kernels._features import Operands
+from stablekd_fast.kernels._cpu import TYPES, address
+from stablekd_fast.kernels._features import Operands, scale_stride
 
 
 def for_core(found: Operands) -> tuple:

@@ -72,6 +72,11 @@ def per_channel(scales: Tensor, features: Tensor, channel_axis: int) -> Tensor:
     return scales.reshape(shape)
 
 
+def scale_stride(scales: Tensor | None, layout: Layout) -> int:
+    """Elements between the scales of one sample and the next: 0 where all share theirs."""
+    return layout.channels if scales is not None and scales.dim() == 2 else 0
+
+
 def length(features: Tensor, axes: list[int]) -> Tensor:
     """Root of the sum of squares over `axes`, kept; the epsilon under the root keeps all-zero features at zero."""
     return (features.square().sum(dim=axes, keepdim=True) + LENGTH_EPSILON).sqrt()

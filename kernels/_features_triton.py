@@ -13,14 +13,11 @@ import triton.language as tl
 from stablekd_fast.kernels import _features
 from stablekd_fast.kernels._checks import FLOATS
 from stablekd_fast.kernels._features import Operands
-from stablekd_fast.kernels._launch import aligned
+from stablekd_fast.kernels._launch import aligned, alignment, packed
 from stablekd_fast.kernels._layout import Layout
 
 BLOCK = 2048
 """Elements of a program that walks over memory."""
-
-ALIGNMENTS = (8, 1)
-"""What the number of elements may be promised to be a multiple of; 8 makes accesses of 128 bits possible."""
 
 LENGTH_EPSILON = tl.constexpr(_features.LENGTH_EPSILON)
 
@@ -40,7 +37,7 @@ def operands(
     found = _features.operands(student, target, target_scale, channel_axis, with_gradient)
     if found is None or not fits(found.layout):
         return None
-    target, scales = as_bytes(aligned(found.target)), scales_of(found.scales)
+    target, scales = as_bytes(aligned(found.target)), packed(found.scales, torch.float32)
     return found._replace(student=aligned(found.student), target=target, scales=scales)
 
 
@@ -54,31 +51,21 @@ def as_bytes(codes: Tensor) -> Tensor:
     return codes.view(_STORED.get(codes.dtype, codes.dtype))
 
 
-def scales_of(scales: Tensor | None) -> Tensor | None:
-    return None if scales is None else aligned(scales.contiguous())
-
-
 def tensors_of(found: Operands) -> dict[str, Tensor | None]:
     return arguments_of(found.student, found.target, found.scales, found.gradient)
 
 
 def extents(found: Layout, scales: Tensor | None) -> dict[str, int]:
-    per_sample = scales is not None and scales.dim() == 2
     return {
         "outer": found.outer // found.samples,
         "channels": found.channels,
         "inner": found.inner,
-        "scales_stride": found.channels if per_sample else 0,
+        "scales_stride": _features.scale_stride(scales, found),
     }
 
 
 def arguments_of(student, target, scales, gradient) -> dict:
     return {"student_at": student, "target_at": target, "scales_at": scales, "gradient_at": gradient}
-
-
-def alignment(extent: int) -> int:
-    """The largest promise that holds for `extent`."""
-    return next(width for width in ALIGNMENTS if extent % width == 0)
 
 
 def flat(extent: int) -> tuple[dict[str, int], int]:
@@ -117,16 +104,10 @@ def owners(first, lanes, outer, channels, inner):
 
 
 @triton.jit
-def loaded(target_at, inside):
-    """Values of a target, or codes without their scales, as float32."""
-    stored = tl.load(target_at, mask=inside, other=0)
-    return from_e4m3(stored) if target_at.dtype.element_ty == tl.uint8 else stored.to(tl.float32)
-
-
-@triton.jit
 def dequantized(target_at, scales_at, scales_stride, sample, channel, inside):
     """Values of a target: its codes times the scale of their channel, where there are scales."""
-    values = loaded(target_at, inside)
+    stored = tl.load(target_at, mask=inside, other=0)
+    values = from_e4m3(stored) if target_at.dtype.element_ty == tl.uint8 else stored.to(tl.float32)
     if scales_at is not None:
         values *= tl.load(scales_at + sample * scales_stride + channel, mask=inside, other=0.0)
     return values

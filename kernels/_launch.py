@@ -47,6 +47,9 @@ class Listed:
     wide_stores: bool = False
 
 
+ALIGNMENTS = (8, 1)
+"""What a number of elements may be promised to be a multiple of; 8 makes accesses of 128 bits possible."""
+
 REGISTERS = 128
 """Allowed to a thread, `maxnreg`. Left free, the assembler spills a few to fit one more program on a processor."""
 
@@ -70,6 +73,16 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], consta
 def aligned(tensor: Tensor) -> Tensor:
     """`tensor` itself, or a copy if its memory does not begin at a multiple of 16 bytes."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def packed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`tensor` in `dtype`, contiguous and aligned."""
+    return None if tensor is None else aligned(tensor.to(dtype).contiguous())
+
+
+def alignment(*extents: int, widths: tuple[int, ...] = ALIGNMENTS) -> int:
+    """The largest of `widths` that divides all `extents`: what the compiler may be promised."""
+    return next(width for width in widths if all(extent % width == 0 for extent in extents))
 
 
 def _type(value: Any) -> str | None:

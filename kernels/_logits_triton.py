@@ -13,13 +13,11 @@ import math
 import struct
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 import triton
 import triton.language as tl
 
-from stablekd_fast.kernels import _logits
-from stablekd_fast.kernels._launch import aligned
+from stablekd_fast.kernels import _launch, _logits
 
 BLOCKS = (16, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Widths of tiles that hold whole rows."""
@@ -67,17 +65,12 @@ def tilings() -> Iterator[tuple[Tiling, int]]:
 
 def alignment(*extents: int) -> int:
     """The largest promise that holds for all `extents`: classes, and elements between one row and the next."""
-    return next(width for width in ALIGNMENTS if all(extent % width == 0 for extent in extents))
+    return _launch.alignment(*extents, widths=ALIGNMENTS)
 
 
 def as_rows(matrix: Tensor) -> Tensor:
     """`matrix` `[N, C]`, or a copy of it, with aligned memory and the elements of a row side by side."""
-    return aligned(_logits.as_rows(matrix))
-
-
-def packed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`tensor` in `dtype`, contiguous and aligned."""
-    return None if tensor is None else aligned(tensor.to(dtype).contiguous())
+    return _launch.aligned(_logits.as_rows(matrix))
 
 
 def rounded_rate(temperature: float) -> tuple[float, float]:

@@ -18,7 +18,6 @@ import triton.language as tl
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels._features import Operands
 from stablekd_fast.kernels._features_triton import (
-    ALIGNMENTS,
     BLOCK,
     EXTENTS,
     LENGTH_EPSILON,
@@ -29,7 +28,7 @@ from stablekd_fast.kernels._features_triton import (
     owners,
     tensors_of,
 )
-from stablekd_fast.kernels._launch import Listed, launch, variant
+from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, launch, variant
 
 _UNITS = 5
 _ADDED = 256
@@ -52,7 +51,7 @@ def sample_products(
     ALIGN: tl.constexpr,
 ):
     """Of BLOCK elements of a sample the sums of s * s, t * t and s * t."""
-    student, target, _ = elements(
+    student, target, _, _ = elements(
         student_at, target_at, scales_at, size, chunks, outer, channels, inner, scales_stride, BLOCK, ALIGN
     )
     out = products_at + 3 * tl.program_id(0).to(tl.int64)
@@ -117,7 +116,7 @@ def unit_elements(
     """Loss and gradient of BLOCK elements of a sample."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
-    student, target, inside = elements(
+    student, target, place, inside = elements(
         student_at, target_at, scales_at, size, chunks, outer, channels, inner, scales_stride, BLOCK, ALIGN
     )
     units = units_at + 5 * sample
@@ -127,9 +126,7 @@ def unit_elements(
     tl.store(partials_at + program, loss)
     if gradient_at is not None:
         gradient = (apart - student * tl.load(units + 1)) * tl.load(units + 2)
-        first = sample * (size // ALIGN * ALIGN) + (program - sample * chunks) * BLOCK
-        at = gradient_at + first + tl.arange(0, BLOCK)
-        tl.store(at, gradient.to(gradient_at.dtype.element_ty), mask=inside)
+        tl.store(gradient_at + place, gradient.to(gradient_at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -146,7 +143,7 @@ def elements(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Student and target of this program's chunk of a sample, 0 beyond its end, and which elements are before it."""
+    """Student and target of this program's chunk of a sample, 0 beyond its end; their places, and which are before it."""
     # Dividing and multiplying tells the compiler of the multiple that vector loads and stores need.
     size = size // ALIGN * ALIGN
     program = tl.program_id(0).to(tl.int64)
@@ -159,7 +156,8 @@ def elements(
         _, channel = owners(first, lanes, outer, channels, inner)
     place = sample * size + first + lanes
     student = tl.load(student_at + place, mask=inside, other=0.0).to(tl.float32)
-    return student, dequantized(target_at + place, scales_at, scales_stride, sample, channel, inside), inside
+    target = dequantized(target_at + place, scales_at, scales_stride, sample, channel, inside)
+    return student, target, place, inside
 
 
 def loss(found: Operands, factor: float, upstream: Tensor | None, squared_distance: bool) -> Tensor:
@@ -173,8 +171,7 @@ def loss(found: Operands, factor: float, upstream: Tensor | None, squared_distan
     shape = {"size": size, "chunks": chunks} | extents(found.layout, found.scales)
     arguments = _without_gradient(tensors_of(found)) | {"products_at": products} | shape
     launch(sample_products, (len(partials),), arguments, *flat(size))
-    wanted = upstream if found.gradient is not None else None
-    arguments = {"products_at": products, "upstream_at": wanted, "units_at": units}
+    arguments = {"products_at": products, "upstream_at": upstream, "units_at": units}
     arguments |= {"chunks": chunks, "factor": factor / samples}
     launch(sample_units, (samples,), arguments, _of_units(squared_distance), _WARPS)
     arguments = tensors_of(found) | {"units_at": units, "partials_at": partials} | shape

@@ -102,11 +102,11 @@ def _bench(options) -> int:
 
 
 def _bench_kernels(options) -> int:
+    if options.aot or options.every_variant:
+        return _prove_kernels(options)
     from stablekd_fast.bench.kernels import Setting, run_kernels
     from stablekd_fast.bench.output import read_json
 
-    if options.aot or options.every_variant:
-        return _prove_kernels(options)
     earlier = read_json(Path(options.against))["rows"] if options.against else None
     setting = Setting(options.device, options.compile, options.quick)
     ops = _ops(options)

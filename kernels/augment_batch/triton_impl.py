@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 
 from stablekd_fast.kernels._checks import FLOATS
-from stablekd_fast.kernels._launch import Listed, aligned, launch, variant
+from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, aligned, alignment, launch, variant
 from stablekd_fast.kernels.augment_batch import reference
 
 _INTEGERS = ("count", "height", "width", "channels", "first", "padding", "pixel_stride")
 _NUMBERS = ("mean_0", "mean_1", "mean_2", "mean_3", "std_0", "std_1", "std_2", "std_3")
 _MOST_CHANNELS = 4
-_ALIGNMENTS = (8, 1)
 _BLOCK = 1024
 _WARPS = 4
 # Positions within an image are int32, as 64-bit divisions would cost more than the memory traffic.
@@ -205,7 +204,7 @@ def specialisations() -> Iterator[Listed]:
     integers, numbers = [0] * len(_INTEGERS), [0.0] * len(_NUMBERS)
     groups = range(1, _MOST_CHANNELS + 1)
     shapes = [(kernel, group, True) for kernel in (augment_planes, augment_pixels) for group in groups]
-    for dtype, (kernel, group, dense), size in product(FLOATS, [*shapes, (augment_planes, 1, False)], _ALIGNMENTS):
+    for dtype, (kernel, group, dense), size in product(FLOATS, [*shapes, (augment_planes, 1, False)], ALIGNMENTS):
         tensors = (torch.uint8, torch.int64, torch.int64, torch.bool, dtype, torch.bool)
         constants = _constants(kernel, group, dense, size)
         listed = variant(kernel, _arguments(tensors, integers, numbers), constants, _WARPS)
@@ -215,7 +214,7 @@ def specialisations() -> Iterator[Listed]:
 
 def _constants(kernel, group: int, dense: bool, size: int) -> dict:
     """`size`: elements of `out` that a kernel's programs share; strided pixels gain nothing from alignment."""
-    align = next(width for width in _ALIGNMENTS if size % width == 0) if dense else 1
+    align = alignment(size) if dense else 1
     return {"GROUP": group, "DENSE": dense, "BLOCK": _BLOCK, "ALIGN": align}
 
 

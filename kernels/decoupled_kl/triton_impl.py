@@ -16,7 +16,7 @@ import triton.language as tl
 
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
-from stablekd_fast.kernels._launch import Listed, launch, variant
+from stablekd_fast.kernels._launch import Listed, launch, packed, variant
 from stablekd_fast.kernels._logits import in_single_precision, row_by_row
 from stablekd_fast.kernels._logits_triton import (
     LN2,
@@ -26,7 +26,6 @@ from stablekd_fast.kernels._logits_triton import (
     compare,
     compare_chunk,
     divergence,
-    packed,
     rounded_rate,
     tiling,
     tilings,

@@ -12,7 +12,6 @@ import triton.language as tl
 
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._features_triton import (
-    ALIGNMENTS,
     BLOCK,
     EXTENTS,
     as_bytes,
@@ -21,9 +20,8 @@ from stablekd_fast.kernels._features_triton import (
     fits,
     flat,
     owners,
-    scales_of,
 )
-from stablekd_fast.kernels._launch import Listed, aligned, launch, variant
+from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, aligned, launch, packed, variant
 from stablekd_fast.kernels._layout import dense, layout
 from stablekd_fast.kernels.dequantize_rows import reference
 
@@ -55,7 +53,7 @@ def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype, channel_a
     if codes.numel() == 0 or not fits(layout(filled, channel_axis)):
         return reference.dequantize_rows(codes, scales, dtype, channel_axis)
     out = torch.empty_like(filled, dtype=dtype)
-    arguments = _arguments(aligned(as_bytes(filled)), scales_of(scales), out, codes.numel())
+    arguments = _arguments(aligned(as_bytes(filled)), packed(scales, torch.float32), out, codes.numel())
     arguments |= extents(layout(filled, channel_axis), scales)
     launch(dequantize_elements, (triton.cdiv(codes.numel(), BLOCK),), arguments, *flat(codes.numel()))
     return laid_out_like(out, codes, dtype)

@@ -21,7 +21,6 @@ from stablekd_fast.kernels._features import Operands
 from stablekd_fast.kernels._features_triton import (
     EXTENTS,
     LENGTH_EPSILON,
-    alignment,
     dequantized,
     extents,
     operand_types,
@@ -29,8 +28,7 @@ from stablekd_fast.kernels._features_triton import (
     split,
     tensors_of,
 )
-from stablekd_fast.kernels._launch import Listed, launch, variant
-from stablekd_fast.kernels._logits_triton import packed
+from stablekd_fast.kernels._launch import Listed, alignment, launch, packed, variant
 from stablekd_fast.kernels.feature_cosine import reference
 
 _MOST_CHANNELS = {True: 8192, False: 2048}
@@ -188,8 +186,7 @@ def _loss(found: Operands, per: str, factor: float, upstream: Tensor | None) -> 
     tiling = _tiling(shape.inner == 1, shape.channels)
     programs = triton.cdiv(positions, tiling.positions)
     partials = torch.empty(programs, dtype=torch.float32, device=found.student.device)
-    wanted = upstream if found.gradient is not None else None
-    arguments = tensors_of(found) | {"upstream_at": wanted, "partials_at": partials, "positions": positions}
+    arguments = tensors_of(found) | {"upstream_at": upstream, "partials_at": partials, "positions": positions}
     arguments |= extents(found.layout, found.scales) | {"slope": factor / positions}
     kernel = last_angles if tiling.channels_last else first_angles
     launch(kernel, (programs,), arguments, tiling.constants, tiling.warps)

@@ -19,7 +19,6 @@ from stablekd_fast.kernels import _sample_triton, _triton_finish
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._features import Operands
 from stablekd_fast.kernels._features_triton import (
-    ALIGNMENTS,
     BLOCK,
     EXTENTS,
     dequantized,
@@ -31,8 +30,7 @@ from stablekd_fast.kernels._features_triton import (
     split,
     tensors_of,
 )
-from stablekd_fast.kernels._launch import Listed, launch, variant
-from stablekd_fast.kernels._logits_triton import packed
+from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, launch, packed, variant
 from stablekd_fast.kernels.feature_mse import reference
 
 _CHANNEL_EPSILON = tl.constexpr(reference.CHANNEL_EPSILON)
@@ -229,7 +227,7 @@ def _loss(
     elif normalize == "power":
         power = _power(found) if power is None else packed(power, torch.float32)
     partials = _one_per_program(found)
-    tensors = {"pulls_at": pulls, "power_at": power, "upstream_at": upstream if found.gradient is not None else None}
+    tensors = {"pulls_at": pulls, "power_at": power, "upstream_at": upstream}
     arguments = tensors_of(found) | tensors | {"partials_at": partials, "count": count}
     arguments |= extents(found.layout, found.scales) | {"slope": 2.0 * factor / count}
     launch(pull_elements, (len(partials),), arguments, *flat(count))
@@ -256,14 +254,15 @@ def _pulls(found: Operands) -> Tensor:
     rows, cols = _TILES[found.layout.inner == 1]
     length = min(_LONGEST_PART, triton.cdiv(max(triton.cdiv(count, _PARTS), 4 * rows), rows) * rows)
     parts = triton.cdiv(count, length)
-    moments = torch.empty((2, parts, triton.cdiv(channels, 4) * 4), dtype=torch.float32, device=found.student.device)
-    means, deviations = moments
+    means, deviations, pulls = (
+        torch.empty(shape, dtype=torch.float32, device=found.student.device)
+        for shape in ((parts, channels), (parts, channels), channels)
+    )
     places = {"means_at": means, "deviations_at": deviations}
     arguments = _target_only(tensors_of(found)) | places | {"count": count, "length": length}
     arguments |= extents(found.layout, found.scales)
     grid = (triton.cdiv(channels, cols), parts)
     launch(channel_moments, grid, arguments, {"ROWS": rows, "COLS": cols}, _WARPS)
-    pulls = torch.empty(channels, dtype=torch.float32, device=found.student.device)
     arguments = places | {"pulls_at": pulls, "count": count, "length": length, "channels": channels}
     launch(merge_moments, (triton.cdiv(channels, _MERGED),), arguments, {"BLOCK": _MERGED}, _WARPS)
     return pulls

@@ -15,21 +15,15 @@ import triton
 import triton.language as tl
 
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
-from stablekd_fast.kernels._features_triton import ALIGNMENTS, alignment, as_bytes
-from stablekd_fast.kernels._launch import Listed, aligned, launch, variant
+from stablekd_fast.kernels._features_triton import as_bytes
+from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, aligned, alignment, launch, variant
 from stablekd_fast.kernels._layout import dense, layout
-from stablekd_fast.kernels._logits_triton import BLOCKS, CHUNK, Tiling
+from stablekd_fast.kernels._logits_triton import BLOCKS, tiling
 from stablekd_fast.kernels.quantize_rows import reference
 
 _INTEGERS = ("runs", "length", "channels")
 _TALL, _BROAD = 32, 32
 _WARPS = 4
-
-
-def _tiling(length: int) -> Tiling:
-    """Runs of `length` elements in tiles of at least 1024 elements; longer ones than a tile in chunks."""
-    block = next((block for block in BLOCKS if block >= length), CHUNK)
-    return Tiling(max(1, 1024 // block), block, min(16, max(4, block // 256)))
 
 
 @triton.jit(do_not_specialize=list(_INTEGERS))
@@ -179,30 +173,26 @@ def quantize_rows(rows: Tensor, dtype: torch.dtype, channel_axis: int) -> tuple[
     else:
         length = shape.inner
         kernel, constants, warps = _runs(length)
-        grid = (triton.cdiv(len(scales) * shape.channels, constants["ROWS"]),)
+        grid = (triton.cdiv(scales.numel(), constants["ROWS"]),)
     arguments = _arguments(tensors, (scales.numel(), length, shape.channels), reference.LARGEST[dtype])
     launch(kernel, grid, arguments, constants, warps)
     return laid_out_like(codes, rows, dtype), scales
 
 
 def specialisations() -> Iterator[Listed]:
-    ways = {_hashable(_runs(length)) for block in (*BLOCKS, BLOCKS[-1] + 8) for length in (block, block - 1)}
-    ways |= {_hashable(_columns(channels)) for channels in ALIGNMENTS}
-    for rows, codes, (kernel, constants, warps) in product(FLOATS, (torch.int8, torch.uint8), sorted(ways, key=str)):
+    ways = [_runs(length) for block in (*BLOCKS, BLOCKS[-1] + 8) for length in (block, block - 1)]
+    ways += [_columns(channels) for channels in ALIGNMENTS]
+    for rows, codes, (kernel, constants, warps) in product(FLOATS, (torch.int8, torch.uint8), ways):
         arguments = _arguments((rows, codes, torch.float32), (0, 0, 0), 0.0)
-        yield Listed(kernel, variant(kernel, arguments, dict(constants), warps))
-
-
-def _hashable(way: tuple) -> tuple:
-    kernel, constants, warps = way
-    return kernel, tuple(constants.items()), warps
+        yield Listed(kernel, variant(kernel, arguments, constants, warps))
 
 
 def _runs(length: int) -> tuple:
     """Kernel, constants and warps for channels that are runs of memory."""
-    tiling = _tiling(length)
-    kernel = quantize_runs if tiling.block >= length else quantize_long_runs
-    return kernel, tiling.constants | {"ALIGN": alignment(length)}, tiling.warps
+    align = alignment(length)
+    tile = tiling(length, align)
+    kernel = quantize_runs if tile.block >= length else quantize_long_runs
+    return kernel, tile.constants | {"ALIGN": align}, tile.warps
 
 
 def _columns(channels: int) -> tuple:

@@ -10,13 +10,10 @@ import pytest
 pytest.importorskip("triton")
 
 from stablekd_fast.bench import aot, traffic  # noqa: E402
+from stablekd_fast.bench.proof import compiled_rows  # noqa: E402
 from stablekd_fast.cli import main  # noqa: E402
 from stablekd_fast.errors import ConfigError  # noqa: E402
 from stablekd_fast.kernels import _triton  # noqa: E402
-
-
-def without_interpreter():
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 def check(rows):
@@ -27,7 +24,7 @@ def check(rows):
 
 @pytest.mark.parametrize("op", aot.operators())
 def test_a_covering_sample_of_all_variants(op):
-    rows = list(aot.in_a_process([op], every_variant=False))
+    rows = list(compiled_rows([op]))
     check(rows)
     kernels = {listed.variant.kernel for _, listed in aot.reachable([op])}
     assert {row["kernel"] for row in rows} == kernels
@@ -36,7 +33,7 @@ def test_a_covering_sample_of_all_variants(op):
 @pytest.mark.slow
 @pytest.mark.parametrize("op", aot.operators())
 def test_every_variant(op):
-    check(list(aot.in_a_process([op], every_variant=True)))
+    check(list(compiled_rows([op], every_variant=True)))
 
 
 @pytest.mark.parametrize("op", ["feature_mse", "quantize_rows"])
@@ -80,7 +77,7 @@ def test_spills_and_narrow_accesses_are_found(tmp_path):
     script = tmp_path / "planted.py"
     script.write_text(PLANTED)
     words = [sys.executable, str(script)]
-    environment = without_interpreter() | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     found = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stderr
     spilled, narrow = json.loads(found.stdout)

@@ -28,7 +28,10 @@ def rounding_as_on_chips():
 
 @pytest.fixture(autouse=True)
 def launches(request):
-    """The variants launched by the test, each of which the module's `kernels.specialisations()` must list."""
+    """The variants launched by the test, which the `specialisations()` of the test module's `kernels` must list.
+
+    `kernels` is one module or a tuple of them.
+    """
     from stablekd_fast.kernels import _launch
 
     seen = []
@@ -43,5 +46,6 @@ def launches(request):
 
 def _listed(kernels, known={}):
     if kernels not in known:
-        known[kernels] = {entry.variant for entry in kernels.specialisations()}
+        modules = kernels if isinstance(kernels, tuple) else (kernels,)
+        known[kernels] = {entry.variant for module in modules for entry in module.specialisations()}
     return known[kernels]
