@@ -1,16 +1,19 @@
 // Python face of the C++ core. Tensors come as addresses: the core knows nothing of torch, so one build
-// serves every torch version. stablekd_fast/kernels checks shapes and types and keeps the tensors alive.
+// serves every torch version. stablekd_fast/kernels and stablekd_fast/cache/store.py check shapes and types and keep
+// the tensors alive.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "levels.h"
+#include "row_store.h"
 
 namespace py = pybind11;
 using namespace stablekd;
@@ -111,10 +114,36 @@ void stream(Address a, Address b, Address out, std::int64_t count, bool nontempo
     kernels().stream(at<float>(a), at<float>(b), at<float>(out), count, nontemporal, threads);
 }
 
+// Bytes per row and address, for each part of a row.
+using PartNumbers = std::vector<std::pair<std::int64_t, Address>>;
+
+std::vector<Part> parts_of(const PartNumbers& numbers) {
+    std::vector<Part> parts;
+    for (const auto& [bytes, address] : numbers) parts.push_back({bytes, at<std::uint8_t>(address)});
+    return parts;
+}
+
+std::int64_t submit_rows(RowReader& reader, Address rows, std::int64_t count, Address places, Address checksums,
+                         Address seen, Address shards, const PartNumbers& parts, bool always) {
+    const Rows tables{at<std::int64_t>(places), at<std::uint32_t>(checksums), at<std::uint8_t>(seen),
+                      at<std::int64_t>(shards)};
+    return reader.submit(at<std::int64_t>(rows), count, tables, parts_of(parts), always);
+}
+
+// A number of `Fault`, the row at fault, errno.
+std::tuple<int, std::int64_t, int> wait_rows(RowReader& reader, std::int64_t ticket) {
+    const Outcome outcome = reader.wait(ticket);
+    return {static_cast<int>(outcome.fault), outcome.row, outcome.error};
+}
+
+void checksum_rows(RowReader& reader, Address rows, std::int64_t count, const PartNumbers& parts, Address out) {
+    reader.checksum(at<std::int64_t>(rows), count, parts_of(parts), at<std::uint32_t>(out));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "CPU implementations behind stablekd_fast.kernels; not to be called directly.";
+    module.doc() = "CPU implementations behind stablekd_fast.kernels, and the reader of stored rows; not to be called directly.";
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
 
     module.def("level", [] { return kernels().level; });
@@ -128,4 +157,13 @@ PYBIND11_MODULE(_C, module) {
     module.def("dequantize_rows", &dequantize_rows, no_gil);
     module.def("augment_batch", &augment_batch, no_gil);
     module.def("stream", &stream, no_gil);
+
+    module.def("crc32c", [](Address data, std::int64_t bytes) { return crc32c(0, at<void>(data), bytes); }, no_gil);
+    module.def("crc32c_by_tables", [](Address data, std::int64_t bytes) { return crc32c_by_tables(0, at<void>(data), bytes); },
+               no_gil);
+    py::class_<RowReader>(module, "RowReader")
+        .def(py::init<int>())
+        .def("submit", &submit_rows)
+        .def("wait", &wait_rows, no_gil)
+        .def("checksum", &checksum_rows, no_gil);
 }

@@ -28,6 +28,14 @@ class CheckpointError(StableKDError):
     """A checkpoint that is damaged or belongs to another run."""
 
 
+class CacheError(StableKDError):
+    """A cache that is damaged, or that belongs to another teacher, data set or view."""
+
+
+class CacheFull(CacheError):
+    """No room for more rows: the byte budget is spent, or the disk is full. What is stored stays readable."""
+
+
 class TrainingError(StableKDError):
     """Training cannot go on: a loss is not finite, memory or disk is exhausted."""
 

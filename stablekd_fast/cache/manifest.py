@@ -1,0 +1,82 @@
+"""What a column holds, as JSON that carries its own digest: parts of a row, fingerprint, finished shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stablekd_fast.cache.shard import REMEDY, Part
+from stablekd_fast.checkpoint import write_atomically
+from stablekd_fast.errors import CacheError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Manifest:
+    """`samples`: of the whole data set; row number = view * samples + sample."""
+
+    parts: tuple[Part, ...]
+    samples: int
+    fingerprint: dict
+    shards: dict[str, dict] = field(default_factory=dict)
+    """Per finished file: `rows`, and `index`, the digest of its keys and checksums."""
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    def save(self, folder: Path) -> None:
+        content = {
+            "format": FORMAT,
+            "parts": [part.plain() for part in self.parts],
+            "samples": self.samples,
+            "fingerprint": self.fingerprint,
+            "shards": self.shards,
+        }
+        text = json.dumps({**content, "digest": _digest(content)}, indent=1, sort_keys=True)
+        write_atomically(folder / MANIFEST, text.encode())
+
+    @staticmethod
+    def load(folder: Path) -> Manifest:
+        """Raises CacheError if there is none, if it is damaged, or if its format is another."""
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_bytes())
+            digest = content.pop("digest")
+        except FileNotFoundError:
+            raise CacheError(f"{folder} is no column of a cache: it has no {MANIFEST}.") from None
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CacheError(f"{path} cannot be read ({error!r}). {REMEDY}") from error
+        if digest != _digest(content):
+            raise CacheError(f"{path} is not what was written there: it is damaged. {REMEDY}")
+        if content["format"] != FORMAT:
+            raise CacheError(f"{path} has format {content['format']}; this version reads format {FORMAT}. {REMEDY}")
+        parts = tuple(Part.from_plain(part) for part in content["parts"])
+        return Manifest(parts, content["samples"], content["fingerprint"], content["shards"])
+
+    def check_same(self, wanted: Manifest, folder: Path) -> None:
+        """Raises CacheError that lists what differs, if rows of `wanted` could be others than those stored here."""
+        sides = [_flat({"parts": [part.plain() for part in m.parts], "samples": m.samples, **m.fingerprint})
+                 for m in (self, wanted)]  # fmt: skip
+        differing = sorted(key for key in sides[0].keys() | sides[1].keys() if sides[0].get(key) != sides[1].get(key))
+        if differing:
+            listed = "; ".join(f"{key}: stored {sides[0].get(key)!r}, now {sides[1].get(key)!r}" for key in differing)
+            raise CacheError(
+                f"The rows in {folder} were made for something else ({listed}). Use another --cache.directory, or "
+                f"delete them with `stablekd cache gc {folder.parent} --columns {folder.name}`."
+            )
+
+
+def _digest(content: dict) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _flat(values: dict, lead: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{lead}{key}.") if isinstance(value, dict) else {f"{lead}{key}": value}
+    return flat
