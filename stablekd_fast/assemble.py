@@ -49,6 +49,7 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig) -> Train
         batch_size=config.batch_size,
         seed=config.seed,
         views=config.views,
+        view_seed=config.view_seed,
         workers=config.workers,
     )
 

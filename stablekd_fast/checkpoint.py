@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
@@ -48,10 +49,25 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and metadata of a file written by `save_tensors`. Raises CheckpointError if it is missing or damaged."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)
+
+
+def load_metadata(path: Path) -> dict:
+    """The metadata alone. Raises CheckpointError if the file is missing or damaged."""
+    with _opened(path) as file:
+        return _metadata(file)
+
+
+def _metadata(file) -> dict:
+    return json.loads((file.metadata() or {}).get("stablekd", "{}"))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("stablekd", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+            yield file
     except FileNotFoundError:
         raise CheckpointError(f"There is no file {path}; check the path (a new run starts without --resume).") from None
     except (safetensors.SafetensorError, ValueError, OSError) as error:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from stablekd_fast.cache import CacheSettings
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.schedule import METHODS, RECIPES, Optimizer, Stage
 
@@ -36,6 +37,8 @@ class DistillConfig:
     views: int | None = None
     """Distinct augmented views per image, reused in turn; None draws a new one each epoch."""
     seed: int = 0
+    view_seed: int | None = None
+    """Names the views; None for the seed. Runs of other seeds can share a cache if they share this."""
     cuts: list[Any] | None = None
     """Modules after which to cut; None finds cuts automatically."""
     blocks: int | None = None
@@ -50,6 +53,7 @@ class DistillConfig:
     feature_options: dict[str, Any] = field(default_factory=dict)
     logits: str = "kd"
     logits_options: dict[str, Any] = field(default_factory=dict)
+    cache: CacheSettings = field(default_factory=CacheSettings)
     bn_batches: int = 16
     """Training batches over which batch-norm statistics are re-estimated for evaluation and export."""
     device: str = "auto"
@@ -79,7 +83,8 @@ class DistillConfig:
             raise ConfigError(f"checkpoint_every={self.checkpoint_every} was given; it must be at least 1.")
 
 
-WITHOUT_EFFECT_ON_NUMBERS = ("out", "resume", "checkpoint_every", "log_every", "workers")
+WITHOUT_EFFECT_ON_NUMBERS = ("out", "resume", "checkpoint_every", "log_every", "workers", "cache")
+"""What the cache stores inexactly does have one; the plan is part of the identity instead."""
 
 
 def identity(config: DistillConfig) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +23,11 @@ from stablekd_fast.assemble import (
     train_source,
 )
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
-from stablekd_fast.checkpoint import save_tensors
+from stablekd_fast.cache.columns import ImageColumn
+from stablekd_fast.cache.plan import Costs, Plan, decisions, predict
+from stablekd_fast.cache.planner import Planner
+from stablekd_fast.cache.teacher import CachedTeacher
+from stablekd_fast.checkpoint import load_metadata, save_tensors
 from stablekd_fast.config import DistillConfig, identity
 from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.engine import Engine
@@ -30,6 +37,7 @@ from stablekd_fast.objectives import objective
 from stablekd_fast.report import Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.schedule import method_stages, plan_stages
 from stablekd_fast.step import Objectives
+from stablekd_fast.teacher import Relay, Teacher
 
 CALIBRATION_BATCHES = 2
 """Training batches to which bridges are fitted."""
@@ -81,9 +89,14 @@ class Distiller:
         train, held_out = split_training_images(self.dataset, config)
         self.splits = [split for split in (train, held_out, self.dataset.test) if split is not None]
         self.source = train_source(self.dataset, train, config)
+        if config.cache.images and not train.resident:
+            epochs = math.ceil(config.epochs)
+            self.source.stored = ImageColumn(self.source, config.cache, min(config.views or epochs, epochs))
         self.validation = eval_source(self.dataset, held_out, config) if held_out is not None else None
         torch.manual_seed(config.seed)
         self.paired = self._place(paired) if paired is not None else self._pair(teacher, student)
+        self.costs: Costs | None = None
+        """What the cache's plan was made from, if it was made from measurements."""
 
     def run(self, *, progress: bool = True) -> RunResult:
         """Train (or resume), evaluate on the test split once, and write all results to `config.out`."""
@@ -97,7 +110,7 @@ class Distiller:
         if self.config.resume:
             engine.resume()
         resumed_at = engine.progress.step if self.config.resume else None
-        with Recorder(out, progress=progress, resume_step=resumed_at) as recorder:
+        with Recorder(out, progress=progress, resume_step=resumed_at) as recorder, self._closing(engine):
             engine.recorder = recorder
             if resumed_at is None:
                 self._emit_start(recorder, engine)
@@ -107,6 +120,16 @@ class Distiller:
         write_results(out / "results.json", [asdict(result)])
         write_run_report(out)
         return result
+
+    @contextlib.contextmanager
+    def _closing(self, engine: Engine) -> Iterator[None]:
+        """Let go of the cache's files at the end, whatever it is."""
+        try:
+            yield
+        finally:
+            engine.teacher.close()
+            if self.source.stored is not None:
+                self.source.stored.close()
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
         student = engine.composed_student()
@@ -137,15 +160,20 @@ class Distiller:
         config, per_epoch = self.config, self.source.steps_per_epoch
         total_steps = max(round(config.epochs * per_epoch), 1)
         stages = config.stages or method_stages(config.method, len(self.paired), config.recipe, config.optimizer)
+        objectives, planned = self._objectives(), plan_stages(stages, len(self.paired), total_steps, per_epoch)
+        planner = Planner(self.paired, self.source, objectives, planned, config.cache, self.device)
+        teacher, plan = self._teacher(planner, checkpoint)
         return Engine(
             paired=self.paired,
-            objectives=self._objectives(),
-            stages=plan_stages(stages, len(self.paired), total_steps, per_epoch),
+            teacher=teacher,
+            plan=plan,
+            objectives=objectives,
+            stages=planned,
             source=self.source,
             validation=self.validation,
             recorder=None,
             checkpoint=checkpoint,
-            identity=identity(config) | self._facts(),
+            identity=identity(config) | self._facts(plan),
             device=self.device,
             bn_batches=min(config.bn_batches, per_epoch),
             evaluate_every=max(round(config.evaluate_every * per_epoch), 1) if config.evaluate_every else 0,
@@ -153,13 +181,26 @@ class Distiller:
             log_every=config.log_every,
         )
 
-    def _facts(self) -> dict:
+    def _teacher(self, planner: Planner, checkpoint: Path) -> tuple[Teacher, Plan]:
+        """A resumed run goes on with the plan that it began with."""
+        examples = planner.examples() if self.config.cache.keeps_rows else {}
+        if self.config.resume:
+            plan = Plan.from_plain(load_metadata(checkpoint).get("plan", []))
+        else:
+            plan, self.costs = planner.plan(examples)
+        if not plan.kept:
+            return Relay(self.paired), plan
+        columns = planner.columns().open(plan, examples or planner.examples())
+        return CachedTeacher(self.paired, columns, self.source.split.total, self.device), plan
+
+    def _facts(self, plan: Plan) -> dict:
         """What decides the numbers beside the settings: a resumed run must meet the same teacher and images."""
         teacher = self.paired.teacher if self.config.method != "ce" else None
         return {
             "teacher_fingerprint": fingerprint(teacher) if teacher is not None else None,
             "training_images": self.source.steps_per_epoch * self.config.batch_size,
             "classes": self.dataset.classes,
+            "inexact": [[output, kept.codec] for output, kept in sorted(plan.kept.items()) if kept.codec != "fp32"],
         }
 
     def _objectives(self) -> Objectives:
@@ -234,6 +275,15 @@ class Distiller:
             machine=machine(),
             versions=versions(),
         )
+        if self.costs is not None:
+            predicted = [predict(self.costs, plan).seconds for plan in (engine.plan, Plan())]
+            recorder.emit(
+                "cache_plan",
+                step=0,
+                outputs=decisions(self.costs, engine.plan),
+                predicted_seconds=predicted[0],
+                predicted_seconds_relay=predicted[1],
+            )
 
 
 def distill(config: DistillConfig | None = None, *, progress: bool = True, **settings) -> RunResult:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
+from stablekd_fast.cache.plan import Plan
 from stablekd_fast.checkpoint import load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors
 from stablekd_fast.data import Batch, EvalSource, TrainSource
 from stablekd_fast.errors import CheckpointError, TrainingError
@@ -21,6 +22,7 @@ from stablekd_fast.merge import MergeRecord, composed_output, exposure_gap, prob
 from stablekd_fast.report import Recorder
 from stablekd_fast.schedule import PlannedStage
 from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+from stablekd_fast.teacher import Teacher
 
 PROBE_BATCHES = 4
 """Training batches on which exposure and the loss at a merge are measured."""
@@ -51,6 +53,8 @@ class StageRun:
     index: int
     planned: PlannedStage
     steps: list[GroupStep]
+    wanted: set[int]
+    """The teacher's outputs that the steps read."""
     losses: Tensor
     """`[log_every, groups]` on the device, so that a step need not wait for the host to read its loss."""
     entered_at: int
@@ -67,6 +71,7 @@ class Engine:
     """Trains a paired student through planned stages. Assembled by `Distiller`."""
 
     paired: PairedBlocks
+    teacher: Teacher
     objectives: Objectives
     stages: list[PlannedStage]
     source: TrainSource
@@ -76,6 +81,8 @@ class Engine:
     checkpoint: Path
     identity: dict
     device: torch.device
+    plan: Plan
+    """What is kept of the teacher; a resumed run goes on with it."""
     bn_batches: int
     evaluate_every: int
     """Steps; 0 for never."""
@@ -91,7 +98,7 @@ class Engine:
             if self.progress.step >= planned.last:
                 continue
             stage = self._enter(index, planned)
-            for batch in self._batches(planned):
+            for batch in self._batches(stage):
                 self._train_step(stage, batch)
                 self._after_step(stage)
             self._leave(stage)
@@ -105,8 +112,9 @@ class Engine:
 
     # One step.
 
-    def _batches(self, planned: PlannedStage) -> Iterator[Batch]:
-        source = self.source.batches(max(self.progress.step, planned.first), planned.last)
+    def _batches(self, stage: StageRun) -> Iterator[Batch]:
+        first = max(self.progress.step, stage.planned.first)
+        source = self.teacher.ahead(self.source.batches(first, stage.planned.last), stage.wanted)
         while True:
             start = time.perf_counter()
             batch = next(source, None)
@@ -121,8 +129,7 @@ class Engine:
         lr, momentum = settings.lr_at(share), settings.momentum_at(share)
         current = "the teacher"
         try:
-            images, labels = self.to_device(batch.images), self.to_device(batch.labels)
-            load_batch(stage.steps[0].inputs, self.paired, stage.planned.stage.groups, self.objectives, images, labels)
+            load_batch(stage.steps[0].inputs, self.teacher, stage.wanted, batch, self.to_device)
             for i, step in enumerate(stage.steps):
                 current = f"group {step.name}"
                 step.set_rates(lr, momentum)
@@ -157,7 +164,8 @@ class Engine:
                 load_optimizer_tensors("optimizer", step.parameters, step.optimizer, self._optimizer_state)
         nn.ModuleList([self.paired.student, *self.paired.student_blocks]).train()
         losses = torch.zeros(self.log_every, len(steps), device=self.device)
-        stage = StageRun(index, planned, steps, losses, self.progress.step, self.progress.seconds)
+        wanted = self.objectives.teacher_outputs(settings.groups, len(self.paired.cuts))
+        stage = StageRun(index, planned, steps, wanted, losses, self.progress.step, self.progress.seconds)
         self.recorder.emit(
             "stage_start",
             step=self.progress.step,
@@ -186,7 +194,7 @@ class Engine:
             stage=stage.index,
             exposure_gap=self.progress.exposure,
             max_output_difference=(before - composed_output(self.paired, stage.steps, images)).abs().max().item(),
-            loss_at_merge=probe_losses(self.paired, stage.steps, probes, self.to_device),
+            loss_at_merge=probe_losses(self.paired, self.teacher, stage.steps, probes, self.to_device),
             merged=[step.name for step in stage.steps if step.group not in apart],
         )
 
@@ -196,7 +204,7 @@ class Engine:
             self.recorder.emit("merge", **{**report, "merge_step": report["step"], "step": stage.planned.last})
         if len(stage.steps) > 1:
             probes = list(self.source.batches(0, PROBE_BATCHES))
-            self.progress.exposure = exposure_gap(self.paired, stage.steps, probes, self.to_device)
+            self.progress.exposure = exposure_gap(self.paired, self.teacher, stage.steps, probes, self.to_device)
             self._composed_before_merge = composed_output(self.paired, stage.steps, self.to_device(probes[0].images))
             self.recorder.emit(
                 "stage_end", step=self.progress.step, stage=stage.index, exposure_gap=self.progress.exposure
@@ -271,7 +279,11 @@ class Engine:
         tensors["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
-        metadata = {"identity": self.identity, "progress": dataclasses.asdict(self.progress)}
+        metadata = {
+            "identity": self.identity,
+            "plan": self.plan.plain(),
+            "progress": dataclasses.asdict(self.progress),
+        }
         save_tensors(self.checkpoint, tensors, metadata)
         self.recorder.emit("checkpoint", step=self.progress.step)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.data import Batch
 from stablekd_fast.step import IMAGES, GroupStep, load_batch
+from stablekd_fast.teacher import Teacher
 
 WINDOW = 10
 """Training losses are averaged over this many steps before they are compared with the loss at the merge."""
@@ -32,7 +33,11 @@ def untouched(model: nn.Module):
 
 
 def exposure_gap(
-    paired: PairedBlocks, steps: list[GroupStep], batches: Iterable[Batch], to_device: Callable[[Tensor], Tensor]
+    paired: PairedBlocks,
+    teacher: Teacher,
+    steps: list[GroupStep],
+    batches: Iterable[Batch],
+    to_device: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """Loss at each group's end fed by the student itself, divided by the loss fed by the teacher.
 
@@ -42,7 +47,7 @@ def exposure_gap(
     fed_by_student, fed_by_teacher = ([0.0] * len(steps) for _ in range(2))
     with untouched(paired.student):
         for batch in batches:
-            _fill(paired, steps, batch, to_device)
+            load_batch(steps[0].inputs, teacher, _wanted(paired, steps), batch, to_device)
             x = steps[0].inputs[IMAGES]
             for i, step in enumerate(steps):
                 fed_by_teacher[i] += step.forward()[2][-1].item()
@@ -54,13 +59,17 @@ def exposure_gap(
 
 
 def probe_losses(
-    paired: PairedBlocks, steps: list[GroupStep], batches: Iterable[Batch], to_device: Callable[[Tensor], Tensor]
+    paired: PairedBlocks,
+    teacher: Teacher,
+    steps: list[GroupStep],
+    batches: Iterable[Batch],
+    to_device: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """Mean training loss of each group over `batches`, without training."""
     sums, count = [0.0] * len(steps), 0
     with untouched(paired.student):
         for batch in batches:
-            _fill(paired, steps, batch, to_device)
+            load_batch(steps[0].inputs, teacher, _wanted(paired, steps), batch, to_device)
             for i, step in enumerate(steps):
                 sums[i] += sum(loss.item() for loss in step.forward()[2])
             count += 1
@@ -77,11 +86,8 @@ def composed_output(paired: PairedBlocks, steps: list[GroupStep], images: Tensor
     return x
 
 
-def _fill(paired: PairedBlocks, steps: list[GroupStep], batch: Batch, to_device: Callable[[Tensor], Tensor]) -> None:
-    groups = [step.group for step in steps]
-    load_batch(
-        steps[0].inputs, paired, groups, steps[0].objectives, to_device(batch.images), to_device(batch.labels)
-    )
+def _wanted(paired: PairedBlocks, steps: list[GroupStep]) -> set[int]:
+    return steps[0].objectives.teacher_outputs([step.group for step in steps], len(paired.cuts))
 
 
 @dataclass

@@ -6,22 +6,24 @@ data, reads nothing back to the host, and takes what changes from step to step f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.data import Batch
 from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.schedule import Optimizer, group_name
+from stablekd_fast.teacher import Teacher
 
-IMAGES, LABELS, LOGITS = "images", "labels", "logits"
+IMAGES, LABELS = "images", "labels"
 
 
-def cut_key(cut: int) -> str:
-    """Name of the buffer that holds the teacher's (bridged) activation after block `cut`."""
-    return f"cut{cut}"
+def output_key(output: int) -> str:
+    """Name of the buffer that holds one of the teacher's outputs."""
+    return f"teacher{output}"
 
 
 class StageInputs:
@@ -73,11 +75,11 @@ class Objectives:
             return []
         return [block for block in (group if self.align == "all" else group[-1:]) if block < cut_count]
 
-    def teacher_blocks_needed(self, groups: list[list[int]], cut_count: int) -> int:
-        """How many teacher blocks must run for these groups, counted from the first."""
-        needed = [cut + 1 for group in groups for cut in self.aligned_cuts(group, cut_count)]
-        needed += [group[0] for group in groups]
-        return cut_count + 1 if self.use_teacher_logits else max(needed)
+    def teacher_outputs(self, groups: list[list[int]], cut_count: int) -> set[int]:
+        """The teacher's outputs that these groups read, numbered as in `teacher.py`."""
+        wanted = {cut for group in groups for cut in self.aligned_cuts(group, cut_count)}
+        wanted |= {group[0] - 1 for group in groups if group[0] > 0}
+        return wanted | {cut_count} if self.use_teacher_logits else wanted
 
 
 class GroupStep:
@@ -128,9 +130,9 @@ class GroupStep:
             x = block(x)
             if k in self.aligned:
                 axis = self.paired.cuts[k].student_channel_axis
-                loss, gradient = self.objectives.feature(x.detach(), self.inputs[cut_key(k)], axis)
+                loss, gradient = self.objectives.feature(x.detach(), self.inputs[output_key(k)], axis)
             elif k == len(self.paired.cuts):
-                teacher = self.inputs[LOGITS] if self.objectives.use_teacher_logits else None
+                teacher = self.inputs[output_key(k)] if self.objectives.use_teacher_logits else None
                 labels = self.inputs[LABELS] if self.objectives.use_labels else None
                 loss, gradient = self.objectives.logits(x.detach(), teacher, labels)
             else:
@@ -141,29 +143,22 @@ class GroupStep:
         return outputs, gradients, losses
 
     def _entry(self) -> Tensor:
-        return self.inputs[IMAGES] if self.group[0] == 0 else self.inputs[cut_key(self.group[0] - 1)]
+        return self.inputs[IMAGES] if self.group[0] == 0 else self.inputs[output_key(self.group[0] - 1)]
 
 
 def load_batch(
     inputs: StageInputs,
-    paired: PairedBlocks,
-    groups: list[list[int]],
-    objectives: Objectives,
-    images: Tensor,
-    labels: Tensor,
+    teacher: Teacher,
+    wanted: Collection[int],
+    batch: Batch,
+    to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
-    """Run the teacher once on `images` `[N, C, H, W]`, as far as needed, and fill the stage's inputs."""
+    """Fill the stage's inputs with a batch and the teacher's wanted outputs for it."""
+    images = to_device(batch.images)
     inputs.load(IMAGES, images)
-    inputs.load(LABELS, labels)
-    cut_count = len(paired.cuts)
-    outputs = paired.teacher_outputs(images, objectives.teacher_blocks_needed(groups, cut_count))
-    read = {cut for group in groups for cut in objectives.aligned_cuts(group, cut_count)}
-    read |= {group[0] - 1 for group in groups if group[0] > 0}
-    for k, output in enumerate(outputs):
-        if k in read:
-            inputs.load(cut_key(k), output)
-        elif k == cut_count:
-            inputs.load(LOGITS, output)
+    inputs.load(LABELS, to_device(batch.labels))
+    for k, output in teacher.outputs(wanted, images, batch).items():
+        inputs.load(output_key(k), output)
 
 
 def named_parameters_of(paired: PairedBlocks, group: list[int]) -> dict[str, nn.Parameter]:

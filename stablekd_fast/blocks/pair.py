@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,15 +52,25 @@ class PairedBlocks:
         return len(self.student_blocks)
 
     @torch.no_grad()
-    def teacher_outputs(self, images: Tensor, count: int | None = None) -> list[Tensor]:
-        """Outputs of the first `count` teacher blocks (all by default), bridged to the student's widths.
+    def teacher_outputs(
+        self, images: Tensor, wanted: Iterable[int] | None = None, known: Mapping[int, Tensor] | None = None
+    ) -> dict[int, Tensor]:
+        """Outputs of the wanted teacher blocks (all by default), bridged to the student's widths.
 
-        One pass: no teacher block runs twice. The last block's output is the logits.
+        One pass, as far as needed: no teacher block runs twice. The last block's output is the logits. `known` are
+        outputs at cuts without a bridge, from which the teacher goes on instead of from the images.
         """
-        outputs, x = [], images
-        for block, bridge in zip(self.teacher_blocks[:count], [*self.bridges, None]):
-            x = block(x)
-            outputs.append(x if bridge is None else bridge(x))
+        known = known or {}
+        outputs, x, at = {}, images, -1
+        for k in sorted(range(len(self)) if wanted is None else wanted):
+            start = max((j for j in known if at < j < k), default=None)
+            if start is not None:
+                x, at = known[start], start
+            for block in self.teacher_blocks[at + 1 : k + 1]:
+                x = block(x)
+            at = k
+            bridge = self.bridges[k] if k < len(self.cuts) else None
+            outputs[k] = x if bridge is None else bridge(x)
         return outputs
 
 
@@ -126,9 +136,9 @@ def pair_blocks(
 
 def _fit_bridges(paired: PairedBlocks, images: Tensor, kind: str) -> list[Bridge | None]:
     with evaluation_mode(paired.teacher):
-        activations = paired.teacher_outputs(images, len(paired.cuts))
+        activations = paired.teacher_outputs(images, range(len(paired.cuts)))
     bridges: list[Bridge | None] = []
-    for cut, activation in zip(paired.cuts, activations):
+    for cut, activation in zip(paired.cuts, activations.values()):
         width = cut.student_shape[_unbatched(cut.student_channel_axis)]
         same_layout = cut.teacher_channel_axis == cut.student_channel_axis
         if same_layout and cut.teacher_shape == cut.student_shape:

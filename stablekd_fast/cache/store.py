@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
-from stablekd_fast.cache.shard import REMEDY, Part, Shard, checksums_of, rows_in
+from stablekd_fast.cache.shard import REMEDY, Shard, checksums_of, rows_in
 from stablekd_fast.errors import CacheError, CacheFull
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels._native import reason as no_core

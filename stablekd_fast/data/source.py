@@ -1,10 +1,11 @@
 """Sources of batches. Order and views are pure functions of the seed and the step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -35,12 +36,21 @@ class Batch:
     labels: torch.Tensor
 
 
+class StoredImages(Protocol):
+    """Decoded views `[S, S, 3]` uint8, before they are mirrored, by sample and view. Called from several threads."""
+
+    def get(self, sample: int, view: int) -> np.ndarray | None: ...
+
+    def put(self, sample: int, view: int, image: np.ndarray) -> None: ...
+
+
 class TrainSource:
     """Batches of augmented training images; the last partial batch of an epoch is dropped.
 
     Epoch `e` shows view `e mod views` of every image, or view `e` when `views` is None. `workers` threads
     decode large images ahead; resident images need none. A large image that is skipped as bad is
-    replaced by the next good one, so that batches keep their size.
+    replaced by the next good one, so that batches keep their size. `view_seed` (default: `seed`) names the views, so
+    that runs of other seeds can meet the same images. `stored` keeps decoded large images for later epochs and runs.
     """
 
     def __init__(
@@ -54,6 +64,8 @@ class TrainSource:
         seed: int,
         views: int | None = None,
         workers: int = 0,
+        view_seed: int | None = None,
+        stored: StoredImages | None = None,
     ):
         _check_common(mean, std, batch_size, workers)
         _check_augmentation(split, augmentation)
@@ -66,6 +78,8 @@ class TrainSource:
             )
         self.split, self.augmentation, self.mean, self.std = split, augmentation, mean, std
         self.batch_size, self.seed, self.views, self.workers = batch_size, seed, views, workers
+        self.view_seed = seed if view_seed is None else view_seed
+        self.stored = stored
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     @property
@@ -97,7 +111,7 @@ class TrainSource:
         sample_ids = self.split.sample_ids[rows]
         padding = self.augmentation.padding
         offsets, flips = crop_offsets_and_flips(
-            self.seed, sample_ids.numpy(), view, padding, flip=self.augmentation.flip
+            self.view_seed, sample_ids.numpy(), view, padding, flip=self.augmentation.flip
         )
         images = augment_batch(
             self.split.images,
@@ -123,7 +137,7 @@ class TrainSource:
                 positions, images = zip(*islice(decoded, self.batch_size))
                 rows, view = torch.tensor(positions), self._view(step)
                 sample_ids = self.split.sample_ids[rows]
-                flips = view_flips(self.seed, sample_ids.numpy(), view) & self.augmentation.flip
+                flips = view_flips(self.view_seed, sample_ids.numpy(), view) & self.augmentation.flip
                 images = _normalised(np.stack(images), flips, self.mean, self.std)
                 yield Batch(sample_ids, view, images, self.split.labels[rows])
 
@@ -132,14 +146,25 @@ class TrainSource:
         crop = partial(self._random_crop, view)
         for candidate in range(position, position + len(self.split)):
             candidate %= len(self.split)
-            image = self.split.read(candidate, crop)
+            image = self._stored_or_read(candidate, view, crop)
             if image is not None:
                 return candidate, image
         raise DataError(f"None of {len(self.split)} training images can be read.")
 
+    def _stored_or_read(self, position: int, view: int, crop: Callable) -> np.ndarray | None:
+        if self.stored is None:
+            return self.split.read(position, crop)
+        sample = int(self.split.sample_ids[position])
+        image = self.stored.get(sample, view)
+        if image is None:
+            image = self.split.read(position, crop)
+            if image is not None:
+                self.stored.put(sample, view, image)
+        return image
+
     def _random_crop(self, view: int, image: Image.Image, sample_id: int) -> np.ndarray:
         (box,) = resized_crop_boxes(
-            self.seed, np.array([sample_id]), view, np.array([image.height]), np.array([image.width])
+            self.view_seed, np.array([sample_id]), view, np.array([image.height]), np.array([image.width])
         )
         return resized_crop(image, box, self.augmentation.size)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+import hashlib
 import os
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,8 @@ class Split:
         self._images = images
         self._files = files
         self._skipped: dict[Path, str] = {}
+        self._whole = self
+        self._digest: str | None = None
 
     def __len__(self) -> int:
         self._settle()
@@ -91,6 +94,35 @@ class Split:
         if self._images is None:
             self._decode()
         return self._images
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the images come from encoded files."""
+        return self._files is not None
+
+    @property
+    def total(self) -> int:
+        """How many samples the whole split has: sample ids lie in 0..total-1."""
+        return len(self._files.paths) if self._files else len(self._whole._images)
+
+    def identity(self) -> dict:
+        """What images the sample ids of the whole split stand for: `samples`, and a `digest`.
+
+        Arrays by their content; files by their names (below the folder of the split) and sizes.
+        """
+        whole = self._whole
+        if whole._digest is None:
+            digest = hashlib.blake2b(digest_size=16)
+            if self._files is None:
+                digest.update(str(list(whole._images.shape)).encode())
+                digest.update(whole._images.contiguous().numpy().data)
+            else:
+                how = (self._files.shape, self._files.resizing)
+                digest.update(repr(how).encode())
+                for path in self._files.paths:
+                    digest.update(f"{'/'.join(path.parts[-2:])} {path.stat().st_size}\n".encode())
+            whole._digest = digest.hexdigest()
+        return {"samples": self.total, "digest": whole._digest}
 
     @property
     def paths(self) -> list[Path]:
@@ -221,5 +253,5 @@ class Split:
             files=self._files,
             sample_ids=self._sample_ids[mask],
         )
-        part._skipped = dict(self._skipped)
+        part._skipped, part._whole = dict(self._skipped), self._whole
         return part

@@ -57,17 +57,23 @@ def test_teacher_outputs_run_each_block_once_and_only_as_far_as_asked():
     calls = []
     for k, block in enumerate(paired.teacher_blocks):
         block.register_forward_hook(lambda *_, k=k: calls.append(k))
-    assert len(paired.teacher_outputs(IMAGES, 2)) == 2
+    assert list(paired.teacher_outputs(IMAGES, [0, 1])) == [0, 1]
     assert calls == [0, 1]
-    assert torch.equal(paired.teacher_outputs(IMAGES)[-1], paired.teacher(IMAGES))
-    assert paired.teacher_outputs(IMAGES, 0) == []
+    assert torch.equal(paired.teacher_outputs(IMAGES)[3], paired.teacher(IMAGES))
+    assert paired.teacher_outputs(IMAGES, []) == {}
+    calls.clear()
+    known = paired.teacher_outputs(IMAGES, [1])
+    calls.clear()
+    on = paired.teacher_outputs(IMAGES, [0, 2, 3], known)
+    assert calls == [0, 2, 3]
+    assert torch.equal(on[3], paired.teacher(IMAGES))
 
 
 def test_bridges_stand_where_widths_differ():
     paired = pair_blocks(convnet((8, 16, 32), 2), convnet((4, 16, 16)), IMAGES)
     outputs = paired.teacher_outputs(IMAGES)
     assert paired.bridges[1] is None and paired.bridges[0] is not None
-    assert [out.shape[1] for out in outputs[:-1]] == [4, 16, 16]
+    assert [outputs[k].shape[1] for k in range(3)] == [4, 16, 16]
 
 
 def test_description_adds_up():

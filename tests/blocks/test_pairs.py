@@ -8,7 +8,9 @@ from stablekd_fast import models
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.objectives import objective
 from stablekd_fast.schedule import Optimizer, merge_neighbours
+from stablekd_fast.data import Batch
 from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+from stablekd_fast.teacher import Relay
 
 PAIRS = [
     ("resnet56", "resnet20", 32, 4),
@@ -77,6 +79,11 @@ def test_composed_blocks_are_the_plain_model(pair, training):
     paired.student.load_state_dict(state)
 
 
+def load(inputs, paired, groups, aims, images):
+    batch = Batch(torch.arange(4), 0, images, torch.arange(4) % CLASSES)
+    load_batch(inputs, Relay(paired), aims.teacher_outputs(groups, len(paired.cuts)), batch)
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_gradients_of_a_decomposed_block_touch_that_block_only(pair, training):
     _, count, paired, images = pair
@@ -84,7 +91,7 @@ def test_gradients_of_a_decomposed_block_touch_that_block_only(pair, training):
     aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
     groups = [[k] for k in range(count)]
     inputs = StageInputs()
-    load_batch(inputs, paired, groups, aims, images, torch.arange(4) % CLASSES)
+    load(inputs, paired, groups, aims, images)
     for group in groups:
         step = GroupStep(paired, group, aims, Optimizer(), inputs)
         paired.student.zero_grad()
@@ -102,7 +109,7 @@ def test_a_few_steps_through_all_merges_and_the_export_loads(pair, tmp_path):
     aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
     for groups in merge_neighbours(count):
         inputs = StageInputs()
-        load_batch(inputs, paired, groups, aims, images, torch.arange(4) % CLASSES)
+        load(inputs, paired, groups, aims, images)
         for group in groups:
             step = GroupStep(paired, group, aims, Optimizer(lr=1e-3), inputs)
             step.set_rates(1e-3, 0.9)

@@ -11,9 +11,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from stablekd_fast import models
 from stablekd_fast.blocks import pair_blocks
+from stablekd_fast.data import Batch
 from stablekd_fast.objectives import objective
 from stablekd_fast.schedule import Optimizer, merge_neighbours
 from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+from stablekd_fast.teacher import Relay
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_forward_and_losses_stay_on_the_device_and_never_ask_the_host(paired, op
         labels = torch.empty(8, dtype=torch.int64, device="cuda")
         for groups in merge_neighbours(4):
             inputs = StageInputs()
-            load_batch(inputs, paired, groups, aims, images, labels)
+            load_batch(inputs, Relay(paired), aims.teacher_outputs(groups, 3), Batch(labels, 0, images, labels))
             for group in groups:
                 step = GroupStep(paired, group, aims, Optimizer(optimizer), inputs)
                 step.set_rates(0.01, 0.9)

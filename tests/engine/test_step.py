@@ -1,13 +1,20 @@
+import dataclasses
+
 import pytest
 import torch
 
 from stablekd_fast.objectives import objective
 from stablekd_fast.schedule import Optimizer
 from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+from stablekd_fast.teacher import Relay
 
 
 def objectives(align="all", **switches):
     return Objectives(objective("feature", "mse"), objective("logits", "kd"), align, **switches)
+
+
+def load(inputs, paired, groups, aims, batch):
+    load_batch(inputs, Relay(paired), aims.teacher_outputs(groups, len(paired.cuts)), batch)
 
 
 @pytest.fixture
@@ -23,7 +30,7 @@ def test_a_decomposed_group_trains_its_own_blocks_only(parts):
     for group in groups:
         before = {name: value.clone() for name, value in paired.student.named_parameters()}
         inputs = StageInputs()
-        load_batch(inputs, paired, groups, objectives(), batch.images, batch.labels)
+        load(inputs, paired, groups, objectives(), batch)
         step = GroupStep(paired, group, objectives(), Optimizer(), inputs)
         step.set_rates(0.01, 0.9)
         step.run()
@@ -37,10 +44,10 @@ def test_the_teacher_runs_only_as_far_as_it_is_read(parts):
     ran = []
     for k, block in enumerate(paired.teacher_blocks):
         block.register_forward_hook(lambda *_, k=k: ran.append(k))
-    load_batch(StageInputs(), paired, [[0], [1, 2, 3]], objectives("ends", use_teacher_logits=False), batch.images, batch.labels)
+    load(StageInputs(), paired, [[0], [1, 2, 3]], objectives("ends", use_teacher_logits=False), batch)
     assert ran == [0]
     ran.clear()
-    load_batch(StageInputs(), paired, [[0], [1], [2], [3]], objectives(), batch.images, batch.labels)
+    load(StageInputs(), paired, [[0], [1], [2], [3]], objectives(), batch)
     assert ran == [0, 1, 2, 3]
 
 
@@ -51,7 +58,7 @@ def test_gradients_are_those_of_the_summed_loss(parts):
     for block in paired.student_blocks:
         block.train()
     inputs, aims = StageInputs(), objectives()
-    load_batch(inputs, paired, [[0, 1, 2, 3]], aims, batch.images.double(), batch.labels)
+    load(inputs, paired, [[0, 1, 2, 3]], aims, dataclasses.replace(batch, images=batch.images.double()))
     step = GroupStep(paired, [0, 1, 2, 3], aims, Optimizer(), inputs)
     outputs, gradients, _ = step.forward()
     torch.autograd.backward(outputs, gradients)
@@ -62,9 +69,9 @@ def test_gradients_are_those_of_the_summed_loss(parts):
     for k, block in enumerate(paired.student_blocks):
         x = block(x)
         if k < 3:
-            target = inputs[f"cut{k}"]
+            target = inputs[f"teacher{k}"]
             loss = loss + (x - target).pow(2).mean() / target.pow(2).mean()
-    teacher = torch.softmax(inputs["logits"] / 4, 1)
+    teacher = torch.softmax(inputs["teacher3"] / 4, 1)
     kl = (teacher * (teacher.log() - torch.log_softmax(x / 4, 1))).sum(1).mean() * 16
     (loss + 0.1 * kl + torch.nn.functional.cross_entropy(x, inputs["labels"])).backward()
     for name, parameter in step.parameters.items():
@@ -75,7 +82,7 @@ def test_the_learning_rate_is_read_from_a_tensor(parts):
     paired, batch = parts
     for settings in (Optimizer("sgd", momentum=0.0, weight_decay=0.0), Optimizer("adamw", weight_decay=0.0)):
         inputs = StageInputs()
-        load_batch(inputs, paired, [[0]], objectives(), batch.images, batch.labels)
+        load(inputs, paired, [[0]], objectives(), batch)
         step = GroupStep(paired, [0], objectives(), settings, inputs)
         before = [parameter.clone() for parameter in step.parameters.values()]
         step.set_rates(0.0, 0.0)

@@ -1,0 +1,121 @@
+"""What a stored row depends on. Rows are used again only where all of it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+
+import PIL
+import torch
+from torch import Tensor, fx, nn
+
+from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.blocks.bridge import Bridge
+from stablekd_fast.data import TrainSource
+from stablekd_fast.data.views import VIEW_VERSION
+
+
+def prefix_digests(paired: PairedBlocks) -> list[str]:
+    """For each teacher block a digest of the computation from the images to its end: weights, buffers, operations.
+
+    It does not depend on the cuts before: `layer2` is the same prefix, whether there is a cut at `layer1` or not.
+    """
+    digests, state, operations = [], {}, []
+    for k, block in enumerate(paired.teacher_blocks):
+        lead = "" if isinstance(block, fx.GraphModule) else f"block{k}."
+        state |= {lead + name: digest_of(tensor) for name, tensor in block.state_dict().items()}
+        operations += _operations(block)
+        digests.append(_digest([sorted(state.items()), operations]))
+    return digests
+
+
+def digest_of(tensor: Tensor) -> str:
+    """Of a tensor's shape, dtype and values."""
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    head = f"{tensor.dtype} {list(tensor.shape)}".encode()
+    return hashlib.blake2b(values, digest_size=16, person=hashlib.blake2b(head, digest_size=16).digest()).hexdigest()
+
+
+def image_fingerprint(source: TrainSource) -> dict:
+    """Of the uint8 images that a source's views are."""
+    split, augmentation = source.split, source.augmentation
+    facts = {
+        "data": split.identity(),
+        "view": {
+            "version": VIEW_VERSION,
+            "seed": source.view_seed,
+            "kind": augmentation.kind,
+            "flip": augmentation.flip,
+            "padding": augmentation.padding,
+            "size": augmentation.size,
+        },
+    }
+    if split.decoded:
+        facts["decoder"] = {"pillow": PIL.__version__, "crop_size": split.crop_size}
+    return facts
+
+
+def teacher_fingerprint(paired: PairedBlocks, source: TrainSource, device: torch.device) -> list[dict]:
+    """Of the teacher's output at each cut (bridged), and of its logits."""
+    common = {
+        **image_fingerprint(source),
+        "normalisation": {"mean": list(source.mean), "std": list(source.std)},
+        "batch_size": source.batch_size,
+        "precision": "float32",
+        "device": _device(device),
+        "torch": torch.__version__,
+    }
+    facts = []
+    for k, prefix in enumerate(prefix_digests(paired)):
+        bridge = paired.bridges[k] if k < len(paired.cuts) else None
+        facts.append({**common, "teacher": prefix, "bridge": bridge_digest(bridge)})
+    return facts
+
+
+def bridge_digest(bridge: Bridge | None) -> str | None:
+    if bridge is None:
+        return None
+    weight = None if bridge.weight is None else digest_of(bridge.weight)
+    return _digest([weight, bridge.teacher_axis, bridge.student_axis])
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _operations(block: nn.Module) -> list:
+    """What a block computes, apart from its tensors: operations, modules' settings, sources of modules not of torch."""
+    if not isinstance(block, fx.GraphModule):
+        return [[repr(block), _sources(block)]]
+    listed = []
+    for node in block.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        listed.append([node.op, getattr(node.target, "__name__", str(node.target)), _plain_arguments(node)])
+        if node.op == "call_module":
+            module = block.get_submodule(node.target)
+            listed.append([repr(module), _sources(module)])
+    return listed
+
+
+def _plain_arguments(node: fx.Node) -> str:
+    """Arguments that are not results of other nodes."""
+    return str(fx.node.map_arg((node.args, node.kwargs), lambda other: None))
+
+
+def _sources(module: nn.Module) -> list[str]:
+    kinds = {type(part) for part in module.modules() if not type(part).__module__.startswith("torch.")}
+    texts = []
+    for kind in sorted(kinds, key=lambda kind: kind.__qualname__):
+        try:
+            texts.append(inspect.getsource(kind))
+        except (OSError, TypeError):
+            texts.append(kind.__qualname__)
+    return texts
+
+
+def _digest(content) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

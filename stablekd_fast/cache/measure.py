@@ -1,0 +1,205 @@
+"""What the planner needs to know about this machine, measured on the run's own networks and data."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.cache.codecs import RowFormat
+from stablekd_fast.cache.manifest import Manifest
+from stablekd_fast.cache.memory import MemoryRows
+from stablekd_fast.cache.plan import CodecCost, StageCost, TierCost
+from stablekd_fast.cache.settings import CacheSettings, parse_bytes
+from stablekd_fast.cache.store import RowStore
+from stablekd_fast.data import Batch
+from stablekd_fast.merge import untouched
+from stablekd_fast.schedule import Optimizer, PlannedStage
+from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+from stablekd_fast.teacher import Relay
+
+REPEATS = 3
+_PROBE_BYTES = 48 << 20
+_PAGE_CACHE_SHARE = 0.6
+"""Of the memory that is free now, what the system can be expected to use for files."""
+
+
+def seconds(call: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
+    """Median of a few calls after one to warm up."""
+    taken = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def measure_teacher(paired: PairedBlocks, images: Tensor) -> list[float]:
+    """Seconds per batch of each teacher block, with the bridge behind it."""
+    times, x = [], images
+    with torch.no_grad():
+        for k, block in enumerate(paired.teacher_blocks):
+            bridge = paired.bridges[k] if k < len(paired.cuts) else None
+
+            def call(block=block, bridge=bridge, x=x):
+                y = block(x)
+                if bridge is not None:
+                    bridge(y)
+                return y
+
+            times.append(seconds(call, images.device))
+            x = block(x)
+    return times
+
+
+def measure_students(
+    paired: PairedBlocks, objectives: Objectives, groupings: Iterable[list[list[int]]], batch: Batch, device: torch.device
+) -> dict[str, float]:
+    """Seconds per batch of each group's step, by the group's name. The student is left as it was."""
+    saved = {name: value.clone() for name, value in paired.student.state_dict().items()}
+    modes = {module: module.training for module in paired.student.modules()}
+    times: dict[str, float] = {}
+    with untouched(paired.student), torch.enable_grad():
+        nn.ModuleList([paired.student, *paired.student_blocks]).train()
+        for groups in groupings:
+            inputs = StageInputs()
+            wanted = objectives.teacher_outputs(groups, len(paired.cuts))
+            load_batch(inputs, Relay(paired), wanted, batch, lambda tensor: tensor.to(device))
+            for group in groups:
+                step = GroupStep(paired, group, objectives, Optimizer(), inputs)
+                if step.name not in times:
+                    step.set_rates(0.0, 0.0)
+                    times[step.name] = seconds(step.run, device)
+    paired.student.load_state_dict(saved)
+    for module, mode in modes.items():
+        module.training = mode
+    return times
+
+
+def measure_codec(form: RowFormat, example: Tensor, stored: float = 0.0) -> CodecCost:
+    """Encoding and decoding a batch `example` `[N, ...]` on its device."""
+    parts = form.encode(example)
+    return CodecCost(
+        form.row_bytes,
+        seconds(lambda: form.encode(example), example.device),
+        seconds(lambda: form.decode(parts), example.device),
+        stored,
+        form.lossless,
+    )
+
+
+def measure_tiers(settings: CacheSettings, example: Tensor, working_set: int, device: torch.device) -> dict[str, TierCost]:
+    """The memories that the settings allow, each with its speed for rows like those of `example` `[N, ...]`.
+
+    `working_set`: bytes that will be read again and again. If they fit into free main memory, files are read from there.
+    """
+    form = RowFormat.of("fp32", example)
+    count = max(len(example), _PROBE_BYTES // form.row_bytes)
+    rows = torch.arange(count)
+    parts = [part.cpu().repeat(-(-count // len(part)), *[1] * (part.dim() - 1))[:count].contiguous() for part in form.encode(example)]
+    tiers = {}
+    for tier, memory in (("device", device), ("host", torch.device("cpu"))):
+        budget = parse_bytes(getattr(settings, f"{tier}_budget"), f"cache.{tier}_budget")
+        if budget and not (tier == "device" and device.type == "cpu"):
+            tiers[tier] = TierCost(*_memory_rates(form, rows, parts, len(example), memory, device), budget)
+    if settings.directory is not None:
+        tiers["disk"] = _disk(settings, form, rows, parts, len(example), working_set, device)
+    return tiers
+
+
+def _memory_rates(
+    form: RowFormat, rows: Tensor, parts: list[Tensor], batch: int, memory: torch.device, device: torch.device
+) -> tuple[dict, dict]:
+    store = MemoryRows(form.parts, len(rows), memory)
+    start = time.perf_counter()
+    store.put(rows, parts)
+    write = (time.perf_counter() - start) / (len(rows) * form.row_bytes)
+    batches = iter(torch.randperm(len(rows)).repeat(REPEATS + 1).split(batch))
+    read = seconds(lambda: [part.to(device) for part in store.gather(next(batches))], device) / (batch * form.row_bytes)
+    resource = "device" if memory == device else "link"
+    return {resource: read}, {resource: write}
+
+
+def _disk(
+    settings: CacheSettings,
+    form: RowFormat,
+    rows: Tensor,
+    parts: list[Tensor],
+    batch: int,
+    working_set: int,
+    device: torch.device,
+) -> TierCost:
+    """Reading costs the processor a copy, and the disk its time where the rows do not stay in main memory."""
+    directory = Path(settings.directory).expanduser()
+    probe, size = directory / f".probe-{os.getpid()}", len(rows) * form.row_bytes
+    try:
+        with RowStore(probe / "rows", Manifest(form.parts, len(rows), {}), write=True) as store:
+            start = time.perf_counter()
+            store.put(rows, parts)
+            write = (time.perf_counter() - start) / size
+            out = store.empty(batch)
+            batches = iter(torch.randperm(len(rows)).repeat(2 * REPEATS + 2).split(batch))
+            cached = seconds(lambda: store.gather(next(batches), out), torch.device("cpu")) / (batch * form.row_bytes)
+            for shard in (probe / "rows").glob("*.safetensors"):
+                file = os.open(shard, os.O_RDONLY)
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(file)
+            start = time.perf_counter()
+            store.gather(torch.randperm(len(rows))[: len(rows) // 2])
+            cold = (time.perf_counter() - start) / (len(rows) // 2 * form.row_bytes)
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+    stays = working_set < _PAGE_CACHE_SHARE * free_memory()
+    read = {"disk": cached if stays else cold}
+    if device.type == "cpu":
+        read["device"] = cached
+    else:
+        staged = torch.empty(8 << 20, pin_memory=True)
+        read["link"] = seconds(lambda: staged.to(device, non_blocking=True), device) / (staged.numel() * 4)
+    return TierCost(read, {"device": write}, _disk_budget(settings, directory))
+
+
+def _disk_budget(settings: CacheSettings, directory: Path) -> float:
+    held = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+    free = 0.95 * shutil.disk_usage(directory).free + held
+    return free if settings.disk_budget is None else min(free, parse_bytes(settings.disk_budget, "cache.disk_budget"))
+
+
+def free_memory() -> int:
+    """Bytes of main memory that are free or hold nothing but files."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") + _file_pages()
+
+
+def _file_pages() -> int:
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["Cached"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
+def stage_costs(
+    stages: Iterable[PlannedStage], objectives: Objectives, cut_count: int, students: dict[str, float], fill: int
+) -> tuple[StageCost, ...]:
+    """`students`: seconds per batch by group name; `fill`: steps from the start of the run until each view was seen."""
+    made = []
+    for planned in stages:
+        names = planned.stage.name.split("|")
+        made.append(
+            StageCost(
+                sum(students[name] for name in names),
+                frozenset(objectives.teacher_outputs(planned.stage.groups, cut_count)),
+                planned.last - planned.first,
+                max(0, min(fill, planned.last) - planned.first),
+            )
+        )
+    return tuple(made)

@@ -1,0 +1,60 @@
+"""Rows in main or GPU memory, by row number, for one run. The same face as `RowStore`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.cache.shard import Part
+from stablekd_fast.errors import CacheFull
+
+
+class MemoryRows:
+    """Room for `capacity` rows on `device`. Raises CacheFull if the device does not have it."""
+
+    def __init__(self, parts: Sequence[Part], capacity: int, device: torch.device) -> None:
+        self.device, self.capacity, self.used = device, capacity, 0
+        try:
+            self._parts = [torch.empty((capacity, *part.shape), dtype=part.dtype, device=device) for part in parts]
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            size = capacity * sum(part.bytes for part in parts)
+            raise CacheFull(
+                f"{size} bytes for {capacity} rows were refused by {device}; lower the budget of this memory."
+            ) from error
+        self._slots = torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self.used
+
+    def present(self, rows: Tensor) -> Tensor:
+        """Whether each row of `rows` int64 `[N]` is stored: bool `[N]`."""
+        known = rows < len(self._slots)
+        return known & (self._slots[torch.where(known, rows, 0)] >= 0) if len(self._slots) else known
+
+    def put(self, rows: Tensor, parts: Sequence[Tensor]) -> None:
+        """Store the rows that are not stored yet. Raises CacheFull behind the last that fits."""
+        if not len(rows):
+            return
+        more = int(rows.max()) + 1 - len(self._slots)
+        if more > 0:
+            self._slots = torch.cat([self._slots, torch.full((more,), -1)])
+        fresh = (~self.present(rows)).nonzero().flatten()
+        kept = fresh[: self.capacity - self.used]
+        place = slice(self.used, self.used + len(kept))
+        for stored, values in zip(self._parts, parts):
+            stored[place] = values[kept.to(values.device)].to(self.device)
+        self._slots[rows[kept]] = torch.arange(place.start, place.stop)
+        self.used += len(kept)
+        if len(kept) < len(fresh):
+            raise CacheFull(f"All {self.capacity} rows that were planned for {self.device} are stored.")
+
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        """The rows in that order, one tensor `[N, ...]` per part, on the device of the store."""
+        slots = self._slots[rows].to(self.device, non_blocking=True)
+        return [part.index_select(0, slots) for part in self._parts]
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._parts, self._slots = [], torch.empty(0, dtype=torch.int64)

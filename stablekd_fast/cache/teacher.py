@@ -1,0 +1,134 @@
+"""The teacher behind a cache: rows where they are stored, one live pass where they are not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.cache.codecs import RowFormat
+from stablekd_fast.cache.memory import MemoryRows
+from stablekd_fast.cache.store import RowStore, Ticket
+from stablekd_fast.data import Batch
+from stablekd_fast.errors import CacheFull
+
+
+@dataclass
+class Column:
+    """The stored rows of one teacher output."""
+
+    name: str
+    format: RowFormat
+    rows: RowStore | MemoryRows
+    bridged: bool = False
+    """Whether a bridge was applied before storing; the teacher cannot go on from such a row."""
+    closed: bool = False
+    """No more rows are put: there was no room for one."""
+
+    @property
+    def on_disk(self) -> bool:
+        return isinstance(self.rows, RowStore)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the teacher can go on from a stored row and give the bits that it gives from the images."""
+        return self.format.lossless and not self.bridged
+
+
+@dataclass
+class _Reading:
+    """Rows of one batch that are being read ahead: per output the ticket and what is read into."""
+
+    batch: Batch
+    columns: dict[int, tuple[Ticket, list[Tensor]]]
+
+
+class CachedTeacher:
+    """Serves stored outputs; runs the live teacher for the others, and stores what the plan keeps.
+
+    A step sees what a stored row decodes to even on the pass that stores it, and where there was no room to store it:
+    the state of the cache never changes a number.
+    """
+
+    def __init__(self, paired: PairedBlocks, columns: dict[int, Column], samples: int, device: torch.device) -> None:
+        self.paired, self.columns, self.samples, self.device = paired, columns, samples, device
+        self.pinned = device.type == "cuda"
+        self.live_batches = 0
+        """Batches for which some teacher block ran."""
+        self._reading: _Reading | None = None
+
+    def rows_of(self, batch: Batch) -> Tensor:
+        return batch.view * self.samples + batch.sample_ids
+
+    def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
+        """While a batch is in use, the rows of the next one are read."""
+        following: _Reading | None = None
+        for batch in batches:
+            current, following = following, self._begin(batch, wanted)
+            if current is not None:
+                self._reading = current
+                yield current.batch
+        if following is not None:
+            self._reading = following
+            yield following.batch
+
+    def outputs(self, wanted: Collection[int], images: Tensor, batch: Batch) -> dict[int, Tensor]:
+        """The wanted outputs for `batch`, whose images on the device are `images`."""
+        reading, self._reading = self._reading, None
+        if reading is None or reading.batch is not batch:
+            reading = self._begin(batch, wanted)
+        rows, found = self.rows_of(batch), {}
+        for k in wanted:
+            if k in self.columns and (k in reading.columns or self._complete(k, rows)):
+                found[k] = self._stored(k, rows, reading)
+        missing = set(wanted) - found.keys()
+        if missing:
+            self.live_batches += 1
+            known = {k: value for k, value in found.items() if self.columns[k].continues}
+            for k, value in self.paired.teacher_outputs(images, missing, known).items():
+                found[k] = self._kept(k, rows, value) if k in self.columns else value
+        return found
+
+    def close(self) -> None:
+        for column in self.columns.values():
+            column.rows.close()
+
+    def _begin(self, batch: Batch, wanted: Collection[int]) -> _Reading:
+        rows, started = self.rows_of(batch), {}
+        for k in wanted:
+            column = self.columns.get(k)
+            if column is not None and column.on_disk and self._complete(k, rows):
+                out = column.rows.empty(len(rows), pinned=self.pinned)
+                started[k] = (column.rows.submit(rows, out), out)
+        return _Reading(batch, started)
+
+    def _complete(self, k: int, rows: Tensor) -> bool:
+        return bool(self.columns[k].rows.present(rows).all())
+
+    def _stored(self, k: int, rows: Tensor, reading: _Reading) -> Tensor:
+        column = self.columns[k]
+        if k in reading.columns:
+            ticket, parts = reading.columns[k]
+            column.rows.wait(ticket)
+        else:
+            parts = column.rows.gather(rows)
+        return column.format.decode([part.to(self.device, non_blocking=True) for part in parts])
+
+    def _kept(self, k: int, rows: Tensor, value: Tensor) -> Tensor:
+        column = self.columns[k]
+        parts = column.format.encode(value)
+        if not column.closed:
+            try:
+                column.rows.put(rows, [part.cpu() for part in parts] if column.on_disk else parts)
+            except CacheFull as error:
+                column.closed = True
+                warnings.warn(
+                    f"{column.name} is cached no further, the live teacher serves what is missing: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return column.format.decode(parts)

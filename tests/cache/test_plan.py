@@ -1,0 +1,130 @@
+import itertools
+import random
+import time
+
+import pytest
+
+from stablekd_fast.cache.plan import (
+    CodecCost,
+    Costs,
+    Kept,
+    OutputCost,
+    Plan,
+    StageCost,
+    TierCost,
+    best_plan,
+    decisions,
+    fits,
+    predict,
+)
+
+
+def random_costs(outputs: int, seed: int, stages: int = 2, tiers=("device", "host", "disk")) -> Costs:
+    draw = random.Random(seed)
+    made = []
+    for k in range(outputs):
+        size = draw.choice([2_000, 8_000, 30_000])
+        codecs = {
+            "fp32": CodecCost(4 * size, 1e-4, draw.uniform(0, 1e-4), draw.choice([0.0, 0.5, 1.0])),
+            "int8": CodecCost(size, draw.uniform(0, 2e-4), draw.uniform(0, 3e-4), draw.choice([0.0, 1.0]), exact=False),
+        }
+        made.append(OutputCost(f"cut{k}", draw.uniform(1e-4, 4e-3), codecs, bridged=draw.random() < 0.3))
+    rates = {
+        "device": TierCost({"device": 1e-12}, {"device": 1e-12}, draw.choice([0, 3e8, 2e9])),
+        "host": TierCost({"link": 5e-11}, {"link": 5e-11}, draw.choice([0, 1e9, 1e10])),
+        "disk": TierCost({"link": 5e-11, "disk": 3e-10}, {"disk": 1e-9, "device": 1e-10}, draw.choice([0, 2e9, 1e11])),
+    }
+    everything = frozenset(range(outputs))
+    kinds = [everything, frozenset(k for k in everything if draw.random() < 0.7) or everything]
+    planned = []
+    for s in range(stages):
+        batches = draw.randint(50, 500)
+        planned.append(StageCost(draw.uniform(1e-3, 1e-2), kinds[s % 2], batches, draw.randint(0, batches)))
+    return Costs(
+        tuple(made), tuple(planned), {t: rates[t] for t in tiers}, {"device": 1e-4, "loader": draw.uniform(0, 5e-3)}, 10_000, 128
+    )
+
+
+def brute_force(costs: Costs) -> float:
+    options = [[None, *costs.options(k)] for k in range(len(costs.outputs))]
+    plans = (Plan({k: o for k, o in enumerate(chosen) if o}) for chosen in itertools.product(*options))
+    return min(predict(costs, plan).seconds for plan in plans if fits(costs, plan))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_plan_is_as_good_as_the_best_of_all(seed):
+    costs = random_costs(4, seed)
+    plan = best_plan(costs)
+    assert fits(costs, plan)
+    assert predict(costs, plan).seconds == pytest.approx(brute_force(costs), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_twelve_outputs_are_as_good_as_the_best_of_all(seed):
+    """Two choices each, so that all 4096 plans can be tried."""
+    costs = random_costs(12, seed, tiers=("disk",))
+    made = [OutputCost(o.name, o.block, {"fp32": o.codecs["fp32"]}, o.bridged) for o in costs.outputs]
+    costs = Costs(tuple(made), costs.stages, costs.tiers, costs.images, costs.rows, costs.batch_size)
+    assert predict(costs, best_plan(costs)).seconds == pytest.approx(brute_force(costs), rel=1e-12)
+
+
+def test_twelve_outputs_with_all_tiers_and_codecs_take_seconds_at_most():
+    start = time.perf_counter()
+    for seed in range(3):
+        costs = random_costs(12, seed, stages=3)
+        assert predict(costs, best_plan(costs)).seconds <= predict(costs, Plan()).seconds
+    assert time.perf_counter() - start < 30
+
+
+def simple(disk: float, read: float, fill: int = 100, stored: float = 0.0) -> Costs:
+    """Two blocks of 10 ms, students of 5 ms; 100 of 1000 batches fill."""
+    codecs = {"fp32": CodecCost(1000, 0.0, 0.0, stored)}
+    outputs = tuple(OutputCost(name, 0.010, codecs) for name in ("layer1", "logits"))
+    tier = TierCost({"device": read}, {"device": 1e-9}, disk)
+    stages = (StageCost(0.005, frozenset({0, 1}), 1000, fill),)
+    return Costs(outputs, stages, {"disk": tier}, {}, 1000, 100)
+
+
+def test_prediction_by_hand():
+    costs = simple(1e9, read=1e-8)  # 1 ms to read, 0.1 ms to write a batch of either output
+    assert predict(costs, Plan()).seconds == pytest.approx(1000 * 0.025)
+    both = Plan({0: Kept("disk", "fp32"), 1: Kept("disk", "fp32")})
+    assert predict(costs, both).seconds == pytest.approx(100 * (0.025 + 0.0002) + 900 * 0.007)
+    first = Plan({0: Kept("disk", "fp32")})
+    assert predict(costs, first).seconds == pytest.approx(100 * (0.025 + 0.0001) + 900 * (0.005 + 0.001 + 0.010))
+    last = Plan({1: Kept("disk", "fp32")})
+    assert predict(costs, last).seconds == pytest.approx(100 * (0.025 + 0.0001) + 900 * (0.005 + 0.010 + 0.001))
+
+
+def test_what_does_not_pay_is_not_kept():
+    assert best_plan(simple(1e9, read=1e-8)).kept.keys() == {0, 1}
+    assert best_plan(simple(1e9, read=2e-7)).kept == {}  # reading takes 20 ms, computing 10
+    assert best_plan(simple(0, read=1e-8)).kept == {}
+    assert len(best_plan(simple(1.5e6, read=1e-8)).kept) == 1  # the budget holds one of the two
+    assert best_plan(simple(1e9, read=1e-8, fill=1000)).kept == {}  # never read again
+    assert best_plan(simple(1e9, read=1e-8, fill=1000, stored=1.0)).kept.keys() == {0, 1}  # stored by an earlier run
+
+
+def test_a_lossy_or_bridged_row_is_no_place_to_go_on_from():
+    outputs = (
+        OutputCost("a", 0.010, {"int8": CodecCost(10, 0.0, 0.0, exact=False)}),
+        OutputCost("b", 0.010, {"fp32": CodecCost(10**9, 0.0, 0.0)}),
+    )
+    tier = TierCost({"disk": 1e-12}, {"disk": 1e-12}, 1e6)
+    costs = Costs(outputs, (StageCost(0.0, frozenset({0, 1}), 10, 0),), {"disk": tier}, {}, 100, 100)
+    kept = Plan({0: Kept("disk", "int8")})
+    assert predict(costs, kept).seconds == pytest.approx(10 * 0.020)  # from the images all the same
+    assert best_plan(costs).kept == {}
+
+
+def test_decisions_say_where_the_teacher_goes_on():
+    costs = simple(1.5e6, read=1e-8)
+    rows = decisions(costs, Plan({0: Kept("disk", "fp32")}))
+    assert [row["decision"] for row in rows] == ["keep (disk, fp32)", "go on from layer1"]
+    assert rows[0]["live_ms"] == pytest.approx(10) and rows[0]["kept_ms"] == pytest.approx(1)
+    assert [row["decision"] for row in decisions(costs, Plan())] == ["relay", "go on from layer1"]
+
+
+def test_a_plan_survives_json():
+    plan = Plan({2: Kept("host", "int8"), 0: Kept("disk", "fp32")})
+    assert Plan.from_plain(plan.plain()) == plan
