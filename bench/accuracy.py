@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.distiller import Distiller
 from stablekd_fast.memory import keep_freed_memory
@@ -62,32 +60,6 @@ CANDIDATES: dict[str, dict[str, dict]] = {
 """At most six settings per method."""
 
 
-class RememberedTeacher:
-    """The teacher's outputs kept on disk, bit for bit, by the content of the images.
-
-    Every run with one seed sees the same batches, so a campaign runs the teacher once per seed.
-    """
-
-    def __init__(self, distiller: Distiller, folder: Path) -> None:
-        self.live, self.folder = distiller.paired.teacher_outputs, folder
-        self.count = len(distiller.paired)
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, images: Tensor, count: int | None = None) -> list[Tensor]:
-        if count == 0:
-            return []
-        content = images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy()
-        path = self.folder / f"{hashlib.blake2b(content.data, digest_size=16).hexdigest()}.safetensors"
-        if not path.exists():
-            outputs = self.live(images)
-            rows = {str(k): out.movedim(1, -1).contiguous() for k, out in enumerate(outputs)}
-            temporary = path.with_suffix(f".{id(self)}.tmp")
-            save_file(rows, temporary)
-            temporary.replace(path)
-        rows = load_file(path)
-        return [rows[str(k)].movedim(-1, 1) for k in range(self.count)][:count]
-
-
 def run_one(arguments, method: str, name: str, settings: dict, seed: int, out: Path) -> dict | None:
     """Train one setting unless it is done or another process is at it; returns its row."""
     with claimed(out) as mine:
@@ -96,6 +68,7 @@ def run_one(arguments, method: str, name: str, settings: dict, seed: int, out: P
         if (out / "results.json").exists():
             return read_results(out / "results.json")["runs"][0]
         optimizer = Optimizer(**settings["optimizer"])
+        remember = arguments.remember and method != "ce"
         config = DistillConfig(
             **{**settings, "optimizer": optimizer},
             method=method,
@@ -111,11 +84,9 @@ def run_one(arguments, method: str, name: str, settings: dict, seed: int, out: P
             seed=seed,
             out=str(out),
             resume=(out / "checkpoint.safetensors").exists(),
+            cache=CacheSettings(plan="all", directory=f"{arguments.remember}/seed-{seed}") if remember else CacheSettings(),
         )
-        distiller = Distiller(config)
-        if method != "ce" and arguments.remember:
-            distiller.paired.teacher_outputs = RememberedTeacher(distiller, Path(arguments.remember))
-        distiller.run(progress=False)
+        Distiller(config).run(progress=False)
         return read_results(out / "results.json")["runs"][0]
 
 

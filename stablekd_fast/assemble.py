@@ -11,6 +11,8 @@ from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset, EvalSource, Split, TrainSource
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.objectives import objective
+from stablekd_fast.step import Objectives
 
 
 def pick_device(name: str) -> torch.device:
@@ -62,6 +64,17 @@ def eval_source(dataset: Dataset, split: Split, config: DistillConfig) -> EvalSo
         batch_size=config.batch_size * 2,
         image_size=config.image_size,
         workers=config.workers,
+    )
+
+
+def objectives_of(config: DistillConfig) -> Objectives:
+    """What the student is trained towards. Raises ConfigError for an unknown objective or option."""
+    align = {"stablekd": config.align, "blocks": "ends", "kd+features": "all", "kd": "none", "ce": "none"}
+    return Objectives(
+        feature=objective("feature", config.feature, config.feature_options),
+        logits=objective("logits", config.logits, config.logits_options),
+        align=align[config.method],
+        use_teacher_logits=config.method != "ce",
     )
 
 

@@ -17,6 +17,7 @@ from stablekd_fast import __version__
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.memory import keep_freed_memory
+from stablekd_fast.plan_pair import PairPlan
 
 console = Console()
 
@@ -74,15 +75,63 @@ def _evaluate(options) -> int:
 
 
 def _plan(options) -> int:
-    import torch
+    from stablekd_fast.blocks import describe_blocks
+    from stablekd_fast.plan_pair import plan_pair
 
-    from stablekd_fast import models
-    from stablekd_fast.blocks import describe_blocks, pair_blocks
-
-    sides = [models.build(name, options.classes, options.image_size) for name in (options.teacher, options.student)]
-    images = torch.randn(2, 3, options.image_size, options.image_size)
-    paired = pair_blocks(*sides, images, options.cuts or "auto", options.blocks, bridge=options.bridge)
+    asked = PairPlan(**vars(options))
+    paired = asked.paired()
     _print_rows(f"{options.teacher} -> {options.student}", [_plan_row(row) for row in describe_blocks(paired)])
+    if asked.has_budget:
+        found = plan_pair(asked, paired)
+        _print_rows(f"What is kept of the teacher, per batch of {options.batch_size}", found.decisions)
+        _print_rows(f"The run, {found.basis}", found.totals)
+    return 0
+
+
+def _cache(options) -> int:
+    return CACHE[options.what](options[options.what])
+
+
+def _cache_info(options) -> int:
+    from stablekd_fast.cache.maintain import describe
+
+    rows = describe(Path(options.directory))
+    made_from = ("teacher", "data", "view_seed", "batch_size")
+    _print_rows(options.directory, [{k: v for k, v in row.items() if k not in made_from} for row in rows])
+    _print_rows("made from", [{k: row[k] for k in ("column", *made_from)} for row in rows])
+    return 0
+
+
+def _cache_verify(options) -> int:
+    from stablekd_fast.cache.maintain import verify
+
+    whole, damaged = verify(Path(options.directory))
+    if whole:
+        _print_rows("whole", [{"column": name, "rows": rows} for name, rows in whole.items()])
+    if damaged:
+        raise StableKDError("\n".join(damaged))
+    return 0
+
+
+def _cache_gc(options) -> int:
+    from stablekd_fast.cache.maintain import collect
+
+    if not options.columns and not options.half_filled:
+        raise StableKDError("Nothing was named to delete; give --columns NAME,NAME or --half-filled.")
+    deleted = collect(Path(options.directory), _listed(options.columns), half_filled=options.half_filled)
+    for name in deleted:
+        console.print(f"deleted {name}", highlight=False)
+    return 0
+
+
+def _cache_build(options) -> int:
+    from stablekd_fast.distiller import Distiller
+
+    stored = Distiller(DistillConfig(**_fields(options))).build_cache()
+    if not stored:
+        console.print("The plan keeps nothing; give --cache.plan all to keep everything that is used.", highlight=False)
+        return 0
+    _print_rows("stored", [{"column": name, "rows": rows} for name, rows in stored.items()])
     return 0
 
 
@@ -115,8 +164,46 @@ def _bench_kernels(options) -> int:
     return _keep_measurements(measured, options, earlier)
 
 
+def _bench_cache(options) -> int:
+    from stablekd_fast.bench.cache import run_cache
+    from stablekd_fast.bench.output import write_document
+
+    rows, memory, settings = run_cache(Path(options.directory), options.rounds, partial(_show_case, earlier=None), options.quick)
+    _print_rows("memory over an epoch", [memory])
+    if options.json:
+        write_document(Path(options.json), {"rows": rows, "memory": memory}, settings)
+    return 0
+
+
+def _bench_teacher(options) -> int:
+    from stablekd_fast.bench.output import write_json
+    from stablekd_fast.bench.teacher import run_teacher
+
+    if not options.small and not options.large:
+        raise StableKDError("No images were given; give --small for a data set of 32 px images, --large for photographs.")
+    show = partial(_show_case, earlier=None)
+    rows, settings = run_teacher(Path(options.directory), options.small, options.large, options.rounds, show)
+    if options.json:
+        write_json(Path(options.json), rows, settings)
+    return 0
+
+
+def _bench_plan(options) -> int:
+    from stablekd_fast.bench.output import write_document
+    from stablekd_fast.bench.plan import run_plan
+
+    rows, settings = run_plan(Path(options.directory), options.data, lambda row: _print_rows("budget " + row["budget"], [row]))
+    if options.json:
+        write_document(Path(options.json), {"rows": rows}, settings)
+    return 0
+
+
 def _ops(options) -> list[str]:
-    return [op.strip() for op in options.ops.split(",")] if options.ops else []
+    return _listed(options.ops)
+
+
+def _listed(names: str | None) -> list[str]:
+    return [name.strip() for name in names.split(",")] if names else []
 
 
 def _prove_kernels(options) -> int:
@@ -157,8 +244,17 @@ def _keep_measurements(measured, options, earlier: list[dict] | None) -> int:
     return 1 if slow else 0
 
 
-BENCHES = {"kernels": _bench_kernels}
-RUN = {"demo": _demo, "distill": _distill, "evaluate": _evaluate, "plan": _plan, "bench": _bench, "info": _info}
+BENCHES = {"kernels": _bench_kernels, "cache": _bench_cache, "teacher": _bench_teacher, "plan": _bench_plan}
+CACHE = {"info": _cache_info, "verify": _cache_verify, "gc": _cache_gc, "build": _cache_build}
+RUN = {
+    "demo": _demo,
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "plan": _plan,
+    "cache": _cache,
+    "bench": _bench,
+    "info": _info,
+}
 
 
 def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.ArgumentParser]]:
@@ -183,27 +279,43 @@ def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.Argum
     evaluate.add_argument("--split", type=str, default="test", choices=["test", "train"])
     evaluate.add_argument("--device", type=str, default="auto")
 
-    plan = commands["plan"]
-    plan.add_argument("--teacher", type=str, required=True)
-    plan.add_argument("--student", type=str, required=True)
-    plan.add_argument("--image_size", type=int, default=224, help="pixels")
-    plan.add_argument("--classes", type=int, default=1000)
-    plan.add_argument("--cuts", type=list[str | tuple[str, str]] | None, default=None)
-    plan.add_argument("--blocks", type=int | None, default=None)
-    plan.add_argument("--bridge", type=str, default="select")
+    commands["plan"].add_class_arguments(PairPlan)
 
     helps = {
         "demo": "compare methods on embedded real data",
         "distill": "distil a student (or train a teacher with --method ce)",
         "evaluate": "top-1 and top-5 of a checkpoint",
-        "plan": "show how a pair is cut into blocks",
+        "plan": "show how a pair is cut into blocks, and what of the teacher is worth keeping",
+        "cache": "look after the teacher's stored outputs",
         "bench": "measure speed against rivals",
         "info": "machine, versions, and which implementation serves each operator",
     }
     for name, command in commands.items():
         chosen.add_subcommand(name, command, help=helps[name])
     benches = _add_benches(commands["bench"])
-    return parser, commands | {f"bench {name}": bench for name, bench in benches.items()}
+    caches = _add_caches(commands["cache"])
+    inner = {f"bench {name}": bench for name, bench in benches.items()}
+    return parser, commands | inner | {f"cache {name}": cache for name, cache in caches.items()}
+
+
+def _add_caches(cache: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.ArgumentParser]:
+    chosen = cache.add_subcommands(required=True, dest="what")
+    caches = {name: jsonargparse.ArgumentParser(exit_on_error=False) for name in CACHE}
+    for name in ("info", "verify", "gc"):
+        caches[name].add_argument("directory", type=str, help="the --cache.directory of a run")
+    caches["gc"].add_argument("--columns", type=str | None, default=None, help="columns to delete, with commas between")
+    caches["gc"].add_argument("--half_filled", action="store_true", help="delete shards that a run left half filled")
+    caches["build"].add_argument("--config", action="config", help="YAML file with any of these settings")
+    caches["build"].add_class_arguments(DistillConfig)
+    helps = {
+        "info": "columns, rows, bytes, and what they were made from",
+        "verify": "read every row and compare its checksum",
+        "gc": "delete columns, or what runs left half filled",
+        "build": "store what a run would keep, before it",
+    }
+    for name, parser in caches.items():
+        chosen.add_subcommand(name, parser, help=helps[name])
+    return caches
 
 
 def _add_benches(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.ArgumentParser]:
@@ -224,7 +336,22 @@ def _add_benches(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.A
     kernels.add_argument("--against", type=str | None, default=None, help="file of an earlier --json to compare with")
     kernels.add_argument("--fail_below", type=float | None, default=None, help="exit code 1 for a ratio below this")
 
-    helps = {"kernels": "operators against eager and compiled PyTorch, and against the speed of memory"}
+    for name, rounds in (("cache", 11), ("teacher", 9)):
+        benches[name].add_argument("--rounds", type=int, default=rounds)
+    for name in ("cache", "teacher", "plan"):
+        benches[name].add_argument("--directory", type=str, default=".", help="where rows are put for the time of the bench")
+        benches[name].add_argument("--json", type=str | None, default=None, help="file for rows, machine and versions")
+    benches["cache"].add_argument("--quick", action="store_true", help="few rows")
+    benches["plan"].add_argument("--data", type=str, required=True, help="data set of 32 px images, e.g. CIFAR-10")
+    benches["teacher"].add_argument("--small", type=str | None, default=None, help="data set of 32 px images, e.g. CIFAR-10")
+    benches["teacher"].add_argument("--large", type=str | None, default=None, help="folder data set of photographs")
+
+    helps = {
+        "kernels": "operators against eager and compiled PyTorch, and against the speed of memory",
+        "cache": "rows read in random order, against memory, the disk, and one file per sample",
+        "plan": "runs as planned under several budgets, against their predictions",
+        "teacher": "blocks fed by prefixes run again, by one relayed pass, and by the cache",
+    }
     for name, parser in benches.items():
         chosen.add_subcommand(name, parser, help=helps[name])
     return benches

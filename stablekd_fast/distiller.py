@@ -17,6 +17,7 @@ from stablekd_fast.assemble import (
     copy_head,
     eval_source,
     fingerprint,
+    objectives_of,
     pick_device,
     placed,
     split_training_images,
@@ -25,7 +26,7 @@ from stablekd_fast.assemble import (
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.cache.columns import ImageColumn
 from stablekd_fast.cache.plan import Costs, Plan, decisions, predict
-from stablekd_fast.cache.planner import Planner
+from stablekd_fast.cache.planner import Planner, views_shown
 from stablekd_fast.cache.teacher import CachedTeacher
 from stablekd_fast.checkpoint import load_metadata, save_tensors
 from stablekd_fast.config import DistillConfig, identity
@@ -33,10 +34,8 @@ from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.engine import Engine
 from stablekd_fast.errors import ConfigError, ModelError, nearest
 from stablekd_fast.evaluate import evaluate
-from stablekd_fast.objectives import objective
 from stablekd_fast.report import Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.schedule import method_stages, plan_stages
-from stablekd_fast.step import Objectives
 from stablekd_fast.teacher import Relay, Teacher
 
 CALIBRATION_BATCHES = 2
@@ -97,6 +96,7 @@ class Distiller:
         self.paired = self._place(paired) if paired is not None else self._pair(teacher, student)
         self.costs: Costs | None = None
         """What the cache's plan was made from, if it was made from measurements."""
+        self.plan = Plan()
 
     def run(self, *, progress: bool = True) -> RunResult:
         """Train (or resume), evaluate on the test split once, and write all results to `config.out`."""
@@ -120,6 +120,17 @@ class Distiller:
         write_results(out / "results.json", [asdict(result)])
         write_run_report(out)
         return result
+
+    def build_cache(self) -> dict[str, int]:
+        """Store what the plan keeps, for all images and views of the run; rows by column. Trains nothing."""
+        engine = self._engine(Path(self.config.out) / "checkpoint.safetensors")
+        with self._closing(engine):
+            wanted = self.plan.kept.keys()
+            for view in range(views_shown(self.source, engine.stages[-1].last) if wanted else 0):
+                for batch in engine.teacher.ahead(self.source.whole_view(view), wanted):
+                    engine.teacher.outputs(wanted, engine.to_device(batch.images), batch)
+            columns = engine.teacher.columns.values() if wanted else []
+            return {column.name: len(column.rows) for column in columns}
 
     @contextlib.contextmanager
     def _closing(self, engine: Engine) -> Iterator[None]:
@@ -160,20 +171,20 @@ class Distiller:
         config, per_epoch = self.config, self.source.steps_per_epoch
         total_steps = max(round(config.epochs * per_epoch), 1)
         stages = config.stages or method_stages(config.method, len(self.paired), config.recipe, config.optimizer)
-        objectives, planned = self._objectives(), plan_stages(stages, len(self.paired), total_steps, per_epoch)
+        objectives, planned = objectives_of(config), plan_stages(stages, len(self.paired), total_steps, per_epoch)
         planner = Planner(self.paired, self.source, objectives, planned, config.cache, self.device)
-        teacher, plan = self._teacher(planner, checkpoint)
+        teacher = self._teacher(planner, checkpoint)
         return Engine(
             paired=self.paired,
             teacher=teacher,
-            plan=plan,
+            plan=self.plan,
             objectives=objectives,
             stages=planned,
             source=self.source,
             validation=self.validation,
             recorder=None,
             checkpoint=checkpoint,
-            identity=identity(config) | self._facts(plan),
+            identity=identity(config) | self._facts(),
             device=self.device,
             bn_batches=min(config.bn_batches, per_epoch),
             evaluate_every=max(round(config.evaluate_every * per_epoch), 1) if config.evaluate_every else 0,
@@ -181,37 +192,27 @@ class Distiller:
             log_every=config.log_every,
         )
 
-    def _teacher(self, planner: Planner, checkpoint: Path) -> tuple[Teacher, Plan]:
+    def _teacher(self, planner: Planner, checkpoint: Path) -> Teacher:
         """A resumed run goes on with the plan that it began with."""
         examples = planner.examples() if self.config.cache.keeps_rows else {}
         if self.config.resume:
-            plan = Plan.from_plain(load_metadata(checkpoint).get("plan", []))
+            self.plan = Plan.from_plain(load_metadata(checkpoint).get("plan", []))
         else:
-            plan, self.costs = planner.plan(examples)
-        if not plan.kept:
-            return Relay(self.paired), plan
-        columns = planner.columns().open(plan, examples or planner.examples())
-        return CachedTeacher(self.paired, columns, self.source.split.total, self.device), plan
+            self.plan, self.costs = planner.plan(examples)
+        if not self.plan.kept:
+            return Relay(self.paired)
+        columns = planner.columns().open(self.plan, examples or planner.examples())
+        return CachedTeacher(self.paired, columns, self.source.split.total, self.device)
 
-    def _facts(self, plan: Plan) -> dict:
+    def _facts(self) -> dict:
         """What decides the numbers beside the settings: a resumed run must meet the same teacher and images."""
         teacher = self.paired.teacher if self.config.method != "ce" else None
         return {
             "teacher_fingerprint": fingerprint(teacher) if teacher is not None else None,
             "training_images": self.source.steps_per_epoch * self.config.batch_size,
             "classes": self.dataset.classes,
-            "inexact": [[output, kept.codec] for output, kept in sorted(plan.kept.items()) if kept.codec != "fp32"],
+            "inexact": [[output, kept.codec] for output, kept in sorted(self.plan.kept.items()) if kept.codec != "fp32"],
         }
-
-    def _objectives(self) -> Objectives:
-        config = self.config
-        align = {"stablekd": config.align, "blocks": "ends", "kd+features": "all", "kd": "none", "ce": "none"}
-        return Objectives(
-            feature=objective("feature", config.feature, config.feature_options),
-            logits=objective("logits", config.logits, config.logits_options),
-            align=align[config.method],
-            use_teacher_logits=config.method != "ce",
-        )
 
     def _pair(self, teacher: nn.Module | None, student: nn.Module | None) -> PairedBlocks:
         config, classes = self.config, len(self.dataset.classes)
@@ -276,11 +277,11 @@ class Distiller:
             versions=versions(),
         )
         if self.costs is not None:
-            predicted = [predict(self.costs, plan).seconds for plan in (engine.plan, Plan())]
+            predicted = [predict(self.costs, plan).seconds for plan in (self.plan, Plan())]
             recorder.emit(
                 "cache_plan",
                 step=0,
-                outputs=decisions(self.costs, engine.plan),
+                outputs=decisions(self.costs, self.plan),
                 predicted_seconds=predicted[0],
                 predicted_seconds_relay=predicted[1],
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.codecs import RowFormat
 from stablekd_fast.cache.fingerprint import image_fingerprint, teacher_fingerprint
-from stablekd_fast.cache.manifest import Manifest
+from stablekd_fast.cache.manifest import MANIFEST, Manifest
 from stablekd_fast.cache.memory import MemoryRows
 from stablekd_fast.cache.plan import Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
@@ -23,9 +23,7 @@ from stablekd_fast.cache.shard import Part
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.cache.teacher import Column
 from stablekd_fast.data import TrainSource
-from stablekd_fast.errors import CacheError, CacheFull, ConfigError
-
-READING_THREADS = 8
+from stablekd_fast.errors import CacheFull, ConfigError
 
 
 def output_name(paired: PairedBlocks, output: int) -> str:
@@ -74,7 +72,7 @@ class Columns:
         """How many rows a column on disk has already; 0 if there is none."""
         wanted = self._manifest(output, row_format(self.paired, output, example, codec))
         folder = self._folder(output, codec)
-        if folder is None or not (folder / "manifest.json").exists():
+        if folder is None or not (folder / MANIFEST).exists():
             return 0
         with RowStore(folder, wanted, write=_may_write(folder)) as store:
             return len(store)
@@ -126,7 +124,6 @@ def open_store(folder: Path, manifest: Manifest, settings: CacheSettings, expect
         budget=budget,
         verify=settings.verify,
         expected=expected,
-        threads=READING_THREADS,
     )
 
 
@@ -168,9 +165,3 @@ class ImageColumn:
     def close(self) -> None:
         self.store.close()
 
-
-def columns_in(directory: Path) -> list[Path]:
-    """The folders of all columns in a cache. Raises CacheError if there is no such directory."""
-    if not directory.is_dir():
-        raise CacheError(f"There is no cache at {directory}; give the directory of a run's --cache.directory.")
-    return sorted(path.parent for path in directory.glob("*/manifest.json"))

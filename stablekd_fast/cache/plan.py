@@ -313,7 +313,7 @@ def decisions(costs: Costs, plan: Plan) -> list[dict]:
         rows.append(
             {
                 "output": source.name,
-                "decision": f"keep ({kept.tier}, {kept.codec})" if kept else _live(costs, at),
+                "decision": f"keep ({kept.tier}, {kept.codec})" if kept else _live(costs, plan, at),
                 "live_ms": 1e3 * sum(one.block for one in costs.outputs[at + 1 : output + 1]),
                 "kept_ms": 1e3 * max(read.values()),
                 "row_bytes": codec.row_bytes,
@@ -324,8 +324,8 @@ def decisions(costs: Costs, plan: Plan) -> list[dict]:
     return rows
 
 
-def _live(costs: Costs, at: int) -> str:
-    return "relay" if at < 0 else f"go on from {costs.outputs[at].name}"
+def _live(costs: Costs, plan: Plan, at: int) -> str:
+    return f"recompute from {costs.outputs[at].name}" if at in plan.kept else "relay"
 
 
 def plain_costs(costs: Costs) -> dict:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.cache.codecs import RowFormat
 from stablekd_fast.cache.columns import Columns, output_name, row_format
 from stablekd_fast.cache.measure import measure_codec, measure_students, measure_teacher, measure_tiers, stage_costs
-from stablekd_fast.cache.plan import Costs, Kept, OutputCost, Plan, best_plan
+from stablekd_fast.cache.plan import TIERS, CodecCost, Costs, Kept, OutputCost, Plan, best_plan
+from stablekd_fast.cache.profiles import Profile, predicted_blocks
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
-from stablekd_fast.data import TrainSource
+from stablekd_fast.data import Batch, TrainSource
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.schedule import PlannedStage
+from stablekd_fast.schedule import PlannedStage, group_name
 from stablekd_fast.step import Objectives
 
 _TIMED_BATCHES = 4
@@ -40,17 +42,17 @@ class Planner:
         return views_shown(self.source, self.stages[-1].last)
 
     @property
-    def wanted(self) -> set[int]:
-        """The teacher's outputs that any stage reads."""
-        count = len(self.paired.cuts)
-        return set().union(*(self.objectives.teacher_outputs(s.stage.groups, count) for s in self.stages))
+    def job(self) -> Job:
+        fill = math.inf if self.source.views is None else self.source.views * self.source.steps_per_epoch
+        rows = len(self.source.split) * self.views
+        return Job(self.paired, self.objectives, self.stages, self.settings, rows, min(fill, self.stages[-1].last))
 
     def columns(self) -> Columns:
         return Columns(self.paired, self.source, self.settings, self.device, self.views)
 
     def examples(self) -> dict[int, Tensor]:
         """The wanted outputs for the first batch."""
-        return self.paired.teacher_outputs(next(self.source.batches(0, 1)).images.to(self.device), self.wanted)
+        return self.paired.teacher_outputs(next(self.source.batches(0, 1)).images.to(self.device), self.job.wanted)
 
     def plan(self, examples: dict[int, Tensor]) -> tuple[Plan, Costs | None]:
         """The plan by the settings, and the costs if any were measured for it. Raises ConfigError if `all` is asked for
@@ -74,40 +76,91 @@ class Planner:
         batches = self.source.batches(0, _TIMED_BATCHES + 1)
         batch = next(batches)
         start = time.perf_counter()
-        made = sum(1 for _ in islice(batches, _TIMED_BATCHES))
+        made = sum(1 for _ in batches)
         images = (time.perf_counter() - start) / max(made, 1)
-        rows = len(self.source.split) * self.views
-        columns, count = self.columns(), len(self.paired.cuts)
-        blocks = measure_teacher(self.paired, batch.images.to(self.device))
-        outputs, working_set = [], 0
-        for k, block in enumerate(blocks):
-            names = [self.settings.logits] if k == count else self.settings.codecs
-            codecs = {}
-            for codec in names if k in examples else ():
-                form = row_format(self.paired, k, examples[k], codec)
-                stored = min(1.0, columns.stored_rows(k, examples[k], codec) / rows)
-                codecs[codec] = measure_codec(form, examples[k], stored)
-            working_set += rows * max((codec.row_bytes for codec in codecs.values()), default=0)
-            bridged = k < count and self.paired.bridges[k] is not None
-            outputs.append(OutputCost(output_name(self.paired, k), block, codecs, bridged))
-        largest = max(examples.values(), key=lambda output: output[0].numel())
-        groupings = [planned.stage.groups for planned in self.stages]
-        students = measure_students(self.paired, self.objectives, groupings, batch, self.device)
-        fill = math.inf if self.source.views is None else self.source.views * self.source.steps_per_epoch
-        return Costs(
-            tuple(outputs),
-            stage_costs(self.stages, self.objectives, count, students, min(fill, self.stages[-1].last)),
-            measure_tiers(self.settings, largest, working_set, self.device),
-            {"device" if self.device.type == "cpu" else "loader": images},
-            rows,
-            self.source.batch_size,
-        )
+        columns, job = self.columns(), self.job
+
+        def stored(output: int, codec: str) -> float:
+            return min(1.0, columns.stored_rows(output, examples[output], codec) / job.rows)
+
+        return measured_costs(job, batch, self.device, images, stored)
 
     def _places(self) -> list[str]:
         """Tiers that the settings allow, the one that `all` uses first."""
         places = ["disk"] if self.settings.directory is not None else []
         budgets = {"host": self.settings.host_budget, "device": self.settings.device_budget}
         return places + [tier for tier, budget in budgets.items() if parse_bytes(budget, tier)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a plan is made for. `rows`: images times views; `fill`: steps until each view was seen."""
+
+    paired: PairedBlocks
+    objectives: Objectives
+    stages: list[PlannedStage]
+    settings: CacheSettings
+    rows: int
+    fill: int
+
+    @property
+    def wanted(self) -> set[int]:
+        """The teacher's outputs that any stage reads."""
+        count = len(self.paired.cuts)
+        return set().union(*(self.objectives.teacher_outputs(s.stage.groups, count) for s in self.stages))
+
+    def outputs(self, blocks: list[float], examples: dict[int, Tensor], cost: Callable[[int, RowFormat], CodecCost]):
+        """`blocks`: seconds per batch of each teacher block; `cost` of storing an output in a format."""
+        made, count = [], len(self.paired.cuts)
+        for k, block in enumerate(blocks):
+            names = [self.settings.logits] if k == count else self.settings.codecs
+            forms = [row_format(self.paired, k, examples[k], name) for name in names] if k in self.wanted else []
+            bridged = k < count and self.paired.bridges[k] is not None
+            made.append(OutputCost(output_name(self.paired, k), block, {f.codec: cost(k, f) for f in forms}, bridged))
+        return tuple(made)
+
+
+def measured_costs(
+    job: Job,
+    batch: Batch,
+    device: torch.device,
+    images: float,
+    stored: Callable[[int, str], float] = lambda output, codec: 0.0,
+) -> Costs:
+    """Costs on this machine, measured with one batch. `images`: seconds that making a batch takes; `stored`: share of
+    the rows of an output in a codec that are on disk already."""
+    examples = job.paired.teacher_outputs(batch.images.to(device), job.wanted)
+    blocks = measure_teacher(job.paired, batch.images.to(device))
+    outputs = job.outputs(blocks, examples, lambda k, form: measure_codec(form, examples[k], stored(k, form.codec)))
+    working_set = sum(job.rows * max((c.row_bytes for c in output.codecs.values()), default=0) for output in outputs)
+    groupings = [planned.stage.groups for planned in job.stages]
+    students = measure_students(job.paired, job.objectives, groupings, batch, device)
+    largest = max(examples.values(), key=lambda output: output[0].numel())
+    return Costs(
+        outputs,
+        stage_costs(job.stages, job.objectives, len(job.paired.cuts), students, job.fill),
+        measure_tiers(job.settings, largest, working_set, device),
+        {"device" if device.type == "cpu" else "loader": images},
+        job.rows,
+        len(batch.labels),
+    )
+
+
+def predicted_costs(job: Job, device: Profile, examples: dict[int, Tensor], batch_size: int) -> Costs:
+    """Costs on a device that is not at hand. `examples` `[N, ...]` of the outputs, for their shapes."""
+    blocks, students = predicted_blocks(device, job.paired, batch_size)
+    for planned in job.stages:
+        for group in planned.stage.groups:
+            students[group_name(group)] = sum(students[group_name([k])] for k in group)
+    budgets = {tier: float(parse_bytes(getattr(job.settings, f"{tier}_budget") or 0, tier)) for tier in TIERS}
+    return Costs(
+        job.outputs(blocks, examples, lambda k, form: device.codec(form, batch_size)),
+        stage_costs(job.stages, job.objectives, len(job.paired.cuts), students, job.fill),
+        device.tiers(budgets),
+        {"loader": batch_size / device.images_per_second},
+        job.rows,
+        batch_size,
+    )
 
 
 def views_shown(source: TrainSource, steps: int) -> int:

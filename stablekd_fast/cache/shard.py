@@ -11,7 +11,9 @@ at most one batch of slots whose keys are still -1 or whose checksums do not fit
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from stablekd_fast.errors import CacheError, CacheFull
 
+SUFFIX = ".safetensors"
 DATA_START = 4096
 KEYS, CHECKSUMS = "keys", "checksums"
 _VERIFIED_AT_ONCE = 16 << 20
@@ -82,6 +85,7 @@ class Shard:
         """A new file with room for `rows` rows, all of it taken from the disk now. Raises CacheFull, leaving nothing."""
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         shard = Shard(path, file, parts, rows)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         try:
             os.posix_fallocate(file, 0, shard.size)
             _write(file, 0, shard.header)
@@ -101,6 +105,7 @@ class Shard:
         except OSError as error:
             raise CacheError(f"The shard {path} cannot be opened ({error.strerror}). {REMEDY}") from error
         shard = Shard(path, file, parts, rows)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # reading ahead would fetch rows that nobody asked for
         try:
             shard._check_header()
             for tensor, name in ((shard.keys, KEYS), (shard.checksums, CHECKSUMS)):
@@ -182,6 +187,22 @@ def rows_in(path: Path) -> int | None:
             return json.loads(file.read(min(length, DATA_START)))[KEYS]["shape"][0]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
+
+
+def lock(file: int) -> bool:
+    """Become the file's writer, until it is closed; False if another process is."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether the file has a writer. A file that cannot be opened has none that could be harmed."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return not lock(file.fileno())
+    return False
 
 
 def checksums_of(reader, keys: Tensor, parts: Sequence[Tensor]) -> Tensor:

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
-from stablekd_fast.cache.shard import REMEDY, Shard, checksums_of, rows_in
+from stablekd_fast.cache.shard import REMEDY, SUFFIX, Shard, checksums_of, is_locked, lock, rows_in
 from stablekd_fast.errors import CacheError, CacheFull
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels._native import reason as no_core
 
-SUFFIX = ".safetensors"
 READING_THREADS = 8
 _LOCK = ".lock"
 _SMALLEST_SHARD, _LARGEST_SHARD = 64 << 20, 4 << 30
@@ -248,10 +247,10 @@ class RowStore:
             except CacheError:
                 shard = None
             if shard is None:
-                if _unlocked(path):
+                if not is_locked(path):
                     path.unlink(missing_ok=True)  # killed before its header was whole
                 continue
-            if not _lock_file(shard.file):
+            if not lock(shard.file):
                 shard.close()  # its writer lives
                 continue
             shard.keep_whole_rows(self.reader)
@@ -271,7 +270,7 @@ class RowStore:
             numbers = [int(path.stem.split("-")[1]) for path in self.folder.glob(f"*shard-*{SUFFIX}")]
             path = self.folder / f".shard-{max(numbers, default=-1) + 1:05d}{SUFFIX}"
             shard = Shard.create(path, self.manifest.parts, rows)
-            _lock_file(shard.file)
+            lock(shard.file)
         self._add(shard)
         self._open.append(shard)
         return shard
@@ -351,18 +350,3 @@ def _locked(folder: Path) -> Iterator[None]:
     with open(folder / _LOCK, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _lock_file(file: int) -> bool:
-    """Whether this process now is the file's writer."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _unlocked(path: Path) -> bool:
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return _lock_file(file.fileno())
-    return False

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, starmap, tee
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +23,9 @@ from stablekd_fast.kernels import augment_batch
 _BATCHES_AHEAD = 2
 
 EVAL_VIEW = -1
+
+Job = tuple[np.ndarray, int]
+"""Positions in the split that make a batch, and their view."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,16 @@ class TrainSource:
         Wherever it starts, step `s` yields the same batch. Raises `DataError` at a bad image unless
         such images are skipped.
         """
-        steps = range(start_step, stop_step)
-        return map(self._resident_batch, steps) if self.split.resident else self._decoded_batches(steps)
+        return self._batches((self._positions(step), self._view(step)) for step in range(start_step, stop_step))
+
+    def whole_view(self, view: int) -> Iterator[Batch]:
+        """Every image in one view, in the order of the split. The last batch is filled up with images from the start."""
+        full = -(-len(self.split) // self.batch_size)
+        positions = np.resize(np.arange(len(self.split)), (full, self.batch_size))
+        return self._batches((chunk, view) for chunk in positions)
+
+    def _batches(self, jobs: Iterator[Job]) -> Iterator[Batch]:
+        return starmap(self._resident_batch, jobs) if self.split.resident else self._decoded_batches(jobs)
 
     def _view(self, step: int) -> int:
         epoch = step // self.steps_per_epoch
@@ -106,8 +117,8 @@ class TrainSource:
             self._order_epoch, self._order = epoch, epoch_order(self.seed, epoch, len(self.split))
         return self._order[index * self.batch_size : (index + 1) * self.batch_size]
 
-    def _resident_batch(self, step: int) -> Batch:
-        rows, view = torch.from_numpy(self._positions(step)), self._view(step)
+    def _resident_batch(self, positions: np.ndarray, view: int) -> Batch:
+        rows = torch.from_numpy(positions)
         sample_ids = self.split.sample_ids[rows]
         padding = self.augmentation.padding
         offsets, flips = crop_offsets_and_flips(
@@ -124,8 +135,9 @@ class TrainSource:
         )
         return Batch(sample_ids, view, images, self.split.labels[rows])
 
-    def _decoded_batches(self, steps: range) -> Iterator[Batch]:
-        wanted = ((position, self._view(step)) for step in steps for position in self._positions(step).tolist())
+    def _decoded_batches(self, jobs: Iterator[Job]) -> Iterator[Batch]:
+        jobs, ahead = tee(jobs)
+        wanted = ((position, view) for positions, view in ahead for position in positions.tolist())
         decoded = ordered_map(
             lambda job: self._decode(*job),
             wanted,
@@ -133,9 +145,9 @@ class TrainSource:
             ahead=_BATCHES_AHEAD * self.batch_size,
         )
         with closing(decoded):
-            for step in steps:
+            for _, view in jobs:
                 positions, images = zip(*islice(decoded, self.batch_size))
-                rows, view = torch.tensor(positions), self._view(step)
+                rows = torch.tensor(positions)
                 sample_ids = self.split.sample_ids[rows]
                 flips = view_flips(self.view_seed, sample_ids.numpy(), view) & self.augmentation.flip
                 images = _normalised(np.stack(images), flips, self.mean, self.std)

@@ -120,9 +120,9 @@ def test_a_lossy_or_bridged_row_is_no_place_to_go_on_from():
 def test_decisions_say_where_the_teacher_goes_on():
     costs = simple(1.5e6, read=1e-8)
     rows = decisions(costs, Plan({0: Kept("disk", "fp32")}))
-    assert [row["decision"] for row in rows] == ["keep (disk, fp32)", "go on from layer1"]
+    assert [row["decision"] for row in rows] == ["keep (disk, fp32)", "recompute from layer1"]
     assert rows[0]["live_ms"] == pytest.approx(10) and rows[0]["kept_ms"] == pytest.approx(1)
-    assert [row["decision"] for row in decisions(costs, Plan())] == ["relay", "go on from layer1"]
+    assert [row["decision"] for row in decisions(costs, Plan())] == ["relay", "relay"]
 
 
 def test_a_plan_survives_json():

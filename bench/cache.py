@@ -1,0 +1,220 @@
+"""`stablekd bench cache`: rows read in random order, against memory itself, the disk itself, and the usual practice."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stablekd_fast.bench.core import Case, Contender, WrongResult, measure, pinned
+from stablekd_fast.cache.manifest import Manifest
+from stablekd_fast.cache.shard import Part
+from stablekd_fast.cache.store import READING_THREADS, RowStore
+
+BATCH = 128
+ROW_SIZES = (4 << 10, 16 << 10, 64 << 10, 200 << 10)
+"""Bytes: from int8 rows of small images to float32 rows of large ones."""
+
+
+@dataclass
+class Rows:
+    """A store with the rows that it holds in memory as well, and one batch of them in random order."""
+
+    store: RowStore
+    values: Tensor
+    wanted: Tensor
+    out: list[Tensor]
+
+    @staticmethod
+    def make(folder: Path, row_bytes: int, total: int) -> Rows:
+        count = max(total // row_bytes, 2 * BATCH)
+        values = torch.randn(count, row_bytes // 4)
+        store = RowStore(folder, Manifest((Part("rows", torch.float32, (row_bytes // 4,)),), count, {}), write=True)
+        store.put(torch.arange(count), [values])
+        for path in folder.glob("shard-*"):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        generator = torch.Generator().manual_seed(0)
+        wanted = torch.randperm(count, generator=generator)[: max(BATCH, (16 << 20) // row_bytes)]
+        return Rows(store, values, wanted, store.empty(len(wanted)))
+
+    def gather(self) -> Tensor:
+        return self.store.gather(self.wanted, self.out)[0]
+
+
+def page_cache_cases(folder: Path, total: int) -> Iterator[Case]:
+    """Files in main memory. `memcpy` copies as many bytes between two arrays, in order or row by row."""
+    for row_bytes in ROW_SIZES:
+        place = folder / f"{row_bytes}"
+        rows = Rows.make(place, row_bytes, total)
+        copied = torch.empty_like(rows.out[0])
+        pieces = rows.values[: len(rows.wanted)]
+        maps = [np.memmap(s.path, np.float32, "r", s.starts["rows"], (s.rows, row_bytes // 4)) for s in rows.store._shards]
+        contenders = [
+            Contender("memcpy", lambda: copied.copy_(pieces), "in order", expected=lambda: pieces),
+            Contender("memcpy", lambda: torch.index_select(rows.values, 0, rows.wanted, out=copied), "row by row"),
+            Contender("stablekd", rows.gather),
+        ]
+        if len(maps) == 1:
+            slots = rows.wanted.numpy()
+            contenders.append(Contender("numpy.memmap", lambda: torch.from_numpy(maps[0][slots])))
+        if row_bytes == 64 << 10:
+            files = _one_file_per_sample(place / "pt", rows)
+            contenders.append(Contender("one .pt per sample", lambda: torch.stack([torch.load(f) for f in files])))
+        yield Case(
+            "cache",
+            f"from main memory, rows of {row_bytes >> 10} KiB",
+            contenders,
+            "memcpy",
+            lambda: rows.values[rows.wanted].double(),
+            0.0,
+            {"bytes": len(rows.wanted) * row_bytes, "rows": len(rows.wanted)},
+        )
+        rows.store.close()
+        shutil.rmtree(place)
+
+
+def _one_file_per_sample(folder: Path, rows: Rows) -> list[Path]:
+    folder.mkdir()
+    files = [folder / f"{row}.pt" for row in rows.wanted.tolist()]
+    for file, row in zip(files, rows.wanted.tolist()):
+        torch.save(rows.values[row].clone(), file)
+    return files
+
+
+def disk_rows(folder: Path, total: int, rounds: int) -> list[dict]:
+    """Files that are not in main memory: every timing begins after their pages were dropped.
+
+    The rival reads the same rows past the page cache (O_DIRECT), from as many threads. Raises WrongResult.
+    """
+    row_bytes = 64 << 10
+    rows = Rows.make(folder / "cold", row_bytes, total)
+    paths = [shard.path for shard in rows.store._shards]
+    direct, read = _direct_reader(rows, row_bytes)
+    contenders: dict[str, Callable[[], Tensor]] = {"direct reads": read, "stablekd": rows.gather}
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    shuffle = random.Random(0).shuffle
+    for number in range(-1, rounds):
+        order = list(contenders)
+        shuffle(order)
+        for name in order:
+            rows.wanted.copy_(torch.randperm(len(rows.values))[: len(rows.wanted)])
+            _drop_pages(paths)
+            start = time.perf_counter()
+            found = contenders[name]()
+            seconds = time.perf_counter() - start
+            if not torch.equal(found, rows.values[rows.wanted]):
+                raise WrongResult(f"cache, from disk: {name} read other bytes than were written. No speed is shown.")
+            if number >= 0:
+                taken[name].append(seconds)
+    for file in direct:
+        os.close(file)
+    rows.store.close()
+    size = len(rows.wanted) * row_bytes
+    baseline = taken["direct reads"]
+    return [
+        {
+            "bench": "cache",
+            "case": f"from disk, rows of {row_bytes >> 10} KiB",
+            "contender": name,
+            "median_seconds": statistics.median(seconds),
+            "spread_seconds": (np.quantile(seconds, 0.75) - np.quantile(seconds, 0.25)) / 2,
+            "ratio": statistics.median(a / b for a, b in zip(baseline, seconds)),
+            "baseline": "direct reads",
+            "rounds": rounds,
+            "bytes": size,
+            "rows": len(rows.wanted),
+        }
+        for name, seconds in taken.items()
+    ]
+
+
+def _direct_reader(rows: Rows, row_bytes: int) -> tuple[list[int], Callable[[], Tensor]]:
+    """File descriptors, and a function that reads the wanted rows with O_DIRECT from as many threads as the store."""
+    files = [os.open(shard.path, os.O_RDONLY | os.O_DIRECT) for shard in rows.store._shards]
+    starts = [shard.starts["rows"] for shard in rows.store._shards]
+    buffer = mmap.mmap(-1, len(rows.wanted) * row_bytes)
+    whole, pool = memoryview(buffer), ThreadPoolExecutor(READING_THREADS)
+    places = rows.store._places
+
+    def one(job: tuple[int, int]) -> None:
+        at, place = job
+        shard, slot = place >> 32, place & 0xFFFFFFFF
+        os.preadv(files[shard], [whole[at * row_bytes : (at + 1) * row_bytes]], starts[shard] + slot * row_bytes)
+
+    def read() -> Tensor:
+        list(pool.map(one, enumerate(places[rows.wanted].tolist())))
+        return torch.frombuffer(buffer, dtype=torch.float32).view(len(rows.wanted), -1)
+
+    return files, read
+
+
+def _drop_pages(paths: Sequence[Path]) -> None:
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+_EPOCH = """
+import os, sys, torch
+from pathlib import Path
+from stablekd_fast.cache.store import RowStore
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+store = RowStore(Path(sys.argv[1]))
+out = store.empty({batch})
+store.gather(torch.arange({batch}), out)
+before = most = resident()
+order = torch.randperm(len(store))
+for rows in order.split({batch}):
+    if len(rows) == {batch}:
+        store.gather(rows, out)
+        most = max(most, resident())
+print(most - before, len(order) * store.manifest.row_bytes)
+"""
+
+
+def memory_row(folder: Path, total: int) -> dict:
+    """How much the memory of a process grows while it reads an epoch of `total` bytes in random order."""
+    rows = Rows.make(folder / "epoch", 64 << 10, total)
+    rows.store.close()
+    script = _EPOCH.format(batch=BATCH)
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(folder / "epoch")], capture_output=True, text=True, check=True
+    )
+    grown, read = map(int, process.stdout.split())
+    return {"bytes_read": read, "resident_growth": grown, "ram_budget": total // 10}
+
+
+def run_cache(folder: Path, rounds: int, show: Callable[[list[dict]], None], quick: bool = False) -> tuple[list[dict], dict, dict]:
+    """Rows of all cases, the growth of memory over an epoch, and the settings. Leaves nothing in `folder`."""
+    total = (32 << 20) if quick else (512 << 20)
+    scratch = folder / f".bench-{os.getpid()}"
+    found: list[dict] = []
+    try:
+        with pinned() as pins:
+            for case in page_cache_cases(scratch, total):
+                found += measure(case, rounds)
+                show(found[-len({contender.name for contender in case.contenders}) :])
+            cold = disk_rows(scratch, total, rounds)
+            show(cold)
+            memory = memory_row(scratch, (64 << 20) if quick else (2 << 30))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return found + cold, memory, {"rounds": rounds, "quick": quick, "reading_threads": READING_THREADS, **pins}

@@ -1,0 +1,120 @@
+"""What storing the teacher less exactly costs in accuracy: one recipe, every codec, several seeds.
+
+    python -m stablekd_fast.bench.codecs --data CIFAR --teacher-weights FILE --out DIR
+
+All seeds share their views, so that a codec's rows are made once. Interrupted, it goes on where it stopped; several
+processes side by side (with other --codecs) share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from stablekd_fast.bench.accuracy import claimed
+from stablekd_fast.bench.output import write_document
+from stablekd_fast.cache import CacheSettings
+from stablekd_fast.config import DistillConfig
+from stablekd_fast.distiller import Distiller
+from stablekd_fast.memory import keep_freed_memory
+from stablekd_fast.report import read_events, read_results
+from stablekd_fast.schedule import Optimizer
+
+EXACT = "fp32"
+"""With exact logits too; all other codecs come with float16 logits."""
+
+
+def folder(arguments, codec: str, seed: int) -> Path:
+    return Path(arguments.out) / f"{codec}-{seed}"
+
+
+def run_one(arguments, codec: str, seed: int) -> None:
+    out = folder(arguments, codec, seed)
+    with claimed(out) as mine:
+        if not mine or (out / "results.json").exists():
+            return
+        cache = CacheSettings(
+            plan="all",
+            directory=str(Path(arguments.out) / "cache"),
+            codecs=[codec],
+            logits="fp32" if codec == EXACT else "fp16",
+        )
+        config = DistillConfig(
+            data=arguments.data,
+            teacher=arguments.teacher,
+            teacher_weights=arguments.teacher_weights,
+            student=arguments.student,
+            subset=arguments.subset,
+            validation=0,
+            evaluate_every=0,
+            epochs=arguments.epochs,
+            views=arguments.views,
+            seed=seed,
+            view_seed=0,
+            optimizer=Optimizer(lr=0.02),
+            cache=cache,
+            out=str(out),
+            resume=(out / "checkpoint.safetensors").exists(),
+        )
+        Distiller(config).run(progress=False)
+
+
+def losses(out: Path) -> list[float]:
+    """The sum of the groups' training losses over the run, as it was logged."""
+    return [sum(event["losses"].values()) for event in read_events(out) if event["kind"] == "train"]
+
+
+def rows(arguments) -> list[dict]:
+    """Per codec: accuracy by seed, its mean difference from the exact one, and the largest and mean relative distance
+    between the two loss curves (of one seed, logged every 20 steps)."""
+    folders = {codec: [folder(arguments, codec, seed) for seed in range(arguments.seeds)] for codec in arguments.codecs}
+    done = {codec: outs for codec, outs in folders.items() if all((out / "results.json").exists() for out in outs)}
+    accuracy = {
+        codec: [100 * read_results(out / "results.json")["runs"][0]["accuracy"] for out in outs] for codec, outs in done.items()
+    }
+    found = []
+    for codec, outs in done.items():
+        row = {"codec": codec, "accuracy": accuracy[codec], "mean": statistics.mean(accuracy[codec])}
+        if EXACT in done:
+            row["difference"] = row["mean"] - statistics.mean(accuracy[EXACT])
+            apart = [
+                abs(a / b - 1) for out, exact in zip(outs, done[EXACT]) for a, b in zip(losses(out), losses(exact), strict=True)
+            ]
+            row |= {"loss_apart_mean": statistics.mean(apart), "loss_apart_largest": max(apart)}
+        found.append(row)
+    return found
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--teacher", default="resnet56")
+    parser.add_argument("--teacher-weights", required=True)
+    parser.add_argument("--student", default="resnet20")
+    parser.add_argument("--subset", type=float, default=10_000)
+    parser.add_argument("--epochs", type=float, default=6)
+    parser.add_argument("--views", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--codecs", nargs="*", default=[EXACT, "bf16", "int8", "fp8"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--out", required=True)
+    arguments = parser.parse_args(words)
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    for seed in range(arguments.seeds):
+        for codec in arguments.codecs:
+            run_one(arguments, codec, seed)
+    found = rows(arguments)
+    print(json.dumps(found, indent=1))
+    if arguments.json:
+        settings = {key: value for key, value in vars(arguments).items() if key not in ("data", "teacher_weights", "out", "json")}
+        write_document(Path(arguments.json), {"rows": found}, settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""`stablekd bench teacher`: decomposed steps fed by the teacher's prefix run again for each block, by one relayed pass, and
+by the cache, against students that have their inputs already."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast import models
+from stablekd_fast.bench.core import Case, Contender, measure, pinned
+from stablekd_fast.blocks import PairedBlocks, pair_blocks
+from stablekd_fast.cache.columns import Columns
+from stablekd_fast.cache.plan import Kept, Plan
+from stablekd_fast.cache.settings import CacheSettings
+from stablekd_fast.cache.teacher import CachedTeacher
+from stablekd_fast.data import Batch, Dataset, TrainSource, open_dataset
+from stablekd_fast.objectives import objective
+from stablekd_fast.schedule import Optimizer
+from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+from stablekd_fast.teacher import Relay, Teacher
+
+LOGITS = "fp32"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two networks at one image size; `batches` of `batch` images are taken in turn."""
+
+    teacher: str
+    student: str
+    size: int
+    batch: int
+    batches: int = 4
+
+    @property
+    def name(self) -> str:
+        return f"{self.teacher} -> {self.student}, {self.size} px, batch {self.batch}".replace("torchvision/", "")
+
+
+SMALL = Pair("resnet56", "resnet20", 32, 128)
+LARGE = Pair("torchvision/resnet34", "torchvision/resnet18", 224, 32, batches=2)
+
+
+class Rerun:
+    """The usual practice: to train a block, the teacher runs from the images up to that block, for each block anew."""
+
+    def __init__(self, paired: PairedBlocks) -> None:
+        self.paired = paired
+
+    def outputs(self, wanted, images: Tensor, batch: Batch) -> dict[int, Tensor]:
+        found = {}
+        for k in sorted(wanted):
+            found |= self.paired.teacher_outputs(images, {k - 1, k} & set(wanted))
+        return found
+
+
+class Arm:
+    """All decomposed groups of a pair trained side by side, fed by one kind of teacher."""
+
+    def __init__(self, paired: PairedBlocks, teacher: Teacher, batches: list[Batch]) -> None:
+        self.paired, self.teacher, self.batches, self.turn = paired, teacher, batches, 0
+        self.objectives = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
+        groups = [[k] for k in range(len(paired))]
+        self.wanted = self.objectives.teacher_outputs(groups, len(paired.cuts))
+        self.inputs = StageInputs()
+        nn.ModuleList(paired.student_blocks).train()
+        self.load()
+        self.steps = [GroupStep(paired, group, self.objectives, Optimizer(), self.inputs) for group in groups]
+        for step in self.steps:
+            step.set_rates(1e-5, 0.9)
+
+    def load(self) -> None:
+        load_batch(self.inputs, self.teacher, self.wanted, self.batches[self.turn])
+
+    def train(self) -> list[Tensor]:
+        """One step of every group; what the teacher gave for it."""
+        self.turn = (self.turn + 1) % len(self.batches)
+        self.load()
+        return self.students()
+
+    def students(self) -> list[Tensor]:
+        for step in self.steps:
+            step.run()
+        return [self.inputs[f"teacher{k}"] for k in sorted(self.wanted)]
+
+    def expected(self, ahead: int = 1) -> list[Tensor]:
+        """What the live teacher gives for the batch that `train` takes next, or for the one at hand."""
+        batch = self.batches[(self.turn + ahead) % len(self.batches)]
+        outputs = self.paired.teacher_outputs(batch.images, self.wanted)
+        return [outputs[k].double() for k in sorted(self.wanted)]
+
+
+def make_pair(pair: Pair, dataset: Dataset) -> tuple[PairedBlocks, TrainSource, list[Batch]]:
+    """Networks with random weights and real images."""
+    torch.manual_seed(0)
+    classes = len(dataset.classes)
+    networks = [
+        models.build(name, classes, pair.size).to(memory_format=torch.channels_last) for name in (pair.teacher, pair.student)
+    ]
+    source = TrainSource(
+        dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=pair.batch, seed=0, views=1, workers=2
+    )
+    batches = list(source.batches(0, pair.batches))
+    paired = pair_blocks(*networks, batches[0].images[:8])
+    nn.ModuleList([paired.teacher, *paired.teacher_blocks]).eval()
+    return paired, source, batches
+
+
+def cached(paired: PairedBlocks, source: TrainSource, batches: list[Batch], folder: Path, codec: str) -> CachedTeacher:
+    """A teacher whose rows for these batches are on disk."""
+    settings = CacheSettings(plan="all", directory=str(folder), codecs=[codec])
+    examples = paired.teacher_outputs(batches[0].images)
+    plan = Plan({k: Kept("disk", LOGITS if k == len(paired.cuts) else codec) for k in examples})
+    columns = Columns(paired, source, settings, torch.device("cpu"), 1).open(plan, examples)
+    teacher = CachedTeacher(paired, columns, source.split.total, torch.device("cpu"))
+    for batch in batches:
+        teacher.outputs(examples.keys(), batch.images, batch)
+    return teacher
+
+
+def feeding_case(pair: Pair, dataset: Dataset, folder: Path) -> Case:
+    """The four ways to feed the blocks of one pair."""
+    paired, source, batches = make_pair(pair, dataset)
+    arms = {
+        "prefix run again": Arm(paired, Rerun(paired), batches),
+        "relay": Arm(paired, Relay(paired), batches),
+    }
+    for codec in ("fp32", "bf16", "int8"):
+        name = "cache" if codec == "fp32" else f"cache, {codec}"
+        arms[name] = Arm(paired, cached(paired, source, batches, folder / pair.student.replace("/", "-"), codec), batches)
+    contenders = [
+        Contender(name, arm.train, expected=arm.expected, tolerance={"cache, bf16": 4e-3, "cache, int8": 4e-3}.get(name, 0.0))
+        for name, arm in arms.items()
+    ]
+    limit = Arm(paired, Relay(paired), batches)
+    contenders.append(Contender("students alone", limit.students, expected=partial(limit.expected, 0)))
+    return Case("teacher", pair.name, contenders, "prefix run again", limit.expected, 0.0, {"images": pair.batch})
+
+
+def size_case(dataset: Dataset, folder: Path) -> Case:
+    """The same student from the caches of a large and of a small teacher."""
+    contenders = []
+    for name in ("resnet110", "resnet20"):
+        pair = Pair(name, SMALL.student, SMALL.size, SMALL.batch)
+        paired, source, batches = make_pair(pair, dataset)
+        arm = Arm(paired, cached(paired, source, batches, folder / name, "fp32"), batches)
+        contenders.append(Contender(f"cache of {name}", arm.train, expected=arm.expected))
+    return Case("teacher", "teachers of two sizes", contenders, "cache of resnet110", contenders[0].expected, 0.0,
+                {"images": SMALL.batch})  # fmt: skip
+
+
+def cases(folder: Path, small: str | None, large: str | None) -> Iterator[Case]:
+    if small is not None:
+        dataset = open_dataset(small)
+        yield feeding_case(SMALL, dataset, folder)
+        yield size_case(dataset, folder)
+    if large is not None:
+        yield feeding_case(LARGE, open_dataset(large, image_size=LARGE.size), folder)
+
+
+def run_teacher(
+    folder: Path, small: str | None, large: str | None, rounds: int, show: Callable[[list[dict]], None]
+) -> tuple[list[dict], dict]:
+    """Rows with images/s, and the settings. Leaves nothing in `folder`."""
+    scratch, found = folder / f".bench-{os.getpid()}", []
+    try:
+        with pinned() as pins:
+            for case in cases(scratch, small, large):
+                rows = measure(case, rounds)
+                for row in rows:
+                    row["images_per_second"] = row["images"] / row["median_seconds"]
+                show(rows)
+                found += rows
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return found, {"rounds": rounds, **pins}
