@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stablekd_fast.cache.shard import REMEDY, Part
 from stablekd_fast.checkpoint import write_atomically
-from stablekd_fast.errors import CacheError
+from stablekd_fast.errors import CacheError, CacheFull, TrainingError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -30,6 +30,7 @@ class Manifest:
         return sum(part.bytes for part in self.parts)
 
     def save(self, folder: Path) -> None:
+        """Raises CacheFull if the disk refuses; what was there before stays."""
         content = {
             "format": FORMAT,
             "parts": [part.plain() for part in self.parts],
@@ -38,7 +39,10 @@ class Manifest:
             "shards": self.shards,
         }
         text = json.dumps({**content, "digest": _digest(content)}, indent=1, sort_keys=True)
-        write_atomically(folder / MANIFEST, text.encode())
+        try:
+            write_atomically(folder / MANIFEST, text.encode())
+        except TrainingError as error:
+            raise CacheFull(f"The manifest of {folder} was refused: {error.__cause__}. Free some space.") from error
 
     @staticmethod
     def load(folder: Path) -> Manifest:

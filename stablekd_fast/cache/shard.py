@@ -83,7 +83,10 @@ class Shard:
     @staticmethod
     def create(path: Path, parts: Sequence[Part], rows: int) -> Shard:
         """A new file with room for `rows` rows, all of it taken from the disk now. Raises CacheFull, leaving nothing."""
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise full_disk(path, 0, error) from error
         shard = Shard(path, file, parts, rows)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         try:
@@ -217,8 +220,9 @@ def full_disk(path: Path, size: int, error: OSError) -> CacheFull:
     reason = error.strerror or str(error)
     if error.errno == errno.EFBIG:
         reason = "files may not become that large here"
+    what = f"{size} bytes for {path} were" if size else f"{path} was"
     return CacheFull(
-        f"{size} bytes for {path} were refused: {reason}. What is stored already stays readable; free some space, or "
+        f"{what} refused: {reason}. What is stored already stays readable; free some space, or "
         "set --cache.disk_budget."
     )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
-from stablekd_fast.cache.shard import REMEDY, SUFFIX, Shard, checksums_of, is_locked, lock, rows_in
+from stablekd_fast.cache.shard import REMEDY, SUFFIX, Shard, checksums_of, full_disk, is_locked, lock, rows_in
 from stablekd_fast.errors import CacheError, CacheFull
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels._native import reason as no_core
@@ -188,15 +188,17 @@ class RowStore:
             checksums = checksums_of(self.reader, rows, parts)
             done = 0
             while done < len(rows):
-                shard = self._writing(len(rows) - done)
-                count = min(len(rows) - done, shard.rows - shard.used)
-                here = slice(done, done + count)
-                first = shard.used
-                shard.append(rows[here], checksums[here], [part[here] for part in parts])
-                self._enter(self._shards.index(shard), shard, first)
-                if shard.used == shard.rows:
-                    self._finish(shard)
-                done += count
+                done += self._append(rows[done:], checksums[done:], [part[done:] for part in parts])
+
+    def _append(self, rows: Tensor, checksums: Tensor, parts: Sequence[Tensor]) -> int:
+        """As many rows as fit into one shard; how many."""
+        shard = self._writing(len(rows))
+        first, count = shard.used, min(len(rows), shard.rows - shard.used)
+        shard.append(rows[:count], checksums[:count], [part[:count] for part in parts])
+        self._enter(self._shards.index(shard), shard, first)
+        if shard.used == shard.rows:
+            self._finish(shard)
+        return count
 
     def close(self) -> None:
         """Wait for what is being read, and let go of all files. Shards that are not full wait for the next writer."""
@@ -282,7 +284,10 @@ class RowStore:
         return max(1, min(size // self.manifest.row_bytes, missing))
 
     def _finish(self, shard: Shard) -> None:
-        os.fsync(shard.file)
+        try:
+            os.fsync(shard.file)
+        except OSError as error:
+            raise full_disk(shard.path, shard.size, error) from error
         with self._alone():
             self.manifest.shards = Manifest.load(self.folder).shards
             self._enter_in_manifest(shard)
@@ -346,7 +351,11 @@ class RowStore:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / _LOCK, "w")
+    except OSError as error:
+        raise full_disk(folder, 0, error) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

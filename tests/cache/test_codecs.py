@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stablekd_fast.cache.codecs import RowFormat
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
@@ -51,6 +52,16 @@ def test_logits_keep_the_largest_and_the_rest_s_weight():
     assert torch.equal(half.decode(half.encode(logits)), logits.half().float())
     everything = RowFormat.of("top100", logits)
     assert torch.equal(everything.decode(everything.encode(logits)), logits.half().float())
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "fp8", "top10"])
+def test_on_a_gpu_everything_stays_there(codec):
+    with FakeTensorMode():
+        values = torch.empty((4, 100) if codec == "top10" else (4, 6, 5, 5), device="cuda")
+        form = RowFormat.of(codec, values)
+        parts = form.encode(values)
+        assert {part.device.type for part in (*parts, form.decode(parts))} == {"cuda"}
+        assert [(part.dtype, tuple(part.shape[1:])) for part in parts] == [(p.dtype, p.shape) for p in form.parts]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 
 import numpy as np
 from PIL import Image
@@ -105,6 +106,23 @@ def test_what_no_longer_fits_is_relayed_and_said(run, disk):
     assert same(live, host)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.parametrize("free", [0, 300_000], ids=["no room at all", "room for some rows"])
+def test_a_full_disk_means_relay_and_is_said(run, tmp_path, free):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("this container may not mount file systems")
+    try:
+        live, _ = run("live", epochs=6.0)
+        (small / "other").write_bytes(bytes((1 << 20) - free))
+        with pytest.warns(RuntimeWarning, match="the live teacher serves .*(No space left on device)"):
+            full, _ = run("full", cache=CacheSettings(plan="all", directory=str(small / "rows")), epochs=6.0)
+        assert same(live, full)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
 def test_another_student_other_cuts_a_subset_and_more_views_use_the_same_rows(run, disk, tmp_path):
     run("first", cache=disk(), epochs=6.0)
     shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("shard-*")}
@@ -153,7 +171,8 @@ def test_a_prefix_is_the_same_whatever_the_cuts_before_it():
 
 def test_a_planned_run_reports_its_plan_and_a_resume_keeps_it(run, tmp_path):
     cache = CacheSettings(directory=str(tmp_path / "cache"))
-    run("planned", cache=cache, epochs=4.0)
+    planned, _ = run("planned", cache=cache, epochs=4.0)
+    assert same(planned, run("live", epochs=4.0)[0])  # measuring left no trace
     events = [json.loads(line) for line in open(tmp_path / "planned" / "events.jsonl")]
     (plan,) = [event for event in events if event["kind"] == "cache_plan"]
     assert [row["output"] for row in plan["outputs"]] == ["0", "1", "2", "logits"]

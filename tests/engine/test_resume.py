@@ -18,22 +18,26 @@ RUN = """
 import sys, torch
 torch.set_num_threads(1)
 from tests_engine_conftest import small_net
+from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
 from stablekd_fast.distiller import Distiller
 from stablekd_fast.schedule import Optimizer
 
-out, resume = sys.argv[1], sys.argv[2] == "resume"
+out, resume, cached = sys.argv[1], sys.argv[2] == "resume", sys.argv[3] == "cached"
+cache = CacheSettings(plan="all", directory=out + "-rows", codecs=["int8"], logits="fp16") if cached else CacheSettings()
 config = DistillConfig(
     out=out, resume=resume, epochs=6.0, subset=320, validation=40, batch_size=32, log_every=1, bn_batches=2,
-    cuts=["0", "1", "2"], checkpoint_every=7, device="cpu", bridge="pca",
+    cuts=["0", "1", "2"], checkpoint_every=7, device="cpu", bridge="pca", views=2, cache=cache,
 )
 Distiller(config, teacher=small_net(6, 1), student=small_net(2, 2), dataset=open_dataset("digits")).run(progress=False)
 """
 
 
-@pytest.fixture
-def launch(tmp_path):
+@pytest.fixture(params=["live", "cached"])
+def launch(tmp_path, request):
+    """With the live teacher, and with a cache that the killed runs fill."""
+
     module = tmp_path / "tests_engine_conftest.py"
     module.write_text((Path(__file__).parent / "conftest.py").read_text())
     script = tmp_path / "run.py"
@@ -41,7 +45,7 @@ def launch(tmp_path):
 
     def start(out: Path, mode: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, str(script), str(out), mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+            [sys.executable, str(script), str(out), mode, request.param], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
         )
 
     return start
