@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
 
@@ -326,11 +326,3 @@ def decisions(costs: Costs, plan: Plan) -> list[dict]:
 
 def _live(costs: Costs, plan: Plan, at: int) -> str:
     return f"recompute from {costs.outputs[at].name}" if at in plan.kept else "relay"
-
-
-def plain_costs(costs: Costs) -> dict:
-    """For a report: everything the decision was made from."""
-    values = asdict(costs)
-    for stage in values["stages"]:
-        stage["wanted"] = sorted(stage["wanted"])
-    return values
