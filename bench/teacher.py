@@ -134,7 +134,7 @@ def feeding_case(pair: Pair, dataset: Dataset, folder: Path) -> Case:
     }
     for codec in ("fp32", "bf16", "int8"):
         name = "cache" if codec == "fp32" else f"cache, {codec}"
-        arms[name] = Arm(paired, cached(paired, source, batches, folder / pair.student.replace("/", "-"), codec), batches)
+        arms[name] = Arm(paired, cached(paired, source, batches, folder / "pair" / str(pair.size), codec), batches)
     contenders = [
         Contender(name, arm.train, expected=arm.expected, tolerance={"cache, bf16": 4e-3, "cache, int8": 4e-3}.get(name, 0.0))
         for name, arm in arms.items()
@@ -150,7 +150,7 @@ def size_case(dataset: Dataset, folder: Path) -> Case:
     for name in ("resnet110", "resnet20"):
         pair = Pair(name, SMALL.student, SMALL.size, SMALL.batch)
         paired, source, batches = make_pair(pair, dataset)
-        arm = Arm(paired, cached(paired, source, batches, folder / name, "fp32"), batches)
+        arm = Arm(paired, cached(paired, source, batches, folder / "sizes" / name, "fp32"), batches)
         contenders.append(Contender(f"cache of {name}", arm.train, expected=arm.expected))
     return Case("teacher", "teachers of two sizes", contenders, "cache of resnet110", contenders[0].expected, 0.0,
                 {"images": SMALL.batch})  # fmt: skip
