@@ -21,22 +21,24 @@ from torch import Tensor
 
 from stablekd_fast.bench.core import Case, Contender, WrongResult, measure, pinned
 from stablekd_fast.cache.manifest import Manifest
-from stablekd_fast.cache.shard import Part
+from stablekd_fast.cache.shard import Part, as_bytes
 from stablekd_fast.cache.store import READING_THREADS, RowStore
 
-BATCH = 128
+BATCH, _BATCH_BYTES = 128, 16 << 20
 ROW_SIZES = (4 << 10, 16 << 10, 64 << 10, 200 << 10)
 """Bytes: from int8 rows of small images to float32 rows of large ones."""
 
 
 @dataclass
 class Rows:
-    """A store with the rows that it holds in memory as well, and one batch of them in random order."""
+    """A store with the rows that it holds in memory as well. Batches of row numbers, in random order, are taken in turn,
+    as in training: a batch that was just read would come out of the processor's caches."""
 
     store: RowStore
     values: Tensor
-    wanted: Tensor
+    batches: Sequence[Tensor]
     out: list[Tensor]
+    turn: int = 0
 
     @staticmethod
     def make(folder: Path, row_bytes: int, total: int) -> Rows:
@@ -47,12 +49,30 @@ class Rows:
         for path in folder.glob("shard-*"):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        generator = torch.Generator().manual_seed(0)
-        wanted = torch.randperm(count, generator=generator)[: max(BATCH, (16 << 20) // row_bytes)]
-        return Rows(store, values, wanted, store.empty(len(wanted)))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        batch = max(BATCH, _BATCH_BYTES // row_bytes)
+        batches = order[: max(1, count // batch) * batch].split(batch) if count >= batch else [order]
+        return Rows(store, values, batches, store.empty(len(batches[0])))
+
+    @property
+    def following(self) -> Tensor:
+        """The rows that the next call takes."""
+        return self.batches[(self.turn + 1) % len(self.batches)]
+
+    def next(self) -> Tensor:
+        self.turn += 1
+        return self.batches[self.turn % len(self.batches)]
 
     def gather(self) -> Tensor:
-        return self.store.gather(self.wanted, self.out)[0]
+        return self.store.gather(self.next(), self.out)[0]
+
+    def expected(self) -> Tensor:
+        return self.values[self.following].double()
+
+    def in_order(self) -> Tensor:
+        """As many rows that lie side by side, another stretch each time."""
+        size = len(self.batches[0])
+        return self.values[self.turn % len(self.batches) * size :][:size]
 
 
 def page_cache_cases(folder: Path, total: int) -> Iterator[Case]:
@@ -60,37 +80,76 @@ def page_cache_cases(folder: Path, total: int) -> Iterator[Case]:
     for row_bytes in ROW_SIZES:
         place = folder / f"{row_bytes}"
         rows = Rows.make(place, row_bytes, total)
-        copied = torch.empty_like(rows.out[0])
-        pieces = rows.values[: len(rows.wanted)]
-        maps = [np.memmap(s.path, np.float32, "r", s.starts["rows"], (s.rows, row_bytes // 4)) for s in rows.store._shards]
-        contenders = [
-            Contender("memcpy", lambda: copied.copy_(pieces), "in order", expected=lambda: pieces),
-            Contender("memcpy", lambda: torch.index_select(rows.values, 0, rows.wanted, out=copied), "row by row"),
-            Contender("stablekd", rows.gather),
-        ]
-        if len(maps) == 1:
-            slots = rows.wanted.numpy()
-            contenders.append(Contender("numpy.memmap", lambda: torch.from_numpy(maps[0][slots])))
-        if row_bytes == 64 << 10:
-            files = _one_file_per_sample(place / "pt", rows)
-            contenders.append(Contender("one .pt per sample", lambda: torch.stack([torch.load(f) for f in files])))
         yield Case(
             "cache",
             f"from main memory, rows of {row_bytes >> 10} KiB",
-            contenders,
+            _contenders(place, rows, row_bytes),
             "memcpy",
-            lambda: rows.values[rows.wanted].double(),
+            rows.expected,
             0.0,
-            {"bytes": len(rows.wanted) * row_bytes, "rows": len(rows.wanted)},
+            {"bytes": len(rows.batches[0]) * row_bytes, "rows": len(rows.batches[0])},
         )
         rows.store.close()
         shutil.rmtree(place)
 
 
-def _one_file_per_sample(folder: Path, rows: Rows) -> list[Path]:
+def _contenders(folder: Path, rows: Rows, row_bytes: int) -> list[Contender]:
+    copied = torch.empty_like(rows.out[0])
+
+    def in_order() -> Tensor:
+        rows.next()
+        return copied.copy_(rows.in_order())
+
+    def row_by_row() -> Tensor:
+        return torch.index_select(rows.values, 0, rows.next(), out=copied)
+
+    def expected_in_order() -> Tensor:
+        size = len(rows.batches[0])
+        return rows.values[(rows.turn + 1) % len(rows.batches) * size :][:size].double()
+
+    shard, pool, halves = rows.store._shards[0], ThreadPoolExecutor(2), rows.out[0].tensor_split(2)
+
+    def read() -> Tensor:
+        """One call per thread, each for half of the bytes, somewhere in a file: what the system itself gives."""
+        rows.next()
+        start = shard.starts["rows"] + rows.turn % (shard.rows // len(rows.out[0])) * rows.out[0].nbytes
+        offsets = (start, start + halves[0].nbytes)
+        list(pool.map(lambda half, offset: os.preadv(shard.file, [as_bytes(half)], offset), halves, offsets))
+        return rows.out[0]
+
+    def expected_read() -> Tensor:
+        first = (rows.turn + 1) % (shard.rows // len(rows.out[0])) * len(rows.out[0])
+        return rows.values[first : first + len(rows.out[0])].double()
+
+    contenders = [
+        Contender("memcpy", in_order, "in order", _settle, expected=expected_in_order),
+        Contender("memcpy", row_by_row, "row by row", _settle, expected=rows.expected),
+        Contender("read() in order", read, prepare=_settle, expected=expected_read),
+        Contender("stablekd", rows.gather, prepare=_settle, expected=rows.expected),
+    ]
+    if row_bytes == 64 << 10:
+        wanted = rows.batches[0]
+        files = _one_file_per_sample(folder / "pt", rows, wanted)
+        contenders.append(
+            Contender(
+                "one .pt per sample",
+                lambda: torch.stack([torch.load(file) for file in files]),
+                prepare=_settle,
+                expected=lambda: rows.values[wanted].double(),
+            )
+        )
+    return contenders
+
+
+def _settle() -> None:
+    """OpenMP's threads go on spinning for some milliseconds after a parallel loop; the next contender wants the cores."""
+    time.sleep(0.01)
+
+
+def _one_file_per_sample(folder: Path, rows: Rows, wanted: Tensor) -> list[Path]:
     folder.mkdir()
-    files = [folder / f"{row}.pt" for row in rows.wanted.tolist()]
-    for file, row in zip(files, rows.wanted.tolist()):
+    files = [folder / f"{row}.pt" for row in wanted.tolist()]
+    for file, row in zip(files, wanted.tolist()):
         torch.save(rows.values[row].clone(), file)
     return files
 
@@ -111,19 +170,19 @@ def disk_rows(folder: Path, total: int, rounds: int) -> list[dict]:
         order = list(contenders)
         shuffle(order)
         for name in order:
-            rows.wanted.copy_(torch.randperm(len(rows.values))[: len(rows.wanted)])
+            expected = rows.values[rows.following]
             _drop_pages(paths)
             start = time.perf_counter()
             found = contenders[name]()
             seconds = time.perf_counter() - start
-            if not torch.equal(found, rows.values[rows.wanted]):
+            if not torch.equal(found, expected):
                 raise WrongResult(f"cache, from disk: {name} read other bytes than were written. No speed is shown.")
             if number >= 0:
                 taken[name].append(seconds)
     for file in direct:
         os.close(file)
     rows.store.close()
-    size = len(rows.wanted) * row_bytes
+    size = len(rows.batches[0]) * row_bytes
     baseline = taken["direct reads"]
     return [
         {
@@ -136,7 +195,7 @@ def disk_rows(folder: Path, total: int, rounds: int) -> list[dict]:
             "baseline": "direct reads",
             "rounds": rounds,
             "bytes": size,
-            "rows": len(rows.wanted),
+            "rows": len(rows.batches[0]),
         }
         for name, seconds in taken.items()
     ]
@@ -146,7 +205,7 @@ def _direct_reader(rows: Rows, row_bytes: int) -> tuple[list[int], Callable[[], 
     """File descriptors, and a function that reads the wanted rows with O_DIRECT from as many threads as the store."""
     files = [os.open(shard.path, os.O_RDONLY | os.O_DIRECT) for shard in rows.store._shards]
     starts = [shard.starts["rows"] for shard in rows.store._shards]
-    buffer = mmap.mmap(-1, len(rows.wanted) * row_bytes)
+    buffer = mmap.mmap(-1, len(rows.batches[0]) * row_bytes)
     whole, pool = memoryview(buffer), ThreadPoolExecutor(READING_THREADS)
     places = rows.store._places
 
@@ -156,8 +215,8 @@ def _direct_reader(rows: Rows, row_bytes: int) -> tuple[list[int], Callable[[], 
         os.preadv(files[shard], [whole[at * row_bytes : (at + 1) * row_bytes]], starts[shard] + slot * row_bytes)
 
     def read() -> Tensor:
-        list(pool.map(one, enumerate(places[rows.wanted].tolist())))
-        return torch.frombuffer(buffer, dtype=torch.float32).view(len(rows.wanted), -1)
+        list(pool.map(one, enumerate(places[rows.next()].tolist())))
+        return torch.frombuffer(buffer, dtype=torch.float32).view(len(rows.batches[0]), -1)
 
     return files, read
 
