@@ -192,7 +192,10 @@ def _bench_plan(options) -> int:
     from stablekd_fast.bench.output import write_document
     from stablekd_fast.bench.plan import run_plan
 
-    rows, settings = run_plan(Path(options.directory), options.data, lambda row: _print_rows("budget " + row["budget"], [row]))
+    def show(row: dict) -> None:
+        _print_rows(f"budget {row['budget']}, round {row['round']}", [row])
+
+    rows, settings = run_plan(Path(options.directory), options.data, show, options.rounds)
     if options.json:
         write_document(Path(options.json), {"rows": rows}, settings)
     return 0
@@ -336,7 +339,7 @@ def _add_benches(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.A
     kernels.add_argument("--against", type=str | None, default=None, help="file of an earlier --json to compare with")
     kernels.add_argument("--fail_below", type=float | None, default=None, help="exit code 1 for a ratio below this")
 
-    for name, rounds in (("cache", 11), ("teacher", 9)):
+    for name, rounds in (("cache", 11), ("teacher", 9), ("plan", 1)):
         benches[name].add_argument("--rounds", type=int, default=rounds)
     for name in ("cache", "teacher", "plan"):
         benches[name].add_argument("--directory", type=str, default=".", help="where rows are put for the time of the bench")
