@@ -43,3 +43,20 @@ def test_a_finished_run_resumes_on_the_gpu(teacher, tmp_path):
     distil(teacher, tmp_path / "run", "cuda", "--resume")
     after = load_tensors(tmp_path / "run" / "checkpoint.safetensors")[0]
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("place", ["--cache.directory=rows", "--cache.host_budget=1GB", "--cache.device_budget=1GB"])
+@pytest.mark.parametrize("codec", ["fp32", "int8", "fp8"])
+def test_a_cache_is_filled_and_read_on_the_gpu(teacher, tmp_path, monkeypatch, place, codec):
+    """The first step sees no stored row; from the second epoch on every row comes from the cache."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--views", "1", "--cache.plan", "all", place, "--cache.codecs", f"[{codec}]"]
+    live, cached = distil(teacher, tmp_path / "live", "cuda", "--views", "1"), distil(teacher, tmp_path / "run", "cuda", *words)
+    assert cached[0] == pytest.approx(live[0], rel=1e-4 if codec == "fp32" else 0.1)
+    assert cached[-1] == pytest.approx(live[-1], rel=0.5)
+
+
+def test_a_plan_is_measured_on_the_gpu(teacher, tmp_path):
+    words = ["--views", "1", "--cache.directory", str(tmp_path / "rows"), "--cache.device_budget", "1GB"]
+    distil(teacher, tmp_path / "run", "cuda", *words)
+    assert '"cache_plan"' in (tmp_path / "run" / "events.jsonl").read_text()

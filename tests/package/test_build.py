@@ -127,6 +127,8 @@ def test_wheel_holds_every_module_and_the_licence(wheel):
     )
     assert {name for name in names if name.endswith(".py")} == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    profiles = {f"stablekd_fast/cache/profiles/{path.name}" for path in (ROOT / "stablekd_fast/cache/profiles").iterdir()}
+    assert profiles and profiles <= set(names)
 
 
 def test_wheel_carries_the_core_and_no_openmp_runtime(compiler, wheel, tmp_path):
