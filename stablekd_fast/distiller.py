@@ -129,8 +129,7 @@ class Distiller:
             for view in range(views_shown(self.source, engine.stages[-1].last) if wanted else 0):
                 for batch in engine.teacher.ahead(self.source.whole_view(view), wanted):
                     engine.teacher.outputs(wanted, engine.to_device(batch.images), batch)
-            columns = engine.teacher.columns.values() if wanted else []
-            return {column.name: len(column.rows) for column in columns}
+            return engine.teacher.report()["rows"] if wanted else {}
 
     @contextlib.contextmanager
     def _closing(self, engine: Engine) -> Iterator[None]:
@@ -149,6 +148,8 @@ class Distiller:
         skipped = [[str(path), reason] for split in self.splits for path, reason in split.skipped]
         if skipped:
             engine.recorder.emit("skipped_images", step=engine.progress.step, images=skipped)
+        if isinstance(engine.teacher, CachedTeacher):
+            engine.recorder.emit("cache", step=engine.progress.step, **engine.teacher.report())
         save_tensors(
             out / "student.safetensors",
             student.state_dict(),

@@ -58,7 +58,6 @@ class CachedTeacher:
         self.paired, self.columns, self.samples, self.device = paired, columns, samples, device
         self.pinned = device.type == "cuda"
         self.live_batches = 0
-        """Batches for which some teacher block ran."""
         self._reading: _Reading | None = None
 
     def rows_of(self, batch: Batch) -> Tensor:
@@ -92,6 +91,10 @@ class CachedTeacher:
             for k, value in self.paired.teacher_outputs(images, missing, known).items():
                 found[k] = self._kept(k, rows, value) if k in self.columns else value
         return found
+
+    def report(self) -> dict:
+        """For how many batches some teacher block ran, and how many rows each column holds."""
+        return {"live_batches": self.live_batches, "rows": {c.name: len(c.rows) for c in self.columns.values()}}
 
     def close(self) -> None:
         for column in self.columns.values():

@@ -69,7 +69,7 @@ def disk(tmp_path):
     return lambda **settings: CacheSettings(plan="all", directory=str(tmp_path / "cache"), **settings)
 
 
-def test_an_exact_cache_gives_the_bits_of_the_live_teacher(run, disk):
+def test_an_exact_cache_gives_the_bits_of_the_live_teacher(run, disk, tmp_path):
     """72 steps: 24 decomposed, 24 half merged, 24 end to end, two views of each image."""
     live, ran_live = run("live")
     filling, ran_filling = run("filling", cache=disk())
@@ -80,6 +80,8 @@ def test_an_exact_cache_gives_the_bits_of_the_live_teacher(run, disk):
     assert ran_live[0] >= 72 + probes
     assert ran_filling[0] <= 2 * 4 + 8  # each view once, and a few batches with samples left over from earlier epochs
     assert ran_found == [1] * 4  # one batch, for the shapes of its outputs
+    (report,) = (e for e in map(json.loads, open(tmp_path / "found" / "events.jsonl")) if e["kind"] == "cache")
+    assert report["live_batches"] == 0 and set(report["rows"].values()) == {256}
 
 
 @pytest.mark.parametrize(
