@@ -6,7 +6,6 @@ import mmap
 import os
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -15,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from stablekd_fast.bench.core import Case, Contender, WrongResult, measure, pinned
+from stablekd_fast.bench import core
+from stablekd_fast.bench.core import Case, Contender, Timing, WrongResult, measure, pinned
 from stablekd_fast.cache.manifest import Manifest
-from stablekd_fast.cache.shard import Part, as_bytes
+from stablekd_fast.cache.shard import Part, as_bytes, drop_pages
 from stablekd_fast.cache.store import READING_THREADS, RowStore
 
 BATCH, _BATCH_BYTES = 128, 16 << 20
@@ -69,10 +68,10 @@ class Rows:
     def expected(self) -> Tensor:
         return self.values[self.following].double()
 
-    def in_order(self) -> Tensor:
-        """As many rows that lie side by side, another stretch each time."""
+    def in_order(self, ahead: int = 0) -> Tensor:
+        """As many rows that lie side by side, another stretch each time; `ahead` is 1 for those of the next call."""
         size = len(self.batches[0])
-        return self.values[self.turn % len(self.batches) * size :][:size]
+        return self.values[(self.turn + ahead) % len(self.batches) * size :][:size]
 
 
 def page_cache_cases(folder: Path, total: int) -> Iterator[Case]:
@@ -103,10 +102,6 @@ def _contenders(folder: Path, rows: Rows, row_bytes: int) -> list[Contender]:
     def row_by_row() -> Tensor:
         return torch.index_select(rows.values, 0, rows.next(), out=copied)
 
-    def expected_in_order() -> Tensor:
-        size = len(rows.batches[0])
-        return rows.values[(rows.turn + 1) % len(rows.batches) * size :][:size].double()
-
     shard, pool, halves = rows.store._shards[0], ThreadPoolExecutor(2), rows.out[0].tensor_split(2)
 
     def read() -> Tensor:
@@ -122,7 +117,7 @@ def _contenders(folder: Path, rows: Rows, row_bytes: int) -> list[Contender]:
         return rows.values[first : first + len(rows.out[0])].double()
 
     contenders = [
-        Contender("memcpy", in_order, "in order", _settle, expected=expected_in_order),
+        Contender("memcpy", in_order, "in order", _settle, expected=lambda: rows.in_order(1).double()),
         Contender("memcpy", row_by_row, "row by row", _settle, expected=rows.expected),
         Contender("read() in order", read, prepare=_settle, expected=expected_read),
         Contender("stablekd", rows.gather, prepare=_settle, expected=rows.expected),
@@ -171,7 +166,8 @@ def disk_rows(folder: Path, total: int, rounds: int) -> list[dict]:
         shuffle(order)
         for name in order:
             expected = rows.values[rows.following]
-            _drop_pages(paths)
+            for path in paths:
+                drop_pages(path)
             start = time.perf_counter()
             found = contenders[name]()
             seconds = time.perf_counter() - start
@@ -182,23 +178,10 @@ def disk_rows(folder: Path, total: int, rounds: int) -> list[dict]:
     for file in direct:
         os.close(file)
     rows.store.close()
-    size = len(rows.batches[0]) * row_bytes
-    baseline = taken["direct reads"]
-    return [
-        {
-            "bench": "cache",
-            "case": f"from disk, rows of {row_bytes >> 10} KiB",
-            "contender": name,
-            "median_seconds": statistics.median(seconds),
-            "spread_seconds": (np.quantile(seconds, 0.75) - np.quantile(seconds, 0.25)) / 2,
-            "ratio": statistics.median(a / b for a, b in zip(baseline, seconds)),
-            "baseline": "direct reads",
-            "rounds": rounds,
-            "bytes": size,
-            "rows": len(rows.batches[0]),
-        }
-        for name, seconds in taken.items()
-    ]
+    arms = [Contender(name, call) for name, call in contenders.items()]
+    extras = {"bytes": len(rows.batches[0]) * row_bytes, "rows": len(rows.batches[0])}
+    case = Case("cache", f"from disk, rows of {row_bytes >> 10} KiB", arms, "direct reads", rows.expected, 0.0, extras)
+    return core.rows(case, [Timing(arm, 1, taken[arm.name]) for arm in arms])
 
 
 def _direct_reader(rows: Rows, row_bytes: int) -> tuple[list[int], Callable[[], Tensor]]:
@@ -219,13 +202,6 @@ def _direct_reader(rows: Rows, row_bytes: int) -> tuple[list[int], Callable[[], 
         return torch.frombuffer(buffer, dtype=torch.float32).view(len(rows.batches[0]), -1)
 
     return files, read
-
-
-def _drop_pages(paths: Sequence[Path]) -> None:
-    for path in paths:
-        file = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(file)
 
 
 _EPOCH = """

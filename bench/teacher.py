@@ -23,7 +23,7 @@ from stablekd_fast.cache.teacher import CachedTeacher
 from stablekd_fast.data import Batch, Dataset, TrainSource, open_dataset
 from stablekd_fast.objectives import objective
 from stablekd_fast.schedule import Optimizer
-from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch, output_key
 from stablekd_fast.teacher import Relay, Teacher
 
 LOGITS = "fp32"
@@ -88,7 +88,7 @@ class Arm:
     def students(self) -> list[Tensor]:
         for step in self.steps:
             step.run()
-        return [self.inputs[f"teacher{k}"] for k in sorted(self.wanted)]
+        return [self.inputs[output_key(k)] for k in sorted(self.wanted)]
 
     def expected(self, ahead: int = 1) -> list[Tensor]:
         """What the live teacher gives for the batch that `train` takes next, or for the one at hand."""

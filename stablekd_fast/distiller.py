@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,8 +88,7 @@ class Distiller:
         self.splits = [split for split in (train, held_out, self.dataset.test) if split is not None]
         self.source = train_source(self.dataset, train, config)
         if config.cache.images and not train.resident:
-            epochs = math.ceil(config.epochs)
-            self.source.stored = ImageColumn(self.source, config.cache, min(config.views or epochs, epochs))
+            self.source.stored = ImageColumn(self.source, config.cache, views_shown(config.views, config.epochs))
         self.validation = eval_source(self.dataset, held_out, config) if held_out is not None else None
         torch.manual_seed(config.seed)
         self.paired = self._place(paired) if paired is not None else self._pair(teacher, student)
@@ -126,7 +124,7 @@ class Distiller:
         engine = self._engine(Path(self.config.out) / "checkpoint.safetensors")
         with self._closing(engine):
             wanted = self.plan.kept.keys()
-            for view in range(views_shown(self.source, engine.stages[-1].last) if wanted else 0):
+            for view in range(views_shown(self.source.views, engine.stages[-1].last / self.source.steps_per_epoch) if wanted else 0):
                 for batch in engine.teacher.ahead(self.source.whole_view(view), wanted):
                     engine.teacher.outputs(wanted, engine.to_device(batch.images), batch)
             return engine.teacher.report()["rows"] if wanted else {}
@@ -202,7 +200,7 @@ class Distiller:
             self.plan, self.costs = planner.plan(examples)
         if not self.plan.kept:
             return Relay(self.paired)
-        columns = planner.columns().open(self.plan, examples or planner.examples())
+        columns = planner.columns.open(self.plan, examples or planner.examples())
         return CachedTeacher(self.paired, columns, self.source.split.total, self.device)
 
     def _facts(self) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -117,7 +116,7 @@ def _costs(asked: PairPlan, paired, settings: CacheSettings):
     import torch
 
     from stablekd_fast.assemble import objectives_of
-    from stablekd_fast.cache.planner import Job, measured_costs, predicted_costs
+    from stablekd_fast.cache.planner import Job, measured_costs, predicted_costs, views_shown
     from stablekd_fast.cache.profiles import profile
     from stablekd_fast.config import DistillConfig
     from stablekd_fast.data import Batch
@@ -128,8 +127,8 @@ def _costs(asked: PairPlan, paired, settings: CacheSettings):
     stages = plan_stages(
         method_stages(asked.method, len(paired)), len(paired), max(round(asked.epochs * per_epoch), 1), per_epoch
     )
-    shown = min(asked.views or math.inf, math.ceil(asked.epochs))
-    fill = stages[-1].last if asked.views is None else min(shown * per_epoch, stages[-1].last)
+    shown = views_shown(asked.views, asked.epochs)
+    fill = min(shown * per_epoch, stages[-1].last)
     job = Job(paired, objectives_of(config), stages, settings, asked.images * shown, fill)
     if asked.device_profile != THIS_MACHINE:
         device = profile(asked.device_profile)
@@ -141,4 +140,4 @@ def _costs(asked: PairPlan, paired, settings: CacheSettings):
     labels = torch.zeros(asked.batch_size, dtype=torch.int64)
     batch = Batch(torch.arange(asked.batch_size), 0, images, labels)
     basis = "from speeds measured on this machine's processor, without the loading of images"
-    return measured_costs(job, batch, torch.device("cpu"), 0.0), basis
+    return measured_costs(job, batch, paired.teacher_outputs(images, job.wanted), torch.device("cpu"), 0.0), basis

@@ -51,6 +51,10 @@ class PairedBlocks:
     def __len__(self) -> int:
         return len(self.student_blocks)
 
+    def bridge_after(self, block: int) -> Bridge | None:
+        """What maps the teacher's output after a block; None where nothing needs to, as behind the last block."""
+        return self.bridges[block] if block < len(self.cuts) else None
+
     @torch.no_grad()
     def teacher_outputs(
         self, images: Tensor, wanted: Iterable[int] | None = None, known: Mapping[int, Tensor] | None = None
@@ -69,7 +73,7 @@ class PairedBlocks:
             for block in self.teacher_blocks[at + 1 : k + 1]:
                 x = block(x)
             at = k
-            bridge = self.bridges[k] if k < len(self.cuts) else None
+            bridge = self.bridge_after(k)
             outputs[k] = x if bridge is None else bridge(x)
         return outputs
 

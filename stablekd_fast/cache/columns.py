@@ -80,7 +80,7 @@ class Columns:
     def _open(self, output: int, kept: Kept, example: Tensor) -> Column:
         form = row_format(self.paired, output, example, kept.codec)
         name = f"{output_name(self.paired, output)} ({kept.codec}, {kept.tier})"
-        bridged = output < len(self.paired.cuts) and self.paired.bridges[output] is not None
+        bridged = self.paired.bridge_after(output) is not None
         if kept.tier != "disk":
             memory = self.device if kept.tier == "device" else torch.device("cpu")
             self._take_room(kept.tier, self.expected * form.row_bytes)

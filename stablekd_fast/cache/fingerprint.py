@@ -68,8 +68,7 @@ def teacher_fingerprint(paired: PairedBlocks, source: TrainSource, device: torch
     }
     facts = []
     for k, prefix in enumerate(prefix_digests(paired)):
-        bridge = paired.bridges[k] if k < len(paired.cuts) else None
-        facts.append({**common, "teacher": prefix, "bridge": bridge_digest(bridge)})
+        facts.append({**common, "teacher": prefix, "bridge": bridge_digest(paired.bridge_after(k))})
     return facts
 
 

@@ -18,10 +18,11 @@ from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.memory import MemoryRows
 from stablekd_fast.cache.plan import CodecCost, StageCost, TierCost
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
+from stablekd_fast.cache.shard import SUFFIX, drop_pages
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.data import Batch
 from stablekd_fast.merge import untouched
-from stablekd_fast.schedule import Optimizer, PlannedStage
+from stablekd_fast.schedule import Optimizer, PlannedStage, group_name
 from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
@@ -48,7 +49,7 @@ def measure_teacher(paired: PairedBlocks, images: Tensor) -> list[float]:
     times, x = [], images
     with torch.no_grad():
         for k, block in enumerate(paired.teacher_blocks):
-            bridge = paired.bridges[k] if k < len(paired.cuts) else None
+            bridge = paired.bridge_after(k)
 
             def call(block=block, bridge=bridge, x=x):
                 y = block(x)
@@ -149,10 +150,8 @@ def _disk(
             out = store.empty(batch)
             batches = iter(torch.randperm(len(rows)).repeat(2 * REPEATS + 2).split(batch))
             cached = seconds(lambda: store.gather(next(batches), out), torch.device("cpu")) / (batch * form.row_bytes)
-            for shard in (probe / "rows").glob("*.safetensors"):
-                file = os.open(shard, os.O_RDONLY)
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(file)
+            for shard in (probe / "rows").glob(f"*{SUFFIX}"):
+                drop_pages(shard)
             start = time.perf_counter()
             store.gather(torch.randperm(len(rows))[: len(rows) // 2])
             cold = (time.perf_counter() - start) / (len(rows) // 2 * form.row_bytes)
@@ -169,7 +168,7 @@ def _disk(
 
 
 def _disk_budget(settings: CacheSettings, directory: Path) -> float:
-    held = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+    held = sum(path.stat().st_size for path in directory.rglob(f"*{SUFFIX}"))
     free = 0.95 * shutil.disk_usage(directory).free + held
     return free if settings.disk_budget is None else min(free, parse_bytes(settings.disk_budget, "cache.disk_budget"))
 
@@ -193,10 +192,9 @@ def stage_costs(
     """`students`: seconds per batch by group name; `fill`: steps from the start of the run until each view was seen."""
     made = []
     for planned in stages:
-        names = planned.stage.name.split("|")
         made.append(
             StageCost(
-                sum(students[name] for name in names),
+                sum(students[group_name(group)] for group in planned.stage.groups),
                 frozenset(objectives.teacher_outputs(planned.stage.groups, cut_count)),
                 planned.last - planned.first,
                 max(0, min(fill, planned.last) - planned.first),

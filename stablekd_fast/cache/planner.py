@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,14 +40,14 @@ class Planner:
     @property
     def views(self) -> int:
         """Views that the run will show."""
-        return views_shown(self.source, self.stages[-1].last)
+        return views_shown(self.source.views, self.stages[-1].last / self.source.steps_per_epoch)
 
     @property
     def job(self) -> Job:
-        fill = math.inf if self.source.views is None else self.source.views * self.source.steps_per_epoch
-        rows = len(self.source.split) * self.views
-        return Job(self.paired, self.objectives, self.stages, self.settings, rows, min(fill, self.stages[-1].last))
+        fill = min(self.views * self.source.steps_per_epoch, self.stages[-1].last)
+        return Job(self.paired, self.objectives, self.stages, self.settings, len(self.source.split) * self.views, fill)
 
+    @cached_property
     def columns(self) -> Columns:
         return Columns(self.paired, self.source, self.settings, self.device, self.views)
 
@@ -65,9 +66,7 @@ class Planner:
                 raise ConfigError(
                     "cache.plan=all was given, but no place for rows; give --cache.directory or --cache.host_budget."
                 )
-            logits = len(self.paired.cuts)
-            kept = {k: Kept(places[0], self.settings.logits if k == logits else self.settings.codecs[0]) for k in examples}
-            return Plan(kept), None
+            return Plan({k: Kept(places[0], self.job.codecs(k)[0]) for k in examples}), None
         costs = self.measure(examples)
         return best_plan(costs), costs
 
@@ -78,12 +77,12 @@ class Planner:
         start = time.perf_counter()
         made = sum(1 for _ in batches)
         images = (time.perf_counter() - start) / max(made, 1)
-        columns, job = self.columns(), self.job
+        columns, job = self.columns, self.job
 
         def stored(output: int, codec: str) -> float:
             return min(1.0, columns.stored_rows(output, examples[output], codec) / job.rows)
 
-        return measured_costs(job, batch, self.device, images, stored)
+        return measured_costs(job, batch, examples, self.device, images, stored)
 
     def _places(self) -> list[str]:
         """Tiers that the settings allow, the one that `all` uses first."""
@@ -109,13 +108,16 @@ class Job:
         count = len(self.paired.cuts)
         return set().union(*(self.objectives.teacher_outputs(s.stage.groups, count) for s in self.stages))
 
+    def codecs(self, output: int) -> list[str]:
+        """Those that an output may be kept by, the preferred one first."""
+        return [self.settings.logits] if output == len(self.paired.cuts) else self.settings.codecs
+
     def outputs(self, blocks: list[float], examples: dict[int, Tensor], cost: Callable[[int, RowFormat], CodecCost]):
         """`blocks`: seconds per batch of each teacher block; `cost` of storing an output in a format."""
-        made, count = [], len(self.paired.cuts)
+        made = []
         for k, block in enumerate(blocks):
-            names = [self.settings.logits] if k == count else self.settings.codecs
-            forms = [row_format(self.paired, k, examples[k], name) for name in names] if k in self.wanted else []
-            bridged = k < count and self.paired.bridges[k] is not None
+            forms = [row_format(self.paired, k, examples[k], name) for name in self.codecs(k)] if k in self.wanted else []
+            bridged = self.paired.bridge_after(k) is not None
             made.append(OutputCost(output_name(self.paired, k), block, {f.codec: cost(k, f) for f in forms}, bridged))
         return tuple(made)
 
@@ -123,13 +125,13 @@ class Job:
 def measured_costs(
     job: Job,
     batch: Batch,
+    examples: dict[int, Tensor],
     device: torch.device,
     images: float,
     stored: Callable[[int, str], float] = lambda output, codec: 0.0,
 ) -> Costs:
-    """Costs on this machine, measured with one batch. `images`: seconds that making a batch takes; `stored`: share of
+    """Costs on this machine, measured with one batch and the wanted outputs for it. `images`: seconds that making a batch takes; `stored`: share of
     the rows of an output in a codec that are on disk already."""
-    examples = job.paired.teacher_outputs(batch.images.to(device), job.wanted)
     blocks = measure_teacher(job.paired, batch.images.to(device))
     outputs = job.outputs(blocks, examples, lambda k, form: measure_codec(form, examples[k], stored(k, form.codec)))
     working_set = sum(job.rows * max((c.row_bytes for c in output.codecs.values()), default=0) for output in outputs)
@@ -163,7 +165,6 @@ def predicted_costs(job: Job, device: Profile, examples: dict[int, Tensor], batc
     )
 
 
-def views_shown(source: TrainSource, steps: int) -> int:
-    """How many views a run of `steps` steps shows."""
-    epochs = math.ceil(steps / source.steps_per_epoch)
-    return epochs if source.views is None else min(source.views, epochs)
+def views_shown(views: int | None, epochs: float) -> int:
+    """How many of `views` (None: endless) a run of some epochs shows."""
+    return min(views or math.inf, math.ceil(epochs))

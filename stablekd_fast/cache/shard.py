@@ -79,6 +79,7 @@ class Shard:
         self.keys = torch.full((rows,), -1, dtype=torch.int64)
         self.checksums = torch.zeros(rows, dtype=torch.int32)
         self.used = 0
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # reading ahead would fetch rows that nobody asked for
 
     @staticmethod
     def create(path: Path, parts: Sequence[Part], rows: int) -> Shard:
@@ -88,7 +89,6 @@ class Shard:
         except OSError as error:
             raise full_disk(path, 0, error) from error
         shard = Shard(path, file, parts, rows)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         try:
             os.posix_fallocate(file, 0, shard.size)
             _write(file, 0, shard.header)
@@ -108,7 +108,6 @@ class Shard:
         except OSError as error:
             raise CacheError(f"The shard {path} cannot be opened ({error.strerror}). {REMEDY}") from error
         shard = Shard(path, file, parts, rows)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # reading ahead would fetch rows that nobody asked for
         try:
             shard._check_header()
             for tensor, name in ((shard.keys, KEYS), (shard.checksums, CHECKSUMS)):
@@ -206,6 +205,13 @@ def is_locked(path: Path) -> bool:
     with contextlib.suppress(OSError), open(path, "rb") as file:
         return not lock(file.fileno())
     return False
+
+
+def drop_pages(path: Path) -> None:
+    """Let the system forget what it holds of a file in main memory, so that the next reading is one from disk."""
+    file = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
 
 
 def checksums_of(reader, keys: Tensor, parts: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
+from stablekd_fast.cache.memory import listed
 from stablekd_fast.cache.shard import REMEDY, SUFFIX, Shard, checksums_of, full_disk, is_locked, lock, rows_in
 from stablekd_fast.errors import CacheError, CacheFull
 from stablekd_fast.kernels._native import core
@@ -41,9 +42,12 @@ class DiskBudget:
     @contextlib.contextmanager
     def room_for(self, more: int) -> Iterator[None]:
         """While within it, no other process takes from the budget. Raises CacheFull if `more` bytes do not fit."""
+        if self.limit is None:
+            yield
+            return
         with _locked(self.folder):
             used = sum(path.stat().st_size for path in self.folder.rglob(f"*{SUFFIX}"))
-            if self.limit is not None and used + more > self.limit:
+            if used + more > self.limit:
                 raise CacheFull(
                     f"The cache in {self.folder} holds {used} bytes, and {more} more would exceed its budget of "
                     f"{self.limit}. What is stored stays readable; raise --cache.disk_budget for more."
@@ -109,8 +113,7 @@ class RowStore:
 
     def present(self, rows: Tensor) -> Tensor:
         """Whether each row of `rows` int64 `[N]` is stored: bool `[N]`."""
-        known = rows < len(self._places)
-        return known & (self._places[torch.where(known, rows, 0)] >= 0) if len(self._places) else known
+        return listed(self._places, rows)
 
     def __len__(self) -> int:
         """Rows stored."""
