@@ -157,7 +157,7 @@ class ImageColumn:
             if self._closed:
                 return
             try:
-                self.store.put(row, [torch.from_numpy(np.ascontiguousarray(image))[None]])
+                self.store.put(row, [torch.from_numpy(np.array(image))[None]])
             except CacheFull as error:
                 self._closed = True
                 warnings.warn(f"Images are cached no further: {error}", RuntimeWarning, stacklevel=2)

@@ -1,3 +1,6 @@
+import os
+import subprocess
+
 import pytest
 import torch
 
@@ -19,6 +22,19 @@ def make_rows(rows: torch.Tensor) -> list[torch.Tensor]:
 @pytest.fixture(name="make_rows")
 def make_rows_fixture():
     return make_rows
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this container may not mount file systems")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture
