@@ -23,7 +23,7 @@ from stablekd_fast.cache.teacher import CachedTeacher
 from stablekd_fast.data import Batch, Dataset, TrainSource, open_dataset
 from stablekd_fast.objectives import objective
 from stablekd_fast.schedule import Optimizer
-from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch, output_key
+from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch, output_key
 from stablekd_fast.teacher import Relay, Teacher
 
 LOGITS = "fp32"
@@ -72,9 +72,8 @@ class Arm:
         self.inputs = StageInputs()
         nn.ModuleList(paired.student_blocks).train()
         self.load()
-        self.steps = [GroupStep(paired, group, self.objectives, Optimizer(), self.inputs) for group in groups]
-        for step in self.steps:
-            step.set_rates(1e-5, 0.9)
+        rates = Rates.constant(1e-5)
+        self.steps = [GroupStep(paired, group, self.objectives, Optimizer(), self.inputs, rates=rates) for group in groups]
 
     def load(self) -> None:
         load_batch(self.inputs, self.teacher, self.wanted, self.batches[self.turn])

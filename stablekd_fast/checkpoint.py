@@ -90,13 +90,9 @@ def optimizer_tensors(prefix: str, parameters: dict[str, torch.nn.Parameter], op
 def load_optimizer_tensors(
     prefix: str, parameters: dict[str, torch.nn.Parameter], optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Put the states named `<prefix>/<parameter>/<key>` into `optimizer`, in each parameter's own memory layout."""
+    """Copy the states named `<prefix>/<parameter>/<key>` into those of `optimizer`; what it does not keep is left out."""
     for name, parameter in parameters.items():
-        lead = f"{prefix}/{name}/"
-        for full, value in tensors.items():
-            if full.startswith(lead):
-                if value.shape == parameter.shape:
-                    state = torch.empty_like(parameter).copy_(value)
-                else:
-                    state = value.to(parameter.device, copy=True)
-                optimizer.state[parameter][full[len(lead) :]] = state
+        for key, state in optimizer.state[parameter].items():
+            saved = tensors.get(f"{prefix}/{name}/{key}")
+            if saved is not None:
+                state.copy_(saved)

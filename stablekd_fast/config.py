@@ -53,6 +53,13 @@ class DistillConfig:
     feature_options: dict[str, Any] = field(default_factory=dict)
     logits: str = "kd"
     logits_options: dict[str, Any] = field(default_factory=dict)
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Of forward passes, the teacher's too. `auto`: bf16 where the hardware has it, measured on CPUs."""
+    capture: Literal["auto", "eager", "cudagraph", "compile", "emulate"] = "auto"
+    """How steps run. `auto`: as CUDA graphs on a GPU, eagerly elsewhere and where capture fails; `compile`: by
+    torch.compile; `emulate`: recorded and replayed as a graph would be, to look for faults."""
+    ema: float | None = None
+    """Decay of a moving average of the student's weights, which is then what is evaluated and exported."""
     cache: CacheSettings = field(default_factory=CacheSettings)
     bn_batches: int = 16
     """Training batches over which batch-norm statistics are re-estimated for evaluation and export."""
@@ -79,12 +86,15 @@ class DistillConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must not be negative.")
         if self.subset is not None and self.subset <= 0:
             raise ConfigError(f"subset={self.subset} was given; give a count, or a fraction up to 1.")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ConfigError(f"ema={self.ema} was given; it must be at least 0 and less than 1.")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise ConfigError(f"checkpoint_every={self.checkpoint_every} was given; it must be at least 1.")
 
 
-WITHOUT_EFFECT_ON_NUMBERS = ("out", "resume", "checkpoint_every", "log_every", "workers", "cache")
-"""What the cache stores inexactly does have one; the plan is part of the identity instead."""
+WITHOUT_EFFECT_ON_NUMBERS = ("out", "resume", "checkpoint_every", "log_every", "workers", "cache", "capture")
+"""What the cache stores inexactly, and compiling, do have one; the plan, and whether steps are compiled, are part of the
+identity instead."""
 
 
 def identity(config: DistillConfig) -> dict[str, Any]:

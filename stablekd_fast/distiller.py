@@ -27,15 +27,17 @@ from stablekd_fast.cache.columns import ImageColumn
 from stablekd_fast.cache.plan import Costs, Plan, decisions, predict
 from stablekd_fast.cache.planner import Planner, views_shown
 from stablekd_fast.cache.teacher import CachedTeacher
+from stablekd_fast.capture import pick_capture
 from stablekd_fast.checkpoint import load_metadata, save_tensors
 from stablekd_fast.config import DistillConfig, identity
 from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.engine import Engine
 from stablekd_fast.errors import ConfigError, ModelError, nearest
 from stablekd_fast.evaluate import evaluate
+from stablekd_fast.precision import Precision, pick_precision
 from stablekd_fast.report import Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.schedule import method_stages, plan_stages
-from stablekd_fast.teacher import Relay, Teacher
+from stablekd_fast.teacher import LiveTeacher, Relay, Teacher
 
 CALIBRATION_BATCHES = 2
 """Training batches to which bridges are fitted."""
@@ -92,6 +94,8 @@ class Distiller:
         self.validation = eval_source(self.dataset, held_out, config) if held_out is not None else None
         torch.manual_seed(config.seed)
         self.paired = self._place(paired) if paired is not None else self._pair(teacher, student)
+        self.paired.precision = self._precision()
+        self.capture = pick_capture(config.capture, self.device)
         self.costs: Costs | None = None
         """What the cache's plan was made from, if it was made from measurements."""
         self.plan = Plan()
@@ -189,6 +193,9 @@ class Distiller:
             evaluate_every=max(round(config.evaluate_every * per_epoch), 1) if config.evaluate_every else 0,
             checkpoint_every=config.checkpoint_every or per_epoch,
             log_every=config.log_every,
+            capture=self.capture,
+            fall_back=config.capture == "auto",
+            ema=config.ema,
         )
 
     def _teacher(self, planner: Planner, checkpoint: Path) -> Teacher:
@@ -198,10 +205,18 @@ class Distiller:
             self.plan = Plan.from_plain(load_metadata(checkpoint).get("plan", []))
         else:
             self.plan, self.costs = planner.plan(examples)
+        live = LiveTeacher(self.paired, self.capture, fall_back=self.config.capture == "auto")
         if not self.plan.kept:
-            return Relay(self.paired)
+            return Relay(self.paired, live)
         columns = planner.columns.open(self.plan, examples or planner.examples())
-        return CachedTeacher(self.paired, columns, self.source.split.total, self.device)
+        return CachedTeacher(self.paired, columns, self.source.split.total, self.device, live)
+
+    def _precision(self) -> Precision:
+        """A resumed run goes on in the precision that it began with."""
+        name, images = self.config.precision, next(self.source.batches(0, 1)).images.to(self.device)
+        if name == "auto" and self.config.resume:
+            name = load_metadata(Path(self.config.out) / "checkpoint.safetensors").get("precision", name)
+        return pick_precision(name, self.device, self.paired.student, images)
 
     def _facts(self) -> dict:
         """What decides the numbers beside the settings: a resumed run must meet the same teacher and images."""
@@ -210,6 +225,7 @@ class Distiller:
             "teacher_fingerprint": fingerprint(teacher) if teacher is not None else None,
             "training_images": self.source.steps_per_epoch * self.config.batch_size,
             "classes": self.dataset.classes,
+            "compiled": self.capture == "compile",
             "inexact": [[output, kept.codec] for output, kept in sorted(self.plan.kept.items()) if kept.codec != "fp32"],
         }
 
@@ -274,6 +290,8 @@ class Distiller:
             config=asdict(self.config),
             machine=machine(),
             versions=versions(),
+            capture=self.capture,
+            precision=dataclasses.asdict(self.paired.precision),
         )
         if self.costs is not None:
             predicted = [predict(self.costs, plan).seconds for plan in (self.plan, Plan())]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.cache.plan import Plan
+from stablekd_fast.capture import HostCopy, Runner, make_runner
 from stablekd_fast.checkpoint import load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors
 from stablekd_fast.data import Batch, EvalSource, TrainSource
 from stablekd_fast.errors import CheckpointError, TrainingError
@@ -21,7 +24,7 @@ from stablekd_fast.evaluate import Metrics, evaluate, with_fresh_batch_norm
 from stablekd_fast.merge import MergeRecord, composed_output, exposure_gap, probe_losses
 from stablekd_fast.report import Recorder
 from stablekd_fast.schedule import PlannedStage
-from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Teacher
 
 PROBE_BATCHES = 4
@@ -46,6 +49,17 @@ class Progress:
         return self.train_seconds + self.wait_seconds
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Losses on their way to the host, and the event that waits for them."""
+
+    copy: HostCopy
+    position: int
+    """Of the stage, behind the last of the losses."""
+    unread: int
+    event: dict
+
+
 @dataclass
 class StageRun:
     """A stage in training: its groups' steps, and the losses that were not read yet."""
@@ -55,11 +69,15 @@ class StageRun:
     steps: list[GroupStep]
     wanted: set[int]
     """The teacher's outputs that the steps read."""
-    losses: Tensor
-    """`[log_every, groups]` on the device, so that a step need not wait for the host to read its loss."""
     entered_at: int
     entered_seconds: float
+    runner: Runner | None = None
+    """Made with the first batch, when the inputs are laid out."""
     unread: int = 0
+    """Steps whose losses are on the device only."""
+    reading: Reading | None = None
+    current: str = "the teacher"
+    """What runs now, for a report of memory that ran out."""
 
     @property
     def names(self) -> list[str]:
@@ -88,9 +106,16 @@ class Engine:
     """Steps; 0 for never."""
     checkpoint_every: int
     log_every: int
+    capture: str = "eager"
+    """How steps run, as `pick_capture` gave it."""
+    fall_back: bool = True
+    """Whether steps that cannot be captured run eagerly."""
+    ema: float | None = None
     progress: Progress = field(default_factory=Progress)
     _optimizer_state: dict[str, Tensor] = field(default_factory=dict)
     _composed_before_merge: Tensor | None = None
+    _average: dict[str, Tensor] | None = None
+    """The moving average of the student's parameters by name."""
 
     def train(self) -> None:
         """Train from where the progress stands to the end of the last stage."""
@@ -98,14 +123,23 @@ class Engine:
             if self.progress.step >= planned.last:
                 continue
             stage = self._enter(index, planned)
-            for batch in self._batches(stage):
-                self._train_step(stage, batch)
-                self._after_step(stage)
+            try:
+                for batch in self._batches(stage):
+                    self._train_step(stage, batch)
+                    self._after_step(stage)
+            finally:
+                if stage.runner is not None:
+                    stage.runner.close()
             self._leave(stage)
 
     def composed_student(self) -> nn.Module:
-        """A copy of the plain student in eval mode with batch-norm statistics of its own activations."""
-        return with_fresh_batch_norm(self.paired.student, self.source.batches(0, self.bn_batches), self.to_device)
+        """A copy of the plain student (of its average, where one is kept) in eval mode with batch-norm statistics of its
+        own activations."""
+        student = self.paired.student
+        if self._average is not None:
+            student = copy.deepcopy(student)
+            student.load_state_dict(self._average, strict=False)
+        return with_fresh_batch_norm(student, self.source.batches(0, self.bn_batches), self.to_device)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -125,30 +159,39 @@ class Engine:
 
     def _train_step(self, stage: StageRun, batch: Batch) -> None:
         start = time.perf_counter()
-        settings, share = stage.planned.stage.optimizer, stage.planned.progress(self.progress.step)
-        lr, momentum = settings.lr_at(share), settings.momentum_at(share)
-        current = "the teacher"
         try:
-            load_batch(stage.steps[0].inputs, self.teacher, stage.wanted, batch, self.to_device)
-            for i, step in enumerate(stage.steps):
-                current = f"group {step.name}"
-                step.set_rates(lr, momentum)
-                step.run()
-                stage.losses[stage.unread, i].copy_(step.loss)
+            stage.current = "the teacher"
+            load_batch(stage.steps[0].inputs, self.teacher, stage.wanted, batch)
+            if stage.runner is None:
+                stage.runner = self._runner(stage)
+            stage.runner.run()
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            raise _out_of_memory(error, stage.planned, current, len(batch.labels)) from error
+            raise _out_of_memory(error, stage.planned, stage.current, len(batch.labels)) from error
         stage.unread += 1
         self.progress.step += 1
         self.progress.train_seconds += time.perf_counter() - start
+
+    def _runner(self, stage: StageRun) -> Runner:
+        def body(step: GroupStep) -> None:
+            stage.current = f"group {step.name}"
+            step.run()
+
+        bodies = [partial(body, step) for step in stage.steps]
+        state = [tensor for step in stage.steps for tensor in step.state()]
+        return make_runner(self.capture, bodies, state, self.device, fall_back=self.fall_back)
 
     def _after_step(self, stage: StageRun) -> None:
         at, last = self.progress.step, stage.planned.last
         evaluates = self.evaluate_every and at % self.evaluate_every == 0
         saves = at % self.checkpoint_every == 0 and at < last
+        if stage.reading is not None and stage.reading.copy.arrived:
+            self._log(stage)
         if at % self.log_every == 0 or evaluates or saves or at == last:
-            self._flush(stage)
+            self._read_losses(stage)
+        if evaluates or saves or at == last:
+            self._log(stage)
         if evaluates or at == self.stages[-1].last:
             self._validate()
         if saves:
@@ -157,15 +200,11 @@ class Engine:
     # Stages.
 
     def _enter(self, index: int, planned: PlannedStage) -> StageRun:
-        settings, inputs = planned.stage, StageInputs()
-        steps = [GroupStep(self.paired, group, self.objectives, settings.optimizer, inputs) for group in settings.groups]
-        if self.progress.step > planned.first or settings.optimizer_state == "carry":
-            for step in steps:
-                load_optimizer_tensors("optimizer", step.parameters, step.optimizer, self._optimizer_state)
+        steps = self._steps(planned)
         nn.ModuleList([self.paired.student, *self.paired.student_blocks]).train()
-        losses = torch.zeros(self.log_every, len(steps), device=self.device)
+        settings = planned.stage
         wanted = self.objectives.teacher_outputs(settings.groups, len(self.paired.cuts))
-        stage = StageRun(index, planned, steps, wanted, losses, self.progress.step, self.progress.seconds)
+        stage = StageRun(index, planned, steps, wanted, self.progress.step, self.progress.seconds)
         self.recorder.emit(
             "stage_start",
             step=self.progress.step,
@@ -181,6 +220,35 @@ class Engine:
             self._record_merge(stage)
         return stage
 
+    def _steps(self, planned: PlannedStage) -> list[GroupStep]:
+        settings, inputs = planned.stage, StageInputs(self.device)
+        if self.ema is not None and self._average is None:
+            self._average = {name: p.detach().clone() for name, p in self.paired.student.named_parameters()}
+        rates = Rates.of_stage(planned, self.ema, self.device)
+        steps = [
+            GroupStep(
+                self.paired,
+                group,
+                self.objectives,
+                settings.optimizer,
+                inputs,
+                rates=rates,
+                position=self.progress.step - planned.first,
+                history=self.log_every,
+                ema=self._average,
+                compiled=self.capture == "compile",
+            )
+            for group in settings.groups
+        ]
+        resumed = self.progress.step > planned.first
+        for step in steps:
+            if resumed or settings.optimizer_state == "carry":
+                load_optimizer_tensors("optimizer", step.parameters, step.optimizer, self._optimizer_state)
+            if resumed and step.loss_scale is not None:
+                for name, value in step.loss_scale.state().items():
+                    value.copy_(self._optimizer_state[f"loss_scale/{step.name}/{name}"])
+        return steps
+
     def _record_merge(self, stage: StageRun) -> None:
         apart = self.stages[stage.index - 1].stage.groups
         probes = list(self.source.batches(0, PROBE_BATCHES))
@@ -194,7 +262,7 @@ class Engine:
             stage=stage.index,
             exposure_gap=self.progress.exposure,
             max_output_difference=(before - composed_output(self.paired, stage.steps, images)).abs().max().item(),
-            loss_at_merge=probe_losses(self.paired, self.teacher, stage.steps, probes, self.to_device),
+            loss_at_merge=probe_losses(self.paired, self.teacher, stage.steps, probes),
             merged=[step.name for step in stage.steps if step.group not in apart],
         )
 
@@ -204,7 +272,7 @@ class Engine:
             self.recorder.emit("merge", **{**report, "merge_step": report["step"], "step": stage.planned.last})
         if len(stage.steps) > 1:
             probes = list(self.source.batches(0, PROBE_BATCHES))
-            self.progress.exposure = exposure_gap(self.paired, self.teacher, stage.steps, probes, self.to_device)
+            self.progress.exposure = exposure_gap(self.paired, self.teacher, stage.steps, probes)
             self._composed_before_merge = composed_output(self.paired, stage.steps, self.to_device(probes[0].images))
             self.recorder.emit(
                 "stage_end", step=self.progress.step, stage=stage.index, exposure_gap=self.progress.exposure
@@ -213,29 +281,44 @@ class Engine:
 
     # Looking at the run.
 
-    def _flush(self, stage: StageRun) -> None:
-        """Read the losses of the steps since the last flush, check them, log them."""
-        rows = stage.losses[: stage.unread].tolist()
-        stage.unread = 0
-        for step in stage.steps:
-            bad = step.first_bad.item()
-            if bad >= 0:
-                raise self._diverged(f"loss of blocks {step.name} is", stage.entered_at + bad)
-        if not rows:
+    def _read_losses(self, stage: StageRun) -> None:
+        """Start reading the losses of the steps since the last time; `_log` takes them when they are there."""
+        if stage.reading is not None:
+            self._log(stage)
+        if not stage.unread:
             return
-        if self.progress.merge:
-            for row in rows:
-                self.progress.merge.watch(dict(zip(stage.names, row)))
         images = self.source.batch_size * (self.progress.step - stage.entered_at)
-        self.recorder.emit(
-            "train",
-            step=self.progress.step,
-            epoch=self.progress.step / self.source.steps_per_epoch,
-            losses={name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(stage.names)},
-            lr=stage.planned.stage.optimizer.lr_at(stage.planned.progress(self.progress.step - 1)),
-            images_per_second=images / (self.progress.seconds - stage.entered_seconds),
-            data_wait_share=self.progress.wait_seconds / self.progress.seconds,
-        )
+        position = self.progress.step - stage.planned.first
+        event = {
+            "step": self.progress.step,
+            "epoch": self.progress.step / self.source.steps_per_epoch,
+            "lr": stage.planned.stage.optimizer.lr_at(stage.planned.progress(self.progress.step - 1)),
+            "images_per_second": images / (self.progress.seconds - stage.entered_seconds),
+            "data_wait_share": self.progress.wait_seconds / self.progress.seconds,
+        }
+        copied = HostCopy([tensor for step in stage.steps for tensor in (step.losses, step.first_bad)])
+        stage.reading, stage.unread = Reading(copied, position, stage.unread, event), 0
+        if copied.arrived:
+            self._log(stage)
+
+    def _log(self, stage: StageRun) -> None:
+        """Take the losses that are being read, check them, log them."""
+        reading, stage.reading = stage.reading, None
+        if reading is None:
+            return
+        start = time.perf_counter()
+        values = reading.copy.values()
+        self.progress.train_seconds += time.perf_counter() - start
+        for step, bad in zip(stage.steps, values[1::2]):
+            if bad >= 0:
+                raise self._diverged(f"loss of blocks {step.name} is", stage.planned.first + int(bad))
+        slots = [place % self.log_every for place in range(reading.position - reading.unread, reading.position)]
+        columns = [losses[slots].tolist() for losses in values[::2]]
+        if self.progress.merge:
+            for row in zip(*columns):
+                self.progress.merge.watch(dict(zip(stage.names, row)))
+        means = {name: sum(column) / len(column) for name, column in zip(stage.names, columns)}
+        self.recorder.emit("train", losses=means, **reading.event)
 
     def _validate(self) -> None:
         if self.validation is None:
@@ -271,8 +354,12 @@ class Engine:
         self._optimizer_state = {}
         for step in stage.steps:
             self._optimizer_state |= optimizer_tensors("optimizer", step.parameters, step.optimizer)
+            if step.loss_scale is not None:
+                scale = step.loss_scale.state()
+                self._optimizer_state |= {f"loss_scale/{step.name}/{name}": value for name, value in scale.items()}
         tensors = {f"student/{name}": value for name, value in self.paired.student.state_dict().items()}
         tensors |= self._optimizer_state
+        tensors |= {f"average/{name}": value for name, value in (self._average or {}).items()}
         for k, bridge in enumerate(self.paired.bridges):
             if bridge is not None and bridge.weight is not None:
                 tensors[f"bridge/{k}"] = bridge.weight
@@ -282,6 +369,7 @@ class Engine:
         metadata = {
             "identity": self.identity,
             "plan": self.plan.plain(),
+            "precision": self.paired.precision.name,
             "progress": dataclasses.asdict(self.progress),
         }
         save_tensors(self.checkpoint, tensors, metadata)
@@ -296,7 +384,11 @@ class Engine:
         self.progress = Progress(**progress, merge=MergeRecord(**merge) if merge else None)
         student = {name.removeprefix("student/"): t for name, t in tensors.items() if name.startswith("student/")}
         self.paired.student.load_state_dict(student)
-        self._optimizer_state = {name: t for name, t in tensors.items() if name.startswith("optimizer/")}
+        kept = ("optimizer/", "loss_scale/")
+        self._optimizer_state = {name: t for name, t in tensors.items() if name.startswith(kept)}
+        if self.ema is not None:
+            averaged = {name.removeprefix("average/"): t for name, t in tensors.items() if name.startswith("average/")}
+            self._average = {name: torch.empty_like(p).copy_(averaged[name]) for name, p in self.paired.student.named_parameters()}
         for k, bridge in enumerate(self.paired.bridges):
             if bridge is not None and bridge.weight is not None:
                 bridge.weight.copy_(tensors[f"bridge/{k}"])

@@ -40,6 +40,10 @@ class TrainingError(StableKDError):
     """Training cannot go on: a loss is not finite, memory or disk is exhausted."""
 
 
+class CaptureError(TrainingError):
+    """A step cannot be captured: it reads device data on the host, or does what a graph cannot repeat."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The part of a message that offers the valid name nearest to `word`, and all of them."""
     known = sorted(known)

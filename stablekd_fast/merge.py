@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -37,7 +37,6 @@ def exposure_gap(
     teacher: Teacher,
     steps: list[GroupStep],
     batches: Iterable[Batch],
-    to_device: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """Loss at each group's end fed by the student itself, divided by the loss fed by the teacher.
 
@@ -47,7 +46,7 @@ def exposure_gap(
     fed_by_student, fed_by_teacher = ([0.0] * len(steps) for _ in range(2))
     with untouched(paired.student):
         for batch in batches:
-            load_batch(steps[0].inputs, teacher, _wanted(paired, steps), batch, to_device)
+            load_batch(steps[0].inputs, teacher, _wanted(paired, steps), batch)
             x = steps[0].inputs[IMAGES]
             for i, step in enumerate(steps):
                 fed_by_teacher[i] += step.forward()[2][-1].item()
@@ -63,13 +62,12 @@ def probe_losses(
     teacher: Teacher,
     steps: list[GroupStep],
     batches: Iterable[Batch],
-    to_device: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """Mean training loss of each group over `batches`, without training."""
     sums, count = [0.0] * len(steps), 0
     with untouched(paired.student):
         for batch in batches:
-            load_batch(steps[0].inputs, teacher, _wanted(paired, steps), batch, to_device)
+            load_batch(steps[0].inputs, teacher, _wanted(paired, steps), batch)
             for i, step in enumerate(steps):
                 sums[i] += sum(loss.item() for loss in step.forward()[2])
             count += 1

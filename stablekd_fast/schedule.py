@@ -23,6 +23,11 @@ class Optimizer:
     `cycle`: `cosine` rises linearly for `warmup` (share of the stage) and falls as a half cosine; `triangular` rises
     linearly to the middle and falls linearly (one cycle of torch's CyclicLR), with momentum cycled the other way
     between `momentum` and `momentum_low` if that is given; `constant` does neither.
+
+    `decay`: which parameters `weight_decay` is for, `all` or `weights` (neither biases nor the vectors of norms).
+    `clip`: the largest norm that a group's gradient may have; a longer one is scaled down to it.
+    `implementation`: `auto`, or one by name; AdamW has `fused`, `foreach` and `apex` (NVIDIA's, where it is installed),
+    SGD has `foreach`.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -33,6 +38,9 @@ class Optimizer:
     momentum_low: float | None = None
     weight_decay: float = 0.05
     nesterov: bool = False
+    decay: Literal["all", "weights"] = "all"
+    clip: float | None = None
+    implementation: Literal["auto", "fused", "foreach", "apex"] = "auto"
 
     def __post_init__(self) -> None:
         for name, value, low, high in (
@@ -43,6 +51,8 @@ class Optimizer:
         ):
             if not low <= value <= high:
                 raise ConfigError(f"optimizer.{name}={value} was given; it must lie between {low} and {high}.")
+        if self.clip is not None and self.clip <= 0:
+            raise ConfigError(f"optimizer.clip={self.clip} was given; it must be greater than 0.")
 
     def lr_at(self, progress: float) -> float:
         """Learning rate at `progress` (0 to 1) through the stage."""

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.data import Batch
 from stablekd_fast.errors import ConfigError, TrainingError
-from stablekd_fast.schedule import Optimizer, group_name
+from stablekd_fast.optimizers import SGD, build_optimizer
+from stablekd_fast.precision import LossScale
+from stablekd_fast.schedule import Optimizer, PlannedStage, group_name
 from stablekd_fast.teacher import Teacher
 
 IMAGES, LABELS = "images", "labels"
@@ -27,33 +29,37 @@ def output_key(output: int) -> str:
 
 
 class StageInputs:
-    """Static buffers for one batch: images, labels, teacher activations at cuts, teacher logits.
+    """Static buffers on the device for one batch: images, labels, teacher activations at cuts, teacher logits.
 
-    The first `load` of a name lays its buffer out; from then on shape, dtype and device must stay.
+    The first `load` of a name lays its buffer out; from then on shape, dtype and strides must stay. A value is always
+    copied, never adopted: a captured step writes and reads these very buffers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = torch.device("cpu")) -> None:
+        self.device = device
         self._buffers: dict[str, Tensor] = {}
 
     def load(self, name: str, value: Tensor) -> None:
-        """Copy `value` into the buffer `name`. Raises TrainingError if its metadata changed."""
+        """Copy `value` (from the host too) into the buffer `name`. Raises TrainingError if its metadata changed."""
         buffer = self._buffers.get(name)
         if buffer is None:
-            buffer = self._buffers[name] = torch.empty_like(value)
+            buffer = self._buffers[name] = torch.empty_like(value, device=self.device)
         got, expected = (_metadata(value), _metadata(buffer))
         if got != expected:
             raise TrainingError(
                 f"The step's input {name!r} has changed: expected {expected}, got {got}. "
                 "All batches of a run must have one size; drop or pad the last one."
             )
-        buffer.copy_(value)
+        buffer.copy_(value, non_blocking=True)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._buffers[name]
 
 
 def _metadata(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+    """Strides of dimensions of size one say nothing."""
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1]
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} with strides {strides}"
 
 
 @dataclass(frozen=True)
@@ -82,59 +88,151 @@ class Objectives:
         return wanted | {cut_count} if self.use_teacher_logits else wanted
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What changes from step to step of a stage, on the device: `[steps, 3]` of learning rate, momentum, EMA decay."""
+
+    table: Tensor
+
+    @classmethod
+    def of_stage(cls, planned: PlannedStage, ema: float | None, device: torch.device) -> Rates:
+        """The EMA's decay rises towards `ema`, so that it forgets the first weights quickly."""
+        settings, rows = planned.stage.optimizer, []
+        for step in range(planned.first, planned.last):
+            share = planned.progress(step)
+            decay = min(ema or 0.0, (1 + step) / (10 + step))
+            rows.append((settings.lr_at(share), settings.momentum_at(share), decay))
+        return cls(torch.tensor(rows, device=device))
+
+    @classmethod
+    def constant(cls, lr: float, momentum: float = 0.9, device: torch.device = torch.device("cpu")) -> Rates:
+        return cls(torch.tensor([(lr, momentum, 0.0)], device=device))
+
+
 class GroupStep:
-    """Forward, loss with gradient, backward and optimizer of one group of merged blocks."""
+    """Forward, loss with gradient, backward and update of one group of merged blocks.
+
+    Args:
+        rates: the stage's; past its end the last row holds.
+        position: how many steps of the stage are done.
+        history: the losses of how many last steps are kept for reading.
+        ema: an average of the student's parameters by name, kept up to date.
+        compiled: forward and backward by torch.compile.
+    """
 
     def __init__(
-        self, paired: PairedBlocks, group: list[int], objectives: Objectives, optimizer: Optimizer, inputs: StageInputs
+        self,
+        paired: PairedBlocks,
+        group: list[int],
+        objectives: Objectives,
+        optimizer: Optimizer,
+        inputs: StageInputs,
+        *,
+        rates: Rates,
+        position: int = 0,
+        history: int = 1,
+        ema: dict[str, Tensor] | None = None,
+        compiled: bool = False,
     ) -> None:
         self.group, self.name = group, group_name(group)
         self.paired, self.objectives, self.inputs = paired, objectives, inputs
         self.blocks = [paired.student_blocks[k] for k in group]
         self.aligned = set(objectives.aligned_cuts(group, len(paired.cuts)))
         self.parameters = named_parameters_of(paired, group)
-        device = next(iter(self.parameters.values())).device if self.parameters else torch.device("cpu")
-        self.lr = torch.zeros((), device=device)
-        self.optimizer = build_optimizer(optimizer, list(self.parameters.values()), self.lr)
-        self.loss = torch.zeros((), device=device)
-        self.steps_done = torch.zeros((), dtype=torch.int64, device=device)
+        device = self.device = inputs.device
+        self.rates = rates.table
+        self.lr, self.momentum, self.ema_decay = (torch.zeros((), device=device) for _ in range(3))
+        self.clip = optimizer.clip
+        self.optimizer = build_optimizer(optimizer, list(self.parameters.values()), self.lr, self.momentum)
+        self.loss_scale = LossScale(device) if paired.precision.scales_loss else None
+        if self.loss_scale is not None:
+            _let_skip(self.optimizer, self.loss_scale)
+        self.ema = None if ema is None else [ema[name] for name in self.parameters]
+        self.losses = torch.zeros(history, device=device)
+        self.position = torch.full((), position, dtype=torch.int64, device=device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        """The count of this stage's step whose loss was first not finite, -1 while there is none."""
-
-    def set_rates(self, lr: float, momentum: float) -> None:
-        self.lr.fill_(lr)
-        for group in self.optimizer.param_groups:
-            if "momentum" in group:
-                group["momentum"] = momentum
+        """The stage's step whose loss was first not finite, -1 while there is none."""
+        self._network = torch.compile(self._compute, dynamic=False) if compiled else self._compute
 
     def run(self) -> None:
-        """Train on the batch in the inputs; `loss` then holds the group's loss."""
-        outputs, gradients, losses = self.forward()
-        loss = torch.stack(losses).sum()
-        torch.autograd.backward(outputs, gradients)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss.copy_(loss)
-        newly_bad = ~torch.isfinite(loss) & (self.first_bad < 0)
-        self.first_bad.copy_(torch.where(newly_bad, self.steps_done, self.first_bad))
-        self.steps_done += 1
+        """Train on the batch in the inputs. Reads nothing back to the host, and keeps no tensor that it made."""
+        self.take_rates()
+        with self.paired.precision.applied(self.device):
+            outputs, gradients, losses = self._network(*self._tensors())
+        self.backward(outputs, gradients)
+        self.update()
+        self.note(torch.stack(losses).sum())
+
+    def take_rates(self) -> None:
+        row = self.position.clamp(max=len(self.rates) - 1).view(1)
+        for rate, value in zip((self.lr, self.momentum, self.ema_decay), self.rates.index_select(0, row)[0].unbind()):
+            rate.copy_(value)
 
     def forward(self, entry: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Student outputs that carry a loss, the gradient at each, and the losses.
 
         `entry` replaces the teacher-fed input of the group (used to measure exposure).
         """
-        x = self._entry() if entry is None else entry
+        own_entry, targets, labels = self._tensors()
+        with self.paired.precision.applied(self.device):
+            return self._compute(own_entry if entry is None else entry, targets, labels)
+
+    def backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
+        if self.loss_scale is not None:
+            gradients = self.loss_scale.applied(gradients)
+        torch.autograd.backward(outputs, gradients)
+
+    def update(self) -> None:
+        """Clip, step, average."""
+        parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
+        if self.loss_scale is not None:
+            self.loss_scale.take_off([parameter.grad for parameter in parameters])
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, self.clip, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.loss_scale is not None:
+            self.loss_scale.update()
+        if self.ema is not None:
+            with torch.no_grad():
+                torch._foreach_mul_(self.ema, self.ema_decay)
+                torch._foreach_add_(self.ema, torch._foreach_mul(list(self.parameters.values()), 1 - self.ema_decay))
+
+    def note(self, loss: Tensor) -> None:
+        """Keep the loss for reading later, and where it was first not finite."""
+        self.losses.index_copy_(0, (self.position % len(self.losses)).view(1), loss.view(1).to(self.losses.dtype))
+        newly_bad = ~torch.isfinite(loss) & (self.first_bad < 0)
+        self.first_bad.copy_(torch.where(newly_bad, self.position, self.first_bad))
+        self.position += 1
+
+    def state(self) -> list[Tensor]:
+        """All tensors that outlive a run and that it changes, but for the inputs."""
+        own = [self.lr, self.momentum, self.ema_decay, self.losses, self.position, self.first_bad, *(self.ema or [])]
+        if self.loss_scale is not None:
+            own += [*self.loss_scale.state().values(), self.loss_scale.skipped]
+        networks = [tensor for block in self.blocks for tensor in (*block.parameters(), *block.buffers())]
+        optimizer = [value for state in self.optimizer.state.values() for value in state.values()]
+        return list({id(tensor): tensor for tensor in (*own, *networks, *optimizer)}.values())
+
+    def _tensors(self) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
+        """Entry, teacher outputs to be aligned to, labels: from the inputs."""
+        first, head = self.group[0], len(self.paired.cuts)
+        entry = self.inputs[IMAGES] if first == 0 else self.inputs[output_key(first - 1)]
+        wanted = self.aligned | ({head} & set(self.group) if self.objectives.use_teacher_logits else set())
+        labels = self.inputs[LABELS] if self.objectives.use_labels and head in self.group else None
+        return entry, {k: self.inputs[output_key(k)] for k in sorted(wanted)}, labels
+
+    def _compute(
+        self, x: Tensor, targets: dict[int, Tensor], labels: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         outputs, gradients, losses = [], [], []
         for k, block in zip(self.group, self.blocks):
             x = block(x)
             if k in self.aligned:
                 axis = self.paired.cuts[k].student_channel_axis
-                loss, gradient = self.objectives.feature(x.detach(), self.inputs[output_key(k)], axis)
+                loss, gradient = self.objectives.feature(x.detach(), targets[k], axis)
             elif k == len(self.paired.cuts):
-                teacher = self.inputs[output_key(k)] if self.objectives.use_teacher_logits else None
-                labels = self.inputs[LABELS] if self.objectives.use_labels else None
-                loss, gradient = self.objectives.logits(x.detach(), teacher, labels)
+                loss, gradient = self.objectives.logits(x.detach(), targets.get(k), labels)
             else:
                 continue
             outputs.append(x)
@@ -142,22 +240,22 @@ class GroupStep:
             losses.append(loss)
         return outputs, gradients, losses
 
-    def _entry(self) -> Tensor:
-        return self.inputs[IMAGES] if self.group[0] == 0 else self.inputs[output_key(self.group[0] - 1)]
+
+def _let_skip(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> None:
+    """Make the optimizer leave everything as it is where gradients are not finite."""
+    if not (isinstance(optimizer, SGD) or optimizer.defaults.get("fused")):
+        raise ConfigError(
+            f"precision=fp16 was given, but {type(optimizer).__name__} as it was chosen cannot skip a step without asking "
+            "the host; choose optimizer.implementation=auto, or precision=bf16."
+        )
+    optimizer.found_inf = loss_scale.skipped
 
 
-def load_batch(
-    inputs: StageInputs,
-    teacher: Teacher,
-    wanted: Collection[int],
-    batch: Batch,
-    to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> None:
+def load_batch(inputs: StageInputs, teacher: Teacher, wanted: Collection[int], batch: Batch) -> None:
     """Fill the stage's inputs with a batch and the teacher's wanted outputs for it."""
-    images = to_device(batch.images)
-    inputs.load(IMAGES, images)
-    inputs.load(LABELS, to_device(batch.labels))
-    for k, output in teacher.outputs(wanted, images, batch).items():
+    inputs.load(IMAGES, batch.images)
+    inputs.load(LABELS, batch.labels)
+    for k, output in teacher.outputs(wanted, inputs[IMAGES], batch).items():
         inputs.load(output_key(k), output)
 
 
@@ -170,26 +268,3 @@ def named_parameters_of(paired: PairedBlocks, group: list[int]) -> dict[str, nn.
         for parameter in paired.student_blocks[k].parameters()
         if parameter.requires_grad
     }
-
-
-def build_optimizer(settings: Optimizer, parameters: list[nn.Parameter], lr: Tensor) -> torch.optim.Optimizer:
-    """A fused torch optimizer that reads its learning rate from the tensor `lr`.
-
-    The tensor is put in afterwards: the constructors compare it with zero, which on a GPU waits for the device.
-    """
-    if settings.name == "adamw":
-        optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=settings.weight_decay, fused=True)
-    elif settings.name == "sgd":
-        optimizer = torch.optim.SGD(
-            parameters,
-            lr=0.0,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.nesterov,
-            fused=True,
-        )
-    else:
-        raise ConfigError(f"optimizer.name={settings.name!r} was given; choose adamw or sgd.")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return optimizer

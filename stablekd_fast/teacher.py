@@ -6,12 +6,13 @@ itself stands for the logits.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from torch import Tensor
 
 from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.capture import CAPTURED, Runner, make_runner
 from stablekd_fast.data import Batch
 
 
@@ -24,22 +25,68 @@ class Teacher(Protocol):
     def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
         """The same batches; what can be read for the next one while this one trains is read meanwhile."""
 
+    def close(self) -> None:
+        """Let go of files and graphs."""
+
+
+class LiveTeacher:
+    """One pass of the live teacher, as far as needed. No teacher block runs twice.
+
+    Once the same outputs are wanted twice in a row, the pass is captured by `capture` (see `capture.py`); what it gives
+    then is overwritten by the next pass.
+    """
+
+    def __init__(self, paired: PairedBlocks, capture: str = "eager", *, fall_back: bool = True) -> None:
+        self.paired, self.capture, self.fall_back = paired, capture, fall_back
+        self._wanted: Hashable = None
+        self._inputs: list[Tensor] = []
+        self._runner: Runner | None = None
+
+    def outputs(
+        self, images: Tensor, wanted: Collection[int], known: Mapping[int, Tensor] | None = None
+    ) -> dict[int, Tensor]:
+        """As `PairedBlocks.teacher_outputs`."""
+        known = dict(known or {})
+        if self.capture not in CAPTURED:
+            return self.paired.teacher_outputs(images, wanted, known)
+        given = [images, *known.values()]
+        key = (frozenset(wanted), tuple(known), tuple((x.shape, x.stride(), x.dtype) for x in given))
+        if key != self._wanted:
+            self.close()
+            self._wanted = key
+            return self.paired.teacher_outputs(images, wanted, known)
+        if self._runner is None:
+            self._begin(given, sorted(wanted), list(known))
+        for buffer, value in zip(self._inputs, given):
+            buffer.copy_(value)
+        return self._runner.run()[0]
+
+    def _begin(self, given: list[Tensor], wanted: list[int], known: list[int]) -> None:
+        self._inputs = [value.clone() for value in given]
+        images, *rest = self._inputs
+
+        def body() -> dict[int, Tensor]:
+            return self.paired.teacher_outputs(images, wanted, dict(zip(known, rest)))
+
+        self._runner = make_runner(self.capture, [body], [], images.device, fall_back=self.fall_back)
 
     def close(self) -> None:
-        """Let go of files."""
+        if self._runner is not None:
+            self._runner.close()
+        self._wanted, self._runner, self._inputs = None, None, []
 
 
 class Relay:
-    """The live teacher: one pass per batch, as far as needed, serves all blocks. No teacher block runs twice."""
+    """The live teacher alone serves all blocks."""
 
-    def __init__(self, paired: PairedBlocks) -> None:
-        self.paired = paired
+    def __init__(self, paired: PairedBlocks, live: LiveTeacher | None = None) -> None:
+        self.live = live or LiveTeacher(paired)
 
     def outputs(self, wanted: Collection[int], images: Tensor, batch: Batch | None = None) -> dict[int, Tensor]:
-        return self.paired.teacher_outputs(images, wanted)
+        return self.live.outputs(images, wanted) if wanted else {}
 
     def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
         return iter(batches)
 
     def close(self) -> None:
-        pass
+        self.live.close()

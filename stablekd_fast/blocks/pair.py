@@ -12,6 +12,7 @@ from stablekd_fast.blocks.bridge import Bridge, fit_bridge
 from stablekd_fast.blocks.select import automatic_pairs, named_pairs
 from stablekd_fast.blocks.trace import evaluation_mode, trace
 from stablekd_fast.errors import CutError
+from stablekd_fast.precision import FP32, Precision
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class PairedBlocks:
     teacher_flops: list[int]
     """FLOPs per image of each block; zeros for blocks given by hand."""
     student_flops: list[int]
+    precision: Precision = FP32
+    """In which both networks' forward passes compute."""
 
     def __len__(self) -> int:
         return len(self.student_blocks)
@@ -66,15 +69,16 @@ class PairedBlocks:
         """
         known = known or {}
         outputs, x, at = {}, images, -1
-        for k in sorted(range(len(self)) if wanted is None else wanted):
-            start = max((j for j in known if at < j < k), default=None)
-            if start is not None:
-                x, at = known[start], start
-            for block in self.teacher_blocks[at + 1 : k + 1]:
-                x = block(x)
-            at = k
-            bridge = self.bridge_after(k)
-            outputs[k] = x if bridge is None else bridge(x)
+        with self.precision.applied(images.device):
+            for k in sorted(range(len(self)) if wanted is None else wanted):
+                start = max((j for j in known if at < j < k), default=None)
+                if start is not None:
+                    x, at = known[start], start
+                for block in self.teacher_blocks[at + 1 : k + 1]:
+                    x = block(x)
+                at = k
+                bridge = self.bridge_after(k)
+                outputs[k] = x if bridge is None else bridge(x)
         return outputs
 
 

@@ -62,7 +62,7 @@ def teacher_fingerprint(paired: PairedBlocks, source: TrainSource, device: torch
         **image_fingerprint(source),
         "normalisation": {"mean": list(source.mean), "std": list(source.std)},
         "batch_size": source.batch_size,
-        "precision": "float32",
+        "precision": paired.precision.name,
         "device": _device(device),
         "torch": torch.__version__,
     }

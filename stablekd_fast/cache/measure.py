@@ -23,7 +23,7 @@ from stablekd_fast.cache.store import RowStore
 from stablekd_fast.data import Batch
 from stablekd_fast.merge import untouched
 from stablekd_fast.schedule import Optimizer, PlannedStage, group_name
-from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
 REPEATS = 3
@@ -47,7 +47,7 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int = REP
 def measure_teacher(paired: PairedBlocks, images: Tensor) -> list[float]:
     """Seconds per batch of each teacher block, with the bridge behind it."""
     times, x = [], images
-    with torch.no_grad():
+    with torch.no_grad(), paired.precision.applied(images.device):
         for k, block in enumerate(paired.teacher_blocks):
             bridge = paired.bridge_after(k)
 
@@ -72,13 +72,12 @@ def measure_students(
     with untouched(paired.student), torch.enable_grad():
         nn.ModuleList([paired.student, *paired.student_blocks]).train()
         for groups in groupings:
-            inputs = StageInputs()
+            inputs = StageInputs(device)
             wanted = objectives.teacher_outputs(groups, len(paired.cuts))
-            load_batch(inputs, Relay(paired), wanted, batch, lambda tensor: tensor.to(device))
+            load_batch(inputs, Relay(paired), wanted, batch)
             for group in groups:
-                step = GroupStep(paired, group, objectives, Optimizer(), inputs)
+                step = GroupStep(paired, group, objectives, Optimizer(), inputs, rates=Rates.constant(0.0, device=device))
                 if step.name not in times:
-                    step.set_rates(0.0, 0.0)
                     times[step.name] = seconds(step.run, device)
     paired.student.load_state_dict(saved)
     for module, mode in modes.items():

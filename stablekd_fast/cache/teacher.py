@@ -15,6 +15,7 @@ from stablekd_fast.cache.memory import MemoryRows
 from stablekd_fast.cache.store import RowStore, Ticket
 from stablekd_fast.data import Batch
 from stablekd_fast.errors import CacheFull
+from stablekd_fast.teacher import LiveTeacher
 
 
 @dataclass
@@ -54,8 +55,16 @@ class CachedTeacher:
     the state of the cache never changes a number.
     """
 
-    def __init__(self, paired: PairedBlocks, columns: dict[int, Column], samples: int, device: torch.device) -> None:
-        self.paired, self.columns, self.samples, self.device = paired, columns, samples, device
+    def __init__(
+        self,
+        paired: PairedBlocks,
+        columns: dict[int, Column],
+        samples: int,
+        device: torch.device,
+        live: LiveTeacher | None = None,
+    ) -> None:
+        self.columns, self.samples, self.device = columns, samples, device
+        self.live = live or LiveTeacher(paired)
         self.pinned = device.type == "cuda"
         self.live_batches = 0
         self._reading: _Reading | None = None
@@ -88,7 +97,7 @@ class CachedTeacher:
         if missing:
             self.live_batches += 1
             known = {k: value for k, value in found.items() if self.columns[k].continues}
-            for k, value in self.paired.teacher_outputs(images, missing, known).items():
+            for k, value in self.live.outputs(images, missing, known).items():
                 found[k] = self._kept(k, rows, value) if k in self.columns else value
         return found
 
@@ -97,6 +106,7 @@ class CachedTeacher:
         return {"live_batches": self.live_batches, "rows": {c.name: len(c.rows) for c in self.columns.values()}}
 
     def close(self) -> None:
+        self.live.close()
         for column in self.columns.values():
             column.rows.close()
 

@@ -9,7 +9,7 @@ from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.objectives import objective
 from stablekd_fast.schedule import Optimizer, merge_neighbours
 from stablekd_fast.data import Batch
-from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
 PAIRS = [
@@ -93,7 +93,7 @@ def test_gradients_of_a_decomposed_block_touch_that_block_only(pair, training):
     inputs = StageInputs()
     load(inputs, paired, groups, aims, images)
     for group in groups:
-        step = GroupStep(paired, group, aims, Optimizer(), inputs)
+        step = GroupStep(paired, group, aims, Optimizer(), inputs, rates=Rates.constant(0.01))
         paired.student.zero_grad()
         outputs, gradients, _ = step.forward()
         torch.autograd.backward(outputs, gradients)
@@ -111,8 +111,7 @@ def test_a_few_steps_through_all_merges_and_the_export_loads(pair, tmp_path):
         inputs = StageInputs()
         load(inputs, paired, groups, aims, images)
         for group in groups:
-            step = GroupStep(paired, group, aims, Optimizer(lr=1e-3), inputs)
-            step.set_rates(1e-3, 0.9)
+            step = GroupStep(paired, group, aims, Optimizer(lr=1e-3), inputs, rates=Rates.constant(1e-3))
             step.run()
             assert torch.isfinite(step.loss)
     from safetensors.torch import save_file

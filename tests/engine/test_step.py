@@ -5,7 +5,7 @@ import torch
 
 from stablekd_fast.objectives import objective
 from stablekd_fast.schedule import Optimizer
-from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
 
@@ -31,8 +31,7 @@ def test_a_decomposed_group_trains_its_own_blocks_only(parts):
         before = {name: value.clone() for name, value in paired.student.named_parameters()}
         inputs = StageInputs()
         load(inputs, paired, groups, objectives(), batch)
-        step = GroupStep(paired, group, objectives(), Optimizer(), inputs)
-        step.set_rates(0.01, 0.9)
+        step = GroupStep(paired, group, objectives(), Optimizer(), inputs, rates=Rates.constant(0.01))
         step.run()
         changed = {name for name, value in paired.student.named_parameters() if not torch.equal(value, before[name])}
         assert changed == set(step.parameters)
@@ -59,7 +58,7 @@ def test_gradients_are_those_of_the_summed_loss(parts):
         block.train()
     inputs, aims = StageInputs(), objectives()
     load(inputs, paired, [[0, 1, 2, 3]], aims, dataclasses.replace(batch, images=batch.images.double()))
-    step = GroupStep(paired, [0, 1, 2, 3], aims, Optimizer(), inputs)
+    step = GroupStep(paired, [0, 1, 2, 3], aims, Optimizer(), inputs, rates=Rates.constant(0.01))
     outputs, gradients, _ = step.forward()
     torch.autograd.backward(outputs, gradients)
     got = {name: parameter.grad.clone() for name, parameter in step.parameters.items()}
@@ -78,16 +77,15 @@ def test_gradients_are_those_of_the_summed_loss(parts):
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-8, atol=1e-10)
 
 
-def test_the_learning_rate_is_read_from_a_tensor(parts):
+def test_rates_follow_the_stage(parts):
     paired, batch = parts
     for settings in (Optimizer("sgd", momentum=0.0, weight_decay=0.0), Optimizer("adamw", weight_decay=0.0)):
         inputs = StageInputs()
         load(inputs, paired, [[0]], objectives(), batch)
-        step = GroupStep(paired, [0], objectives(), settings, inputs)
+        rates = Rates(torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.0, 0.0]]))
+        step = GroupStep(paired, [0], objectives(), settings, inputs, rates=rates)
         before = [parameter.clone() for parameter in step.parameters.values()]
-        step.set_rates(0.0, 0.0)
         step.run()
         assert all(torch.equal(a, b) for a, b in zip(before, step.parameters.values()))
-        step.set_rates(0.1, 0.0)
         step.run()
         assert not all(torch.equal(a, b) for a, b in zip(before, step.parameters.values()))

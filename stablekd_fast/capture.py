@@ -1,0 +1,213 @@
+"""How a step runs: eagerly, as a CUDA graph, or as an emulated one. The one seam to streams, events and graphs.
+
+A *body* is a function without arguments that reads and writes tensors at fixed addresses only. Bodies that are captured
+together must not depend on each other: in a CUDA graph they are branches that run side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.emulator import Operation, Recorder, Watch, replay
+from stablekd_fast.errors import CaptureError, ConfigError
+
+CAPTURES = ("auto", "eager", "cudagraph", "compile", "emulate")
+CAPTURED = ("cudagraph", "emulate")
+"""Modes in which bodies run once, and from then on what they did is replayed."""
+_WARM_UP = 3
+_RECOMPILE_LIMIT = 1024
+
+Body = Callable[[], Any]
+
+
+class Runner(Protocol):
+    """Runs bodies again and again. `results` are what the bodies gave; a captured body's are overwritten in place."""
+
+    results: list[Any]
+
+    def run(self) -> list[Any]: ...
+
+    def close(self) -> None:
+        """Let go of graphs, before the tensors that they use."""
+
+
+def pick_capture(name: str, device: torch.device) -> str:
+    """The mode called `name`; `auto` is `cudagraph` on a GPU, `eager` elsewhere.
+
+    Raises ConfigError for a mode that the device does not have.
+    """
+    if name not in CAPTURES:
+        raise ConfigError(f"capture={name!r} was given; choose one of {', '.join(CAPTURES)}.")
+    if name == "cudagraph" and device.type != "cuda":
+        raise ConfigError(f"capture=cudagraph was given, but the device is {device}; choose eager, compile or auto.")
+    if name == "auto":
+        return "cudagraph" if device.type == "cuda" else "eager"
+    return name
+
+
+def make_runner(
+    mode: str, bodies: Sequence[Body], state: Sequence[Tensor], device: torch.device, *, fall_back: bool
+) -> Runner:
+    """A runner for bodies, by a mode that `pick_capture` gave.
+
+    `state`: all tensors that outlive a run and that the bodies change. Making a runner leaves them as they were.
+    With `fall_back` bodies that cannot be captured run eagerly, after one warning that names what broke capture;
+    otherwise CaptureError says so.
+    """
+    if mode not in CAPTURED:
+        return EagerRunner(bodies)
+    try:
+        return {"cudagraph": GraphRunner, "emulate": EmulatedRunner}[mode](bodies, state, device)
+    except CaptureError as error:
+        if not fall_back:
+            raise
+        warnings.warn(f"Training goes on without a captured graph: {error}", RuntimeWarning, stacklevel=2)
+        return EagerRunner(bodies)
+
+
+class EagerRunner:
+    """Calls the bodies in order."""
+
+    def __init__(self, bodies: Sequence[Body]) -> None:
+        self.bodies, self.results, self._started = list(bodies), [], False
+
+    def run(self) -> list[Any]:
+        # All groups share the code that torch.compile compiles, which by default it does a few times only.
+        with contextlib.nullcontext() if self._started else torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+            self.results = [body() for body in self.bodies]
+        self._started = True
+        return self.results
+
+    def close(self) -> None:
+        self.results = []
+
+
+class EmulatedRunner:
+    """Records the bodies once and replays the records: what a CUDA graph would compute, on any device."""
+
+    def __init__(self, bodies: Sequence[Body], state: Sequence[Tensor], device: torch.device) -> None:
+        self._operations: list[Operation] = []
+        with restored(state, device):
+            recorder = Recorder()
+            with recorder:
+                self.results = [body() for body in bodies]
+            self._operations = recorder.operations
+
+    def run(self) -> list[Any]:
+        replay(self._operations)
+        return self.results
+
+    def close(self) -> None:
+        self._operations, self.results = [], []
+
+
+class GraphRunner:
+    """All bodies in one CUDA graph, each on a branch of its own; one replay per step.
+
+    One graph has one memory pool in which blocks belong to streams, so branches that run at the same time never share
+    memory; and one random generator, whose offsets the branches take in the order of capture.
+    """
+
+    def __init__(self, bodies: Sequence[Body], state: Sequence[Tensor], device: torch.device) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        streams = [torch.cuda.Stream(device) for _ in bodies]
+        with restored(state, device):
+            self._warm_up(bodies, streams, device)
+        last = _Last()
+        try:
+            # Threads that load data call CUDA too: only this one's calls are checked.
+            with torch.cuda.graph(self._graph, stream=streams[0], capture_error_mode="thread_local"), last:
+                self.results = _side_by_side(bodies, streams)
+        except RuntimeError as error:
+            self.results = []
+            torch.cuda.synchronize(device)
+            line = str(error).strip().splitlines()[0]
+            raise CaptureError(f"{last.operation or 'the step'} cannot be captured: {line}") from error
+
+    def _warm_up(self, bodies: Sequence[Body], streams: list[torch.cuda.Stream], device: torch.device) -> None:
+        """On the streams of the capture, so that libraries have set up their handles and workspaces there."""
+        current = torch.cuda.current_stream(device)
+        for body, stream in zip(bodies, streams):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for number in range(_WARM_UP):
+                    with Watch() if number == 0 else contextlib.nullcontext():
+                        body()
+            current.wait_stream(stream)
+        torch.cuda.synchronize(device)
+
+    def run(self) -> list[Any]:
+        self._graph.replay()
+        return self.results
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        self._graph.reset()
+        self.results = []
+
+
+class _Last(Watch):
+    """Remembers the operation that was dispatched last."""
+
+    operation: str | None = None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operation = str(function)
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def _side_by_side(bodies: Sequence[Body], streams: Sequence[torch.cuda.Stream]) -> list[Any]:
+    """Fork from the capturing stream, the first, and join it again."""
+    first, results = streams[0], []
+    for stream in streams[1:]:
+        stream.wait_stream(first)
+    for body, stream in zip(bodies, streams):
+        with torch.cuda.stream(stream):
+            results.append(body())
+    for stream in streams[1:]:
+        first.wait_stream(stream)
+    return results
+
+
+@contextlib.contextmanager
+def restored(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+    """What happens within leaves no trace in `state` and in the random generators."""
+    saved = [tensor.detach().clone() for tensor in state]
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(state, saved):
+                tensor.copy_(value)
+
+
+class HostCopy:
+    """Tensors on their way to the host, while the device goes on."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensors and tensors[0].device.type == "cuda":
+            self._values = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+            for value, tensor in zip(self._values, tensors):
+                value.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensors[0].device))
+        else:
+            self._values = [tensor.clone() for tensor in tensors]
+
+    @property
+    def arrived(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def values(self) -> list[Tensor]:
+        """The copies; waits for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values

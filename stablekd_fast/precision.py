@@ -1,0 +1,139 @@
+"""In which number formats forward passes compute. Weights, batch-norm statistics, losses and updates stay float32."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast.errors import ConfigError
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_TRIALS = 3
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`fp32`; `tf32` (float32 with tensor cores, CUDA only); `bf16` and `fp16` by torch's autocast.
+
+    `reason` says why it was chosen, where it was not asked for.
+    """
+
+    name: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    reason: str = ""
+
+    @property
+    def scales_loss(self) -> bool:
+        """float16 gradients underflow unless the loss is scaled."""
+        return self.name == "fp16"
+
+    @contextlib.contextmanager
+    def applied(self, device: torch.device) -> Iterator[None]:
+        """Within it, forward passes on `device` compute in this precision. May be entered inside a graph capture."""
+        with _tensor_cores(device, self.name != "fp32"):
+            if self.name not in _AUTOCAST:
+                yield
+                return
+            # A cast weight kept from one replay to the next would be a stale one: no weight cache.
+            with torch.autocast(device.type, _AUTOCAST[self.name], cache_enabled=False):
+                yield
+
+
+FP32 = Precision()
+
+
+@contextlib.contextmanager
+def _tensor_cores(device: torch.device, allowed: bool) -> Iterator[None]:
+    """Whether float32 products may be rounded to TF32; the process's own settings come back afterwards."""
+    if device.type != "cuda":
+        yield
+        return
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
+
+
+def pick_precision(name: str, device: torch.device, student: nn.Module, images: Tensor) -> Precision:
+    """The precision called `name`. `auto`: bf16 where the hardware has it; on a CPU that has it, what is measured faster
+    for the student's forward and backward pass on `images`.
+
+    Raises ConfigError if the device cannot compute in the precision that was asked for.
+    """
+    if name not in PRECISIONS:
+        raise ConfigError(f"precision={name!r} was given; choose one of {', '.join(PRECISIONS)}.")
+    if name == "tf32" and device.type != "cuda":
+        raise ConfigError(f"precision=tf32 was given, but {device.type} has no TF32; choose fp32, bf16 or auto.")
+    if name != "auto":
+        return Precision(name)
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return Precision("bf16", "the GPU computes in bf16")
+        return Precision("fp16", "the GPU has tensor cores for fp16, none for bf16")
+    if not cpu_has_bf16():
+        return Precision("fp32", "the CPU has no bf16 instructions")
+    taken = {name: _trial(Precision(name), student, images) for name in ("fp32", "bf16")}
+    measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in taken.items())
+    return Precision(min(taken, key=taken.get), f"student forward and backward: {measured}")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AVX-512 BF16 or AMX)."""
+    checks = [getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile")]
+    return any(check is not None and check() for check in checks)
+
+
+def _trial(precision: Precision, student: nn.Module, images: Tensor) -> float:
+    """Median seconds of a few passes; buffers and gradients are as before afterwards."""
+    buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
+    taken = []
+    for _ in range(_TRIALS + 1):
+        start = time.perf_counter()
+        with precision.applied(images.device):
+            output = student(images)
+        torch.autograd.grad(output.float().square().mean(), [p for p in student.parameters() if p.requires_grad])
+        taken.append(time.perf_counter() - start)
+    for name, buffer in student.named_buffers():
+        buffer.copy_(buffers[name])
+    return statistics.median(taken[1:])
+
+
+class LossScale:
+    """The dynamic loss scale of float16 training, wholly on the device: nothing is read back, so it can be captured.
+
+    Gradients are multiplied by `scale` before backward and divided by it before the update. A step whose gradients are
+    not finite is skipped (`skipped` is 1) and halves the scale; `interval` good steps in a row double it.
+    """
+
+    def __init__(self, device: torch.device, initial: float = 2.0**16, interval: int = 2000) -> None:
+        self.interval = interval
+        self.scale = torch.full((), initial, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+        self.skipped = torch.zeros((), device=device)
+
+    def applied(self, gradients: list[Tensor]) -> list[Tensor]:
+        return [(gradient * self.scale).to(gradient.dtype) for gradient in gradients]
+
+    def take_off(self, gradients: list[Tensor]) -> None:
+        """Divide by the scale, in place, and note whether all are finite."""
+        self.skipped.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.skipped, self.scale.reciprocal())
+
+    def update(self) -> None:
+        torch._amp_update_scale_(self.scale, self.good_steps, self.skipped, 2.0, 0.5, self.interval)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs."""
+        return {"scale": self.scale, "good_steps": self.good_steps}
