@@ -61,7 +61,7 @@ def make_runner(
     otherwise CaptureError says so.
     """
     if mode not in CAPTURED:
-        return EagerRunner(bodies)
+        return (CompiledRunner if mode == "compile" else EagerRunner)(bodies)
     try:
         return {"cudagraph": GraphRunner, "emulate": EmulatedRunner}[mode](bodies, state, device)
     except CaptureError as error:
@@ -75,17 +75,31 @@ class EagerRunner:
     """Calls the bodies in order."""
 
     def __init__(self, bodies: Sequence[Body]) -> None:
-        self.bodies, self.results, self._started = list(bodies), [], False
+        self.bodies, self.results = list(bodies), []
 
     def run(self) -> list[Any]:
-        # All groups share the code that torch.compile compiles, which by default it does a few times only.
-        with contextlib.nullcontext() if self._started else torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
-            self.results = [body() for body in self.bodies]
-        self._started = True
+        self.results = [body() for body in self.bodies]
         return self.results
 
     def close(self) -> None:
         self.results = []
+
+
+class CompiledRunner(EagerRunner):
+    """For bodies that call what torch.compile made; the first run compiles.
+
+    All groups share the code that is compiled, which by default is done a few times only.
+    """
+
+    _started = False
+
+    def run(self) -> list[Any]:
+        if self._started:
+            return super().run()
+        with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+            results = super().run()
+        self._started = True
+        return results
 
 
 class EmulatedRunner:

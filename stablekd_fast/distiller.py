@@ -34,7 +34,7 @@ from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.engine import Engine
 from stablekd_fast.errors import ConfigError, ModelError, nearest
 from stablekd_fast.evaluate import evaluate
-from stablekd_fast.precision import Precision, pick_precision
+from stablekd_fast.precision import Precision, pick_precision, seconds_per_pass
 from stablekd_fast.report import Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.schedule import method_stages, plan_stages
 from stablekd_fast.teacher import LiveTeacher, Relay, Teacher
@@ -213,10 +213,15 @@ class Distiller:
 
     def _precision(self) -> Precision:
         """A resumed run goes on in the precision that it began with."""
-        name, images = self.config.precision, next(self.source.batches(0, 1)).images.to(self.device)
+        name = self.config.precision
         if name == "auto" and self.config.resume:
             name = load_metadata(Path(self.config.out) / "checkpoint.safetensors").get("precision", name)
-        return pick_precision(name, self.device, self.paired.student, images)
+
+        def trial(precision: Precision) -> float:
+            images = next(self.source.batches(0, 1)).images.to(self.device)
+            return seconds_per_pass(precision, self.paired.student, images)
+
+        return pick_precision(name, self.device, trial)
 
     def _facts(self) -> dict:
         """What decides the numbers beside the settings: a resumed run must meet the same teacher and images."""

@@ -104,6 +104,12 @@ def _fused_adamw(settings: Optimizer, groups: list[dict]) -> torch.optim.Optimiz
 
 
 def _foreach_adamw(settings: Optimizer, groups: list[dict]) -> torch.optim.Optimizer:
+    device = groups[0]["params"][0].device
+    if device.type != "cuda":
+        raise ConfigError(
+            f"optimizer.implementation=foreach was given for adamw on {device}, where it takes no learning rate from a "
+            "tensor; choose fused or auto."
+        )
     return _torch_adamw(settings, groups, foreach=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,9 +66,9 @@ def _tensor_cores(device: torch.device, allowed: bool) -> Iterator[None]:
             backend.allow_tf32 = value
 
 
-def pick_precision(name: str, device: torch.device, student: nn.Module, images: Tensor) -> Precision:
-    """The precision called `name`. `auto`: bf16 where the hardware has it; on a CPU that has it, what is measured faster
-    for the student's forward and backward pass on `images`.
+def pick_precision(name: str, device: torch.device, trial: Callable[[Precision], float]) -> Precision:
+    """The precision called `name`. `auto`: bf16 where the hardware has it; on a CPU that has it, that for which `trial`
+    gives fewer seconds.
 
     Raises ConfigError if the device cannot compute in the precision that was asked for.
     """
@@ -84,7 +84,7 @@ def pick_precision(name: str, device: torch.device, student: nn.Module, images: 
         return Precision("fp16", "the GPU has tensor cores for fp16, none for bf16")
     if not cpu_has_bf16():
         return Precision("fp32", "the CPU has no bf16 instructions")
-    taken = {name: _trial(Precision(name), student, images) for name in ("fp32", "bf16")}
+    taken = {name: trial(Precision(name)) for name in ("fp32", "bf16")}
     measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in taken.items())
     return Precision(min(taken, key=taken.get), f"student forward and backward: {measured}")
 
@@ -95,8 +95,8 @@ def cpu_has_bf16() -> bool:
     return any(check is not None and check() for check in checks)
 
 
-def _trial(precision: Precision, student: nn.Module, images: Tensor) -> float:
-    """Median seconds of a few passes; buffers and gradients are as before afterwards."""
+def seconds_per_pass(precision: Precision, student: nn.Module, images: Tensor) -> float:
+    """Median seconds of a few forward and backward passes; buffers and gradients are as before afterwards."""
     buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
     taken = []
     for _ in range(_TRIALS + 1):
