@@ -1,8 +1,9 @@
 """The step's GPU path without a GPU: fake tensors on the device `cuda`.
 
 Fake tensors carry device and dtype but no data, so a tensor on the wrong device and a read of device data by the host
-(`.item()`, a branch on a loss) are errors here as they would be, or would cost a wait, on a GPU. Backward and
-the fused optimizer are left out: autograd asks for the device's context, and the optimizer has no fake kernel.
+(`.item()`, a branch on a loss) are errors here as they would be, or would cost a wait, on a GPU. Two things are lent
+to torch, which without a driver does not have them: a walk through autograd's graph (its engine asks the driver for
+streams), and the shape function of the fused optimizer.
 """
 
 import pytest
@@ -12,10 +13,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from stablekd_fast import models
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
+from stablekd_fast.emulator import Recorder
 from stablekd_fast.objectives import objective
-from stablekd_fast.schedule import Optimizer, merge_neighbours
-from stablekd_fast.step import GroupStep, Objectives, StageInputs, load_batch
-from stablekd_fast.teacher import Relay
+from stablekd_fast.precision import Precision
+from stablekd_fast.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
+from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+from stablekd_fast.teacher import LiveTeacher, Relay
+
+CUDA = torch.device("cuda")
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+aten = torch.ops.aten
 
 
 @pytest.fixture
@@ -55,24 +62,142 @@ def fakes_need_no_driver():
         pytest.skip(f"torch {torch.__version__} cannot copy fake CUDA tensors here: {str(error).splitlines()[0]}")
 
 
-@pytest.mark.usefixtures("fakes_need_no_driver")
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_forward_and_losses_stay_on_the_device_and_never_ask_the_host(paired, optimizer):
+def walk_backward(outputs, gradients):
+    """`torch.autograd.backward` without its engine: calls each node of the graph once its gradients are complete."""
+    waiting, given, counted = {}, {}, set()
+
+    def count(node):
+        if node in counted:
+            return
+        counted.add(node)
+        for following, _ in node.next_functions:
+            if following is not None:
+                waiting[following] = waiting.get(following, 0) + 1
+                count(following)
+
+    def give(node, place, gradient):
+        slots = given.setdefault(node, {})
+        if gradient is not None:
+            expected = node._input_metadata[place]
+            gradient = gradient.sum_to_size(expected.shape).to(expected.dtype)
+            slots[place] = gradient if place not in slots else slots[place] + gradient
+
+    for output, gradient in zip(outputs, gradients, strict=True):
+        count(output.grad_fn)
+        give(output.grad_fn, output.output_nr, gradient)
+    ready = [output.grad_fn for output in outputs if output.grad_fn not in waiting]
+    with torch.no_grad():
+        while ready:
+            node = ready.pop()
+            slots = given.pop(node)
+            if hasattr(node, "variable"):
+                node.variable.grad = slots[0]
+                continue
+            found = node(*[slots.get(place) for place in range(len(node._input_metadata))])
+            found = found if isinstance(found, tuple) else (found,)
+            for (following, place), gradient in zip(node.next_functions, found):
+                if following is not None:
+                    give(following, place, gradient)
+                    waiting[following] -= 1
+                    if waiting[following] == 0:
+                        ready.append(following)
+
+
+def test_the_walk_through_the_graph_is_torch_s_backward():
+    def gradients(backward):
+        torch.manual_seed(0)
+        net = models.build("resnet20_half", 10).double()
+        x = net.conv1(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+        y = net.layer1(x)
+        backward([y, y.sum()], [torch.ones_like(y), torch.tensor(2.0, dtype=torch.float64)])
+        return [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+
+    for ours, theirs in zip(gradients(walk_backward), gradients(torch.autograd.backward), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+class FakeRecorder(Recorder):
+    """Records; stands in for fused AdamW, of which it checks that everything lies on the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is aten._fused_adamw_:
+            tensors = [t for value in (*args, *kwargs.values()) for t in (value if isinstance(value, list) else [value])]
+            devices = {t.device.type for t in tensors if isinstance(t, torch.Tensor)}
+            assert devices == {"cuda"}, devices
+            self.fused_dtypes = {t.dtype for t in tensors if isinstance(t, torch.Tensor)}
+            return None
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+@pytest.fixture
+def lent(monkeypatch, fakes_need_no_driver):
+    """What stands in for a driver; autocast believes that there is one."""
+    monkeypatch.setattr(torch.autograd, "backward", walk_backward)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+
+
+def run_under_fakes(paired, precision, optimizer, ema):
+    """All stages, a step each, on fake CUDA tensors; the operations of the teacher and of the steps."""
+    paired.precision = Precision(precision)
     mode = FakeTensorMode()
     to_fake_cuda(paired, mode)
     aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
+    teacher, steps = FakeRecorder(), FakeRecorder()
     with mode:
-        images = torch.empty(8, 3, 16, 16, device="cuda")
-        labels = torch.empty(8, dtype=torch.int64, device="cuda")
+        batch = Batch(torch.empty(8, dtype=torch.int64), 0, torch.empty(8, 3, 16, 16), torch.empty(8, dtype=torch.int64))
+        average = {name: torch.empty_like(p) for name, p in paired.student.named_parameters()}
         for groups in merge_neighbours(4):
-            inputs = StageInputs()
-            load_batch(inputs, Relay(paired), aims.teacher_outputs(groups, 3), Batch(labels, 0, images, labels))
+            inputs = StageInputs(CUDA)
+            with teacher:
+                wanted = aims.teacher_outputs(groups, 3)
+                load_batch(inputs, Relay(paired, LiveTeacher(paired)), wanted, batch)
+            planned = PlannedStage(Stage(groups, steps=4, optimizer=optimizer), 0, 4)
+            rates = Rates.of_stage(planned, ema, CUDA)
             for group in groups:
-                step = GroupStep(paired, group, aims, Optimizer(optimizer), inputs)
-                step.set_rates(0.01, 0.9)
-                outputs, gradients, losses = step.forward()
-                assert {tensor.device.type for tensor in (*outputs, *gradients, *losses)} == {"cuda"}
-                assert {loss.dtype for loss in losses} == {torch.float32}
+                step = GroupStep(paired, group, aims, optimizer, inputs, rates=rates, history=2, ema=average)
+                with steps:
+                    step.run()
+    return teacher, steps
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "optimizer", [Optimizer("adamw", clip=1.0), Optimizer("sgd", nesterov=True, decay="weights")], ids=["adamw", "sgd"]
+)
+def test_whole_steps_stay_on_the_device_in_their_precision_and_never_ask_the_host(paired, lent, precision, optimizer):
+    """The teacher's pass, forward, losses, backward, clipping, update, average, bookkeeping."""
+    teacher, steps = run_under_fakes(paired, precision, optimizer, 0.99)
+    for operation in steps.operations:  # 0-dim tensors of the host are numbers to the device
+        devices = {t.device.type for t in (*operation.inputs, *operation.outputs) if t.dim() > 0}
+        assert devices <= {"cuda"}, operation
+    low = LOW.get(precision, torch.float32)
+    convolutions = [
+        (operation.function, {t.dtype for t in (*operation.inputs, *operation.outputs)})
+        for operation in (*teacher.operations, *steps.operations)
+        if operation.function.overloadpacket in (aten.convolution, aten.convolution_backward, aten.cudnn_convolution)
+    ]
+    assert any(function is aten.convolution_backward.default for function, _ in convolutions)
+    assert {dtype for _, dtypes in convolutions for dtype in dtypes} == {low}
+    norms = [o for o in steps.operations if "batch_norm" in str(o.function) and "backward" not in str(o.function)]
+    assert norms
+    for operation in norms:
+        held = [t for t in operation.inputs if t.dim() == 1]
+        assert {t.dtype for t in held} == {torch.float32}, "affine weights and statistics stay float32"
+    for operation in steps.operations:
+        if operation.function._schema.is_mutable and "foreach" in str(operation.function):
+            assert {t.dtype for t in operation.inputs} <= {torch.float32}, operation.function
+    if optimizer.name == "adamw":
+        assert steps.fused_dtypes == {torch.float32}
+
+
+def test_without_a_driver_autocast_would_not_show(paired, lent, monkeypatch):
+    """The assertion on dtypes can fail."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: True)
+    with pytest.warns(UserWarning, match="CUDA is not available"):
+        teacher, _ = run_under_fakes(paired, "bf16", Optimizer("sgd"), None)
+    dtypes = {t.dtype for o in teacher.operations if o.function is aten.convolution.default for t in o.outputs}
+    assert dtypes == {torch.float32}
 
 
 def test_the_check_would_catch_a_host_read():
