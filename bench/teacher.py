@@ -20,6 +20,7 @@ from stablekd_fast.cache.columns import Columns
 from stablekd_fast.cache.plan import Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.cache.teacher import CachedTeacher
+from stablekd_fast.capture import make_runner
 from stablekd_fast.data import Batch, Dataset, TrainSource, open_dataset
 from stablekd_fast.objectives import objective
 from stablekd_fast.schedule import Optimizer
@@ -62,18 +63,25 @@ class Rerun:
 
 
 class Arm:
-    """All decomposed groups of a pair trained side by side, fed by one kind of teacher."""
+    """All decomposed groups of a pair trained side by side, fed by one kind of teacher, their steps run by one mode.
 
-    def __init__(self, paired: PairedBlocks, teacher: Teacher, batches: list[Batch]) -> None:
+    The learning rate is zero, so that every step has the same weights to compute with.
+    """
+
+    def __init__(self, paired: PairedBlocks, teacher: Teacher, batches: list[Batch], capture: str = "eager") -> None:
         self.paired, self.teacher, self.batches, self.turn = paired, teacher, batches, 0
         self.objectives = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
-        groups = [[k] for k in range(len(paired))]
+        groups, device = [[k] for k in range(len(paired))], batches[0].images.device
         self.wanted = self.objectives.teacher_outputs(groups, len(paired.cuts))
-        self.inputs = StageInputs()
+        self.inputs, rates = StageInputs(device), Rates.constant(0.0, device=device)
         nn.ModuleList(paired.student_blocks).train()
         self.load()
-        rates = Rates.constant(1e-5)
-        self.steps = [GroupStep(paired, group, self.objectives, Optimizer(), self.inputs, rates=rates) for group in groups]
+        self.steps = [
+            GroupStep(paired, group, self.objectives, Optimizer("sgd"), self.inputs, rates=rates, compiled=capture == "compile")
+            for group in groups
+        ]
+        state = [tensor for step in self.steps for tensor in step.state()]
+        self.runner = make_runner(capture, [step.run for step in self.steps], state, device, fall_back=False)
 
     def load(self) -> None:
         load_batch(self.inputs, self.teacher, self.wanted, self.batches[self.turn])
@@ -85,8 +93,7 @@ class Arm:
         return self.students()
 
     def students(self) -> list[Tensor]:
-        for step in self.steps:
-            step.run()
+        self.runner.run()
         return [self.inputs[output_key(k)] for k in sorted(self.wanted)]
 
     def expected(self, ahead: int = 1) -> list[Tensor]:
@@ -94,6 +101,11 @@ class Arm:
         batch = self.batches[(self.turn + ahead) % len(self.batches)]
         outputs = self.paired.teacher_outputs(batch.images, self.wanted)
         return [outputs[k].double() for k in sorted(self.wanted)]
+
+    def losses(self) -> list[Tensor]:
+        """One step of every group; the losses of the groups."""
+        self.train()
+        return [step.losses[0].clone() for step in self.steps]
 
 
 def make_pair(pair: Pair, dataset: Dataset) -> tuple[PairedBlocks, TrainSource, list[Batch]]:
