@@ -23,6 +23,7 @@ from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.distiller import Distiller
 from stablekd_fast.memory import keep_freed_memory
+from stablekd_fast.precision import PRECISIONS
 from stablekd_fast.report import read_events, read_results, summarise, write_report, write_results
 from stablekd_fast.schedule import Optimizer
 
@@ -79,6 +80,7 @@ def run_one(arguments, method: str, name: str, settings: dict, seed: int, out: P
             subset=arguments.subset,
             validation=arguments.validation,
             batch_size=arguments.batch_size,
+            precision=arguments.precision,
             epochs=arguments.epochs,
             evaluate_every=2,
             seed=seed,
@@ -150,6 +152,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--validation", type=float, default=2_000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--epochs", type=float, default=8)
+    parser.add_argument("--precision", default="fp32", choices=[name for name in PRECISIONS if name != "auto"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", choices=list(CANDIDATES))
     parser.add_argument("--remember", help="directory in which to keep the teacher's outputs between runs")

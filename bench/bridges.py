@@ -32,6 +32,7 @@ def measure(arguments, kind: str, seed: int) -> dict:
         validation=arguments.validation,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
+        precision="fp32",
         seed=seed,
         evaluate_every=0,
         out=str(out),

@@ -55,6 +55,7 @@ def run_one(arguments, codec: str, seed: int) -> None:
             views=arguments.views,
             seed=seed,
             view_seed=0,
+            precision="fp32",
             optimizer=Optimizer(lr=0.02),
             cache=cache,
             out=str(out),

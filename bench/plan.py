@@ -54,6 +54,7 @@ def _one(dataset, scratch: Path, budget: str, images: int) -> dict:
         views=VIEWS,
         batch_size=BATCH,
         bn_batches=1,
+        precision="fp32",
         log_every=1000,
         out=str(scratch / f"run-{budget}"),
         cache=CacheSettings(directory=str(scratch / f"rows-{budget}"), disk_budget=budget),

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -19,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stablekd_fast.bench.core import Case, Contender, measure, pinned
-from stablekd_fast.bench.teacher import LARGE, SMALL, Arm, Pair, cached, make_pair
+from stablekd_fast.bench.core import Case, Contender, pinned
+from stablekd_fast.bench.teacher import Arm, Images, Pair, cached, make_pair, scratch, timed
 from stablekd_fast.blocks import PairedBlocks
-from stablekd_fast.data import Batch, Dataset, open_dataset
+from stablekd_fast.data import Batch, Dataset
 from stablekd_fast.emulator import Operation, Recorder
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.precision import Precision, cpu_has_bf16
@@ -270,42 +268,41 @@ def _first_compiled_step(arm: Arm) -> float:
         return time.perf_counter() - start
 
 
+def overhead(rows: list[dict]) -> dict:
+    """A step of ours (eager, from the cache) beside its operations alone."""
+    by_name = {row["contender"]: row for row in rows}
+    step, alone = by_name["ours, cache"], by_name["ours, operations alone"]
+    return {
+        "case": step["case"],
+        "step_ms": 1e3 * step["median_seconds"],
+        "operations_ms": 1e3 * alone["median_seconds"],
+        "step_over_operations": alone["ratio"] / step["ratio"],
+    }
+
+
 def run_step(
-    folder: Path,
-    small: str | None,
-    large: str | None,
-    rounds: int,
-    compiled: bool,
-    show: Callable[[list[dict]], None],
-    show_compile: Callable[[list[dict]], None],
+    folder: Path, images: Images, rounds: int, compiled: bool, show: Callable[[list[dict]], None]
 ) -> tuple[dict, dict]:
-    """Rows with images/s, the cost of compiling, and the settings. Leaves nothing in `folder`.
+    """Rows with images/s, the engine's overhead, the cost of compiling; and the settings. Leaves nothing in `folder`.
 
     Raises StableKDError if torchdistill is not installed.
     """
     try:
         import torchdistill  # noqa: F401
     except ImportError as error:
-        raise StableKDError(f"torchdistill, a rival of this bench, is not installed: pip install torchdistill ({error}).") from error
-    scratch, found, costs = folder / f".bench-{os.getpid()}", [], []
-    try:
-        with pinned() as pins:
-            for pair, path in ((SMALL, small), (LARGE, large)):
-                if path is None:
-                    continue
-                dataset = open_dataset(path, image_size=pair.size if pair is LARGE else None)
-                case, arms = step_case(pair, dataset, scratch, compiled)
-                rows = measure(case, rounds)
-                for row in rows:
-                    row["images_per_second"] = row["images"] / row["median_seconds"]
-                show(rows)
-                found += rows
-                costs += compile_cost(arms, rows)
-                if costs:
-                    show_compile(costs)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return {"rows": found, "compiling": costs}, {"rounds": rounds, **pins}
+        raise StableKDError(
+            f"torchdistill, a rival in this bench, cannot be imported ({error}); pip install 'stablekd_fast[bench]'."
+        ) from error
+    found = {"rows": [], "overhead": [], "compiling": []}
+    with scratch(folder) as own, pinned() as pins:
+        for pair, dataset in images.of_pairs():
+            case, arms = step_case(pair, dataset, own, compiled)
+            rows = timed(case, rounds)
+            show(rows)
+            found["rows"] += rows
+            found["overhead"].append(overhead(rows))
+            found["compiling"] += compile_cost(arms, rows)
+    return found, {"rounds": rounds, **pins}
 
 
 # Where the time of a step goes.
@@ -329,6 +326,12 @@ class Phases:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def profile_steps(folder: Path, images: Images, trace: Path | None) -> dict[str, list[dict]]:
+    """Rows by pair, as `profile_step` gives them. Leaves nothing in `folder`."""
+    with scratch(folder) as own, pinned():
+        return {pair.name: profile_step(pair, dataset, own, trace) for pair, dataset in images.of_pairs()}
 
 
 def profile_step(pair: Pair, dataset: Dataset, folder: Path, trace: Path | None, steps: int = 10) -> list[dict]:

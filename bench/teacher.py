@@ -3,6 +3,7 @@ by the cache, against students that have their inputs already."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.cache.teacher import CachedTeacher
 from stablekd_fast.capture import make_runner
 from stablekd_fast.data import Batch, Dataset, TrainSource, open_dataset
+from stablekd_fast.errors import StableKDError
 from stablekd_fast.objectives import objective
 from stablekd_fast.schedule import Optimizer
 from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch, output_key
@@ -167,28 +169,58 @@ def size_case(dataset: Dataset, folder: Path) -> Case:
                 {"images": SMALL.batch})  # fmt: skip
 
 
-def cases(folder: Path, small: str | None, large: str | None) -> Iterator[Case]:
-    if small is not None:
-        dataset = open_dataset(small)
-        yield feeding_case(SMALL, dataset, folder)
-        yield size_case(dataset, folder)
-    if large is not None:
-        yield feeding_case(LARGE, open_dataset(large, image_size=LARGE.size), folder)
+@dataclass(frozen=True)
+class Images:
+    """Data sets to take images from: one of 32 px, one of photographs.
+
+    Raises StableKDError if neither is given.
+    """
+
+    small: str | None
+    large: str | None
+
+    def __post_init__(self) -> None:
+        if not self.small and not self.large:
+            raise StableKDError("No images were given; give --small for a data set of 32 px images, --large for photographs.")
+
+    def of_pairs(self) -> Iterator[tuple[Pair, Dataset]]:
+        if self.small is not None:
+            yield SMALL, open_dataset(self.small)
+        if self.large is not None:
+            yield LARGE, open_dataset(self.large, image_size=LARGE.size)
+
+
+def cases(folder: Path, images: Images) -> Iterator[Case]:
+    for pair, dataset in images.of_pairs():
+        yield feeding_case(pair, dataset, folder)
+        if pair is SMALL:
+            yield size_case(dataset, folder)
+
+
+def timed(case: Case, rounds: int) -> list[dict]:
+    """Rows with images/s."""
+    rows = measure(case, rounds)
+    return [{**row, "images_per_second": row["images"] / row["median_seconds"]} for row in rows]
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder for the time of a bench."""
+    own = folder / f".bench-{os.getpid()}"
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def run_teacher(
-    folder: Path, small: str | None, large: str | None, rounds: int, show: Callable[[list[dict]], None]
+    folder: Path, images: Images, rounds: int, show: Callable[[list[dict]], None]
 ) -> tuple[list[dict], dict]:
     """Rows with images/s, and the settings. Leaves nothing in `folder`."""
-    scratch, found = folder / f".bench-{os.getpid()}", []
-    try:
-        with pinned() as pins:
-            for case in cases(scratch, small, large):
-                rows = measure(case, rounds)
-                for row in rows:
-                    row["images_per_second"] = row["images"] / row["median_seconds"]
-                show(rows)
-                found += rows
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    found = []
+    with scratch(folder) as own, pinned() as pins:
+        for case in cases(own, images):
+            rows = timed(case, rounds)
+            show(rows)
+            found += rows
     return found, {"rounds": rounds, **pins}

@@ -34,6 +34,7 @@ from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.engine import Engine
 from stablekd_fast.errors import ConfigError, ModelError, nearest
 from stablekd_fast.evaluate import evaluate
+from stablekd_fast.memory import watched
 from stablekd_fast.precision import Precision, pick_precision, seconds_per_pass
 from stablekd_fast.report import Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.schedule import method_stages, plan_stages
@@ -219,7 +220,8 @@ class Distiller:
 
         def trial(precision: Precision) -> float:
             images = next(self.source.batches(0, 1)).images.to(self.device)
-            return seconds_per_pass(precision, self.paired.student, images)
+            with watched(lambda: f"a trial of {precision.name}", self.config.batch_size):
+                return seconds_per_pass(precision, self.paired.student, images)
 
         return pick_precision(name, self.device, trial)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from stablekd_fast.checkpoint import load_optimizer_tensors, load_tensors, optim
 from stablekd_fast.data import Batch, EvalSource, TrainSource
 from stablekd_fast.errors import CheckpointError, TrainingError
 from stablekd_fast.evaluate import Metrics, evaluate, with_fresh_batch_norm
+from stablekd_fast.memory import watched
 from stablekd_fast.merge import MergeRecord, composed_output, exposure_gap, probe_losses
 from stablekd_fast.report import Recorder
 from stablekd_fast.schedule import PlannedStage
@@ -159,16 +159,12 @@ class Engine:
 
     def _train_step(self, stage: StageRun, batch: Batch) -> None:
         start = time.perf_counter()
-        try:
+        with watched(lambda: f"stage {stage.planned.stage.name}, {stage.current}", len(batch.labels)):
             stage.current = "the teacher"
             load_batch(stage.steps[0].inputs, self.teacher, stage.wanted, batch)
             if stage.runner is None:
                 stage.runner = self._runner(stage)
             stage.runner.run()
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise _out_of_memory(error, stage.planned, stage.current, len(batch.labels)) from error
         stage.unread += 1
         self.progress.step += 1
         self.progress.train_seconds += time.perf_counter() - start
@@ -406,16 +402,3 @@ class Engine:
                 f"{self.checkpoint} belongs to a run with other settings ({listed}). Resume with the same settings, "
                 "or start anew with another --out."
             )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _out_of_memory(error: RuntimeError, planned: PlannedStage, current: str, batch_size: int) -> TrainingError:
-    size = re.search(r"allocate ([\d.]+ ?\w*)", str(error).replace("allocate memory", ""))
-    return TrainingError(
-        f"Out of memory in stage {planned.stage.name}, {current}: could not allocate "
-        f"{size.group(1) if size else 'memory'} with batch size {batch_size}. "
-        f"Try --batch-size {max(batch_size // 2, 1)}."
-    )

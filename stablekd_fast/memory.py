@@ -1,8 +1,18 @@
-"""How the C library keeps memory between steps."""
+"""Memory: how the C library keeps it between steps, and what is said when there is none left."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+
+from stablekd_fast.errors import TrainingError
+
+_REFUSALS = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
+"""Of torch's allocator for the CPU, and of oneDNN."""
 
 
 def keep_freed_memory() -> bool:
@@ -16,3 +26,19 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_threshold, one_gigabyte = -1, -3, 1 << 30
     return all([mallopt(mmap_threshold, one_gigabyte), mallopt(trim_threshold, one_gigabyte)])
+
+
+@contextlib.contextmanager
+def watched(place: Callable[[], str], batch_size: int) -> Iterator[None]:
+    """Raises TrainingError, naming the place and what to try, where memory runs out within."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not any(refusal in text for refusal in _REFUSALS):
+            raise
+        size = re.search(r"allocate ([\d.]+ ?\w*)", text.replace("allocate memory", ""))
+        raise TrainingError(
+            f"Out of memory in {place()}: could not allocate {size.group(1) if size else 'memory'} with batch size "
+            f"{batch_size}. Try --batch-size {max(batch_size // 2, 1)}."
+        ) from error

@@ -43,7 +43,7 @@ def run(tmp_path, digits):
     def start(out: str, *, cache: CacheSettings | None = None, student: nn.Module | None = None, data=None, **settings):
         defaults = {
             "epochs": 18.0, "subset": 128, "validation": 40, "batch_size": 32, "bn_batches": 2, "views": 2,
-            "cuts": ["0", "1", "2"], "optimizer": Optimizer(lr=0.01), "device": "cpu", "evaluate_every": 0,
+            "cuts": ["0", "1", "2"], "optimizer": Optimizer(lr=0.01), "device": "cpu", "evaluate_every": 0, "precision": "fp32",
         }  # fmt: skip
         config = DistillConfig(out=str(tmp_path / out), cache=cache or CacheSettings(), **{**defaults, **settings})
         data = data or digits

@@ -45,6 +45,7 @@ def make(tmp_path, digits):
             "cuts": ["0", "1", "2"],
             "optimizer": Optimizer(lr=0.01),
             "device": "cpu",
+            "precision": "fp32",
         }
         config = DistillConfig(out=str(tmp_path / out), **{**defaults, **settings})
         return Distiller(config, teacher=small_net(2, 1), student=small_net(1, 2), dataset=digits)

@@ -1,0 +1,196 @@
+"""The `stablekd` command."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import jsonargparse
+
+from stablekd_fast import __version__
+from stablekd_fast.cli import bench, cache
+from stablekd_fast.cli.show import console, fields_of, print_rows
+from stablekd_fast.config import DistillConfig
+from stablekd_fast.errors import StableKDError
+from stablekd_fast.memory import keep_freed_memory
+from stablekd_fast.plan_pair import PairPlan
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors on purpose are one sentence on stderr and exit code 2."""
+    parser, commands = _parser()
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    try:
+        settings = parser.parse_args(words)
+    except jsonargparse.ArgumentError as error:
+        print(f"stablekd: {_with_nearest(str(error), commands, words)}", file=sys.stderr)
+        return 2
+    if settings.command is None:
+        parser.print_help()
+        return 2
+    keep_freed_memory()
+    options = commands[settings.command].instantiate(settings[settings.command])
+    try:
+        return RUN[settings.command](options)
+    except StableKDError as error:
+        print(f"stablekd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stablekd: interrupted. --resume continues from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def _demo(options) -> int:
+    from stablekd_fast.demo import run_demo
+
+    run_demo(Path(options.out), seeds=options.seeds, device=options.device)
+    return 0
+
+
+def _distill(options) -> int:
+    from stablekd_fast.distiller import Distiller
+
+    config = DistillConfig(**fields_of(options))
+    result = Distiller(config).run()
+    print_rows(f"{result.method}, seed {result.seed}", [asdict(result)])
+    console.print(f"Results, report and student: {config.out}", highlight=False)
+    return 0
+
+
+def _evaluate(options) -> int:
+    from stablekd_fast.evaluate import evaluate_file
+
+    metrics = evaluate_file(
+        Path(options.weights), model=options.model, data=options.data, split=options.split, device=options.device
+    )
+    print_rows(f"{options.weights} on the {options.split} split", [asdict(metrics)])
+    return 0
+
+
+def _plan(options) -> int:
+    from stablekd_fast.blocks import describe_blocks
+    from stablekd_fast.plan_pair import plan_pair
+
+    asked = PairPlan(**vars(options))
+    paired = asked.paired()
+    print_rows(f"{options.teacher} -> {options.student}", [_plan_row(row) for row in describe_blocks(paired)])
+    if asked.has_budget:
+        found = plan_pair(asked, paired)
+        print_rows(f"What is kept of the teacher, per batch of {options.batch_size}", found.decisions)
+        print_rows(f"The run, {found.basis}", found.totals)
+    return 0
+
+
+def _info(options) -> int:
+    from stablekd_fast import kernels
+    from stablekd_fast.report import machine, versions
+
+    print_rows("machine", [{"what": key, "value": value} for key, value in machine().items()])
+    print_rows("versions", [{"what": key, "value": value} for key, value in versions().items()])
+    rows = [{"operator": name, **facts} for name, facts in kernels.implementations().items()]
+    print_rows("operators", rows)
+    return 0
+
+
+RUN = {
+    "demo": _demo,
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "plan": _plan,
+    "cache": cache.run,
+    "bench": bench.run,
+    "info": _info,
+}
+
+
+def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.ArgumentParser]]:
+    parser = jsonargparse.ArgumentParser(
+        prog="stablekd", description="Blockwise knowledge distillation.", exit_on_error=False, version=__version__
+    )
+    chosen = parser.add_subcommands(required=False, dest="command")
+    commands = {name: jsonargparse.ArgumentParser(exit_on_error=False) for name in RUN}
+
+    demo = commands["demo"]
+    demo.add_argument("--out", type=str, default="demo", help="directory for results and report")
+    demo.add_argument("--seeds", type=int, default=3)
+    demo.add_argument("--device", type=str, default="auto")
+
+    commands["distill"].add_argument("--config", action="config", help="YAML file with any of these settings")
+    commands["distill"].add_class_arguments(DistillConfig)
+
+    evaluate = commands["evaluate"]
+    evaluate.add_argument("weights", type=str, help="student.safetensors, checkpoint.safetensors or a weights file")
+    evaluate.add_argument("--data", type=str | None, default=None, help="data set; that of the run by default")
+    evaluate.add_argument("--model", type=str | None, default=None, help="model name; that of the run by default")
+    evaluate.add_argument("--split", type=str, default="test", choices=["test", "train"])
+    evaluate.add_argument("--device", type=str, default="auto")
+
+    commands["plan"].add_class_arguments(PairPlan)
+
+    helps = {
+        "demo": "compare methods on embedded real data",
+        "distill": "distil a student (or train a teacher with --method ce)",
+        "evaluate": "top-1 and top-5 of a checkpoint",
+        "plan": "show how a pair is cut into blocks, and what of the teacher is worth keeping",
+        "cache": "look after the teacher's stored outputs",
+        "bench": "measure speed against rivals",
+        "info": "machine, versions, and which implementation serves each operator",
+    }
+    for name, command in commands.items():
+        chosen.add_subcommand(name, command, help=helps[name])
+    inner = {}
+    for name, room in (("bench", bench), ("cache", cache)):
+        inner |= {f"{name} {what}": command for what, command in room.add_commands(commands[name]).items()}
+    return parser, commands | inner
+
+
+def _underscored(word: str) -> str:
+    """Options may be written with hyphens, as people expect, or with underscores, as in the YAML file."""
+    if not word.startswith("--") or len(word) == 2:
+        return word
+    if word == "--resume":
+        return "--resume=true"
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _with_nearest(message: str, commands: dict, words: list[str]) -> str:
+    """Add the nearest valid name to a complaint about an unknown one."""
+    unknown = re.search(r"--([\w.]+)", message) or re.search(r"option ['\"]([\w.]+)", message)
+    command = next((name for name in (" ".join(words[:2]), *words) if name in commands), None)
+    if unknown is None or command is None:
+        return message
+    valid = [action.dest for action in commands[command]._actions if action.dest]
+    near = difflib.get_close_matches(unknown.group(1), valid, 1, 0.5)
+    if not near or unknown.group(1) in valid:
+        return message
+    return f"{message} The nearest valid name is {near[0]!r}."
+
+
+def _plan_row(row: dict) -> dict:
+    """A described block in the widths of a terminal; two values are teacher / student."""
+
+    def both(name: str, form) -> str:
+        pair = [form(row[f"{side}_{name}"]) for side in ("teacher", "student")]
+        return pair[0] if pair[0] == pair[1] else " / ".join(pair)
+
+    return {
+        "block": row["block"] + 1,
+        "ends at": both("end", str),
+        "shape": both("shape", lambda shape: "x".join(map(str, shape)) if shape else ""),
+        "parameters": both("parameters", _short),
+        "FLOPs/image": both("flops", _short),
+        "bridge": row["bridge"],
+        "bytes/image": f"{row['activation_bytes']:,}" if row["activation_bytes"] else None,
+    }
+
+
+def _short(number: int) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
