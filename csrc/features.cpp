@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "level.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace stablekd {
@@ -42,17 +43,6 @@ Runs runs_of(const Layout& layout) {
     const std::int64_t count = last ? layout.outer : layout.outer * layout.channels;
     const std::int64_t length = last ? layout.channels : layout.inner;
     return {count, length, length < kChunk ? kChunk / length : 1, count / layout.samples, layout.channels, last};
-}
-
-// Calls body(chunk, first, last) for each chunk of `total` units, threads taking chunks in order.
-template <class Body>
-void in_parallel(std::int64_t total, std::int64_t per_chunk, int threads, Body&& body) {
-    const std::int64_t chunks = (total + per_chunk - 1) / per_chunk;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const std::int64_t first = chunk * per_chunk, last = first + per_chunk;
-        body(chunk, first, last < total ? last : total);
-    }
 }
 
 // A factor for each element of the whole map, by its channel (and sample); elements are asked for in order.

@@ -46,6 +46,38 @@ struct Logits {
     float temperature;
 };
 
+// Batch normalisation of a channels-last map [rows, channels] by its own statistics, then a residual added to it, then
+// ReLU. All maps have one type.
+struct BatchNorm {
+    const void* x;
+    const void* residual;  // or null
+    void* y;
+    Type type;
+    const float* weight;  // [channels]
+    const float* bias;    // [channels]
+    float* mean;          // [channels], written
+    float* variance;      // [channels], written: biased
+    std::int64_t rows, channels;
+    double epsilon;
+    bool relu;
+};
+
+struct BatchNormGradient {
+    const void* gradient;  // with respect to y
+    const void* x;
+    const void* y;  // null without ReLU
+    Type type;
+    const float* weight;
+    const float* mean;
+    const float* variance;
+    void* x_gradient;
+    void* residual_gradient;  // or null
+    float* weight_gradient;
+    float* bias_gradient;
+    std::int64_t rows, channels;
+    double epsilon;
+};
+
 struct AugmentBatch {
     const std::uint8_t* images;   // [count, height, width, channels]
     std::int64_t count;
@@ -70,6 +102,9 @@ struct Kernels {
 
     double (*feature_mse)(const Features&, Normalize, const double* power, double factor, int threads);
     double (*feature_cosine)(const Features&, bool per_position, double factor, int threads);
+
+    void (*batch_norm)(const BatchNorm&, int threads);
+    void (*batch_norm_gradient)(const BatchNormGradient&, int threads);
 
     // Bitwise equal to the Python references.
     void (*quantize_rows)(const void* rows, Type, void* codes, Type code, float* scales, const Layout&, int threads);

@@ -11,6 +11,8 @@ double kd_loss(const Logits&, double alpha, double smoothing, double factor, std
 double decoupled_kl(const Logits&, double alpha, double beta, double factor, std::int64_t* bad_row, int threads);
 double feature_mse(const Features&, Normalize, const double* power, double factor, int threads);
 double feature_cosine(const Features&, bool per_position, double factor, int threads);
+void batch_norm(const BatchNorm&, int threads);
+void batch_norm_gradient(const BatchNormGradient&, int threads);
 void quantize_rows(const void* rows, Type, void* codes, Type code, float* scales, const Layout&, int threads);
 void dequantize_rows(const void* codes, Type code, const float* scales, std::int64_t scales_sample_stride, void* values,
                      Type, const Layout&, int threads);

@@ -89,6 +89,23 @@ double feature_cosine(Address student, int student_type, Address target, int tar
     return kernels().feature_cosine(job, per_position, factor, threads);
 }
 
+void batch_norm(Address x, Address residual, Address y, int type, Address weight, Address bias, Address mean,
+                Address variance, std::int64_t rows, std::int64_t channels, double epsilon, bool relu, int threads) {
+    kernels().batch_norm({at<void>(x), at<void>(residual), at<void>(y), static_cast<Type>(type), at<float>(weight),
+                          at<float>(bias), at<float>(mean), at<float>(variance), rows, channels, epsilon, relu},
+                         threads);
+}
+
+void batch_norm_gradient(Address gradient, Address x, Address y, int type, Address weight, Address mean, Address variance,
+                         Address x_gradient, Address residual_gradient, Address weight_gradient, Address bias_gradient,
+                         std::int64_t rows, std::int64_t channels, double epsilon, int threads) {
+    kernels().batch_norm_gradient(
+        {at<void>(gradient), at<void>(x), at<void>(y), static_cast<Type>(type), at<float>(weight), at<float>(mean),
+         at<float>(variance), at<void>(x_gradient), at<void>(residual_gradient), at<float>(weight_gradient),
+         at<float>(bias_gradient), rows, channels, epsilon},
+        threads);
+}
+
 void quantize_rows(Address rows, int type, Address codes, int code, Address scales, const LayoutNumbers& layout, int threads) {
     kernels().quantize_rows(at<void>(rows), static_cast<Type>(type), at<void>(codes), static_cast<Type>(code),
                             at<float>(scales), layout_of(layout), threads);
@@ -153,6 +170,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("decoupled_kl", &decoupled_kl, no_gil);
     module.def("feature_mse", &feature_mse, no_gil);
     module.def("feature_cosine", &feature_cosine, no_gil);
+    module.def("batch_norm", &batch_norm, no_gil);
+    module.def("batch_norm_gradient", &batch_norm_gradient, no_gil);
     module.def("quantize_rows", &quantize_rows, no_gil);
     module.def("dequantize_rows", &dequantize_rows, no_gil);
     module.def("augment_batch", &augment_batch, no_gil);

@@ -58,6 +58,8 @@ class DistillConfig:
     capture: Literal["auto", "eager", "cudagraph", "compile", "emulate"] = "auto"
     """How steps run. `auto`: as CUDA graphs on a GPU, eagerly elsewhere and where capture fails; `compile`: by
     torch.compile; `emulate`: recorded and replayed as a graph would be, to look for faults."""
+    fuse_norms: Literal["auto", "on", "off"] = "auto"
+    """Batch norm, residual and ReLU of the student in one operator while it trains. `auto`: on CPUs."""
     ema: float | None = None
     """Decay of a moving average of the student's weights, which is then what is evaluated and exported."""
     cache: CacheSettings = field(default_factory=CacheSettings)

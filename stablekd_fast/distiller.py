@@ -22,7 +22,7 @@ from stablekd_fast.assemble import (
     split_training_images,
     train_source,
 )
-from stablekd_fast.blocks import PairedBlocks, pair_blocks
+from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
 from stablekd_fast.cache.columns import ImageColumn
 from stablekd_fast.cache.plan import Costs, Plan, decisions, predict
 from stablekd_fast.cache.planner import Planner, views_shown
@@ -96,6 +96,7 @@ class Distiller:
         torch.manual_seed(config.seed)
         self.paired = self._place(paired) if paired is not None else self._pair(teacher, student)
         self.paired.precision = self._precision()
+        self.paired.fuses_norms = pick_fusion(config.fuse_norms, self.device)
         self.capture = pick_capture(config.capture, self.device)
         self.costs: Costs | None = None
         """What the cache's plan was made from, if it was made from measurements."""
@@ -233,6 +234,7 @@ class Distiller:
             "training_images": self.source.steps_per_epoch * self.config.batch_size,
             "classes": self.dataset.classes,
             "compiled": self.capture == "compile",
+            "fused_norms": self.paired.fuses_norms,
             "inexact": [[output, kept.codec] for output, kept in sorted(self.plan.kept.items()) if kept.codec != "fp32"],
         }
 
@@ -299,6 +301,7 @@ class Distiller:
             versions=versions(),
             capture=self.capture,
             precision=dataclasses.asdict(self.paired.precision),
+            fused_norms=self.paired.fuses_norms,
         )
         if self.costs is not None:
             predicted = [predict(self.costs, plan).seconds for plan in (self.plan, Plan())]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.blocks import PairedBlocks, fuse_norms
 from stablekd_fast.data import Batch
 from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.optimizers import SGD, build_optimizer
@@ -136,7 +136,8 @@ class GroupStep:
     ) -> None:
         self.group, self.name = group, group_name(group)
         self.paired, self.objectives, self.inputs = paired, objectives, inputs
-        self.blocks = [paired.student_blocks[k] for k in group]
+        blocks = [paired.student_blocks[k] for k in group]
+        self.blocks = [fuse_norms(block) for block in blocks] if paired.fuses_norms else blocks
         self.aligned = set(objectives.aligned_cuts(group, len(paired.cuts)))
         self.parameters = named_parameters_of(paired, group)
         device = self.device = inputs.device

@@ -2,7 +2,18 @@
 
 from stablekd_fast.blocks.bridge import Bridge, fit_bridge
 from stablekd_fast.blocks.describe import describe_blocks
+from stablekd_fast.blocks.fuse import fuse_norms, pick_fusion
 from stablekd_fast.blocks.pair import Cut, PairedBlocks, pair_blocks
 from stablekd_fast.blocks.trace import evaluation_mode
 
-__all__ = ["Bridge", "Cut", "PairedBlocks", "describe_blocks", "evaluation_mode", "fit_bridge", "pair_blocks"]
+__all__ = [
+    "Bridge",
+    "Cut",
+    "PairedBlocks",
+    "describe_blocks",
+    "evaluation_mode",
+    "fit_bridge",
+    "fuse_norms",
+    "pair_blocks",
+    "pick_fusion",
+]

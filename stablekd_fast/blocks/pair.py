@@ -50,6 +50,8 @@ class PairedBlocks:
     student_flops: list[int]
     precision: Precision = FP32
     """In which both networks' forward passes compute."""
+    fuses_norms: bool = False
+    """Whether the student trains with `fuse_norms`."""
 
     def __len__(self) -> int:
         return len(self.student_blocks)

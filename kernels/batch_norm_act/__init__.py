@@ -1,0 +1,99 @@
+"""Batch normalisation in training, with the residual and the ReLU behind it, in one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.kernels._checks import accumulator, describe, require
+from stablekd_fast.kernels._registry import define, serve_cpu
+from stablekd_fast.kernels.batch_norm_act import cpu_impl, reference
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> Tensor:
+    """`relu(batch_norm(x) + residual)` of `x` `[N, C, ...]` by its own statistics, in x's dtype and memory format.
+
+    What `torch.nn.BatchNorm2d` in training mode, an addition and a ReLU give, but that nothing in between is rounded to
+    x's dtype or goes through memory. Running statistics `[C]` are updated in place as torch does, the variance unbiased.
+    `weight` and `bias` are `[C]`; `residual` has x's shape and dtype. Differentiable once, with respect to x, weight,
+    bias and residual. The C++ core takes channels-last maps, elsewhere the reference computes.
+
+    Raises OperandError for shapes or dtypes that do not fit.
+    """
+    require(x.dim() >= 2 and x.is_floating_point(), f"x is {describe(x)}; it must be floating point [N, C, ...].")
+    require(x.numel() > x.shape[1], f"x is {describe(x)}; a variance needs more than one value per channel.")
+    for name, vector in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        require(
+            vector is None or vector.shape == (x.shape[1],),
+            f"{name} is {vector is not None and describe(vector)}; it must be [{x.shape[1]}], one value per channel of x.",
+        )
+    require(
+        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
+        f"residual is {residual is not None and describe(residual)}; it must be like x, {describe(x)}.",
+    )
+    y, mean, variance = torch.ops.stablekd.batch_norm_act(x, residual, weight, bias, eps, relu)
+    if running_mean is not None:
+        with torch.no_grad():
+            count = x.numel() // x.shape[1]
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(variance.to(running_var.dtype) * (count / (count - 1)), momentum)
+    return y
+
+
+def _fake(x, residual, weight, bias, eps, relu):
+    statistics = [weight.new_empty(weight.shape, dtype=accumulator(x.dtype)) for _ in range(2)]
+    return torch.empty_like(x), *statistics
+
+
+def _backward_fake(gradient, x, y, weight, mean, variance, eps, with_residual):
+    kept = torch.empty_like(x) if with_residual else x.new_empty(0)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), kept
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, _, ctx.eps, relu = inputs
+    y, mean, variance = output
+    ctx.with_residual, ctx.relu = residual is not None, relu
+    ctx.mark_non_differentiable(mean, variance)
+    ctx.save_for_backward(x, y if relu else None, weight, mean, variance)
+
+
+def _backward(ctx, gradient: Tensor, *_):
+    x, y, weight, mean, variance = ctx.saved_tensors
+    keeps = ctx.with_residual and ctx.relu  # without ReLU the residual's gradient is the one that came
+    of_x, of_weight, of_bias, kept = torch.ops.stablekd.batch_norm_act_backward(
+        gradient, x, y, weight, mean, variance, ctx.eps, keeps
+    )
+    of_residual = (kept if ctx.relu else gradient) if ctx.with_residual else None
+    return of_x, of_residual, of_weight, of_bias, None, None
+
+
+define(
+    "batch_norm_act",
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
+    reference.batch_norm_act,
+    _fake,
+)
+define(
+    "batch_norm_act_backward",
+    "(Tensor gradient, Tensor x, Tensor? y, Tensor weight, Tensor mean, Tensor variance, float eps, bool with_residual)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.batch_norm_act_backward,
+    _backward_fake,
+)
+torch.library.register_autograd("stablekd::batch_norm_act", _backward, setup_context=_setup_context)
+serve_cpu(
+    batch_norm_act=cpu_impl.batch_norm_act,
+    batch_norm_act_backward=cpu_impl.batch_norm_act_backward,
+)

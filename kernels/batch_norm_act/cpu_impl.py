@@ -1,0 +1,63 @@
+"""`batch_norm_act` by the C++ core: channels-last maps; others go to the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.kernels._checks import FLOATS
+from stablekd_fast.kernels._cpu import GRAIN, TYPES, address, threads
+from stablekd_fast.kernels._layout import laid_out_as
+from stablekd_fast.kernels._native import core
+from stablekd_fast.kernels.batch_norm_act import reference
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the core computes this map."""
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return channels_last and x.dtype in FLOATS and weight.dtype == torch.float32 and x.numel() > 0
+
+
+def batch_norm_act(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not takes(x, weight):
+        return reference.batch_norm_act(x, residual, weight, bias, eps, relu)
+    y, mean, variance = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    added = None if residual is None else laid_out_as(residual, x)
+    core.batch_norm(
+        address(x), address(added), address(y), TYPES[x.dtype], *_vectors(weight, bias, mean, variance), *_sizes(x),
+        eps, relu, threads(x.numel(), GRAIN),
+    )  # fmt: skip
+    return y, mean, variance
+
+
+def batch_norm_act_backward(
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not takes(x, weight):
+        return reference.batch_norm_act_backward(gradient, x, y, weight, mean, variance, eps, with_residual)
+    incoming, of_x = laid_out_as(gradient, x), torch.empty_like(x)
+    kept = torch.empty_like(x) if with_residual else x.new_empty(0)
+    of_weight, of_bias = torch.empty_like(weight), torch.empty_like(weight)
+    core.batch_norm_gradient(
+        address(incoming), address(x), address(y), TYPES[x.dtype], *_vectors(weight, mean, variance), address(of_x),
+        address(kept) if with_residual else 0, *_vectors(of_weight, of_bias), *_sizes(x), eps, threads(x.numel(), GRAIN),
+    )  # fmt: skip
+    return of_x, of_weight, of_bias, kept
+
+
+def _vectors(*channels: Tensor) -> list[int]:
+    return [address(values) for values in channels]
+
+
+def _sizes(x: Tensor) -> tuple[int, int]:
+    """Rows and channels."""
+    return x.numel() // x.shape[1], x.shape[1]

@@ -1,0 +1,131 @@
+"""Blocks whose batch norms, residual additions and ReLUs run as one operator while they train."""
+
+from __future__ import annotations
+
+import copy
+import operator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from stablekd_fast import kernels
+from stablekd_fast.errors import ConfigError
+
+_RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
+_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+
+
+FUSIONS = ("auto", "on", "off")
+
+
+def pick_fusion(name: str, device: torch.device) -> bool:
+    """Whether norms are fused. `auto`: on a CPU for which the C++ core is built.
+
+    Raises ConfigError if they were asked for where there is no fast kernel.
+    """
+    if name not in FUSIONS:
+        raise ConfigError(f"fuse_norms={name!r} was given; choose one of {', '.join(FUSIONS)}.")
+    there = device.type == "cpu" and kernels.implementations()["batch_norm_act"]["cpu"] != "reference"
+    if name == "on" and not there:
+        raise ConfigError(
+            f"fuse_norms=on was given, but only the C++ core on a CPU has the kernel (the device is {device}); choose auto."
+        )
+    return there and name != "off"
+
+
+class NormAct(nn.Module):
+    """A batch norm of the network itself, with the addition and the ReLU that follow it.
+
+    In evaluation, and for what `kernels.batch_norm_act` does not take at full speed, it computes as the network does.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, relu: bool) -> None:
+        super().__init__()
+        self.norm, self.relu = norm, relu
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self._fits(x, residual):
+            return self._fused(x, residual)
+        out = self.norm(x)
+        if residual is not None:
+            out = out + residual
+        return F.relu(out) if self.relu else out
+
+    def _fits(self, x: Tensor, residual: Tensor | None) -> bool:
+        alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+        return self.norm.training and alike and x.is_contiguous(memory_format=torch.channels_last)
+
+    def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        norm = self.norm
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        return kernels.batch_norm_act(
+            x, norm.weight, norm.bias, norm.running_mean, norm.running_var, residual,
+            momentum=norm.momentum, eps=norm.eps, relu=self.relu,
+        )  # fmt: skip
+
+
+def fuse_norms(block: nn.Module) -> nn.Module:
+    """The same block with `NormAct` in place of batch norms and of what can be joined to them.
+
+    It shares all parameters and buffers. A block that was not traced comes back as it is.
+    """
+    if not isinstance(block, fx.GraphModule):
+        return block
+    fused = fx.GraphModule(block, copy.deepcopy(block.graph))
+    for node in list(fused.graph.nodes):
+        if node.op == "call_module" and _joinable(fused.get_submodule(node.target)):
+            _join(fused, node)
+    fused.delete_all_unused_submodules()
+    fused.graph.lint()
+    fused.recompile()
+    return fused
+
+
+def _joinable(module: nn.Module) -> bool:
+    """Subclasses may compute something else, and hooks want to see the module called."""
+    if type(module) is not nn.BatchNorm2d or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return module.affine and module.momentum is not None
+
+
+def _join(fused: fx.GraphModule, norm: fx.Node) -> None:
+    add = _only_user(norm, _is_add)
+    relu = _only_user(add or norm, _is_relu)
+    if add and (relu is None or _writes_to_another(add, norm)):
+        add = relu = None
+    last = relu or norm
+    others = [operand for operand in add.args if operand is not norm] if add else []
+    name = f"norm_act_{norm.name}"
+    fused.add_submodule(name, NormAct(fused.get_submodule(norm.target), relu is not None))
+    with fused.graph.inserting_before(last):
+        made = fused.graph.call_module(name, (norm.args[0], *others))
+    last.replace_all_uses_with(made)
+    for node in (relu, add, norm):
+        if node is not None:
+            fused.graph.erase_node(node)
+
+
+def _writes_to_another(add: fx.Node, norm: fx.Node) -> bool:
+    """An addition in place to the residual, which may be used again."""
+    return add.target in (operator.iadd, "add_") and add.args[0] is not norm
+
+
+def _only_user(node: fx.Node, kind) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and kind(users[0]) else None
+
+
+def _is_relu(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(node.graph.owning_module.get_submodule(node.target)) is nn.ReLU
+    return node.target in {"call_function": _RELU_FUNCTIONS, "call_method": ("relu", "relu_")}.get(node.op, ())
+
+
+def _is_add(node: fx.Node) -> bool:
+    """Of two different values, without a factor."""
+    if node.target not in {"call_function": _ADD_FUNCTIONS, "call_method": ("add", "add_")}.get(node.op, ()):
+        return False
+    operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
+    return not node.kwargs and len(node.args) == len(set(operands)) == 2
