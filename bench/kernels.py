@@ -16,6 +16,7 @@ from stablekd_fast.bench.features import (
     quantize_rows_cases,
 )
 from stablekd_fast.bench.losses import Setting, decoupled_kl_cases, kd_loss_cases
+from stablekd_fast.bench.norms import batch_norm_act_cases
 from stablekd_fast.errors import ConfigError, nearest
 
 CASES: dict[str, Callable[[Setting], Iterator[Case]]] = {
@@ -26,6 +27,7 @@ CASES: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "quantize_rows": quantize_rows_cases,
     "dequantize_rows": dequantize_rows_cases,
     "augment_batch": augment_batch_cases,
+    "batch_norm_act": batch_norm_act_cases,
 }
 
 

@@ -63,14 +63,17 @@ def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 class OrdinaryKD(Loop):
     """The teacher's whole forward pass, the student's forward and backward pass, end to end."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[Batch]) -> None:
+    def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[Batch], *, bf16: bool = False) -> None:
         super().__init__(batches)
         self.teacher, self.student, self.optimizer = teacher.eval(), student.train(), sgd(student)
+        self.bf16 = bf16
 
     def step(self, batch: Batch) -> list[Tensor]:
-        with torch.no_grad():
-            target = self.teacher(batch.images)
-        loss = kd_loss(self.student(batch.images), target, batch.labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            with torch.no_grad():
+                target = self.teacher(batch.images)
+            output = self.student(batch.images)
+        loss = kd_loss(output.float(), target.float(), batch.labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -156,54 +159,70 @@ class Expected:
         return expected
 
 
-def step_case(pair: Pair, dataset: Dataset, folder: Path, compiled: bool) -> tuple[Case, dict[str, Arm]]:
-    """All contenders of one pair, and our arms by name."""
-    expected, kept = Expected(pair, dataset), Path(folder) / str(pair.size)
+class Contest:
+    """The networks of one pair, made anew for each contender."""
 
-    def networks(layout: torch.memory_format) -> tuple[PairedBlocks, list[Batch]]:
-        paired, _, batches = make_pair(pair, dataset)
+    def __init__(self, pair: Pair, dataset: Dataset, folder: Path) -> None:
+        self.pair, self.dataset, self.kept = pair, dataset, Path(folder) / str(pair.size)
+
+    def rival(self, kind: type[Loop], *, channels_last: bool = False, **options) -> Loop:
+        """A loop as people write it, in the layout that torch has by default or in ours."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        paired, _, batches = make_pair(self.pair, self.dataset)
         paired.teacher.to(memory_format=layout), paired.student.to(memory_format=layout)
-        return paired, [dataclasses.replace(b, images=b.images.contiguous(memory_format=layout)) for b in batches]
+        batches = [dataclasses.replace(b, images=b.images.contiguous(memory_format=layout)) for b in batches]
+        networks = [paired] if kind is OrdinaryBlockwise else [paired.teacher, paired.student]
+        return kind(*networks, batches, **options)
 
-    def plain(kind: type, layout: torch.memory_format, **options) -> Loop:
-        paired, batches = networks(layout)
-        if kind is OrdinaryBlockwise:
-            return kind(paired, batches)
-        return kind(paired.teacher, paired.student, batches, **options)
-
-    def ours(capture: str, fed: Callable[..., Teacher], precision: str = "fp32") -> Arm:
-        paired, source, batches = make_pair(pair, dataset)
-        paired.precision = Precision(precision)
-        teacher = Relay(paired) if fed is Relay else cached(paired, source, batches, kept / precision, "fp32")
+    def ours(self, capture: str = "eager", *, relay: bool = False, precision: str = "fp32", fused: bool = True) -> Arm:
+        paired, source, batches = make_pair(self.pair, self.dataset)
+        paired.precision, paired.fuses_norms = Precision(precision), fused
+        teacher = Relay(paired) if relay else cached(paired, source, batches, self.kept / precision, "fp32")
         return Arm(paired, teacher, batches, capture)
 
-    usual, ours_layout = torch.contiguous_format, torch.channels_last
-    loops: dict[str, Loop] = {
-        "KD loop": plain(OrdinaryKD, usual),
-        "KD loop, channels-last": plain(OrdinaryKD, ours_layout),
-        "torchdistill KD": plain(TorchdistillKD, usual),
-        "blockwise, prefix run again": plain(OrdinaryBlockwise, usual),
-        "blockwise, prefix run again, channels-last": plain(OrdinaryBlockwise, ours_layout),
-    }
-    arms = {
-        "ours, relay": ours("eager", Relay),
-        "ours, cache": ours("eager", cached),
-        "ours, cache, emulated": ours("emulate", cached),
-    }
-    if compiled:
-        arms["ours, cache, compiled"] = ours("compile", cached)
-    if cpu_has_bf16():
-        arms["ours, cache, bf16"] = ours("eager", cached, "bf16")
-        if compiled:
-            arms["ours, cache, bf16, compiled"] = ours("compile", cached, "bf16")
-    contenders = [Contender(name, loop.train, expected=expected.of(loop)) for name, loop in loops.items()]
+    def loops(self) -> dict[str, Loop]:
+        found = {
+            "KD loop": self.rival(OrdinaryKD),
+            "KD loop, channels-last": self.rival(OrdinaryKD, channels_last=True),
+            "torchdistill KD": self.rival(TorchdistillKD),
+            "blockwise, prefix run again": self.rival(OrdinaryBlockwise),
+            "blockwise, prefix run again, channels-last": self.rival(OrdinaryBlockwise, channels_last=True),
+        }
+        if cpu_has_bf16():
+            found["KD loop, channels-last, bf16"] = self.rival(OrdinaryKD, channels_last=True, bf16=True)
+        return found
+
+    def arms(self, compiled: bool) -> dict[str, Arm]:
+        found = {
+            "ours, relay": self.ours(relay=True),
+            "ours, cache": self.ours(),
+            "ours, cache, emulated": self.ours("emulate"),
+            "ours, cache, norms apart": self.ours(fused=False),
+        }
+        for precision in ("fp32", "bf16") if cpu_has_bf16() else ("fp32",):
+            name = "ours, cache" if precision == "fp32" else f"ours, cache, {precision}"
+            found.setdefault(name, self.ours(precision=precision))
+            if compiled:
+                found[f"{name}, compiled"] = self.ours("compile", precision=precision)
+        return found
+
+
+def step_case(pair: Pair, dataset: Dataset, folder: Path, compiled: bool) -> tuple[Case, dict[str, Arm]]:
+    """All contenders of one pair, and our arms by name."""
+    expected, contest, contenders = Expected(pair, dataset), Contest(pair, dataset, folder), []
+    arms = contest.arms(compiled)
+    for name, loop in contest.loops().items():
+        contenders.append(Contender(name, loop.train, expected=expected.of(loop), tolerance=_tolerance(name)))
     for name, arm in arms.items():
-        bits = 0.0 if "emulated" in name else BF16_TOLERANCE if "bf16" in name else TOLERANCE
-        right = partial(_eager_losses, ours("eager", cached), arm) if "emulated" in name else expected.of(arm)
-        contenders.append(Contender(name, arm.losses, expected=right, tolerance=bits))
-    alone = Operations(ours("eager", cached))
+        right = partial(_eager_losses, contest.ours(), arm) if "emulated" in name else expected.of(arm)
+        contenders.append(Contender(name, arm.losses, expected=right, tolerance=_tolerance(name)))
+    alone = Operations(contest.ours())
     contenders.append(Contender("ours, operations alone", alone.run, expected=expected.of(alone.arm)))
     return Case("step", pair.name, contenders, "KD loop", expected.kd.train, TOLERANCE, {"images": pair.batch}), arms
+
+
+def _tolerance(name: str) -> float:
+    return 0.0 if "emulated" in name else BF16_TOLERANCE if "bf16" in name else TOLERANCE
 
 
 def _eager_losses(eager: Arm, other: Arm) -> list[Tensor]:
@@ -234,14 +253,14 @@ class Operations:
         with torch.no_grad():
             for operation in self.calls:
                 result = operation.function(*operation.args, **operation.kwargs)
-                if operation.function.namespace == "stablekd":
+                if operation.function._opname.endswith("_with_grad"):
                     losses.append(result[0])
         return losses
 
 
 def _computes(operation: Operation) -> bool:
-    """Neither a view nor memory without contents."""
-    if "empty" in str(operation.function) or operation.function.is_view:
+    """Neither a view, nor a copy, nor memory without contents."""
+    if operation.function.is_view or any(word in str(operation.function) for word in ("empty", "copy")):
         return False
     inputs = {tensor.untyped_storage().data_ptr() for tensor in operation.inputs}
     fresh = any(tensor.untyped_storage().data_ptr() not in inputs for tensor in operation.outputs)

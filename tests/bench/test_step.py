@@ -1,0 +1,101 @@
+"""`bench step` in small: every contender is checked, wrong ones show no speed, profiles name every phase."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from stablekd_fast.bench.core import WrongResult, check, measure
+from stablekd_fast.bench.step import Contest, OrdinaryBlockwise, Operations, compile_cost, overhead, profile_step, step_case
+from stablekd_fast.bench.teacher import Pair
+from stablekd_fast.cli import main
+from stablekd_fast.data import open_dataset
+from stablekd_fast.precision import cpu_has_bf16
+
+TINY = Pair("resnet32", "resnet20", 8, 16, batches=2)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, digits):
+    """The case and our arms."""
+    return step_case(TINY, digits, tmp_path_factory.mktemp("rows"), compiled=False)
+
+
+def test_every_contender_gives_the_losses_of_float64_and_is_timed(made):
+    case, arms = made
+    rows = measure(case, 1)
+    names = {row["contender"] for row in rows}
+    assert {"KD loop", "torchdistill KD", "blockwise, prefix run again", "ours, relay", "ours, cache"} <= names
+    assert ("ours, cache, bf16" in names) == cpu_has_bf16()
+    assert all(row["median_seconds"] > 0 for row in rows)
+    assert set(arms) <= names
+    beside = overhead([{**row, "median_seconds": 2.0 if row["contender"] == "ours, cache" else 1.0} for row in rows])
+    assert beside["step_ms"] == 2000 and beside["operations_ms"] == 1000
+
+
+@pytest.mark.parametrize("name", ["KD loop", "torchdistill KD", "blockwise, prefix run again", "ours, cache"])
+def test_a_contender_that_computes_something_else_shows_no_speed(made, name):
+    (contender,) = [contender for contender in made[0].contenders if contender.name == name]
+    alone, loop = dataclasses.replace(made[0], contenders=[contender]), contender.call.__self__
+    student = loop.box.student_model if name == "torchdistill KD" else getattr(loop, "student", None) or loop.paired.student
+    check(alone)
+    bias = list(student.parameters())[-1].detach()
+    bias[3] += 1
+    with pytest.raises(WrongResult, match=f": {name}"):
+        check(alone)
+    bias[3] -= 1
+
+
+def test_the_operations_alone_are_the_networks_and_the_losses(tmp_path, digits):
+    alone = Operations(Contest(TINY, digits, tmp_path).ours())
+    names = [operation.function._opname for operation in alone.calls]
+    convolutions = 19
+    assert names.count("convolution") == names.count("convolution_backward") == convolutions
+    assert names.count("batch_norm_act") == names.count("batch_norm_act_backward") == convolutions
+    assert names.count("feature_mse_with_grad") == 3 and names.count("kd_loss_with_grad") == 1
+    assert not any("foreach" in name or "copy" in name for name in names), names
+
+
+def test_blockwise_runs_every_prefix_again(tmp_path, digits):
+    loop, ran = Contest(TINY, digits, tmp_path).rival(OrdinaryBlockwise), []
+    for k, block in enumerate(loop.paired.teacher_blocks):
+        block.register_forward_hook(lambda *_, k=k: ran.append(k))
+    loop.train()
+    assert ran == [0, 0, 1, 0, 1, 2, 0, 1, 2, 3]
+
+
+def test_compiling_is_made_up_for_by_what_it_gains():
+    class First:
+        def losses(self):
+            torch.ones(1).sum()
+
+    rows = [
+        {"contender": "ours, cache", "median_seconds": 0.2, "images": 100},
+        {"contender": "ours, cache, compiled", "median_seconds": 0.1, "images": 100},
+        {"contender": "ours, cache, bf16", "median_seconds": 0.1, "images": 100},
+        {"contender": "ours, cache, bf16, compiled", "median_seconds": 0.1, "images": 100},
+    ]
+    faster, same = compile_cost({row["contender"]: First() for row in rows}, rows)
+    assert faster["made_up_after_epochs"] == pytest.approx(faster["first_step_seconds"] / 0.1 / 500)
+    assert same["made_up_after_epochs"] is None
+
+
+def test_a_profile_has_every_block_and_phase(tmp_path, digits):
+    rows = profile_step(TINY, digits, tmp_path, tmp_path / "trace.json", steps=2)
+    assert [row["block"] for row in rows] == ["1", "2", "3", "4", "all"]
+    for row in rows[:-1]:
+        assert all(row[phase] > 0 for phase in ("forward", "loss", "backward", "update"))
+    assert rows[-1]["copy"] > 0
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"forward, block 1", "backward, block 4", "copy"} <= {event.get("name") for event in events}
+
+
+def test_the_command_asks_for_images(tmp_path, capsys):
+    assert main(["bench", "step", "--directory", str(tmp_path)]) == 2
+    assert "No images were given" in capsys.readouterr().err
