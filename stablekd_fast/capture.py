@@ -7,6 +7,8 @@ together must not depend on each other: in a CUDA graph they are branches that r
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -130,31 +132,38 @@ class GraphRunner:
 
     def __init__(self, bodies: Sequence[Body], state: Sequence[Tensor], device: torch.device) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        streams = [torch.cuda.Stream(device) for _ in bodies]
+        streams = [_stream(device, number) for number in range(len(bodies))]
         with restored(state, device):
             self._warm_up(bodies, streams, device)
-        last = _Last()
+        last, current = _Last(), torch.cuda.current_stream(device)
         try:
             # Threads that load data call CUDA too: only this one's calls are checked.
-            with torch.cuda.graph(self._graph, stream=streams[0], capture_error_mode="thread_local"), last:
+            with (
+                _own_gradients(state),
+                _no_collection(),
+                torch.cuda.graph(self._graph, stream=streams[0], capture_error_mode="thread_local"),
+                last,
+            ):
                 self.results = _side_by_side(bodies, streams)
-        except RuntimeError as error:
+        except (RuntimeError, CaptureError) as error:
             self.results = []
-            torch.cuda.synchronize(device)
-            line = str(error).strip().splitlines()[0]
+            _recover(device, current)
+            line = str(_first(error)).strip().splitlines()[0]
             raise CaptureError(f"{last.operation or 'the step'} cannot be captured: {line}") from error
 
     def _warm_up(self, bodies: Sequence[Body], streams: list[torch.cuda.Stream], device: torch.device) -> None:
         """On the streams of the capture, so that libraries have set up their handles and workspaces there."""
         current = torch.cuda.current_stream(device)
-        for body, stream in zip(bodies, streams):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                for number in range(_WARM_UP):
-                    with Watch() if number == 0 else contextlib.nullcontext():
-                        body()
-            current.wait_stream(stream)
-        torch.cuda.synchronize(device)
+        try:
+            for body, stream in zip(bodies, streams):
+                stream.wait_stream(current)
+                with torch.cuda.stream(stream):
+                    for number in range(_WARM_UP):
+                        with Watch() if number == 0 else contextlib.nullcontext():
+                            body()
+                current.wait_stream(stream)
+        finally:  # what a body began before it failed must not run into the restoring of state
+            torch.cuda.synchronize(device)
 
     def run(self) -> list[Any]:
         self._graph.replay()
@@ -164,6 +173,40 @@ class GraphRunner:
         torch.cuda.synchronize()
         self._graph.reset()
         self.results = []
+
+
+@functools.cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """The same streams for every capture: cuBLAS keeps a workspace for each stream that it ever met."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """The garbage collector might destroy another graph or wait for an event in the middle of a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _recover(device: torch.device, stream: torch.cuda.Stream) -> None:
+    """Go on after a capture that failed: torch then leaves its stream current, and its generator capturing."""
+    torch.cuda.set_stream(stream)
+    torch.cuda.synchronize(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first: ending a capture that has failed is an error of its own."""
+    while isinstance(error.__context__, (RuntimeError, CaptureError)):
+        error = error.__context__
+    return error
 
 
 class _Last(Watch):
@@ -191,15 +234,26 @@ def _side_by_side(bodies: Sequence[Body], streams: Sequence[torch.cuda.Stream]) 
 
 @contextlib.contextmanager
 def restored(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """What happens within leaves no trace in `state` and in the random generators."""
+    """What happens within leaves no trace in `state`, its gradients, and the random generators."""
     saved = [tensor.detach().clone() for tensor in state]
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with _own_gradients(state), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         with torch.no_grad():
             for tensor, value in zip(state, saved):
                 tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def _own_gradients(state: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients that a body left when it broke off would be added to those of the first step."""
+    before = [tensor.grad for tensor in state]
+    try:
+        yield
+    finally:
+        for tensor, gradient in zip(state, before):
+            tensor.grad = gradient
 
 
 class HostCopy:

@@ -67,10 +67,21 @@ def _why_not(function, args: tuple, kwargs: dict) -> str | None:
         if tag in function.tags:
             return reason
     if function is torch.ops.aten._to_copy.default:
-        target = kwargs.get("device")
-        if target is not None and torch.device(target).type == "cpu" and args[0].device.type != "cpu":
+        source, target = args[0].device, torch.device(kwargs.get("device") or args[0].device)
+        if target.type == "cpu" and source.type != "cpu":
             return "it copies a tensor from the device to the host"
+        return _crossing(source, target, kwargs.get("non_blocking", False))
+    if function is torch.ops.aten.copy_.default:
+        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        return _crossing(args[1].device, args[0].device, non_blocking)
     return None
+
+
+def _crossing(source: torch.device, target: torch.device, non_blocking: bool) -> str | None:
+    """A copy between host and device makes the host wait, unless it was told not to."""
+    if non_blocking or (source.type == "cpu") == (target.type == "cpu"):
+        return None
+    return f"it copies a tensor from {source.type} to {target.type} and waits"
 
 
 class Recorder(Watch):

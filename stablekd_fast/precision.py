@@ -35,10 +35,15 @@ class Precision:
         """float16 gradients underflow unless the loss is scaled."""
         return self.name == "fp16"
 
+    def products(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """Within it, products of float32 tensors are taken as this precision says. For backward passes, which choose
+        anew: cuDNN's default is TF32."""
+        return _tensor_cores(device, self.name != "fp32")
+
     @contextlib.contextmanager
     def applied(self, device: torch.device) -> Iterator[None]:
         """Within it, forward passes on `device` compute in this precision. May be entered inside a graph capture."""
-        with _tensor_cores(device, self.name != "fp32"):
+        with self.products(device):
             if self.name not in _AUTOCAST:
                 yield
                 return
@@ -126,7 +131,8 @@ class LossScale:
         self.skipped = torch.zeros((), device=device)
 
     def applied(self, gradients: list[Tensor]) -> list[Tensor]:
-        return [(gradient * self.scale).to(gradient.dtype) for gradient in gradients]
+        """Multiplied in float32: on a GPU the scale itself would be rounded to float16, in which 2^16 is infinite."""
+        return [(gradient.float() * self.scale).to(gradient.dtype) for gradient in gradients]
 
     def take_off(self, gradients: list[Tensor]) -> None:
         """Divide by the scale, in place, and note whether all are finite."""

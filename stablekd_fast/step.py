@@ -181,7 +181,8 @@ class GroupStep:
     def backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
         if self.loss_scale is not None:
             gradients = self.loss_scale.applied(gradients)
-        torch.autograd.backward(outputs, gradients)
+        with self.paired.precision.products(self.device):
+            torch.autograd.backward(outputs, gradients)
 
     def update(self) -> None:
         """Clip, step, average."""
@@ -200,8 +201,13 @@ class GroupStep:
                 torch._foreach_add_(self.ema, torch._foreach_mul(list(self.parameters.values()), 1 - self.ema_decay))
 
     def note(self, loss: Tensor) -> None:
-        """Keep the loss for reading later, and where it was first not finite."""
-        self.losses.index_copy_(0, (self.position % len(self.losses)).view(1), loss.view(1).to(self.losses.dtype))
+        """Keep the loss for reading later, and where it was first not finite.
+
+        No `index_copy_`: torch's deterministic form of it reads the index on the host in some versions.
+        """
+        history = len(self.losses)
+        here = torch.arange(history, device=self.device) == self.position % history
+        self.losses.copy_(torch.where(here, loss.to(self.losses.dtype), self.losses))
         newly_bad = ~torch.isfinite(loss) & (self.first_bad < 0)
         self.first_bad.copy_(torch.where(newly_bad, self.position, self.first_bad))
         self.position += 1

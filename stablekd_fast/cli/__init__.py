@@ -93,7 +93,20 @@ def _info(options) -> int:
     print_rows("versions", [{"what": key, "value": value} for key, value in versions().items()])
     rows = [{"operator": name, **facts} for name, facts in kernels.implementations().items()]
     print_rows("operators", rows)
-    return 0
+    return _selftest(options.device) if options.selftest else 0
+
+
+def _selftest(device: str) -> int:
+    """Exit code 1 if a claim does not hold."""
+    from rich.markup import escape
+
+    from stablekd_fast.assemble import pick_device
+    from stablekd_fast.selftest import selftest
+
+    chosen = pick_device(device)
+    rows = selftest(chosen)
+    print_rows(f"self-test on {chosen}", [{name: escape(value) for name, value in row.items()} for row in rows])
+    return int(any(row["result"] == "fail" for row in rows))
 
 
 RUN = {
@@ -130,6 +143,10 @@ def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.Argum
     evaluate.add_argument("--device", type=str, default="auto")
 
     commands["plan"].add_class_arguments(PairPlan)
+
+    info = commands["info"]
+    info.add_argument("--selftest", action="store_true", help="check the essential claims; exit code 1 if one fails")
+    info.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="of the self-test")
 
     helps = {
         "demo": "compare methods on embedded real data",

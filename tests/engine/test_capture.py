@@ -289,6 +289,24 @@ def test_automatic_capture_falls_back_with_one_sentence_that_names_the_operation
     runner.run()
 
 
+def test_a_step_that_breaks_off_leaves_no_gradient_for_the_first_eager_step():
+    """It would be added to that step's own."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    def body():
+        (weight * weight).sum().backward()
+        weight.grad.max().item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.warns(RuntimeWarning, match="without a captured graph"):
+        runner = make_runner("emulate", [body], [weight], CPU, fall_back=True)
+    assert weight.grad is None
+    runner.run()
+    assert torch.equal(weight.detach(), torch.full((4,), 0.8))
+
+
 def test_modes_that_a_device_does_not_have_are_refused():
     with pytest.raises(ConfigError, match="capture=cudagraph was given, but the device is cpu"):
         pick_capture("cudagraph", CPU)

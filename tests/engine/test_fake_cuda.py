@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from stablekd_fast import models
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
-from stablekd_fast.emulator import Recorder
+from stablekd_fast.emulator import Recorder, Watch
+from stablekd_fast.errors import CaptureError
 from stablekd_fast.objectives import objective
 from stablekd_fast.precision import Precision
 from stablekd_fast.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
@@ -187,8 +188,46 @@ def test_whole_steps_stay_on_the_device_in_their_precision_and_never_ask_the_hos
     for operation in steps.operations:
         if operation.function._schema.is_mutable and "foreach" in str(operation.function):
             assert {t.dtype for t in operation.inputs} <= {torch.float32}, operation.function
+    for operation in steps.operations:  # on a device the other operand would be rounded to the low precision first
+        if operation.function.overloadpacket is aten.mul and low != torch.float32:
+            low_first = any(t.dtype == low and t.dim() > 0 for t in operation.inputs)
+            assert not (low_first and torch.float32 in {t.dtype for t in operation.inputs}), operation
     if optimizer.name == "adamw":
         assert steps.fused_dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("precision, allowed", [("fp32", False), ("tf32", True)])
+def test_backward_too_multiplies_in_the_precision_of_the_run(paired, lent, monkeypatch, precision, allowed):
+    """cuDNN reads the switch when it runs, and has it on by default."""
+    seen, backends = [], (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+
+    def backward(outputs, gradients):
+        seen.extend(backend.allow_tf32 for backend in backends)
+        walk_backward(outputs, gradients)
+
+    monkeypatch.setattr(torch.autograd, "backward", backward)
+    run_under_fakes(paired, precision, Optimizer("sgd"), None)
+    assert set(seen) == {allowed}
+    assert before == [backend.allow_tf32 for backend in backends]
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: torch.ones(3).to("cuda"),
+        lambda x: torch.ones(3).copy_(x),
+        lambda x: x.cpu(),
+    ],
+)
+def test_a_copy_between_host_and_device_that_waits_is_refused_before_anything_is_captured(fakes_need_no_driver, copy):
+    with FakeTensorMode():
+        x = torch.ones(3, device="cuda")
+        with pytest.raises(CaptureError, match="aten.(copy_|_to_copy).default cannot be captured: it copies"), Watch():
+            copy(x)
+        with Watch():
+            x.copy_(torch.ones(3), non_blocking=True)
 
 
 def test_without_a_driver_autocast_would_not_show(paired, lent, monkeypatch):

@@ -1,0 +1,165 @@
+"""A small pair in training: captured as eagerly, on the device as on the CPU, and without waiting."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
+from stablekd_fast.capture import Runner, make_runner
+from stablekd_fast.data import Batch
+from stablekd_fast.objectives import objective
+from stablekd_fast.precision import Precision
+from stablekd_fast.schedule import Optimizer, PlannedStage, Stage
+from stablekd_fast.selftest.claim import Broken, Claim, NotHere, difference
+from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+from stablekd_fast.teacher import Relay
+
+CPU_TO_DEVICE = 0.02
+"""How far the first losses may be from the CPU's."""
+_STEPS = 6
+_GROUPS = ([[0], [1], [2]], [[0, 1, 2]])
+_CYCLED = {"cycle": "triangular", "momentum_low": 0.7}
+_OPTIMIZERS = {"AdamW": Optimizer("adamw", lr=0.01, clip=1.0), "SGD": Optimizer("sgd", lr=0.1, nesterov=True, **_CYCLED)}
+
+
+def _net(depth: int, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    parts = []
+    for inside, width in ((3, 8), (8, 16)):
+        layers = []
+        for number in range(depth):
+            first = number == 0
+            convolution = nn.Conv2d(inside if first else width, width, 3, 2 if first else 1, 1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
+        parts.append(nn.Sequential(*layers))
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+def _batch(number: int) -> Batch:
+    made = torch.Generator().manual_seed(number)
+    images = torch.randn(8, 3, 8, 8, generator=made).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (8,), generator=made)
+    return Batch(torch.arange(8), 0, images, labels)
+
+
+class _Trial:
+    """A small pair in training: decomposed blocks first, then the whole student."""
+
+    def __init__(self, device: torch.device, optimizer: Optimizer, precision: str) -> None:
+        nets = [_net(depth, seed).to(device, memory_format=torch.channels_last) for depth, seed in ((2, 1), (1, 2))]
+        teacher, student = nets[0].eval(), nets[1]
+        self.paired: PairedBlocks = pair_blocks(teacher, student, _batch(0).images.to(device), ["0", "1"])
+        self.paired.precision, self.paired.fuses_norms = Precision(precision), pick_fusion("auto", device)
+        self.device, self.optimizer = device, optimizer
+        self.aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
+        self.steps: list[GroupStep] = []
+
+    def enter(self, groups: list[list[int]]) -> None:
+        planned = PlannedStage(Stage(groups, steps=_STEPS, optimizer=self.optimizer), 0, _STEPS)
+        rates, self.inputs = Rates.of_stage(planned, None, self.device), StageInputs(self.device)
+        self.wanted = self.aims.teacher_outputs(groups, len(self.paired.cuts))
+        nn.ModuleList(self.paired.student_blocks).train()
+        self.load(0)
+        given = (self.aims, self.optimizer, self.inputs)
+        self.steps = [GroupStep(self.paired, group, *given, rates=rates, history=_STEPS) for group in groups]
+
+    def load(self, number: int) -> None:
+        load_batch(self.inputs, Relay(self.paired), self.wanted, _batch(number))
+
+    def runner(self, mode: str) -> Runner:
+        state = [tensor for step in self.steps for tensor in step.state()]
+        return make_runner(mode, [step.run for step in self.steps], state, self.device, fall_back=False)
+
+    def train(self, mode: str) -> list[Tensor]:
+        """Weights, statistics, moments, rates and losses at the end of each stage."""
+        seen = []
+        for groups in _GROUPS:
+            self.enter(groups)
+            with contextlib.closing(self.runner(mode)) as runner:
+                for number in range(_STEPS):
+                    self.load(number)
+                    runner.run()
+                seen += [tensor.detach().clone() for step in self.steps for tensor in step.state()]
+        return seen
+
+
+def _captured(device: torch.device) -> str:
+    return "cudagraph" if device.type == "cuda" else "emulate"
+
+
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On a GPU sums may otherwise be taken in another order each time."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
+def _replays(optimizer: str, precision: str) -> Callable[[torch.device], str]:
+    def check(device: torch.device) -> str:
+        with _deterministic(device):
+            sides = [_Trial(device, _OPTIMIZERS[optimizer], precision).train(mode) for mode in ("eager", _captured(device))]
+        pairs = list(zip(*sides, strict=True))
+        if not all(torch.equal(a, b) for a, b in pairs):
+            raise Broken(f"{_captured(device)} differs from eager steps by up to {difference(pairs):.2g}")
+        return f"{_captured(device)}: {len(pairs)} tensors after {_STEPS * len(_GROUPS)} steps"
+
+    return check
+
+
+def _never_waits(device: torch.device) -> str:
+    if device.type != "cuda":
+        raise NotHere("only a GPU can be waited for; needs a CUDA device")
+    trial = _Trial(device, _OPTIMIZERS["AdamW"], "bf16")
+    trial.enter(_GROUPS[0])
+    for mode in ("eager", "cudagraph"):
+        with contextlib.closing(trial.runner(mode)) as runner:
+            runner.run()  # kernels are compiled and handles made at the first
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                runner.run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    return "eager and captured steps"
+
+
+def _first_losses(device: torch.device) -> list[float]:
+    trial = _Trial(device, _OPTIMIZERS["SGD"], "fp32")
+    trial.enter(_GROUPS[0])
+    for step in trial.steps:
+        step.run()
+    return [step.losses[0].item() for step in trial.steps]
+
+
+def _agrees_with_cpu(device: torch.device) -> str:
+    if device.type == "cpu":
+        raise NotHere("the device is the CPU itself; needs a CUDA device")
+    pairs = list(zip(_first_losses(device), _first_losses(torch.device("cpu"))))
+    apart = max(abs(mine - truth) / truth for mine, truth in pairs)
+    if not apart <= CPU_TO_DEVICE:
+        raise Broken(f"losses differ by {apart:.1%} from the CPU's; at most {CPU_TO_DEVICE:.0%} is allowed")
+    return f"{apart:.2g} apart"
+
+
+TRAINING = [
+    *(
+        Claim(f"captured steps give the bits of eager ones: {optimizer}, {precision}", _replays(optimizer, precision))
+        for optimizer in _OPTIMIZERS
+        for precision in ("fp32", "bf16")
+    ),
+    Claim("a step never waits for the device", _never_waits),
+    Claim("first losses agree with the CPU's", _agrees_with_cpu),
+]

@@ -1,0 +1,107 @@
+"""`stablekd info --selftest` passes here, and fails where an essential claim does not hold."""
+
+import pytest
+import torch
+
+from stablekd_fast import kernels
+from stablekd_fast.cache.store import RowStore
+from stablekd_fast.cli import main
+from stablekd_fast.selftest import CLAIMS, selftest
+from stablekd_fast.step import GroupStep
+
+CPU = torch.device("cpu")
+
+
+def results(words):
+    """Rows of the claims whose names hold one of the words."""
+    rows = [claim.row(CPU) for claim in CLAIMS if any(word in claim.name for word in words)]
+    assert rows
+    return rows
+
+
+def alone(monkeypatch, word):
+    """The command with these claims only."""
+    monkeypatch.setattr("stablekd_fast.selftest.CLAIMS", [claim for claim in CLAIMS if word in claim.name])
+    return main(["info", "--selftest", "--device", "cpu"])
+
+
+def test_all_claims_hold_here_and_nothing_is_disturbed(capsys):
+    random = torch.get_rng_state()
+    rows = selftest(CPU)
+    assert torch.equal(random, torch.get_rng_state())
+    assert {row["result"] for row in rows} <= {"pass", "not here"}, rows
+    for row in rows:
+        assert row["what was found"]
+        if row["result"] == "not here":
+            assert row["claim"].startswith(("NVIDIA", "a step never waits", "first losses"))
+
+
+def test_the_command_says_so(monkeypatch, capsys):
+    assert alone(monkeypatch, "augment_batch") == 0
+    assert "self-test on cpu" in capsys.readouterr().out
+    assert main(["info"]) == 0
+    assert "self-test" not in capsys.readouterr().out
+    assert main(["info", "--selftest", "--device", "quantum"]) == 2
+
+
+@pytest.mark.parametrize(
+    "operator", ["kd_loss_with_grad", "decoupled_kl_with_grad", "feature_mse_with_grad", "feature_cosine_with_grad"]
+)
+@pytest.mark.parametrize("place", [0, 1], ids=["loss", "gradient"])
+def test_a_loss_that_is_wrong_by_a_thousandth_fails(monkeypatch, operator, place):
+    right = getattr(kernels, operator)
+
+    def wrong(*arguments, **settings):
+        found = list(right(*arguments, **settings))
+        found[place] = found[place] * 1.001
+        return tuple(found)
+
+    monkeypatch.setattr(kernels, operator, wrong)
+    name = operator.removesuffix("_with_grad")
+    rows = results([name])
+    assert {row["result"] for row in rows} == {"fail"}
+    assert all("from float32; at most 1e-05 is allowed" in row["what was found"] for row in rows)
+
+
+@pytest.mark.parametrize("operator", ["dequantize_rows", "augment_batch"])
+def test_an_operator_that_is_off_by_one_bit_fails_the_command(monkeypatch, capsys, operator):
+    right = getattr(kernels, operator)
+
+    def wrong(*arguments, **settings):
+        found = right(*arguments, **settings)
+        found.view(-1 if found.is_contiguous() else found.shape)[0] *= 1 + 2 * torch.finfo(found.dtype).eps
+        return found
+
+    monkeypatch.setattr(kernels, operator, wrong)
+    assert alone(monkeypatch, operator) == 1
+    assert "differs from" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_step_that_replays_differently_fails_the_command(monkeypatch, capsys):
+    def by_a_python_number(step):
+        step.turn = getattr(step, "turn", 0) + 1
+        step.lr.fill_(0.01 * step.turn)
+
+    monkeypatch.setattr(GroupStep, "take_rates", by_a_python_number)
+    rows = results(["captured steps"])
+    assert {row["result"] for row in rows} == {"fail"}
+    assert all("emulate differs from eager steps by up to" in row["what was found"] for row in rows)
+    assert alone(monkeypatch, "SGD, fp32") == 1
+
+
+def test_a_claim_that_raises_is_a_failure_with_the_first_line_of_its_error(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("the disk [/dev/sda] is gone\nand more")
+
+    monkeypatch.setattr(RowStore, "gather", broken)
+    (row,) = results(["stored row"])
+    assert (row["result"], row["what was found"]) == ("fail", "RuntimeError: the disk [/dev/sda] is gone")
+    assert alone(monkeypatch, "stored row") == 1
+    assert "[/dev/sda]" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_row_that_comes_back_otherwise_fails(monkeypatch):
+    right = RowStore.gather
+    monkeypatch.setattr(RowStore, "gather", lambda *arguments: [part + 0.0 for part in right(*arguments)])
+    (row,) = results(["stored row"])
+    assert row["result"] == "fail"
