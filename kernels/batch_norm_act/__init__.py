@@ -46,8 +46,8 @@ def batch_norm_act(
     if running_mean is not None:
         with torch.no_grad():
             count = x.numel() // x.shape[1]
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(variance.to(running_var.dtype) * (count / (count - 1)), momentum)
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            running_var.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))
     return y
 
 

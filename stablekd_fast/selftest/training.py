@@ -23,7 +23,7 @@ CPU_TO_DEVICE = 0.02
 _STEPS = 6
 _GROUPS = ([[0], [1], [2]], [[0, 1, 2]])
 _CYCLED = {"cycle": "triangular", "momentum_low": 0.7}
-_OPTIMIZERS = {"AdamW": Optimizer("adamw", lr=0.01, clip=1.0), "SGD": Optimizer("sgd", lr=0.1, nesterov=True, **_CYCLED)}
+_OPTIMIZERS = {"AdamW": Optimizer("adamw", lr=0.01, clip=1.0), "SGD": Optimizer("sgd", lr=0.02, nesterov=True, **_CYCLED)}
 
 
 def _net(depth: int, seed: int) -> nn.Sequential:
