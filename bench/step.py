@@ -1,135 +1,34 @@
 """`stablekd bench step`: images per second of whole training steps, ours in every mode against the usual loops; what the
-engine costs beside the networks' own operations; where the time of a step goes.
+engine costs beside the networks' own operations; what compiling costs.
 
 Every contender trains with a learning rate of zero, so that its losses can be checked against float64 at any time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stablekd_fast.bench.core import Case, Contender, pinned
+from stablekd_fast.bench.loops import Loop, OrdinaryBlockwise, OrdinaryKD, TorchdistillKD
 from stablekd_fast.bench.teacher import Arm, Images, Pair, cached, make_pair, scratch, timed
-from stablekd_fast.blocks import PairedBlocks
-from stablekd_fast.data import Batch, Dataset
+from stablekd_fast.data import Dataset
 from stablekd_fast.emulator import Operation, Recorder
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.precision import Precision, cpu_has_bf16
-from stablekd_fast.step import GroupStep, Objectives, load_batch
-from stablekd_fast.teacher import Relay, Teacher
+from stablekd_fast.teacher import Relay
 
-TEMPERATURE = 4.0
 TOLERANCE = 1e-4
 """Of losses in float32, compiled or not; bf16 has its own."""
 BF16_TOLERANCE = 5e-2
 EPOCH = 50_000
 """Images, for the statement when compiling has paid for itself."""
-
-
-class Loop:
-    """A training loop over a few batches, as people write it."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches, self.turn = batches, 0
-
-    def train(self) -> list[Tensor]:
-        self.turn = (self.turn + 1) % len(self.batches)
-        return self.step(self.batches[self.turn])
-
-    def step(self, batch: Batch) -> list[Tensor]:
-        """Train on a batch; its losses."""
-        raise NotImplementedError
-
-
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
-
-
-def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    log_q, p = torch.log_softmax(student / TEMPERATURE, 1), torch.softmax(teacher / TEMPERATURE, 1)
-    divergence = nn.functional.kl_div(log_q, p, reduction="batchmean")
-    return nn.functional.cross_entropy(student, labels) + TEMPERATURE**2 * divergence
-
-
-class OrdinaryKD(Loop):
-    """The teacher's whole forward pass, the student's forward and backward pass, end to end."""
-
-    def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[Batch], *, bf16: bool = False) -> None:
-        super().__init__(batches)
-        self.teacher, self.student, self.optimizer = teacher.eval(), student.train(), sgd(student)
-        self.bf16 = bf16
-
-    def step(self, batch: Batch) -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            with torch.no_grad():
-                target = self.teacher(batch.images)
-            output = self.student(batch.images)
-        loss = kd_loss(output.float(), target.float(), batch.labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return [loss.detach()]
-
-
-class TorchdistillKD(Loop):
-    """torchdistill's distillation box with its KD loss, fed with batches as its training scripts feed it."""
-
-    def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[Batch]) -> None:
-        super().__init__(batches)
-        from torchdistill.core.distillation import DistillationBox
-
-        class Box(DistillationBox):
-            def setup_data_loaders(self, train_config: dict) -> None:
-                """The batches are here already."""
-
-        module = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
-        kd = {"key": "KDLoss", "kwargs": {**module, "temperature": TEMPERATURE, "alpha": 1.0, "beta": 1.0}}
-        settings = {
-            "num_epochs": 1,
-            "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False, "sequential": []},
-            "student": {"forward_proc": "forward_batch_only", "requires_grad": True, "sequential": []},
-            "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"criterion": kd, "weight": 1.0}}}},
-            "optimizer": {"key": "SGD", "kwargs": {"lr": 0.0, "momentum": 0.9, "weight_decay": 5e-4}},
-        }
-        self.box = Box(teacher.eval(), student, {}, settings, torch.device("cpu"), None, False, 1)
-        self.box.student_model.train()
-        self.box.teacher_model.eval()
-
-    def step(self, batch: Batch) -> list[Tensor]:
-        loss = self.box.forward_process(batch.images, batch.labels, {})
-        self.box.post_forward_process(loss)
-        return [loss.detach()]
-
-
-class OrdinaryBlockwise(Loop):
-    """Each block alone: the teacher runs from the images to the block's target, and autograd through a squared error."""
-
-    def __init__(self, paired: PairedBlocks, batches: list[Batch]) -> None:
-        super().__init__(batches)
-        self.paired = paired
-        nn.ModuleList(paired.student_blocks).train()
-        self.optimizers = [sgd(block) for block in paired.student_blocks]
-
-    def step(self, batch: Batch) -> list[Tensor]:
-        losses, last = [], len(self.paired.cuts)
-        for k, (block, optimizer) in enumerate(zip(self.paired.student_blocks, self.optimizers)):
-            known = self.paired.teacher_outputs(batch.images, {k - 1, k} - {-1})
-            output = block(batch.images if k == 0 else known[k - 1])
-            loss = kd_loss(output, known[k], batch.labels) if k == last else nn.functional.mse_loss(output, known[k])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        return losses
 
 
 class Expected:
@@ -322,90 +221,3 @@ def run_step(
             found["overhead"].append(overhead(rows))
             found["compiling"] += compile_cost(arms, rows)
     return found, {"rounds": rounds, **pins}
-
-
-# Where the time of a step goes.
-
-
-class Phases:
-    """Seconds by block and phase; each is waited for on its device, and named in a trace."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, defaultdict(float)
-
-    @contextlib.contextmanager
-    def timed(self, block: str, phase: str) -> Iterator[None]:
-        self._wait()
-        start = time.perf_counter()
-        with torch.profiler.record_function(f"{phase}, block {block}" if block else phase):
-            yield
-            self._wait()
-        self.seconds[block, phase] += time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def profile_steps(folder: Path, images: Images, trace: Path | None) -> dict[str, list[dict]]:
-    """Rows by pair, as `profile_step` gives them. Leaves nothing in `folder`."""
-    with scratch(folder) as own, pinned():
-        return {pair.name: profile_step(pair, dataset, own, trace) for pair, dataset in images.of_pairs()}
-
-
-def profile_step(pair: Pair, dataset: Dataset, folder: Path, trace: Path | None, steps: int = 10) -> list[dict]:
-    """Milliseconds per step of each block (means over `steps` decomposed steps from a cache) by forward, loss, backward and
-    update, and of copying the batch in. `trace`: a file for a Chrome trace of one more step."""
-    paired, source, batches = make_pair(pair, dataset)
-    arm = Arm(paired, cached(paired, source, batches, folder / "profile", "fp32"), batches)
-    phases = Phases(arm.inputs.device)
-    for step in arm.steps:
-        step.objectives = _timed_objectives(step.objectives, phases, step.name)
-    for _ in range(2):
-        _profiled(arm, phases)
-    phases.seconds.clear()
-    for _ in range(steps):
-        _profiled(arm, phases)
-    rows = [_profile_row(step.name, phases, steps) for step in arm.steps]
-    copy = {"block": "all", **dict.fromkeys(("forward", "loss", "backward", "update")), "copy": 1e3 * phases.seconds["", "copy"] / steps}
-    if trace is not None:
-        with torch.profiler.profile() as profiler:
-            _profiled(arm, phases)
-        profiler.export_chrome_trace(str(trace))
-    return [*rows, copy]
-
-
-def _profiled(arm: Arm, phases: Phases) -> None:
-    arm.turn = (arm.turn + 1) % len(arm.batches)
-    with phases.timed("", "copy"):
-        load_batch(arm.inputs, arm.teacher, arm.wanted, arm.batches[arm.turn])
-    for step in arm.steps:
-        _profiled_group(step, phases)
-
-
-def _profiled_group(step: GroupStep, phases: Phases) -> None:
-    with phases.timed(step.name, "forward"):
-        outputs, gradients, losses = step.forward()
-    with phases.timed(step.name, "backward"):
-        step.backward(outputs, gradients)
-    with phases.timed(step.name, "update"):
-        step.take_rates()
-        step.update()
-        step.note(torch.stack(losses).sum())
-
-
-def _timed_objectives(objectives: Objectives, phases: Phases, block: str) -> Objectives:
-    def timed(function: Callable) -> Callable:
-        def call(*tensors):
-            with phases.timed(block, "loss"):
-                return function(*tensors)
-
-        return call
-
-    return dataclasses.replace(objectives, feature=timed(objectives.feature), logits=timed(objectives.logits))
-
-
-def _profile_row(block: str, phases: Phases, steps: int) -> dict:
-    milliseconds = {phase: 1e3 * phases.seconds[block, phase] / steps for phase in ("forward", "loss", "backward", "update")}
-    milliseconds["forward"] -= milliseconds["loss"]  # the loss is computed within
-    return {"block": block, **milliseconds, "copy": None}

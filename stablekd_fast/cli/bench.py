@@ -54,7 +54,9 @@ def _bench_teacher(options) -> int:
 
 def _bench_step(options) -> int:
     from stablekd_fast.bench.output import write_document
-    from stablekd_fast.bench.step import Images, profile_steps, run_step
+    from stablekd_fast.bench.profile import profile_steps
+    from stablekd_fast.bench.step import run_step
+    from stablekd_fast.bench.teacher import Images
 
     images, directory = Images(options.small, options.large), Path(options.directory)
     if options.profile or options.trace:

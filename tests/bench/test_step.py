@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from stablekd_fast.bench.core import WrongResult, check, measure
-from stablekd_fast.bench.step import Contest, OrdinaryBlockwise, Operations, compile_cost, overhead, profile_step, step_case
+from stablekd_fast.bench.loops import OrdinaryBlockwise
+from stablekd_fast.bench.profile import profile_step
+from stablekd_fast.bench.step import Contest, Operations, compile_cost, overhead, step_case
 from stablekd_fast.bench.teacher import Pair
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset

@@ -1,0 +1,111 @@
+"""Training loops as people write them: the rivals of `stablekd bench step`.
+
+All train with a learning rate of zero, so that their losses can be checked at any time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.data import Batch
+
+TEMPERATURE = 4.0
+
+
+class Loop:
+    """A training loop over a few batches, as people write it."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches, self.turn = batches, 0
+
+    def train(self) -> list[Tensor]:
+        self.turn = (self.turn + 1) % len(self.batches)
+        return self.step(self.batches[self.turn])
+
+    def step(self, batch: Batch) -> list[Tensor]:
+        """Train on a batch; its losses."""
+        raise NotImplementedError
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+
+
+def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    log_q, p = torch.log_softmax(student / TEMPERATURE, 1), torch.softmax(teacher / TEMPERATURE, 1)
+    divergence = nn.functional.kl_div(log_q, p, reduction="batchmean")
+    return nn.functional.cross_entropy(student, labels) + TEMPERATURE**2 * divergence
+
+
+class OrdinaryKD(Loop):
+    """The teacher's whole forward pass, the student's forward and backward pass, end to end."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[Batch], *, bf16: bool = False) -> None:
+        super().__init__(batches)
+        self.teacher, self.student, self.optimizer = teacher.eval(), student.train(), sgd(student)
+        self.bf16 = bf16
+
+    def step(self, batch: Batch) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            with torch.no_grad():
+                target = self.teacher(batch.images)
+            output = self.student(batch.images)
+        loss = kd_loss(output.float(), target.float(), batch.labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return [loss.detach()]
+
+
+class TorchdistillKD(Loop):
+    """torchdistill's distillation box with its KD loss, fed with batches as its training scripts feed it."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[Batch]) -> None:
+        super().__init__(batches)
+        from torchdistill.core.distillation import DistillationBox
+
+        class Box(DistillationBox):
+            def setup_data_loaders(self, train_config: dict) -> None:
+                """The batches are here already."""
+
+        module = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
+        kd = {"key": "KDLoss", "kwargs": {**module, "temperature": TEMPERATURE, "alpha": 1.0, "beta": 1.0}}
+        settings = {
+            "num_epochs": 1,
+            "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False, "sequential": []},
+            "student": {"forward_proc": "forward_batch_only", "requires_grad": True, "sequential": []},
+            "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"criterion": kd, "weight": 1.0}}}},
+            "optimizer": {"key": "SGD", "kwargs": {"lr": 0.0, "momentum": 0.9, "weight_decay": 5e-4}},
+        }
+        self.box = Box(teacher.eval(), student, {}, settings, torch.device("cpu"), None, False, 1)
+        self.box.student_model.train()
+        self.box.teacher_model.eval()
+
+    def step(self, batch: Batch) -> list[Tensor]:
+        loss = self.box.forward_process(batch.images, batch.labels, {})
+        self.box.post_forward_process(loss)
+        return [loss.detach()]
+
+
+class OrdinaryBlockwise(Loop):
+    """Each block alone: the teacher runs from the images to the block's target, and autograd through a squared error."""
+
+    def __init__(self, paired: PairedBlocks, batches: list[Batch]) -> None:
+        super().__init__(batches)
+        self.paired = paired
+        nn.ModuleList(paired.student_blocks).train()
+        self.optimizers = [sgd(block) for block in paired.student_blocks]
+
+    def step(self, batch: Batch) -> list[Tensor]:
+        losses, last = [], len(self.paired.cuts)
+        for k, (block, optimizer) in enumerate(zip(self.paired.student_blocks, self.optimizers)):
+            known = self.paired.teacher_outputs(batch.images, {k - 1, k} - {-1})
+            output = block(batch.images if k == 0 else known[k - 1])
+            loss = kd_loss(output, known[k], batch.labels) if k == last else nn.functional.mse_loss(output, known[k])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return losses
