@@ -43,6 +43,20 @@ def random_batch_fixture():
     return random_batch
 
 
+def settled(teacher: nn.Module, size: int = 8) -> nn.Module:
+    """In eval mode with batch-norm statistics of random images, as a trained teacher's: with those of a new network its
+    activations fade from layer to layer, and aligning to them diverges."""
+    with torch.no_grad(), torch.random.fork_rng():
+        for seed in range(30):
+            teacher.train()(random_batch(seed, 32, size).images)
+    return teacher.eval()
+
+
+@pytest.fixture(name="settled")
+def settled_fixture():
+    return settled
+
+
 def train_stages(mode, paired, aims, stages, batches, ema=0.9, loss_scale=None, seed=5):
     """Train through stages that have `steps`, as the engine does, taking the batches in turn.
 
@@ -83,16 +97,23 @@ def train_stages(mode, paired, aims, stages, batches, ema=0.9, loss_scale=None, 
     return seen
 
 
+@pytest.fixture
+def one_thread():
+    """So small networks are no faster with more, and where another process needs a core they are far slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(name="train_stages")
-def train_stages_fixture():
+def train_stages_fixture(one_thread):
     return train_stages
 
 
 def same_bits(one, other) -> bool:
-    """Whether two lists of tensors agree, NaNs included."""
-    if len(one) != len(other):
-        return False
-    return all(a.dtype == b.dtype and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(one, other))
+    """Whether two lists of tensors agree. A NaN agrees with nothing: a run that diverged shows nothing."""
+    return len(one) == len(other) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other))
 
 
 @pytest.fixture(name="same_bits")

@@ -40,9 +40,9 @@ def net(depth, seed, dropout=0.0):
 
 
 @pytest.fixture
-def pair(random_batch):
+def pair(random_batch, settled):
     def make(precision="fp32", dropout=0.0):
-        paired = pair_blocks(net(2, 1).eval(), net(1, 2, dropout), random_batch(0).images, ["0", "1", "2"])
+        paired = pair_blocks(settled(net(2, 1)), net(1, 2, dropout), random_batch(0).images, ["0", "1", "2"])
         paired.precision = Precision(precision)
         return paired
 

@@ -87,27 +87,19 @@ WIDE = ("resnet8x4", "vgg", "shufflenet_v2", "torchvision resnet")
 FACTORS = (PAIRS, NORMALIZE, HEADS, OPTIMIZERS, SCHEDULES, PRECISIONS, ALIGN, EMA)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def size_of(name):
     return 2 * SIZE if name == "torchvision resnet" else SIZE
 
 
 @cache
-def prepared(name):
+def prepared(name, settled):
     """The pair as it begins, and the student's first weights and buffers."""
     torch.manual_seed(0)
-    teacher, student = (
-        model() if callable(model) else models.build(model, CLASSES, SIZE) for model in PAIRS[name]
-    )
     size = size_of(name)
-    paired = pair_blocks(teacher.eval(), student, torch.randn(8, 3, size, size))
+    teacher, student = (
+        model() if callable(model) else models.build(model, CLASSES, size) for model in PAIRS[name]
+    )
+    paired = pair_blocks(settled(teacher, size), student, torch.randn(8, 3, size, size))
     return paired, {key: value.clone() for key, value in student.state_dict().items()}
 
 
@@ -121,10 +113,10 @@ def stages_of(schedule, blocks, optimizer):
 
 
 @pytest.fixture
-def check(train_stages, same_bits, random_batch):
+def check(train_stages, same_bits, random_batch, settled):
     """Train eagerly and by replays from the same start; compare all that was kept."""
     def run(name, normalize, head, optimizer, schedule, precision, align, ema):
-        paired, first = prepared(name)
+        paired, first = prepared(name, settled)
         paired.precision = Precision(precision)
         batches = [random_batch(seed, IMAGES, size_of(name), CLASSES) for seed in range(5)]
         options, takes = HEADS[head]
@@ -137,7 +129,6 @@ def check(train_stages, same_bits, random_batch):
             trained = paired.student.state_dict()
             moved = [key for key, _ in paired.student.named_parameters() if not torch.equal(first[key], trained[key])]
             assert len(moved) > len(list(paired.student.parameters())) / 2, "hardly anything was trained"
-            assert all(trained[key].isfinite().all() for key in moved)
         assert same_bits(*seen)
 
     return run
