@@ -25,6 +25,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 from stablekd_fast import kernels
+from stablekd_fast.bench.covering import covering_sample
 from stablekd_fast.errors import ConfigError, nearest
 from stablekd_fast.kernels import _triton
 from stablekd_fast.kernels._launch import REGISTERS, Listed, Specialisation
@@ -34,8 +35,6 @@ ARCHITECTURES = (80, 86, 89, 90, 100)
 
 Job = tuple[str, Specialisation, int]
 """Operator, variant and chip."""
-
-_CANDIDATES = 60
 
 
 @dataclass(frozen=True)
@@ -86,18 +85,10 @@ def every(ops: Iterable[str]) -> list[Job]:
 def covering(ops: Iterable[str]) -> list[Job]:
     """Few of `every`: each pair of types, constants or chip that occurs in a variant is still compiled together.
 
-    Greedy: of some random jobs the one with most new pairs comes next. The choice is the same on every run.
+    The choice is the same on every run.
     """
     draw = random.Random(0)
-    chosen = []
-    for jobs in _by_kernel(every(ops)):
-        left = {job: _pairs(job) for job in jobs}
-        while left:
-            job = max(draw.sample(list(left), min(_CANDIDATES, len(left))), key=lambda one: len(left[one]))
-            new = left.pop(job)
-            chosen.append(job)
-            left = {other: rest for other, pairs in left.items() if (rest := pairs - new)}
-    return chosen
+    return [job for jobs in _by_kernel(every(ops)) for job in covering_sample(jobs, _pairs, draw)]
 
 
 def _by_kernel(jobs: Iterable[Job]) -> Iterable[list[Job]]:

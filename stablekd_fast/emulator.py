@@ -18,7 +18,7 @@ from stablekd_fast.errors import CaptureError
 
 _UNCAPTURABLE = {
     torch.Tag.data_dependent_output: "it reads a tensor's value on the host",
-    torch.Tag.dynamic_output_shape: "the shape of its result depends on a tensor's values",
+    torch.Tag.dynamic_output_shape: "a shape depends on a tensor's values",
 }
 
 
@@ -62,7 +62,14 @@ class Watch(TorchDispatchMode):
         """Told of every operation after it ran."""
 
 
+_INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
+"""Only masks ask the host, how many elements they choose."""
+
+
 def _why_not(function, args: tuple, kwargs: dict) -> str | None:
+    if function.overloadpacket in _INDEXING:
+        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+        return _UNCAPTURABLE[torch.Tag.dynamic_output_shape] if masks else None
     for tag, reason in _UNCAPTURABLE.items():
         if tag in function.tags:
             return reason

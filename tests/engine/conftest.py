@@ -2,10 +2,16 @@ import pytest
 import torch
 from torch import nn
 
+from stablekd_fast.capture import make_runner
+from stablekd_fast.checkpoint import load_optimizer_tensors, optimizer_tensors
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.data import open_dataset
+from stablekd_fast.data import Batch, open_dataset
 from stablekd_fast.distiller import Distiller
-from stablekd_fast.schedule import Optimizer
+from stablekd_fast.schedule import Optimizer, PlannedStage
+from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.teacher import LiveTeacher, Relay
+
+CPU = torch.device("cpu")
 
 
 def small_net(depth: int, seed: int) -> nn.Sequential:
@@ -23,6 +29,96 @@ def small_net(depth: int, seed: int) -> nn.Sequential:
 @pytest.fixture(name="small_net")
 def small_net_fixture():
     return small_net
+
+
+def random_batch(seed: int, count: int = 8, size: int = 8, classes: int = 10) -> Batch:
+    """Images and labels by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, size, size, generator=generator)
+    return Batch(torch.arange(count), 0, images, torch.randint(0, classes, (count,), generator=generator))
+
+
+@pytest.fixture(name="random_batch")
+def random_batch_fixture():
+    return random_batch
+
+
+def settled(teacher: nn.Module, size: int = 8) -> nn.Module:
+    """In eval mode with batch-norm statistics of random images, as a trained teacher's: with those of a new network its
+    activations fade from layer to layer, and aligning to them diverges."""
+    with torch.no_grad(), torch.random.fork_rng():
+        for seed in range(30):
+            teacher.train()(random_batch(seed, 32, size).images)
+    return teacher.eval()
+
+
+@pytest.fixture(name="settled")
+def settled_fixture():
+    return settled
+
+
+def train_stages(mode, paired, aims, stages, batches, ema=0.9, loss_scale=None, seed=5):
+    """Train through stages that have `steps`, as the engine does, taking the batches in turn.
+
+    All that the steps keep (weights, buffers, optimizer states, losses, loss scales, averages), copied at the end of each
+    stage. `loss_scale`: where float16 begins; the engine's own beginning skips most of a few steps.
+    """
+    average = None if ema is None else {name: p.detach().clone() for name, p in paired.student.named_parameters()}
+    seen, moments, first = [], {}, 0
+    torch.manual_seed(seed)
+    for stage in stages:
+        nn.ModuleList([paired.student, *paired.student_blocks]).train()
+        planned = PlannedStage(stage, first, first + stage.steps)
+        inputs, live = StageInputs(), LiveTeacher(paired, mode, fall_back=False)
+        rates = Rates.of_stage(planned, ema, CPU)
+        steps = [
+            GroupStep(paired, group, aims, stage.optimizer, inputs, rates=rates, history=stage.steps, ema=average)
+            for group in stage.groups
+        ]
+        if stage.optimizer_state == "carry":
+            for step in steps:
+                load_optimizer_tensors("optimizer", step.parameters, step.optimizer, moments)
+        for step in steps:
+            if loss_scale is not None and step.loss_scale is not None:
+                step.loss_scale.scale.fill_(loss_scale)
+        runner, wanted = None, aims.teacher_outputs(stage.groups, len(paired.cuts))
+        for turn in range(planned.first, planned.last):
+            load_batch(inputs, Relay(paired, live), wanted, batches[turn % len(batches)])
+            if runner is None:
+                state = [tensor for step in steps for tensor in step.state()]
+                runner = make_runner(mode, [step.run for step in steps], state, CPU, fall_back=False)
+            runner.run()
+        seen += [tensor.detach().clone() for step in steps for tensor in step.state()]
+        for step in steps:
+            moments |= optimizer_tensors("optimizer", step.parameters, step.optimizer)
+        runner.close()
+        live.close()
+        first = planned.last
+    return seen
+
+
+@pytest.fixture
+def one_thread():
+    """So small networks are no faster with more, and where another process needs a core they are far slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(name="train_stages")
+def train_stages_fixture(one_thread):
+    return train_stages
+
+
+def same_bits(one, other) -> bool:
+    """Whether two lists of tensors agree. A NaN agrees with nothing: a run that diverged shows nothing."""
+    return len(one) == len(other) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other))
+
+
+@pytest.fixture(name="same_bits")
+def same_bits_fixture():
+    return same_bits
 
 
 @pytest.fixture(scope="session")

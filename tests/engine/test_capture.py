@@ -11,7 +11,7 @@ from stablekd_fast.capture import EagerRunner, EmulatedRunner, make_runner, pick
 from stablekd_fast.errors import CaptureError, ConfigError
 from stablekd_fast.objectives import objective
 from stablekd_fast.precision import Precision
-from stablekd_fast.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
+from stablekd_fast.schedule import Optimizer, Stage, merge_neighbours
 from stablekd_fast.step import IMAGES, LABELS, GroupStep, Objectives, Rates, StageInputs, load_batch, output_key
 from stablekd_fast.teacher import LiveTeacher, Relay
 
@@ -28,15 +28,6 @@ STEPS = 36
 """Of each of three stages: 108 in all."""
 
 
-class Batch:
-    """What `load_batch` needs of one."""
-
-    def __init__(self, seed):
-        generator = torch.Generator().manual_seed(seed)
-        self.images = torch.randn(8, 3, 8, 8, generator=generator)
-        self.labels = torch.randint(0, 10, (8,), generator=generator)
-
-
 def net(depth, seed, dropout=0.0):
     torch.manual_seed(seed)
     stages = []
@@ -48,65 +39,49 @@ def net(depth, seed, dropout=0.0):
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 
-def pair(precision="fp32", dropout=0.0):
-    paired = pair_blocks(net(2, 1).eval(), net(1, 2, dropout), Batch(0).images, ["0", "1", "2"])
-    paired.precision = Precision(precision)
-    return paired
+@pytest.fixture
+def pair(random_batch, settled):
+    def make(precision="fp32", dropout=0.0):
+        paired = pair_blocks(settled(net(2, 1)), net(1, 2, dropout), random_batch(0).images, ["0", "1", "2"])
+        paired.precision = Precision(precision)
+        return paired
+
+    return make
 
 
-def train(mode, optimizer, precision="fp32", aims=None, dropout=0.0, ema=0.9, steps=STEPS):
-    """Three stages, merging in between; all weights, buffers, states and losses at the end."""
-    paired, seen = pair(precision, dropout), []
-    aims = aims or Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
-    average = {name: p.detach().clone() for name, p in paired.student.named_parameters()}
-    torch.manual_seed(5)
-    stages = merge_neighbours(4) if aims.align != "none" else [[[0, 1, 2, 3]]]
-    for number, groups in enumerate(stages):
-        nn.ModuleList(paired.student_blocks).train()
-        planned = PlannedStage(Stage(groups, steps=steps, optimizer=optimizer), number * steps, (number + 1) * steps)
-        inputs, live = StageInputs(), LiveTeacher(paired, mode, fall_back=False)
-        rates = Rates.of_stage(planned, ema, CPU)
-        made = [
-            GroupStep(paired, group, aims, optimizer, inputs, rates=rates, history=steps, ema=average) for group in groups
-        ]
-        runner = None
-        for turn in range(planned.first, planned.last):
-            load_batch(inputs, Relay(paired, live), aims.teacher_outputs(groups, 3), Batch(turn % 7))
-            if runner is None:
-                state = [tensor for step in made for tensor in step.state()]
-                runner = make_runner(mode, [step.run for step in made], state, CPU, fall_back=False)
-            runner.run()
-        seen += [tensor.clone() for step in made for tensor in step.state()]
-        runner.close()
-        live.close()
-    return seen
+@pytest.fixture
+def train(pair, train_stages, random_batch):
+    """Three stages, merging in between; all weights, buffers, states and losses at the end of each."""
 
+    def run(mode, optimizer, precision="fp32", aims=None, dropout=0.0, steps=STEPS):
+        aims = aims or Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
+        groupings = merge_neighbours(4) if aims.align != "none" else [[[0, 1, 2, 3]]]
+        stages = [Stage(groups, steps=steps, optimizer=optimizer) for groups in groupings]
+        return train_stages(mode, pair(precision, dropout), aims, stages, [random_batch(seed) for seed in range(7)])
 
-def assert_same_bits(one, other):
-    assert len(one) == len(other)
-    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(one, other))
+    return run
 
 
 @pytest.mark.parametrize("optimizer, precision", [(o, "fp32") for o in OPTIMIZERS] + [("adamw", "bf16"), ("sgd cycled", "fp16")])
-def test_replayed_records_give_the_bits_of_eager_steps(optimizer, precision):
+def test_replayed_records_give_the_bits_of_eager_steps(train, same_bits, optimizer, precision):
     """Over 108 steps, with rates that cycle and merges in between."""
     eager, emulated = (train(mode, OPTIMIZERS[optimizer], precision) for mode in ("eager", "emulate"))
-    assert_same_bits(eager, emulated)
+    assert same_bits(eager, emulated)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("align", ["none", "ends", "all"])
 @pytest.mark.parametrize("optimizer, precision", list(itertools.product(OPTIMIZERS, PRECISIONS)))
-def test_all_combinations_replay_to_the_bits_of_eager_steps(optimizer, precision, align, dropout):
+def test_all_combinations_replay_to_the_bits_of_eager_steps(train, same_bits, optimizer, precision, align, dropout):
     aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), align)
     eager, emulated = (train(mode, OPTIMIZERS[optimizer], precision, aims, dropout) for mode in ("eager", "emulate"))
-    assert_same_bits(eager, emulated)
+    assert same_bits(eager, emulated)
 
 
-def test_random_numbers_are_drawn_anew_by_every_replay():
+def test_random_numbers_are_drawn_anew_by_every_replay(train, same_bits):
     eager, emulated = (train(mode, OPTIMIZERS["adamw"], dropout=0.3, steps=10) for mode in ("eager", "emulate"))
-    assert_same_bits(eager, emulated)
+    assert same_bits(eager, emulated)
     assert not all(torch.equal(a, b) for a, b in zip(eager, train("eager", OPTIMIZERS["adamw"], steps=10)))
 
 
@@ -118,8 +93,8 @@ def test_random_numbers_are_drawn_anew_by_every_replay():
     ],
     ids=["logits alone", "labels alone at the head"],
 )
-def test_objectives_without_labels_or_logits_replay_too(aims):
-    assert_same_bits(*(train(mode, OPTIMIZERS["adamw"], aims=aims, steps=5) for mode in ("eager", "emulate")))
+def test_objectives_without_labels_or_logits_replay_too(train, same_bits, aims):
+    assert same_bits(*(train(mode, OPTIMIZERS["adamw"], aims=aims, steps=5) for mode in ("eager", "emulate")))
 
 
 # Whole runs.
@@ -149,26 +124,26 @@ def test_a_compiled_run_stays_close_to_an_eager_one(make):
 # Capturing changes nothing.
 
 
-def test_making_a_runner_leaves_weights_statistics_moments_and_random_state_alone():
+def test_making_a_runner_leaves_weights_statistics_moments_and_random_state_alone(pair, random_batch, same_bits):
     paired, inputs = pair(dropout=0.5), StageInputs()
     aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
-    load_batch(inputs, Relay(paired), aims.teacher_outputs([[0, 1, 2, 3]], 3), Batch(0))
+    load_batch(inputs, Relay(paired), aims.teacher_outputs([[0, 1, 2, 3]], 3), random_batch(0))
     nn.ModuleList(paired.student_blocks).train()
     step = GroupStep(paired, [0, 1, 2, 3], aims, Optimizer(), inputs, rates=Rates.constant(0.1))
     before, random = [tensor.detach().clone() for tensor in step.state()], torch.get_rng_state()
     runner = EmulatedRunner([step.run], step.state(), CPU)
-    assert_same_bits(before, step.state())
+    assert same_bits(before, step.state())
     assert torch.equal(random, torch.get_rng_state())
     runner.run()
     assert not all(torch.equal(a, b) for a, b in zip(before, step.state()))
     runner.close()
 
 
-def test_state_names_everything_that_a_step_changes():
+def test_state_names_everything_that_a_step_changes(pair, random_batch):
     """A tensor missing from `state` would carry warm-up steps into training."""
     paired, inputs = pair("fp16"), StageInputs()
     aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
-    load_batch(inputs, Relay(paired), aims.teacher_outputs([[0, 1, 2, 3]], 3), Batch(0))
+    load_batch(inputs, Relay(paired), aims.teacher_outputs([[0, 1, 2, 3]], 3), random_batch(0))
     average = {name: p.detach().clone() for name, p in paired.student.named_parameters()}
     step = GroupStep(
         paired, [0, 1, 2, 3], aims, OPTIMIZERS["sgd cycled"], inputs, rates=Rates.constant(0.1), ema=average
@@ -212,6 +187,12 @@ class Toy:
     def with_a_shape_that_depends_on_data(self):
         self.weight -= self.buffer[self.buffer > 0].sum()
 
+    def writing_where_a_mask_says(self):
+        self.weight[self.buffer > 0] = 1.0
+
+    def with_numbers_as_an_index(self):
+        self.weight -= self.lr * (self.weight - self.buffer)[torch.arange(3, -1, -1)]
+
     def comparing_on_the_host(self):
         if not torch.equal(self.weight, self.buffer):
             self.good()
@@ -236,8 +217,9 @@ def follow(name, mode, *, reallocate=False, adopt=False):
     return toy.weight
 
 
-def test_a_sound_step_replays():
-    assert torch.equal(follow("good", "eager"), follow("good", "emulate"))
+@pytest.mark.parametrize("step", ["good", "with_numbers_as_an_index"])
+def test_a_sound_step_replays(step):
+    assert torch.equal(follow(step, "eager"), follow(step, "emulate"))
 
 
 @pytest.mark.parametrize("fault", ["with_a_python_rate", "with_a_tensor_made_of_a_python_rate"])
@@ -255,6 +237,7 @@ def test_an_adopted_buffer_of_the_caller_shows_as_a_difference():
         ("reading_the_host", "_local_scalar_dense"),
         ("branching_on_data", "_local_scalar_dense"),
         ("with_a_shape_that_depends_on_data", "index"),
+        ("writing_where_a_mask_says", "index_put_"),
         ("comparing_on_the_host", "aten.equal"),
     ],
 )
@@ -327,22 +310,22 @@ def test_what_was_restored_is_as_before_even_after_an_error():
 # The teacher.
 
 
-def test_a_captured_teacher_gives_the_live_teacher_s_bits_and_never_keeps_a_caller_s_tensor():
+def test_a_captured_teacher_gives_the_live_teacher_s_bits_and_never_keeps_a_caller_s_tensor(pair, random_batch):
     paired = pair()
     live = LiveTeacher(paired, "emulate", fall_back=False)
     for seed, wanted in itertools.product(range(5), ({0, 2}, {3})):
-        images = Batch(seed).images
+        images = random_batch(seed).images
         for _ in range(3):
             expected = paired.teacher_outputs(images, wanted)
             found = live.outputs(images, wanted)
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[k], expected[k]) for k in wanted)
-        assert torch.equal(images, Batch(seed).images)
+        assert torch.equal(images, random_batch(seed).images)
     live.close()
 
 
-def test_a_captured_teacher_goes_on_from_what_is_known():
-    paired, images = pair(), Batch(0).images
+def test_a_captured_teacher_goes_on_from_what_is_known(pair, random_batch):
+    paired, images = pair(), random_batch(0).images
     expected = paired.teacher_outputs(images)
     live = LiveTeacher(paired, "emulate", fall_back=False)
     for _ in range(3):
@@ -353,10 +336,10 @@ def test_a_captured_teacher_goes_on_from_what_is_known():
     assert not torch.equal(again[3], expected[3])
 
 
-def test_inputs_are_copied_and_their_layout_is_checked():
+def test_inputs_are_copied_and_their_layout_is_checked(random_batch):
     from stablekd_fast.errors import TrainingError
 
-    inputs, images = StageInputs(), Batch(0).images
+    inputs, images = StageInputs(), random_batch(0).images
     inputs.load(IMAGES, images)
     images.zero_()
     assert inputs[IMAGES].abs().sum() > 0

@@ -1,0 +1,50 @@
+"""A few of many combinations in which every pair of values that occurs still occurs together."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Hashable, Iterable
+from itertools import combinations, product
+from typing import TypeVar
+
+Job = TypeVar("Job", bound=Hashable)
+
+_CANDIDATES = 60
+
+
+def covering_sample(
+    jobs: Iterable[Job],
+    pairs: Callable[[Job], Collection[Hashable]],
+    draw: random.Random | None = None,
+    price: Callable[[Job], float] = lambda job: 1.0,
+) -> list[Job]:
+    """Few of `jobs` with all the `pairs` of all of them. The choice is the same on every run.
+
+    Greedy: of some random jobs the one with most new pairs for its price comes next.
+    """
+    draw, chosen = draw or random.Random(0), []
+    left = {job: set(pairs(job)) for job in jobs}
+    while left:
+        job = max(draw.sample(list(left), min(_CANDIDATES, len(left))), key=lambda one: len(left[one]) / price(one))
+        new = left.pop(job)
+        chosen.append(job)
+        left = {other: rest for other, own in left.items() if (rest := own - new)}
+    return chosen
+
+
+def covering_levels(
+    *factors: Collection[Hashable], among: int = 2000, price: Callable[[tuple], float] = lambda levels: 1.0
+) -> list[tuple]:
+    """Few of all combinations of the factors' levels, with every pair of levels of two factors in one of them.
+
+    Chosen from `among` random combinations where there are more.
+    """
+    everything = list(product(*factors))
+    if len(everything) > among:
+        everything = random.Random(0).sample(everything, among)
+    return covering_sample(everything, level_pairs, price=price)
+
+
+def level_pairs(levels: tuple) -> set:
+    """The pairs of levels in one combination."""
+    return set(combinations(enumerate(levels), 2))
