@@ -18,6 +18,8 @@ from stablekd_fast.schedule import Optimizer, Stage, merge_neighbours
 from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AIMS = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
