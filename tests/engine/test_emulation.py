@@ -32,7 +32,10 @@ def resnet(blocks):
 
 
 def vit(layers):
-    return VisionTransformer(SIZE, 8, layers, 2, 32, 64, num_classes=CLASSES)
+    """A new one's classifier is zero: teacher and student would agree from the start."""
+    network = VisionTransformer(SIZE, 8, layers, 2, 32, 64, num_classes=CLASSES)
+    torch.nn.init.normal_(network.heads.head.weight, std=0.1)
+    return network
 
 
 def swin(layers):

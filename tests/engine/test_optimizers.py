@@ -14,6 +14,8 @@ from stablekd_fast.schedule import Optimizer
 from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 20
 
 
