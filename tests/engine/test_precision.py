@@ -14,7 +14,7 @@ from stablekd_fast.checkpoint import load_metadata
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.objectives import objective
 from stablekd_fast.precision import LossScale, Precision, pick_precision, seconds_per_pass
-from stablekd_fast.schedule import Optimizer, Stage, merge_neighbours
+from stablekd_fast.schedule import Optimizer, Stage
 from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
@@ -282,7 +282,7 @@ def recording(update, scales):
 
 def test_an_optimizer_that_cannot_skip_is_refused(parts, monkeypatch):
     """Such as AdamW by its foreach implementation, which a CPU does not have: torch's plain one stands for it."""
-    plain = lambda settings, parameters, lr, momentum: torch.optim.AdamW(parameters, foreach=True)  # noqa: E731
+    plain = lambda settings, parameters, lr, momentum: torch.optim.AdamW(parameters, foreach=True)
     monkeypatch.setattr("stablekd_fast.step.build_optimizer", plain)
     parts("bf16", Optimizer("adamw"))
     with pytest.raises(ConfigError, match="precision=fp16.*AdamW.*cannot skip a step.*implementation=auto.*bf16"):
