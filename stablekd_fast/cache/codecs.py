@@ -2,8 +2,9 @@
 
 Activations: `fp32`, `bf16`, `int8` and `fp8` (e4m3), the last two with a float32 scale per sample and channel. Logits:
 `fp32`, `fp16`, or the `topK` largest (`top10`) as float16 with the rest's total, spread evenly when they are read.
-Rows keep the memory order of the tensor that they came from, so that reading makes no transposed copy and a network
-meets the same layout as with the live teacher.
+`fp32` is exact: what the teacher computed in 16 bits is stored in those 16 bits. Rows come back in the dtype and keep
+the memory order of the tensor that they came from, so that a network meets what it meets with the live teacher, and
+reading makes no transposed copy.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The stored form of float32 tensors `[N, *shape]`.
+    """The stored form of tensors `[N, *shape]` of one `dtype`.
 
     `channels_last`: `[N, C, H, W]` lies in memory as `[N, H, W, C]`, and is stored so.
     """
@@ -37,21 +38,27 @@ class RowFormat:
     shape: tuple[int, ...]
     channel_axis: int = 1
     channels_last: bool = False
+    dtype: torch.dtype = torch.float32
 
     @staticmethod
     def of(codec: str, example: Tensor, channel_axis: int = 1) -> RowFormat:
         """For tensors shaped and laid out like `example` `[N, ...]`."""
         last = example.dim() == 4 and example.is_contiguous(memory_format=torch.channels_last)
-        return RowFormat(codec, tuple(example.shape[1:]), channel_axis, last and not example.is_contiguous())
+        keeps_order = last and not example.is_contiguous()
+        return RowFormat(codec, tuple(example.shape[1:]), channel_axis, keeps_order, example.dtype)
 
     @property
     def lossless(self) -> bool:
-        return self.codec == "fp32"
+        return self.codec in _PLAIN and self._plain_dtype == self.dtype
+
+    @property
+    def _plain_dtype(self) -> torch.dtype:
+        return self.dtype if self.codec == "fp32" else _PLAIN[self.codec]
 
     @property
     def parts(self) -> tuple[Part, ...]:
         if self.codec in _PLAIN:
-            return (Part("rows", _PLAIN[self.codec], self._stored_shape),)
+            return (Part("rows", self._plain_dtype, self._stored_shape),)
         if self.codec in _EIGHT_BITS:
             scales = Part("scales", torch.float32, (self.shape[self._channel - 1],))
             return (Part("rows", _EIGHT_BITS[self.codec], self._stored_shape), scales)
@@ -70,24 +77,24 @@ class RowFormat:
     def encode(self, values: Tensor) -> list[Tensor]:
         """Contiguous parts `[N, ...]` on the device of `values` `[N, *shape]`."""
         if self.codec in _PLAIN:
-            return [self._to_memory_order(values).to(_PLAIN[self.codec]).contiguous()]
+            return [self._to_memory_order(values).to(self._plain_dtype).contiguous()]
         if self.codec in _EIGHT_BITS:
             codes, scales = self._quantize(values)
             return [self._to_memory_order(codes).contiguous(), scales.contiguous()]
-        top, indices = values.topk(top_of(self.codec), dim=1)
-        rest = values.scatter(1, indices, -math.inf).logsumexp(1, keepdim=True)
+        top, indices = values.float().topk(top_of(self.codec), dim=1)
+        rest = values.float().scatter(1, indices, -math.inf).logsumexp(1, keepdim=True)
         return [top.half(), indices.to(self.parts[1].dtype), rest]
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """float32 `[N, *shape]` on the device of the parts."""
+        """`[N, *shape]` in the tensors' own dtype, on the device of the parts."""
         if self.codec in _PLAIN:
-            return self._from_memory_order(parts[0]).float()
+            return self._from_memory_order(parts[0]).to(self.dtype)
         if self.codec in _EIGHT_BITS:
             return self._dequantize(self._from_memory_order(parts[0]), parts[1])
         top, indices, rest = parts
         others = self.shape[0] - top.shape[1]
         values = (rest - math.log(others)).expand(-1, self.shape[0]) if others else rest.new_zeros(len(top), self.shape[0])
-        return values.scatter(1, indices.long(), top.float())
+        return values.scatter(1, indices.long(), top.float()).to(self.dtype)
 
     @property
     def _stored_shape(self) -> tuple[int, ...]:
@@ -108,7 +115,7 @@ class RowFormat:
         return kernels.quantize_rows(values, _EIGHT_BITS[self.codec], channel_axis=self._channel)
 
     def _dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
-        return kernels.dequantize_rows(codes, scales, channel_axis=self._channel)
+        return kernels.dequantize_rows(codes, scales, self.dtype, channel_axis=self._channel)
 
 
 def top_of(codec: str) -> int:

@@ -54,6 +54,19 @@ def test_logits_keep_the_largest_and_the_rest_s_weight():
     assert torch.equal(everything.decode(everything.encode(logits)), logits.half().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "fp8", "top4"])
+def test_what_a_teacher_computes_in_16_bits_comes_back_in_them(codec, dtype):
+    values = torch.randn(4, 6).to(dtype) if codec == "top4" else LAYOUTS["channels last"][0].to(dtype)
+    form = RowFormat.of(codec, values)
+    back = form.decode(form.encode(values))
+    assert back.dtype == dtype and back.stride() == values.stride()
+    exact = codec == "fp32" or (codec == "bf16" and dtype == torch.bfloat16)
+    assert form.lossless == exact
+    if exact:
+        assert torch.equal(back, values) and form.row_bytes == 2 * values[0].numel()
+
+
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "fp8", "top10"])
 def test_on_a_gpu_everything_stays_there(codec):
     with FakeTensorMode():

@@ -83,6 +83,15 @@ def test_an_exact_cache_gives_the_bits_of_the_live_teacher(run, disk, tmp_path):
     assert report["live_batches"] == 0 and set(report["rows"].values()) == {256}
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_exact_cache_gives_the_bits_of_a_teacher_in_16_bits(run, disk, precision):
+    live, _ = run("live", epochs=6.0, precision=precision)
+    filling, _ = run("filling", cache=disk(), epochs=6.0, precision=precision)
+    found, ran = run("found", cache=disk(), epochs=6.0, precision=precision)
+    assert same(live, filling) and same(live, found)
+    assert ran == [1] * 4
+
+
 @pytest.mark.parametrize(
     "codecs", [{"codecs": ["bf16"]}, {"codecs": ["int8"], "logits": "fp16"}, {"codecs": ["fp8"], "logits": "top5"}], ids=str
 )
