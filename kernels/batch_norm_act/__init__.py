@@ -66,6 +66,7 @@ def _setup_context(ctx, inputs, output) -> None:
     y, mean, variance = output
     ctx.with_residual, ctx.relu = residual is not None, relu
     ctx.mark_non_differentiable(mean, variance)
+    ctx.set_materialize_grads(False)  # zeros would be made for the two
     ctx.save_for_backward(x, y if relu else None, weight, mean, variance)
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.checkpoint import load_tensors
@@ -83,11 +84,26 @@ def test_an_exact_cache_gives_the_bits_of_the_live_teacher(run, disk, tmp_path):
     assert report["live_batches"] == 0 and set(report["rows"].values()) == {256}
 
 
+class Halved(nn.Module):
+    """A residual stage: its sum is rounded to 16 bits only if what comes in has 16 bits."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x)) + F.avg_pool2d(x, 2))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_an_exact_cache_gives_the_bits_of_a_teacher_in_16_bits(run, disk, precision):
-    live, _ = run("live", epochs=6.0, precision=precision)
-    filling, _ = run("filling", cache=disk(), epochs=6.0, precision=precision)
-    found, ran = run("found", cache=disk(), epochs=6.0, precision=precision)
+    def student():
+        plain = net(1, 2)
+        return nn.Sequential(*plain[:2], Halved(16), *plain[3:])
+
+    live, _ = run("live", student=student(), epochs=6.0, precision=precision)
+    filling, _ = run("filling", student=student(), cache=disk(), epochs=6.0, precision=precision)
+    found, ran = run("found", student=student(), cache=disk(), epochs=6.0, precision=precision)
     assert same(live, filling) and same(live, found)
     assert ran == [1] * 4
 
