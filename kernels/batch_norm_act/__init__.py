@@ -70,7 +70,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, y if relu else None, weight, mean, variance)
 
 
-def _backward(ctx, gradient: Tensor, *_):
+def _backward(ctx, gradient: Tensor | None, *_):
+    if gradient is None:
+        return (None,) * 6
     x, y, weight, mean, variance = ctx.saved_tensors
     keeps = ctx.with_residual and ctx.relu  # without ReLU the residual's gradient is the one that came
     of_x, of_weight, of_bias, kept = torch.ops.stablekd.batch_norm_act_backward(
