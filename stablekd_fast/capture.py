@@ -98,7 +98,9 @@ class CompiledRunner(EagerRunner):
     def run(self) -> list[Any]:
         if self._started:
             return super().run()
-        with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+        settings = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+        with settings.patch({limit: _RECOMPILE_LIMIT}):
             results = super().run()
         self._started = True
         return results
