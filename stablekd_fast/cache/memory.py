@@ -17,6 +17,11 @@ def listed(table: Tensor, rows: Tensor) -> Tensor:
     return known & (table[torch.where(known, rows, 0)] >= 0) if len(table) else known
 
 
+def _indexable(values: Tensor) -> Tensor:
+    """The same memory; torch 2.6 cannot index 8-bit floats on a CPU."""
+    return values.view(torch.uint8) if values.dtype.itemsize == 1 else values
+
+
 class MemoryRows:
     """Room for `capacity` rows on `device`. Raises CacheFull if the device does not have it."""
 
@@ -49,7 +54,7 @@ class MemoryRows:
         kept = fresh[: self.capacity - self.used]
         place = slice(self.used, self.used + len(kept))
         for stored, values in zip(self._parts, parts):
-            stored[place] = values[kept.to(values.device)].to(self.device)
+            _indexable(stored)[place] = _indexable(values)[kept.to(values.device)].to(self.device)
         self._slots[rows[kept]] = torch.arange(place.start, place.stop)
         self.used += len(kept)
         if len(kept) < len(fresh):
@@ -58,7 +63,7 @@ class MemoryRows:
     def gather(self, rows: Tensor) -> list[Tensor]:
         """The rows in that order, one tensor `[N, ...]` per part, on the device of the store."""
         slots = self._slots[rows].to(self.device, non_blocking=True)
-        return [part.index_select(0, slots) for part in self._parts]
+        return [_indexable(part).index_select(0, slots).view(part.dtype) for part in self._parts]
 
     def close(self) -> None:
         """Let go of the memory."""
