@@ -23,7 +23,7 @@ import torch._inductor.config
 from torch import Tensor
 
 from stablekd_fast.errors import StableKDError
-from stablekd_fast.memory import keep_freed_memory
+from stablekd_fast.memory import keep_freed_memory, no_garbage_collection
 from stablekd_fast.report import machine
 
 Result = Tensor | Sequence[Tensor]
@@ -151,7 +151,8 @@ def time_rounds(
     shuffle = random.Random(seed).shuffle
     calls = [1] * len(contenders)
     seconds: list[list[float]] = [[] for _ in contenders]
-    with _no_garbage_collection():
+    gc.collect()
+    with no_garbage_collection():
         for number in range(-WARM_UP_ROUNDS, rounds):
             order = list(range(len(contenders)))
             shuffle(order)
@@ -258,15 +259,3 @@ def _half_interquartile_range(values: list[float]) -> float:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / 2
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

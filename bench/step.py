@@ -98,11 +98,12 @@ class Contest:
             "ours, cache, emulated": self.ours("emulate"),
             "ours, cache, norms apart": self.ours(fused=False),
         }
-        for precision in ("fp32", "bf16") if cpu_has_bf16() else ("fp32",):
-            name = "ours, cache" if precision == "fp32" else f"ours, cache, {precision}"
-            found.setdefault(name, self.ours(precision=precision))
+        if compiled:
+            found["ours, cache, compiled"] = self.ours("compile")
+        if cpu_has_bf16():
+            found["ours, cache, bf16"] = self.ours(precision="bf16")
             if compiled:
-                found[f"{name}, compiled"] = self.ours("compile", precision=precision)
+                found["ours, cache, bf16, compiled"] = self.ours("compile", precision="bf16")
         return found
 
 

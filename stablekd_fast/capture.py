@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from stablekd_fast.emulator import Operation, Recorder, Watch, replay
 from stablekd_fast.errors import CaptureError, ConfigError
+from stablekd_fast.memory import no_garbage_collection
 
 CAPTURES = ("auto", "eager", "cudagraph", "compile", "emulate")
 CAPTURED = ("cudagraph", "emulate")
@@ -142,7 +142,7 @@ class GraphRunner:
             # Threads that load data call CUDA too: only this one's calls are checked.
             with (
                 _own_gradients(state),
-                _no_collection(),
+                no_garbage_collection(),  # it might destroy another graph or wait for an event
                 torch.cuda.graph(self._graph, stream=streams[0], capture_error_mode="thread_local"),
                 last,
             ):
@@ -181,18 +181,6 @@ class GraphRunner:
 def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
     """The same streams for every capture: cuBLAS keeps a workspace for each stream that it ever met."""
     return torch.cuda.Stream(device)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """The garbage collector might destroy another graph or wait for an event in the middle of a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _recover(device: torch.device, stream: torch.cuda.Stream) -> None:

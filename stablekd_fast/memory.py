@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import re
 from collections.abc import Callable, Iterator
 
@@ -42,3 +43,15 @@ def watched(place: Callable[[], str], batch_size: int) -> Iterator[None]:
             f"Out of memory in {place()}: could not allocate {size.group(1) if size else 'memory'} with batch size "
             f"{batch_size}. Try --batch-size {max(batch_size // 2, 1)}."
         ) from error
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Python's collector does not run within."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
