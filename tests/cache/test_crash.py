@@ -1,4 +1,4 @@
-"""A real process that fills a store is killed with SIGKILL at random moments, 100 times."""
+"""A real process that fills a store is killed with SIGKILL at random moments, at least 100 times."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ seconds = time.perf_counter() - started
 
 random.seed(0)
 kills, partial, completed, number = 0, 0, 0, 0
-while kills < 100:
+while kills < 100 or partial < 50 or completed < 5:  # how many it takes depends on the machine
     folder, held = Path({folder!r}) / str(number) / "x", 0
     number += 1
     while held < SAMPLES:
@@ -64,4 +64,4 @@ def test_killed_at_random_moments_a_fill_keeps_whole_rows_and_completes(tmp_path
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     counts = json.loads(process.stdout)
-    assert counts["kills"] >= 100 and counts["in the middle"] >= 50 and counts["completed"] >= 5
+    assert min(counts.values()) >= 5, counts
