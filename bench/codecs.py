@@ -13,16 +13,10 @@ import json
 import statistics
 from pathlib import Path
 
-import torch
-
-from stablekd_fast.bench.accuracy import claimed
+from stablekd_fast.bench.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
 from stablekd_fast.cache import CacheSettings
-from stablekd_fast.config import DistillConfig
-from stablekd_fast.distiller import Distiller
-from stablekd_fast.memory import keep_freed_memory
 from stablekd_fast.report import read_events, read_results
-from stablekd_fast.schedule import Optimizer
 
 EXACT = "fp32"
 """With exact logits too; all other codecs come with float16 logits."""
@@ -32,36 +26,14 @@ def folder(arguments, codec: str, seed: int) -> Path:
     return Path(arguments.out) / f"{codec}-{seed}"
 
 
-def run_one(arguments, codec: str, seed: int) -> None:
-    out = folder(arguments, codec, seed)
-    with claimed(out) as mine:
-        if not mine or (out / "results.json").exists():
-            return
-        cache = CacheSettings(
-            plan="all",
-            directory=str(Path(arguments.out) / "cache"),
-            codecs=[codec],
-            logits="fp32" if codec == EXACT else "fp16",
-        )
-        config = DistillConfig(
-            data=arguments.data,
-            teacher=arguments.teacher,
-            teacher_weights=arguments.teacher_weights,
-            student=arguments.student,
-            subset=arguments.subset,
-            validation=0,
-            evaluate_every=0,
-            epochs=arguments.epochs,
-            views=arguments.views,
-            seed=seed,
-            view_seed=0,
-            precision="fp32",
-            optimizer=Optimizer(lr=0.02),
-            cache=cache,
-            out=str(out),
-            resume=(out / "checkpoint.safetensors").exists(),
-        )
-        Distiller(config).run(progress=False)
+def settings_of(arguments, codec: str) -> dict:
+    cache = CacheSettings(
+        plan="all",
+        directory=str(Path(arguments.out) / "cache"),
+        codecs=[codec],
+        logits="fp32" if codec == EXACT else "fp16",
+    )
+    return {"cache": cache, "views": arguments.views, "evaluate_every": 0, "optimizer": {"lr": 0.02}}
 
 
 def losses(out: Path) -> list[float]:
@@ -92,24 +64,15 @@ def rows(arguments) -> list[dict]:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--teacher", default="resnet56")
-    parser.add_argument("--teacher-weights", required=True)
-    parser.add_argument("--student", default="resnet20")
-    parser.add_argument("--subset", type=float, default=10_000)
-    parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--views", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--codecs", nargs="*", default=[EXACT, "bf16", "int8", "fp8"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", help="file for the rows")
-    parser.add_argument("--out", required=True)
+    add_task_arguments(parser, epochs=6, validation=0, batch_size=128)
     arguments = parser.parse_args(words)
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
+    campaign = Campaign(task_of(arguments))
     for seed in range(arguments.seeds):
         for codec in arguments.codecs:
-            run_one(arguments, codec, seed)
+            campaign.run(folder(arguments, codec, seed), settings_of(arguments, codec), seed)
     found = rows(arguments)
     print(json.dumps(found, indent=1))
     if arguments.json:

@@ -1,4 +1,4 @@
-"""Training loops as people write them: the rivals of `stablekd bench step`.
+"""Training loops as people write them: the rivals of `stablekd bench step` and `stablekd bench end-to-end`.
 
 All train with a learning rate of zero, so that their losses can be checked at any time.
 """
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.data import Batch
+from stablekd_fast.objectives.kd import LogitKD
+from stablekd_fast.step import Objectives
 
-TEMPERATURE = 4.0
+TEMPERATURE, KL_WEIGHT = 4.0, LogitKD().kl_weight
 
 
 class Loop:
@@ -33,10 +35,10 @@ def sgd(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
 
 
-def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, kl_weight: float = 1.0) -> Tensor:
     log_q, p = torch.log_softmax(student / TEMPERATURE, 1), torch.softmax(teacher / TEMPERATURE, 1)
     divergence = nn.functional.kl_div(log_q, p, reduction="batchmean")
-    return nn.functional.cross_entropy(student, labels) + TEMPERATURE**2 * divergence
+    return nn.functional.cross_entropy(student, labels) + kl_weight * TEMPERATURE**2 * divergence
 
 
 class OrdinaryKD(Loop):
@@ -109,3 +111,51 @@ class OrdinaryBlockwise(Loop):
             optimizer.step()
             losses.append(loss.detach())
         return losses
+
+
+class OrdinaryStage(Loop):
+    """Any method's step: one pass of the teacher that keeps its features, then each group's forward pass, losses by
+    autograd, backward pass and update. `objectives` says what is aligned to what; the weights are the defaults."""
+
+    def __init__(
+        self, paired: PairedBlocks, groups: list[list[int]], objectives: Objectives, batches: list[Batch], *, bf16: bool = False
+    ) -> None:
+        super().__init__(batches)
+        self.paired, self.groups, self.bf16 = paired, groups, bf16
+        self.use_teacher_logits = objectives.use_teacher_logits
+        self.last = len(paired.cuts)
+        self.aligned = [objectives.aligned_cuts(group, self.last) for group in groups]
+        self.wanted = objectives.teacher_outputs(groups, self.last)
+        blocks = paired.student_blocks
+        nn.ModuleList(blocks).train()
+        self.optimizers = [
+            torch.optim.AdamW([p for k in group for p in blocks[k].parameters()], lr=0.0, weight_decay=0.05) for group in groups
+        ]
+
+    def step(self, batch: Batch) -> list[Tensor]:
+        losses = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            known = self.paired.teacher_outputs(batch.images, self.wanted) if self.wanted else {}
+        for group, aligned, optimizer in zip(self.groups, self.aligned, self.optimizers):
+            entry = known[group[0] - 1] if group[0] else batch.images
+            loss = self._loss(group, aligned, entry, known, batch.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return losses
+
+    def _loss(self, group: list[int], aligned: list[int], x: Tensor, known: dict[int, Tensor], labels: Tensor) -> Tensor:
+        terms = []
+        for k in group:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                x = self.paired.student_blocks[k](x)
+            own = x.float() if self.bf16 else x
+            if k in aligned:
+                target = known[k].to(own.dtype)
+                terms.append(nn.functional.mse_loss(own, target) / target.square().mean())
+            elif k == self.last and self.use_teacher_logits:
+                terms.append(kd_loss(own, known[k].to(own.dtype), labels, KL_WEIGHT))
+            elif k == self.last:
+                terms.append(nn.functional.cross_entropy(own, labels))
+        return torch.stack(terms).sum()

@@ -65,21 +65,32 @@ class Rerun:
 
 
 class Arm:
-    """All decomposed groups of a pair trained side by side, fed by one kind of teacher, their steps run by one mode.
+    """All groups of a stage (by default every block alone) trained side by side, fed by one kind of teacher, their steps
+    run by one mode.
 
     The learning rate is zero, so that every step has the same weights to compute with.
     """
 
-    def __init__(self, paired: PairedBlocks, teacher: Teacher, batches: list[Batch], capture: str = "eager") -> None:
+    def __init__(
+        self,
+        paired: PairedBlocks,
+        teacher: Teacher,
+        batches: list[Batch],
+        capture: str = "eager",
+        *,
+        groups: list[list[int]] | None = None,
+        objectives: Objectives | None = None,
+        optimizer: Optimizer = Optimizer("sgd"),
+    ) -> None:
         self.paired, self.teacher, self.batches, self.turn = paired, teacher, batches, 0
-        self.objectives = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
-        groups, device = [[k] for k in range(len(paired))], batches[0].images.device
+        self.objectives = objectives or Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
+        groups, device = groups or [[k] for k in range(len(paired))], batches[0].images.device
         self.wanted = self.objectives.teacher_outputs(groups, len(paired.cuts))
         self.inputs, rates = StageInputs(device), Rates.constant(0.0, device=device)
         nn.ModuleList(paired.student_blocks).train()
         self.load()
         self.steps = [
-            GroupStep(paired, group, self.objectives, Optimizer("sgd"), self.inputs, rates=rates, compiled=capture == "compile")
+            GroupStep(paired, group, self.objectives, optimizer, self.inputs, rates=rates, compiled=capture == "compile")
             for group in groups
         ]
         state = [tensor for step in self.steps for tensor in step.state()]

@@ -248,8 +248,7 @@ class Distiller:
             if config.student_weights:
                 models.load_weights(student, config.student_weights)
         if config.method == "ce":
-            student = placed(student, self.device)
-            return PairedBlocks(student, student, [student], [student], [], [], [0], [0])
+            return PairedBlocks.without_teacher(placed(student, self.device))
         if teacher is None:
             teacher = self._named_teacher(classes, size)
         teacher, student = placed(teacher, self.device).eval(), placed(student, self.device)

@@ -53,6 +53,11 @@ class PairedBlocks:
     fuses_norms: bool = False
     """Whether the student trains with `fuse_norms`."""
 
+    @classmethod
+    def without_teacher(cls, student: nn.Module) -> PairedBlocks:
+        """The student as its one block, for training from labels alone."""
+        return cls(student, student, [student], [student], [], [], [0], [0])
+
     def __len__(self) -> int:
         return len(self.student_blocks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,29 @@ def _bench_plan(options) -> int:
     return 0
 
 
+def _bench_end_to_end(options) -> int:
+    from stablekd_fast.bench.accuracy import tuned_settings
+    from stablekd_fast.bench.campaign import Task
+    from stablekd_fast.bench.end_to_end import Goal, run_end_to_end
+    from stablekd_fast.bench.output import write_document
+
+    task = Task(**{field.name: options[field.name] for field in dataclasses.fields(Task) if field.name in options})
+    measured = run_end_to_end(
+        task,
+        tuned_settings(Path(options.tuning)) if options.tuning else {},
+        Goal.parse(options.goal),
+        [float(budget) for budget in listed(options.budgets)],
+        listed(options.methods),
+        seeds=options.seeds,
+        rounds=options.rounds,
+        out=Path(options.out),
+        show=print_rows,
+    )
+    if options.json:
+        write_document(Path(options.json), measured, {**vars(options), "data": None, "teacher_weights": None})
+    return 0
+
+
 def _prove_kernels(options) -> int:
     """1 if a kernel spills, is narrower than promised or moves too much."""
     from stablekd_fast.bench.output import write_document
@@ -132,6 +156,7 @@ COMMANDS = {
     "teacher": _bench_teacher,
     "step": _bench_step,
     "plan": _bench_plan,
+    "end-to-end": _bench_end_to_end,
 }
 
 
@@ -168,7 +193,10 @@ def add_commands(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.A
     step.add_argument("--profile", action="store_true", help="where the time of a step goes, instead")
     step.add_argument("--trace", type=str | None, default=None, help="file for a Chrome trace of a profiled step")
 
+    _add_end_to_end(benches["end-to-end"])
+
     helps = {
+        "end-to-end": "epochs, steps and wall seconds until each method reaches one accuracy",
         "kernels": "operators against eager and compiled PyTorch, and against the speed of memory",
         "cache": "rows read in random order, against memory, the disk, and one file per sample",
         "plan": "runs as planned under several budgets, against their predictions",
@@ -178,3 +206,21 @@ def add_commands(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.A
     for name, parser in benches.items():
         chosen.add_subcommand(name, parser, help=helps[name])
     return benches
+
+
+def _add_end_to_end(parser: jsonargparse.ArgumentParser) -> None:
+    for name in ("data", "teacher", "teacher_weights", "student"):
+        parser.add_argument(f"--{name}", type=str, required=True)
+    parser.add_argument("--goal", type=str, default="kd:40", help="METHOD:EPOCHS whose accuracy is to be reached")
+    parser.add_argument("--methods", type=str, default="ce,kd+features,blocks,stablekd", help="with commas between")
+    parser.add_argument("--budgets", type=str, default="2,4,8,16", help="epochs to try, in turn; the goal's come last")
+    parser.add_argument("--tuning", type=str | None, default=None, help="tuning.json of stablekd_fast.bench.accuracy")
+    parser.add_argument("--subset", type=float | None, default=None)
+    parser.add_argument("--validation", type=float, default=0)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--precision", type=str, default="fp32", help="of the engine's runs: fp32, bf16")
+    parser.add_argument("--remember", type=str | None, default=None, help="where to keep the teacher's outputs between runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=str, required=True, help="folder of the runs; finished ones are read, not done again")
+    parser.add_argument("--json", type=str | None, default=None, help="file for all tables, machine and versions")

@@ -1,0 +1,85 @@
+"""`bench end-to-end` in small: methods race to one accuracy, every way to run their steps is checked."""
+
+import json
+
+import pytest
+import torch
+
+from stablekd_fast.bench.core import WrongResult, check
+from stablekd_fast.bench.end_to_end import Goal
+from stablekd_fast.bench.stages import CACHE, LIVE, PLAIN, StageBench
+from stablekd_fast.cli import main
+from stablekd_fast.data import open_dataset
+from stablekd_fast.errors import ConfigError
+
+DECOMPOSED, MERGED = [[0], [1], [2], [3]], [[0, 1, 2, 3]]
+SMALL = ["--validation", "32", "--subset", "128", "--batch_size", "32"]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return StageBench("resnet32", "resnet20", open_dataset("digits"), "fp32", tmp_path_factory.mktemp("rows"))
+
+
+@pytest.mark.parametrize("method, groups", [
+    ("ce", [[0]]), ("kd", MERGED), ("kd+features", MERGED), ("blocks", DECOMPOSED), ("stablekd", DECOMPOSED), ("stablekd", MERGED),
+])  # fmt: skip
+def test_every_way_to_run_a_stage_gives_the_losses_of_float64(bench, method, groups):
+    case = bench.case(method, groups, 16)
+    check(case)
+    ways = {contender.name for contender in case.contenders}
+    assert {PLAIN, LIVE} <= ways and (CACHE in ways) == (method != "ce")
+
+
+def test_a_stage_that_computes_something_else_shows_no_speed(bench):
+    case = bench.case("stablekd", DECOMPOSED, 16)
+    (engine,) = [one for one in case.contenders if one.name == CACHE]
+    with torch.no_grad():
+        engine.call.__self__.paired.student_blocks[1].state_dict()["layer2.0.conv1.weight"][0] += 1
+    with pytest.raises(WrongResult, match=CACHE):
+        check(case)
+
+
+@pytest.fixture(scope="module")
+def race(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("race")
+    teacher = ["distill", "--method", "ce", "--student", "resnet20", "--epochs", "2", *SMALL, "--out", str(folder / "teacher")]
+    assert main(teacher) == 0
+    weights = str(folder / "teacher" / "student.safetensors")
+    words = ["bench", "end-to-end", "--data", "digits", "--teacher", "resnet20", "--teacher_weights", weights]
+    words += ["--student", "resnet20", *SMALL, "--goal", "kd:2", "--budgets", "1,9", "--methods", "ce,stablekd", "--seeds", "2"]
+    words += ["--rounds", "1", "--out", str(folder / "out"), "--json", str(folder / "race.json")]
+    assert main(words) == 0
+    return folder
+
+
+def test_the_smallest_budget_that_reaches_the_target_counts(race):
+    found = json.loads((race / "race.json").read_text())
+    epochs = {row["method"]: row for row in found["epochs"]}
+    assert list(epochs) == ["ce", "stablekd", "kd"]
+    assert epochs["kd"]["epochs"] == 2 and epochs["kd"]["accuracy"] == pytest.approx(100 * found["target"])
+    for row in epochs.values():
+        assert (row["reached"] == "yes") == (row["accuracy"] >= 100 * found["target"])
+        assert row["epochs"] in (1, 2) and row["steps"] == 4 * row["epochs"]
+        assert row["epochs"] == 2 or row["reached"] == "yes", "no smaller budget was enough, and none beyond the goal's is tried"
+
+
+def test_wall_time_is_steps_times_the_seconds_of_a_step(race):
+    found = json.loads((race / "race.json").read_text())
+    seconds = {(row["case"].split(",")[0], row["contender"]): row["median_seconds"] for row in found["rows"]}
+    walls = {row["method"]: row for row in found["wall"]}
+    assert walls["kd"][PLAIN] == pytest.approx(8 * seconds["kd", PLAIN])
+    assert walls["kd"][f"{PLAIN}, times"] == 1.0
+    assert walls["ce"][CACHE] is None and walls["stablekd"][CACHE] > 0
+    assert walls["ce"][f"{LIVE}, times"] == pytest.approx(walls["kd"][PLAIN] / walls["ce"][LIVE])
+
+
+def test_a_second_call_reads_the_finished_runs(race):
+    runs = sorted((race / "out" / "runs").iterdir())
+    assert len(runs) in (6, 8, 10) and all((run / "results.json").exists() for run in runs)
+
+
+@pytest.mark.parametrize("text", ["kd", "kd:", "kd:0", "kd:many", "knowledge:4"])
+def test_a_goal_needs_a_method_and_epochs(text):
+    with pytest.raises(ConfigError, match="METHOD:EPOCHS"):
+        Goal.parse(text)
