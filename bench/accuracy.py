@@ -12,6 +12,7 @@ work.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from stablekd_fast.checkpoint import write_atomically
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.report import read_events, summarise, write_report, write_results
 
-KL_ONLY = {"logits_options": {"kl_weight": 1.0, "ce_weight": 0.0}}
 SGD = {"name": "sgd", "weight_decay": 5e-4, "nesterov": True}
 
 
@@ -33,21 +33,23 @@ CANDIDATES: dict[str, dict[str, dict]] = {
     "kd": {
         "0.01": _lr(0.01),
         "0.02": _lr(0.02),
-        "0.02, batch 128": _lr(0.02, batch_size=128),
         "0.01, batch 32": _lr(0.01, batch_size=32),
-        "0.01, KL only": _lr(0.01, **KL_ONLY),
+        "0.01, KL only": _lr(0.01, logits_options={"kl_weight": 1.0, "ce_weight": 0.0}),
     },
     "kd+features": {
-        "0.01": _lr(0.01),
         "0.02": _lr(0.02),
         "0.04": _lr(0.04),
-        "0.04, batch 128": _lr(0.04, batch_size=128),
+        "0.01, batch 32": _lr(0.01, batch_size=32),
         "0.02, batch 32": _lr(0.02, batch_size=32),
     },
-    "blocks": {"0.03": _lr(0.03)},
-    "stablekd": {"0.02": _lr(0.02), "0.03": _lr(0.03), "0.05": _lr(0.05)},
+    "blocks": {"0.02, batch 32": _lr(0.02, batch_size=32)},
+    "stablekd": {
+        "0.02": _lr(0.02),
+        "0.02, batch 32": _lr(0.02, batch_size=32),
+        "0.03, batch 32": _lr(0.03, batch_size=32),
+    },
 }
-"""At most six settings per method, AdamW unless said."""
+"""At most six settings per method: peak learning rates, of AdamW unless said."""
 
 
 def tune(campaign: Campaign, out: Path, methods: list[str]) -> None:
@@ -73,9 +75,8 @@ def tuned_settings(path: Path) -> dict[str, dict]:
         raise StableKDError(f"{path} holds no tuned settings ({error!r}); give the tuning.json that `accuracy tune` wrote.") from error
 
 
-def test(campaign: Campaign, out: Path, methods: list[str], seeds: int) -> None:
-    """Train the chosen settings with several seeds; write results and report."""
-    tuned = tuned_settings(out / "tuning.json")
+def test(campaign: Campaign, out: Path, tuned: dict[str, dict], methods: list[str], seeds: int) -> list[dict]:
+    """Train the chosen settings with several seeds; write results and report. A row for each method."""
     runs, events = [], {}
     for seed in range(seeds):
         for method in methods:
@@ -86,21 +87,31 @@ def test(campaign: Campaign, out: Path, methods: list[str], seeds: int) -> None:
                 events[f"{method}, seed {seed}"] = read_events(own)
     write_results(out / "results.json", runs)
     write_report(out / "report.html", runs, events, "Methods compared under one budget", baseline="kd")
-    for row in summarise(runs):
-        print(row)
+    return summarise(runs)
+
+
+def test_subsets(campaign: Campaign, out: Path, subsets: list[float], *rest) -> None:
+    """`test` with each number of training images, in a folder of its own where there are several."""
+    for subset in subsets:
+        own = Campaign(dataclasses.replace(campaign.task, subset=subset), campaign.dataset)
+        for row in test(own, out / f"{subset:g}" if len(subsets) > 1 else out, *rest):
+            print({"subset": subset, **row})
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tune", "test"])
     parser.add_argument("--methods", nargs="*", choices=list(CANDIDATES), default=list(CANDIDATES))
+    parser.add_argument("--tuning", help="the tuning.json to test; by default that in the output folder")
+    parser.add_argument("--subsets", nargs="*", type=float, help="test with each of these numbers of training images")
     add_task_arguments(parser)
     arguments = parser.parse_args(words)
     campaign, out = Campaign(task_of(arguments)), Path(arguments.out)
     if arguments.what == "tune":
         tune(campaign, out, arguments.methods)
     else:
-        test(campaign, out, arguments.methods, arguments.seeds)
+        tuned = tuned_settings(Path(arguments.tuning or out / "tuning.json"))
+        test_subsets(campaign, out, arguments.subsets or [arguments.subset], tuned, arguments.methods, arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from stablekd_fast.assemble import split_training_images
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.data import open_dataset
+from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.distiller import Distiller
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.memory import keep_freed_memory
@@ -76,9 +76,9 @@ def task_of(arguments: argparse.Namespace) -> Task:
 class Campaign:
     """Runs of one task; their data set is opened once."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, dataset: Dataset | None = None) -> None:
         self.task = task
-        self.dataset = open_dataset(task.data)
+        self.dataset = dataset or open_dataset(task.data)
 
     def run(self, out: Path, settings: dict, seed: int, *, tuning: bool = False) -> dict | None:
         """Train one setting unless it is done; its row, or None while another process is at it.

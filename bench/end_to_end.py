@@ -74,14 +74,12 @@ class Race:
 
     def runs(self, method: str, epochs: float) -> tuple[list[dict], list[dict]]:
         """A row for each seed, and the stages. Raises ConfigError while another process trains one of them."""
-        rows, settings = [], {**self.settings.get(method, {}), "method": method, "epochs": epochs, "evaluate_every": 0}
-        for seed in range(self.seeds):
-            folder = self.out / "runs" / f"{method}-{epochs:g}-{seed}"
-            row = self.campaign.run(folder, settings, seed)
-            if row is None:
-                raise ConfigError(f"{folder} is being trained by another process; start again when it is done.")
-            rows.append(row)
-        starts = [event for event in read_events(folder) if event["kind"] == "stage_start"]
+        settings = {**self.settings.get(method, {}), "method": method, "epochs": epochs, "evaluate_every": 0}
+        folders = [self.out / "runs" / f"{method}-{epochs:g}-{seed}" for seed in range(self.seeds)]
+        rows = [self.campaign.run(folder, settings, seed) for seed, folder in enumerate(folders)]
+        if None in rows:
+            raise ConfigError(f"{folders[rows.index(None)]} is being trained by another process; start again when it is done.")
+        starts = [event for event in read_events(folders[0]) if event["kind"] == "stage_start"]
         return rows, [{"groups": e["groups"], "steps": e["last_step"] - e["first_step"]} for e in starts]
 
     def reach(self, method: str, budgets: list[float], target: float) -> Reached:

@@ -53,7 +53,7 @@ def _one(dataset, scratch: Path, budget: str, images: int) -> dict:
         epochs=EPOCHS,
         views=VIEWS,
         batch_size=BATCH,
-        bn_batches=1,
+        bn_images=BATCH,
         precision="fp32",
         log_every=1000,
         out=str(scratch / f"run-{budget}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import nn
@@ -54,6 +55,11 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig) -> Train
         view_seed=config.view_seed,
         workers=config.workers,
     )
+
+
+def bn_batches(config: DistillConfig, source: TrainSource) -> int:
+    """Batches for batch-norm statistics, at most an epoch's."""
+    return min(math.ceil(config.bn_images / source.batch_size), source.steps_per_epoch)
 
 
 def eval_source(dataset: Dataset, split: Split, config: DistillConfig) -> EvalSource:

@@ -32,7 +32,7 @@ class DistillConfig:
     subset_seed: int = 0
     validation: float = 0.04
     """Training images held out for the live metric, a count or a fraction; 0 for none."""
-    batch_size: int = 128
+    batch_size: int = 64
     image_size: int | None = None
     views: int | None = None
     """Distinct augmented views per image, reused in turn; None draws a new one each epoch."""
@@ -63,8 +63,9 @@ class DistillConfig:
     ema: float | None = None
     """Decay of a moving average of the student's weights, which is then what is evaluated and exported."""
     cache: CacheSettings = field(default_factory=CacheSettings)
-    bn_batches: int = 16
-    """Training batches over which batch-norm statistics are re-estimated for evaluation and export."""
+    bn_images: int = 2048
+    """Training images over which batch-norm statistics are re-estimated for evaluation and export; 0 leaves them as
+    training left them."""
     device: str = "auto"
     workers: int = 2
     """Threads that decode large images."""
@@ -83,7 +84,7 @@ class DistillConfig:
         for name in ("epochs", "batch_size", "log_every"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must be greater than 0.")
-        for name in ("validation", "bn_batches", "evaluate_every"):
+        for name in ("validation", "bn_images", "evaluate_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must not be negative.")
         if self.subset is not None and self.subset <= 0:

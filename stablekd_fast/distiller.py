@@ -13,6 +13,7 @@ from torch import nn
 
 from stablekd_fast import models
 from stablekd_fast.assemble import (
+    bn_batches,
     copy_head,
     eval_source,
     fingerprint,
@@ -191,7 +192,7 @@ class Distiller:
             checkpoint=checkpoint,
             identity=identity(config) | self._facts(),
             device=self.device,
-            bn_batches=min(config.bn_batches, per_epoch),
+            bn_batches=bn_batches(config, self.source),
             evaluate_every=max(round(config.evaluate_every * per_epoch), 1) if config.evaluate_every else 0,
             checkpoint_every=config.checkpoint_every or per_epoch,
             log_every=config.log_every,

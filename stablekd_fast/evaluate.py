@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast import models
-from stablekd_fast.assemble import eval_source, pick_device, placed, split_training_images, train_source
+from stablekd_fast.assemble import bn_batches, eval_source, pick_device, placed, split_training_images, train_source
 from stablekd_fast.checkpoint import load_tensors
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Batch, open_dataset
@@ -30,21 +31,22 @@ class Metrics:
 
 @torch.no_grad()
 def with_fresh_batch_norm(model: nn.Module, batches: Iterable[Batch], to_device: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of `model` in eval mode whose batch-norm statistics are averages over `batches`.
+    """A copy of `model` in eval mode whose batch-norm statistics are averages over `batches`; without any, its own.
 
     Blocks trained on the teacher's activations hold statistics of those; composed, the student sees its own.
     """
     model = copy.deepcopy(model).eval()
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.track_running_stats]
-    if not norms:
+    norms, batches = [norm for norm in norms if norm.track_running_stats], iter(batches)
+    first = next(batches, None)
+    if not norms or first is None:
         return model
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
         norm.train()
-    for batch in batches:
+    for batch in itertools.chain([first], batches):
         model(to_device(batch.images))
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
@@ -86,7 +88,7 @@ def evaluate_file(
     target = pick_device(device)
     config = DistillConfig(data=data, student=model)
     if run:
-        kept = ("subset", "subset_seed", "validation", "batch_size", "image_size", "seed", "views", "bn_batches")
+        kept = ("subset", "subset_seed", "validation", "batch_size", "image_size", "seed", "views", "bn_images")
         config = DistillConfig(data=data, student=model, **{name: run[name] for name in kept})
     dataset = open_dataset(data, image_size=config.image_size)
     images = eval_source(dataset, getattr(dataset, split), config)
@@ -100,6 +102,6 @@ def evaluate_file(
     network = placed(network, target).eval()
     if run:
         source = train_source(dataset, split_training_images(dataset, config)[0], config)
-        batches = source.batches(0, min(config.bn_batches, source.steps_per_epoch))
+        batches = source.batches(0, bn_batches(config, source))
         network = with_fresh_batch_norm(network, batches, lambda tensor: tensor.to(target))
     return evaluate(network, images.batches(), lambda tensor: tensor.to(target))

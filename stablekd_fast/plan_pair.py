@@ -30,7 +30,7 @@ class PairPlan:
     """Training images."""
     views: int | None = 1
     """Distinct views per image; None for endless new ones."""
-    batch_size: int = 128
+    batch_size: int = 64
     budget_disk: str = "0"
     """Bytes for rows, e.g. 200GB."""
     budget_host: str = "0"

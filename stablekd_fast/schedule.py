@@ -7,13 +7,16 @@ teacher's activation before it; the groups of a later stage are unions of the gr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from stablekd_fast.errors import ConfigError
 
 METHODS = ("stablekd", "kd", "kd+features", "blocks", "ce")
-RECIPES = ("default", "paper", "paper-end-to-end")
+RECIPES = ("default", "progressive", "paper", "paper-end-to-end")
+DECOMPOSED_SHARE, MERGED_LR = 0.75, 0.1
+"""Of the default recipe: the part of the steps in which every block trains alone, and the peak learning rate of the
+merged student relative to that of the blocks. Measured in docs/results/recipe.md."""
 
 
 @dataclass
@@ -172,34 +175,39 @@ def method_stages(method: str, blocks: int, recipe: str = "default", optimizer: 
     """The stages of a method for a network of `blocks` blocks.
 
     `stablekd` decomposes and merges; `blocks` never merges; `kd`, `kd+features` and `ce` train end to end from the
-    start. The recipe `paper` is the schedule of the StableKD authors' earlier draft (Divide and Distill): three equal
-    phases of SGD with one triangular cycle each whose peak halves, never merging the classifier in;
-    `paper-end-to-end` adds a fourth phase that does.
+    start. Recipes of `stablekd`:
+
+    - `default`: every block alone for three quarters of the steps, then all at once end to end, gently.
+    - `progressive`: neighbours merge two by two, in stages of one length whose peak learning rate halves.
+    - `paper`: the schedule of the StableKD authors' earlier draft (Divide and Distill), three phases like those, of SGD
+      with one triangular cycle each, never merging the classifier in.
+    - `paper-end-to-end`: a fourth phase that does.
+
     Raises ConfigError for an unknown method or recipe.
     """
     if method not in METHODS:
         raise ConfigError(f"method {method!r} does not exist; choose one of {', '.join(METHODS)}.")
     if recipe not in RECIPES:
         raise ConfigError(f"recipe {recipe!r} does not exist; choose one of {', '.join(RECIPES)}.")
-    if method in ("kd", "kd+features", "ce"):
-        groupings = [[list(range(blocks))]]
-    elif method == "blocks":
-        groupings = [[[block] for block in range(blocks)]]
-    elif recipe == "default":
-        groupings = merge_neighbours(blocks)
-    else:
-        body = merge_neighbours(blocks - 1)
-        head = [[blocks - 1]]
+    if method != "stablekd":
+        groups = [[block] for block in range(blocks)] if method == "blocks" else [list(range(blocks))]
+        return [Stage(groups, share=1.0, optimizer=optimizer or Optimizer())]
+    if recipe == "default":
+        blocks_lr, apart = optimizer or Optimizer(), merge_neighbours(blocks)[0]
+        merged_lr = replace(blocks_lr, lr=MERGED_LR * blocks_lr.lr)
+        stages = [Stage(apart, share=DECOMPOSED_SHARE, optimizer=blocks_lr)]
+        if blocks == 1:
+            return stages
+        return [*stages, Stage([list(range(blocks))], share=1 - DECOMPOSED_SHARE, optimizer=merged_lr)]
+    groupings = merge_neighbours(blocks)
+    if recipe != "progressive":
+        body, head = merge_neighbours(blocks - 1), [[blocks - 1]]
         groupings = [body[0] + head, body[min(1, len(body) - 1)] + head, body[-1] + head]
         if recipe == "paper-end-to-end":
             groupings.append([list(range(blocks))])
-    return [
-        Stage(groups, share=1.0, optimizer=_stage_optimizer(recipe, optimizer, i)) for i, groups in enumerate(groupings)
-    ]
+    first = optimizer or (Optimizer() if recipe == "progressive" else _PAPER)
+    halved = [replace(first, lr=first.lr / 2**i) for i in range(len(groupings))]
+    return [Stage(groups, share=1.0, optimizer=own) for groups, own in zip(groupings, halved)]
 
 
-def _stage_optimizer(recipe: str, optimizer: Optimizer | None, stage: int) -> Optimizer:
-    """The peak learning rate halves from stage to stage."""
-    paper = Optimizer("sgd", lr=0.5, cycle="triangular", momentum=0.9, momentum_low=0.8, weight_decay=5e-4)
-    base = optimizer or (Optimizer() if recipe == "default" else paper)
-    return Optimizer(**{**vars(base), "lr": base.lr / 2**stage})
+_PAPER = Optimizer("sgd", lr=0.5, cycle="triangular", momentum=0.9, momentum_low=0.8, weight_decay=5e-4)

@@ -1,4 +1,6 @@
-"""torchvision's classification models by name, without weights, and a shallow vision transformer."""
+"""torchvision's classification models by name, without weights, and variants of them."""
+
+from functools import partial
 
 import torchvision
 from torch import nn
@@ -55,6 +57,15 @@ def vit_b_16_6l(num_classes: int, image_size: int | None) -> nn.Module:
         raise _wrong_size("vit_b_16_6l", image_size, error) from error
 
 
+def _for_small_images(name: str, num_classes: int, image_size: int | None) -> nn.Module:
+    """torchvision's ResNet with a stem of one 3x3 convolution and no pooling, as the literature on CIFAR-100 has it."""
+    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
 def _wrong_size(name: str, image_size: int | None, error: Exception) -> ModelError:
     reason = str(error).partition("\n")[0].rstrip(".!")
     return ModelError(
@@ -63,4 +74,7 @@ def _wrong_size(name: str, image_size: int | None, error: Exception) -> ModelErr
     )
 
 
-MODELS = {"vit_b_16_6l": vit_b_16_6l}
+MODELS = {
+    "vit_b_16_6l": vit_b_16_6l,
+    **{f"{name}_cifar": partial(_for_small_images, name) for name in ("resnet18", "resnet34", "resnet50")},
+}

@@ -54,5 +54,15 @@ def test_a_remembered_teacher_changes_no_bit(campaign):
     assert {path.parent.name for path in (campaign / "outputs").rglob("*.safetensors")} >= {"logits.fp32", "layer1.fp32"}
 
 
+def test_a_curve_tests_each_number_of_images(campaign, tmp_path):
+    words = ["--data", "digits", "--teacher", "resnet20", "--teacher-weights", str(campaign / "teacher/student.safetensors")]
+    words += ["--tuning", str(campaign / "live" / "tuning.json"), "--subsets", "64", "96", "--validation", "32"]
+    main(["test", *words, "--epochs", "1", "--seeds", "1", "--methods", "kd", "--out", str(tmp_path)])
+    for images in (64, 96):
+        (run,) = json.loads((tmp_path / str(images) / "results.json").read_text())["runs"]
+        batch = read_events(tmp_path / str(images) / "test" / "kd-0")[0]["config"]["batch_size"]
+        assert run["steps"] == images // batch
+
+
 def test_every_method_has_at_most_six_settings():
     assert all(1 <= len(settings) <= 6 for settings in CANDIDATES.values())

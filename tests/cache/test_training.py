@@ -43,7 +43,7 @@ def run(tmp_path, digits):
 
     def start(out: str, *, cache: CacheSettings | None = None, student: nn.Module | None = None, data=None, **settings):
         defaults = {
-            "epochs": 18.0, "subset": 128, "validation": 40, "batch_size": 32, "bn_batches": 2, "views": 2,
+            "recipe": "progressive", "epochs": 18.0, "subset": 128, "validation": 40, "batch_size": 32, "bn_images": 64, "views": 2,
             "cuts": ["0", "1", "2"], "optimizer": Optimizer(lr=0.01), "device": "cpu", "evaluate_every": 0, "precision": "fp32",
         }  # fmt: skip
         config = DistillConfig(out=str(tmp_path / out), cache=cache or CacheSettings(), **{**defaults, **settings})
@@ -232,7 +232,7 @@ def test_stored_images_are_the_decoded_ones_and_nothing_is_decoded_twice(photogr
     read, files = split_module.read_rgb, []
     monkeypatch.setattr(split_module, "read_rgb", lambda path: (files.append(path), read(path))[1])
     data = open_dataset(photographs, image_size=72)
-    settings = {"data": data, "subset": None, "validation": 0, "batch_size": 8, "epochs": 6.0, "views": 1, "bn_batches": 1}
+    settings = {"data": data, "subset": None, "validation": 0, "batch_size": 8, "epochs": 6.0, "views": 1, "bn_images": 8}
     plain, _ = run("plain", **settings)
     decoded = len(files)
     files.clear()

@@ -132,12 +132,13 @@ def make(tmp_path, digits):
 
     def build(out: str = "run", **settings) -> Distiller:
         defaults = {
+            "recipe": "progressive",
             "epochs": 3.0,
             "subset": 160,
             "validation": 40,
             "batch_size": 32,
             "log_every": 2,
-            "bn_batches": 2,
+            "bn_images": 64,
             "cuts": ["0", "1", "2"],
             "optimizer": Optimizer(lr=0.01),
             "device": "cpu",

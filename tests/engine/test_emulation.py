@@ -78,6 +78,7 @@ OPTIMIZERS = {
 }
 SCHEDULES = {
     "default": ("stablekd", "default"),
+    "progressive": ("stablekd", "progressive"),
     "paper": ("stablekd", "paper"),
     "paper-end-to-end": ("stablekd", "paper-end-to-end"),
     "blocks": ("blocks", "default"),

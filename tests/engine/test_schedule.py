@@ -22,6 +22,30 @@ def test_the_paper_recipe_is_the_draft_s():
     assert longer[3].name == "1+2+3+4+5" and longer[3].optimizer.lr == 0.0625
 
 
+def test_the_default_recipe_trains_blocks_alone_and_then_gently_end_to_end():
+    apart, merged = method_stages("stablekd", 4, optimizer=Optimizer(lr=0.04, weight_decay=0.01))
+    assert (apart.name, merged.name) == ("1|2|3|4", "1+2+3+4")
+    assert (apart.share, merged.share) == (0.75, 0.25)
+    assert (apart.optimizer.lr, merged.optimizer.lr) == (0.04, pytest.approx(0.004))
+    assert apart.optimizer.weight_decay == merged.optimizer.weight_decay == 0.01
+    (alone,) = method_stages("stablekd", 1)
+    assert alone.name == "1"
+
+
+def test_the_progressive_recipe_merges_two_by_two_and_halves_the_rate():
+    stages = method_stages("stablekd", 4, "progressive", Optimizer(lr=0.04))
+    assert [stage.name for stage in stages] == ["1|2|3|4", "1+2|3+4", "1+2+3+4"]
+    assert [stage.optimizer.lr for stage in stages] == [0.04, 0.02, 0.01]
+    assert len({stage.share for stage in stages}) == 1
+
+
+@pytest.mark.parametrize(("method", "name"), [("kd", "1+2+3"), ("kd+features", "1+2+3"), ("ce", "1+2+3"), ("blocks", "1|2|3")])
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_other_methods_have_one_stage_whatever_the_recipe(method, name, recipe):
+    (stage,) = method_stages(method, 3, recipe, Optimizer(lr=0.5))
+    assert stage.name == name and stage.optimizer.lr == 0.5
+
+
 def test_stages_fill_the_run_exactly():
     for total in (3, 7, 100, 101):
         planned = plan_stages(method_stages("stablekd", 4), 4, total, 10)

@@ -104,7 +104,7 @@ def test_a_captured_teacher_gives_the_live_teacher_s_bits(small, deterministic):
 
 @real
 def test_a_run_gives_the_same_student_captured_and_eagerly(tmp_path, deterministic):
-    words = ["--subset", "192", "--validation", "32", "--batch-size", "32", "--bn-batches", "2", "--device", "cuda"]
+    words = ["--subset", "192", "--validation", "32", "--batch-size", "32", "--bn-images", "64", "--device", "cuda"]
     teacher = tmp_path / "teacher"
     ce = ["distill", "--method", "ce", "--student", "resnet20", *words, "--epochs", "1", "--out", str(teacher)]
     assert main(ce) == 0

@@ -10,7 +10,7 @@ from stablekd_fast.cli import main
 
 pytestmark = pytest.mark.gpu
 
-SMALL = ["--subset", "192", "--validation", "32", "--batch-size", "32", "--bn-batches", "2", "--log-every", "1"]
+SMALL = ["--subset", "192", "--validation", "32", "--batch-size", "32", "--bn-images", "64", "--log-every", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,9 @@ PARAMETERS = {
     "vgg19": (CLASSES_100, 20_086_692),
     "shufflenet_v2": (CLASSES_100, 1_355_528),
     "mobilenet_v2": (CLASSES_100, 812_836),
+    "resnet18_cifar": (CLASSES_100, 11_220_132),
+    "resnet34_cifar": (CLASSES_100, 21_328_292),
+    "resnet50_cifar": (CLASSES_100, 23_705_252),
 }
 
 RESNET_STAGES = {
