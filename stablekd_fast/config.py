@@ -25,7 +25,8 @@ class DistillConfig:
     method: str = "stablekd"
     """One of stablekd, kd, kd+features, blocks, ce."""
     recipe: str = "default"
-    """`default`, `paper` for the schedule of the authors' draft, `paper-end-to-end` for its extension."""
+    """`default`, `progressive` for merging neighbours two by two, `paper` for the schedule of the authors' draft,
+    `paper-end-to-end` for its extension."""
     epochs: float = 8.0
     subset: float | None = None
     """Training images to use, class-balanced: a count above 1, or a fraction."""
