@@ -9,7 +9,7 @@ torch.set_num_threads(1)
 from stablekd_fast.cli import main
 main(["plan", "--teacher", "resnet20", "--student", "resnet20", "--image-size", "32", "--classes", "10"])
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + 450 * 2**20,) * 2)
 sys.exit(main(["distill", "--method", "ce", "--student", "wrn_40_2", "--batch-size", "1024",
                "--precision", "fp32", "--out", sys.argv[1]]))
 """
