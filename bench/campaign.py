@@ -18,13 +18,15 @@ import torch
 
 from stablekd_fast.assemble import split_training_images
 from stablekd_fast.cache import CacheSettings
-from stablekd_fast.config import DistillConfig
+from stablekd_fast.checkpoint import check_same_run, load_metadata
+from stablekd_fast.config import DistillConfig, identity
 from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.distiller import Distiller
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.memory import keep_freed_memory
 from stablekd_fast.precision import PRECISIONS
 from stablekd_fast.report import read_results
+from stablekd_fast.report.events import plain
 from stablekd_fast.schedule import Optimizer, Stage
 
 VIEW_SEED = 0
@@ -84,13 +86,18 @@ class Campaign:
         """Train one setting unless it is done; its row, or None while another process is at it.
 
         `settings` are fields of `DistillConfig` as plain values. With `tuning` the held-out training images stand in for
-        the test split, which such a run never sees: its accuracy is that on them.
+        the test split, which such a run never sees: its accuracy is that on them. Raises CheckpointError if the run in
+        `out` has other settings.
         """
         with _claimed(out) as mine:
             if not mine:
                 return None
-            if not (out / "results.json").exists():
-                self._train(self._config(out, settings, seed), tuning)
+            config = self._config(out, settings, seed)
+            if (out / "results.json").exists():
+                saved, own = load_metadata(out / "checkpoint.safetensors")["identity"], plain(identity(config))
+                check_same_run(out, {name: saved.get(name) for name in own}, own)
+            else:
+                self._train(config, tuning)
             return read_results(out / "results.json")["runs"][0]
 
     def _train(self, config: DistillConfig, tuning: bool) -> None:

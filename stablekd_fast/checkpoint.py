@@ -96,3 +96,14 @@ def load_optimizer_tensors(
             saved = tensors.get(f"{prefix}/{name}/{key}")
             if saved is not None:
                 state.copy_(saved)
+
+
+def check_same_run(checkpoint: Path, saved: dict, own: dict) -> None:
+    """Raise CheckpointError with the difference if the settings `saved` in a checkpoint are not one's own."""
+    differing = sorted(key for key in own.keys() | saved.keys() if own.get(key) != saved.get(key))
+    if differing:
+        listed = "; ".join(f"{key}: was {saved.get(key)!r}, is {own.get(key)!r}" for key in differing)
+        raise CheckpointError(
+            f"{checkpoint} belongs to a run with other settings ({listed}). Resume with the same settings, "
+            "or start anew with another --out."
+        )

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.cache.plan import Plan
 from stablekd_fast.capture import HostCopy, Runner, make_runner
-from stablekd_fast.checkpoint import load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors
+from stablekd_fast.checkpoint import check_same_run, load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors
 from stablekd_fast.data import Batch, EvalSource, TrainSource
-from stablekd_fast.errors import CheckpointError, TrainingError
+from stablekd_fast.errors import TrainingError
 from stablekd_fast.evaluate import Metrics, evaluate, with_fresh_batch_norm
 from stablekd_fast.memory import watched
 from stablekd_fast.merge import MergeRecord, composed_output, exposure_gap, probe_losses
@@ -374,7 +374,7 @@ class Engine:
     def resume(self) -> None:
         """Take student, optimizer state, random state and progress from the checkpoint."""
         tensors, metadata = load_tensors(self.checkpoint)
-        self._check_identity(metadata.get("identity", {}))
+        check_same_run(self.checkpoint, metadata.get("identity", {}), self.identity)
         progress = metadata["progress"]
         merge = progress.pop("merge")
         self.progress = Progress(**progress, merge=MergeRecord(**merge) if merge else None)
@@ -391,14 +391,3 @@ class Engine:
         torch.set_rng_state(tensors["random/cpu"])
         if self.device.type == "cuda" and "random/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
-
-    def _check_identity(self, saved: dict) -> None:
-        differing = sorted(
-            key for key in self.identity.keys() | saved.keys() if self.identity.get(key) != saved.get(key)
-        )
-        if differing:
-            listed = "; ".join(f"{k}: was {saved.get(k)!r}, is {self.identity.get(k)!r}" for k in differing)
-            raise CheckpointError(
-                f"{self.checkpoint} belongs to a run with other settings ({listed}). Resume with the same settings, "
-                "or start anew with another --out."
-            )

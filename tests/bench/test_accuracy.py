@@ -6,6 +6,7 @@ import torch
 from stablekd_fast.bench.accuracy import CANDIDATES, main
 from stablekd_fast.checkpoint import load_tensors
 from stablekd_fast.cli import main as stablekd
+from stablekd_fast.errors import CheckpointError
 from stablekd_fast.report import read_events
 
 
@@ -52,6 +53,14 @@ def test_a_remembered_teacher_changes_no_bit(campaign):
         )
         assert all(torch.equal(live[name], remembered[name]) for name in live)
     assert {path.parent.name for path in (campaign / "outputs").rglob("*.safetensors")} >= {"logits.fp32", "layer1.fp32"}
+
+
+def test_a_finished_run_with_other_settings_is_refused(campaign):
+    words = ["--data", "digits", "--teacher", "resnet20", "--teacher-weights", str(campaign / "teacher/student.safetensors")]
+    words += ["--validation", "32", "--subset", "128", "--batch-size", "32", "--seeds", "1", "--methods", "kd"]
+    with pytest.raises(CheckpointError, match="epochs: was 1.0, is 2.0"):
+        main(["test", *words, "--epochs", "2", "--out", str(campaign / "live")])
+    main(["test", *words, "--epochs", "1", "--out", str(campaign / "live")])
 
 
 def test_a_curve_tests_each_number_of_images(campaign, tmp_path):
