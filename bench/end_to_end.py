@@ -46,24 +46,19 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Reached:
-    """The smallest budget with which a method reached the target, or the largest that was tried."""
+class Trained:
+    """A method with one budget: a row for each seed."""
 
     method: str
     epochs: float
     runs: list[dict]
     stages: list[dict]
     """`groups` and `steps` of each."""
-    target: float
     batch: int
 
     @property
     def accuracy(self) -> float:
         return statistics.fmean(run["accuracy"] for run in self.runs)
-
-    @property
-    def reached(self) -> bool:
-        return self.accuracy >= self.target
 
 
 class Race:
@@ -72,21 +67,22 @@ class Race:
     def __init__(self, task: Task, settings: dict[str, dict], seeds: int, out: Path) -> None:
         self.campaign, self.settings, self.seeds, self.out = Campaign(task), settings, seeds, out
 
-    def runs(self, method: str, epochs: float) -> tuple[list[dict], list[dict]]:
-        """A row for each seed, and the stages. Raises ConfigError while another process trains one of them."""
+    def train(self, method: str, epochs: float) -> Trained:
+        """All seeds. Raises ConfigError while another process trains one of them."""
         settings = {**self.settings.get(method, {}), "method": method, "epochs": epochs, "evaluate_every": 0}
         folders = [self.out / "runs" / f"{method}-{epochs:g}-{seed}" for seed in range(self.seeds)]
         rows = [self.campaign.run(folder, settings, seed) for seed, folder in enumerate(folders)]
         if None in rows:
             raise ConfigError(f"{folders[rows.index(None)]} is being trained by another process; start again when it is done.")
         starts = [event for event in read_events(folders[0]) if event["kind"] == "stage_start"]
-        return rows, [{"groups": e["groups"], "steps": e["last_step"] - e["first_step"]} for e in starts]
+        stages = [{"groups": e["groups"], "steps": e["last_step"] - e["first_step"]} for e in starts]
+        return Trained(method, epochs, rows, stages, settings.get("batch_size", self.campaign.task.batch_size))
 
-    def reach(self, method: str, budgets: list[float], target: float) -> Reached:
-        batch = self.settings.get(method, {}).get("batch_size", self.campaign.task.batch_size)
+    def reach(self, method: str, budgets: list[float], target: float) -> Trained:
+        """With the smallest budget that reaches the target, or the largest."""
         for epochs in sorted(budgets):
-            found = Reached(method, epochs, *self.runs(method, epochs), target, batch)
-            if found.reached:
+            found = self.train(method, epochs)
+            if found.accuracy >= target:
                 break
         return found
 
@@ -108,24 +104,29 @@ def run_end_to_end(
     `settings`: for methods that have been tuned, fields of `DistillConfig`. Raises ConfigError for settings that do not
     fit, WrongResult if one way to run a step computes something else than another.
     """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise ConfigError(f"The methods {', '.join(unknown)} do not exist; choose of {', '.join(METHODS)}.")
     race = Race(task, settings, seeds, out)
-    target = statistics.fmean(run["accuracy"] for run in race.runs(goal.method, goal.epochs)[0])
+    base = race.train(goal.method, goal.epochs)
+    target = base.accuracy
     budgets = [*(budget for budget in budgets if budget < goal.epochs), goal.epochs]
     found = [race.reach(method, budgets, target) for method in methods if method != goal.method]
-    found.append(race.reach(goal.method, [goal.epochs], target))
-    show(f"epochs to {100 * target:.2f} % ({goal.method} after {goal.epochs:g} epochs)", [_epochs_row(one) for one in found])
+    found.append(base)
+    epochs = [_epochs_row(one, target) for one in found]
+    show(f"epochs to {100 * target:.2f} % ({goal.method} after {goal.epochs:g} epochs)", epochs)
     speeds = _speeds(found, race.campaign, rounds, out, show)
-    walls = [_wall_row(one, speeds, found[-1]) for one in found]
+    walls = [_wall_row(one, speeds, base, target) for one in found]
     show("wall seconds, and how many times faster than the goal in plain PyTorch", walls)
-    return {"target": target, "epochs": [_epochs_row(one) for one in found], "wall": walls, "rows": sum(speeds.values(), [])}
+    return {"target": target, "epochs": epochs, "wall": walls, "rows": sum(speeds.values(), [])}
 
 
-def _epochs_row(found: Reached) -> dict:
+def _epochs_row(found: Trained, target: float) -> dict:
     accuracies = [run["accuracy"] for run in found.runs]
     return {
         "method": found.method,
         "epochs": found.epochs,
-        "reached": "yes" if found.reached else "no",
+        "reached": "yes" if found.accuracy >= target else "no",
         "accuracy": 100 * found.accuracy,
         "spread": 100 * statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "steps": sum(stage["steps"] for stage in found.stages),
@@ -134,7 +135,7 @@ def _epochs_row(found: Reached) -> dict:
     }
 
 
-def _speeds(found: list[Reached], campaign: Campaign, rounds: int, out: Path, show: Callable) -> dict[str, list[dict]]:
+def _speeds(found: list[Trained], campaign: Campaign, rounds: int, out: Path, show: Callable) -> dict[str, list[dict]]:
     """Rows of the stage bench by kind of step; a kind that several methods share is measured once."""
     task, speeds = campaign.task, {}
     with scratch(out) as folder, pinned():
@@ -149,20 +150,20 @@ def _speeds(found: list[Reached], campaign: Campaign, rounds: int, out: Path, sh
     return speeds
 
 
-def _kind(found: Reached, stage: dict) -> str:
+def _kind(found: Trained, stage: dict) -> str:
     return json.dumps([found.method, stage["groups"], found.batch])
 
 
-def _wall_row(found: Reached, speeds: dict[str, list[dict]], goal: Reached) -> dict:
+def _wall_row(found: Trained, speeds: dict[str, list[dict]], goal: Trained, target: float) -> dict:
     own, base = _seconds(found, speeds), _seconds(goal, speeds)
-    row = {"method": found.method, "reached": "yes" if found.reached else "no"}
+    row = {"method": found.method, "reached": "yes" if found.accuracy >= target else "no"}
     for way in (PLAIN, TUNED, LIVE, CACHE):
         row[way] = own.get(way)
         row[f"{way}, times"] = base[PLAIN] / own[way] if way in own else None
     return row
 
 
-def _seconds(found: Reached, speeds: dict[str, list[dict]]) -> dict[str, float]:
+def _seconds(found: Trained, speeds: dict[str, list[dict]]) -> dict[str, float]:
     total: dict[str, float] = {}
     for stage in found.stages:
         for row in speeds[_kind(found, stage)]:

@@ -11,6 +11,7 @@ import argparse
 import statistics
 from pathlib import Path
 
+from stablekd_fast.bench.accuracy import SGD
 from stablekd_fast.bench.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
 from stablekd_fast.cli.show import print_rows
@@ -43,7 +44,7 @@ CHOICES: dict[str, dict[str, dict]] = {
     },
     "peak lr of the blocks": {"halved": _two(lr=LR / 2, merged=2 * MERGED_LR), "doubled": _two(lr=2 * LR, merged=MERGED_LR / 2)},
     "peak lr once merged": {"a third": _two(merged=MERGED_LR / 3), "threefold": _two(merged=3 * MERGED_LR)},
-    "optimizer": {"SGD, 0.1, Nesterov": {"optimizer": {"name": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": True}}},
+    "optimizer": {"SGD, 0.1, Nesterov": {"optimizer": {**SGD, "lr": 0.1}}},
     "cycle": {"triangular": _optimizer(cycle="triangular"), "warm-up 5 %": _optimizer(warmup=0.05)},
     "optimizer state at the merge": {"carried": _two(optimizer_state="carry")},
     "loss normalisation": {name: {"feature_options": {"normalize": value}} for name, value in

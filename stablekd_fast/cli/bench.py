@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jsonargparse
 
@@ -218,7 +219,7 @@ def _add_end_to_end(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--subset", type=float | None, default=None)
     parser.add_argument("--validation", type=float, default=0)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--precision", type=str, default="fp32", help="of the engine's runs: fp32, bf16")
+    parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the engine's runs")
     parser.add_argument("--remember", type=str | None, default=None, help="where to keep the teacher's outputs between runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=9)

@@ -1,16 +1,19 @@
 """`bench end-to-end` in small: methods race to one accuracy, every way to run their steps is checked."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from stablekd_fast.bench.core import WrongResult, check
-from stablekd_fast.bench.end_to_end import Goal
+from stablekd_fast.bench.campaign import Task
+from stablekd_fast.bench.end_to_end import Goal, Race
 from stablekd_fast.bench.stages import CACHE, LIVE, PLAIN, StageBench
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.report import read_events
 
 DECOMPOSED, MERGED = [[0], [1], [2], [3]], [[0, 1, 2, 3]]
 SMALL = ["--validation", "32", "--subset", "128", "--batch_size", "32"]
@@ -74,9 +77,21 @@ def test_wall_time_is_steps_times_the_seconds_of_a_step(race):
     assert walls["ce"][f"{LIVE}, times"] == pytest.approx(walls["kd"][PLAIN] / walls["ce"][LIVE])
 
 
-def test_a_second_call_reads_the_finished_runs(race):
+def test_finished_runs_are_read_instead_of_done_again(race):
     runs = sorted((race / "out" / "runs").iterdir())
     assert len(runs) in (6, 8, 10) and all((run / "results.json").exists() for run in runs)
+    before = {path: path.stat().st_mtime_ns for run in runs for path in run.iterdir() if path.name != "claim"}
+    config = read_events(runs[0])[0]["config"]
+    task = Task(**{field.name: config[field.name] for field in dataclasses.fields(Task) if field.name in config})
+    again = Race(task, {}, 2, race / "out").train("kd", 2.0)
+    assert 100 * again.accuracy == pytest.approx(100 * json.loads((race / "race.json").read_text())["target"])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_an_unknown_method_is_refused_before_anything_is_trained(tmp_path, capsys):
+    words = ["--data", "digits", "--teacher", "resnet20", "--teacher_weights", "none", "--student", "resnet20"]
+    assert main(["bench", "end-to-end", *words, "--methods", "stabelkd", "--out", str(tmp_path / "out")]) == 2
+    assert "stabelkd" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["kd", "kd:", "kd:0", "kd:many", "knowledge:4"])

@@ -64,4 +64,4 @@ def test_killed_at_random_moments_a_fill_keeps_whole_rows_and_completes(tmp_path
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     counts = json.loads(process.stdout)
-    assert min(counts.values()) >= 5, counts
+    assert counts["kills"] >= 100 and counts["in the middle"] >= 50 and counts["completed"] >= 5
