@@ -101,7 +101,7 @@ def _bench_end_to_end(options) -> int:
         task,
         tuned_settings(Path(options.tuning)) if options.tuning else {},
         Goal.parse(options.goal),
-        [float(budget) for budget in listed(options.budgets)],
+        _numbers("budgets", options.budgets),
         listed(options.methods),
         seeds=options.seeds,
         rounds=options.rounds,
@@ -111,6 +111,13 @@ def _bench_end_to_end(options) -> int:
     if options.json:
         write_document(Path(options.json), measured, {**vars(options), "data": None, "teacher_weights": None})
     return 0
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in listed(text)]
+    except ValueError as error:
+        raise StableKDError(f"--{name} {text} was given; give numbers with commas between, for instance 2,4,8.") from error
 
 
 def _prove_kernels(options) -> int:

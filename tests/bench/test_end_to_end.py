@@ -88,10 +88,11 @@ def test_finished_runs_are_read_instead_of_done_again(race):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_an_unknown_method_is_refused_before_anything_is_trained(tmp_path, capsys):
+@pytest.mark.parametrize("wrong", [["--methods", "stabelkd"], ["--budgets", "2,many"], ["--precision", "auto"]])
+def test_what_does_not_exist_is_refused_before_anything_is_trained(tmp_path, capsys, wrong):
     words = ["--data", "digits", "--teacher", "resnet20", "--teacher_weights", "none", "--student", "resnet20"]
-    assert main(["bench", "end-to-end", *words, "--methods", "stabelkd", "--out", str(tmp_path / "out")]) == 2
-    assert "stabelkd" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["bench", "end-to-end", *words, *wrong, "--out", str(tmp_path / "out")]) == 2
+    assert wrong[1] in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["kd", "kd:", "kd:0", "kd:many", "knowledge:4"])
