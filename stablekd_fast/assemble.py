@@ -43,7 +43,7 @@ def split_training_images(dataset: Dataset, config: DistillConfig) -> tuple[Spli
     return train, held_out
 
 
-def train_source(dataset: Dataset, split: Split, config: DistillConfig) -> TrainSource:
+def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: torch.device) -> TrainSource:
     return TrainSource(
         split,
         dataset.augmentation,
@@ -53,7 +53,9 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig) -> Train
         seed=config.seed,
         views=config.views,
         view_seed=config.view_seed,
+        loader=config.source,
         workers=config.workers,
+        device=device,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stablekd_fast.cache import CacheSettings
+from stablekd_fast.data import SourceName
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.schedule import METHODS, RECIPES, Optimizer, Stage
 
@@ -68,6 +69,9 @@ class DistillConfig:
     """Training images over which batch-norm statistics are re-estimated for evaluation and export; 0 leaves them as
     training left them."""
     device: str = "auto"
+    source: SourceName = "auto"
+    """What makes batches: `resident` keeps small images in the device's memory, `dali` and `torchvision` decode large ones.
+    `auto` chooses and says why."""
     workers: int = 2
     """Threads that decode large images."""
     on_bad_image: Literal["stop", "skip"] = "stop"
@@ -96,9 +100,9 @@ class DistillConfig:
             raise ConfigError(f"checkpoint_every={self.checkpoint_every} was given; it must be at least 1.")
 
 
-WITHOUT_EFFECT_ON_NUMBERS = ("out", "resume", "checkpoint_every", "log_every", "workers", "cache", "capture")
-"""What the cache stores inexactly, and compiling, do have one; the plan, and whether steps are compiled, are part of the
-identity instead."""
+WITHOUT_EFFECT_ON_NUMBERS = ("out", "resume", "checkpoint_every", "log_every", "workers", "source", "cache", "capture")
+"""What the cache stores inexactly, compiling, and how images are decoded do have one; the plan, whether steps are compiled,
+and the source that was chosen are part of the identity instead."""
 
 
 def identity(config: DistillConfig) -> dict[str, Any]:

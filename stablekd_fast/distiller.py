@@ -90,9 +90,9 @@ class Distiller:
         )
         train, held_out = split_training_images(self.dataset, config)
         self.splits = [split for split in (train, held_out, self.dataset.test) if split is not None]
-        self.source = train_source(self.dataset, train, config)
+        self.source = train_source(self.dataset, train, config, self.device)
         if config.cache.images and not train.resident:
-            self.source.stored = ImageColumn(self.source, config.cache, views_shown(config.views, config.epochs))
+            self.source.crops.stored = ImageColumn(self.source, config.cache, views_shown(config.views, config.epochs))
         self.validation = eval_source(self.dataset, held_out, config) if held_out is not None else None
         torch.manual_seed(config.seed)
         self.paired = self._place(paired) if paired is not None else self._pair(teacher, student)
@@ -143,8 +143,8 @@ class Distiller:
             yield
         finally:
             engine.teacher.close()
-            if self.source.stored is not None:
-                self.source.stored.close()
+            if self.source.crops is not None and self.source.crops.stored is not None:
+                self.source.crops.stored.close()
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
         student = engine.composed_student()
@@ -232,6 +232,7 @@ class Distiller:
         teacher = self.paired.teacher if self.config.method != "ce" else None
         return {
             "teacher_fingerprint": fingerprint(teacher) if teacher is not None else None,
+            "source": self.source.loader.name,
             "training_images": self.source.steps_per_epoch * self.config.batch_size,
             "classes": self.dataset.classes,
             "compiled": self.capture == "compile",
@@ -302,6 +303,7 @@ class Distiller:
             capture=self.capture,
             precision=dataclasses.asdict(self.paired.precision),
             fused_norms=self.paired.fuses_norms,
+            source=asdict(self.source.loader),
         )
         if self.costs is not None:
             predicted = [predict(self.costs, plan).seconds for plan in (self.plan, Plan())]

@@ -88,7 +88,7 @@ def evaluate_file(
     target = pick_device(device)
     config = DistillConfig(data=data, student=model)
     if run:
-        kept = ("subset", "subset_seed", "validation", "batch_size", "image_size", "seed", "views", "bn_images")
+        kept = ("subset", "subset_seed", "validation", "batch_size", "image_size", "seed", "views", "bn_images", "source")
         config = DistillConfig(data=data, student=model, **{name: run[name] for name in kept})
     dataset = open_dataset(data, image_size=config.image_size)
     images = eval_source(dataset, getattr(dataset, split), config)
@@ -101,7 +101,7 @@ def evaluate_file(
         models.load_weights(network, path)
     network = placed(network, target).eval()
     if run:
-        source = train_source(dataset, split_training_images(dataset, config)[0], config)
+        source = train_source(dataset, split_training_images(dataset, config)[0], config, target)
         batches = source.batches(0, bn_batches(config, source))
         network = with_fresh_batch_norm(network, batches, lambda tensor: tensor.to(target))
     return evaluate(network, images.batches(), lambda tensor: tensor.to(target))

@@ -6,6 +6,8 @@ from hypothesis import settings
 import pytest
 import torch
 
+from stablekd_fast.data.dali import dali_missing
+
 if not torch.cuda.is_available():
     # Read when Triton is first imported, which torch does for reasons of its own.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -19,5 +21,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "dali" in item.keywords and dali_missing():
+            item.add_marker(pytest.mark.skip(reason=dali_missing()))
         if "slow" in item.keywords and "slow" not in chosen:
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with `pytest -m slow`"))

@@ -8,7 +8,6 @@ import threading
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,19 +144,19 @@ class ImageColumn:
         self.store = open_store(folder, manifest, settings, len(source.split) * views)
         self._mutex, self._closed = threading.Lock(), not self.store.write
 
-    def get(self, sample: int, view: int) -> np.ndarray | None:
+    def get(self, sample: int, view: int) -> Tensor | None:
         row = torch.tensor([view * self.store.manifest.samples + sample])
         if not bool(self.store.present(row)):
             return None
-        return self.store.gather(row)[0][0].numpy()
+        return self.store.gather(row)[0][0]
 
-    def put(self, sample: int, view: int, image: np.ndarray) -> None:
+    def put(self, sample: int, view: int, image: Tensor) -> None:
         row = torch.tensor([view * self.store.manifest.samples + sample])
         with self._mutex:
             if self._closed:
                 return
             try:
-                self.store.put(row, [torch.from_numpy(np.array(image))[None]])
+                self.store.put(row, [image.contiguous()[None]])
             except CacheFull as error:
                 self._closed = True
                 warnings.warn(f"Images are cached no further: {error}", RuntimeWarning, stacklevel=2)

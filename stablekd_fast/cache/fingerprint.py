@@ -8,6 +8,7 @@ import json
 
 import PIL
 import torch
+import torchvision
 from torch import Tensor, fx, nn
 
 from stablekd_fast.blocks import PairedBlocks
@@ -52,7 +53,10 @@ def image_fingerprint(source: TrainSource) -> dict:
         },
     }
     if split.decoded:
-        facts["decoder"] = {"pillow": PIL.__version__, "crop_size": split.crop_size}
+        facts["decoder"] = {"pillow": PIL.__version__, "torchvision": torchvision.__version__, "torch": torch.__version__}
+        facts["crop_size"] = split.crop_size
+    if source.decoder is not None:
+        facts["decoder"] |= source.decoder.identity()
     return facts
 
 

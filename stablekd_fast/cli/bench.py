@@ -90,6 +90,17 @@ def _bench_plan(options) -> int:
     return 0
 
 
+def _bench_loader(options) -> int:
+    from stablekd_fast.bench.loader import run_loader
+    from stablekd_fast.bench.output import write_json
+
+    show = partial(_show_case, earlier=None)
+    rows, settings = run_loader(options.small, options.large, options.rounds, show, batch_size=options.batch_size, workers=options.workers)
+    if options.json:
+        write_json(Path(options.json), rows, settings)
+    return 0
+
+
 def _bench_end_to_end(options) -> int:
     from stablekd_fast.bench.accuracy import tuned_settings
     from stablekd_fast.bench.campaign import Task
@@ -164,6 +175,7 @@ COMMANDS = {
     "teacher": _bench_teacher,
     "step": _bench_step,
     "plan": _bench_plan,
+    "loader": _bench_loader,
     "end-to-end": _bench_end_to_end,
 }
 
@@ -201,10 +213,19 @@ def add_commands(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.A
     step.add_argument("--profile", action="store_true", help="where the time of a step goes, instead")
     step.add_argument("--trace", type=str | None, default=None, help="file for a Chrome trace of a profiled step")
 
+    loader = benches["loader"]
+    loader.add_argument("--small", type=str | None, default=None, help="data set of small images, e.g. CIFAR-10; the digits by default")
+    loader.add_argument("--large", type=str | None, default=None, help="folder data set of photographs, or a tar of them")
+    loader.add_argument("--batch_size", type=int, default=64)
+    loader.add_argument("--workers", type=int | None, default=None, help="threads or processes; all usable cores by default")
+    loader.add_argument("--rounds", type=int, default=9)
+    loader.add_argument("--json", type=str | None, default=None, help="file for rows, machine, versions and settings")
+
     _add_end_to_end(benches["end-to-end"])
 
     helps = {
         "end-to-end": "epochs, steps and wall seconds until each method reaches one accuracy",
+        "loader": "images per second of every source, against torchvision's DataLoader and the bare decoder",
         "kernels": "operators against eager and compiled PyTorch, and against the speed of memory",
         "cache": "rows read in random order, against memory, the disk, and one file per sample",
         "plan": "runs as planned under several budgets, against their predictions",

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-from PIL import Image
 import torch
 
+from stablekd_fast.data.archives import find_archives, open_archives
 from stablekd_fast.data.arrays import find_idx, read_digits, read_idx, read_npz
 from stablekd_fast.data.cifar import read_cifar
-from stablekd_fast.data.folder import SMALL_SIDE, find_tree, open_tree
+from stablekd_fast.data.encoded import SMALL_SIDE, encoded_splits
+from stablekd_fast.data.folder import find_tree, list_tree
 from stablekd_fast.data.images import resize
 from stablekd_fast.data.split import OnBadImage, Split
 from stablekd_fast.errors import ConfigError, DataError
@@ -36,7 +36,8 @@ _FASHION_CLASSES = [
 ]  # fmt: skip
 
 _KINDS = (
-    f"give {EMBEDDED!r}, a folder with train/CLASS/* and test/CLASS/* (or val), a CIFAR-10 or CIFAR-100 "
+    f"give {EMBEDDED!r}, a folder with train/CLASS/* and test/CLASS/* (or val), one with train*.tar and val*.tar "
+    "(WebDataset) or with train-*-of-* and validation-*-of-* (TFRecord), a CIFAR-10 or CIFAR-100 "
     "archive or its folder, a folder with MNIST's four idx files, or an .npz file"
 )
 
@@ -109,14 +110,16 @@ def open_dataset(
 
 
 def _open_folder(path: Path, image_size: int | None, on_bad_image: OnBadImage) -> Dataset:
-    tree = find_tree(path)
-    if tree is not None:
-        classes, train, test = open_tree(tree, crop_size=image_size, on_bad_image=on_bad_image)
+    archives, tree = find_archives(path), find_tree(path)
+    if archives is not None or tree is not None:
+        root = path if archives is not None else tree
+        classes, parts = open_archives(archives) if archives is not None else list_tree(tree)
+        train, test = encoded_splits(root, parts, crop_size=image_size, on_bad_image=on_bad_image)
         if train.resident:
             augmentation = Augmentation("pad_crop", flip=True, padding=4)
         else:
             augmentation = Augmentation("resized_crop", flip=True, size=train.crop_size)
-        return Dataset(tree.resolve().name, classes, train, test, IMAGENET_MEAN, IMAGENET_STD, augmentation)
+        return Dataset(root.resolve().name, classes, train, test, IMAGENET_MEAN, IMAGENET_STD, augmentation)
     idx_files = find_idx(path)
     if idx_files is not None:
         return _open_idx(path, idx_files, image_size)
@@ -167,5 +170,4 @@ def _resized(split: Split, size: int) -> Split:
             f"Images that come as arrays ({width} x {height} pixels) are kept in memory and can be resized to "
             f"at most {SMALL_SIDE} pixels, got {size}; write them into a folder of image files for more."
         )
-    images = np.stack([np.asarray(resize(Image.fromarray(image), size, size)) for image in split.images.numpy()])
-    return Split(split.labels, images=torch.from_numpy(images))
+    return Split(split.labels, images=torch.stack([resize(image, size, size) for image in split.images]))

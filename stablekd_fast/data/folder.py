@@ -3,14 +3,9 @@
 import os
 from pathlib import Path
 
-import torch
-
-from stablekd_fast.data.images import IMAGE_SUFFIXES, BadImage, image_size
-from stablekd_fast.data.split import ImageFiles, OnBadImage, Split
+from stablekd_fast.data.images import IMAGE_SUFFIXES
+from stablekd_fast.data.records import FileRecords, Records
 from stablekd_fast.errors import DataError
-
-SMALL_SIDE = 64
-DEFAULT_CROP = 224
 
 _LAYOUT = "DIR/train/CLASS/* and DIR/test/CLASS/* (or val in place of test)"
 
@@ -23,34 +18,13 @@ def find_tree(path: Path) -> Path | None:
     return nested[0] if len(nested) == 1 else None
 
 
-def open_tree(
-    root: Path, *, crop_size: int | None, on_bad_image: OnBadImage
-) -> tuple[list[str], Split, Split]:
-    """Class names (sorted) and the training and test splits of a tree. Raises `DataError`.
-
-    Images up to 64 pixels on both sides are kept in memory, at their own size or resized to
-    `crop_size`; larger ones are read batch by batch at `crop_size` (default 224).
-    """
+def list_tree(root: Path) -> tuple[list[str], dict[str, tuple[Records, list[int]]]]:
+    """Class names (sorted), and images with labels of "train" and "test". Raises `DataError`."""
     train_root, test_root = root / "train", _test_root(root)
-    classes, train_paths, train_labels = _list_images(train_root)
-    test_classes, test_paths, test_labels = _list_images(test_root)
+    classes, *train = _list_images(train_root)
+    test_classes, *test = _list_images(test_root)
     _require_same_classes(train_root, classes, test_root, test_classes)
-
-    sizes = _probe(train_paths, train_labels, on_bad_image)
-    small = all(max(size) <= SMALL_SIDE for size in sizes)
-    shape = _small_shape(root, sizes, crop_size) if small else None
-
-    def split(paths: list[Path], labels: list[int]) -> Split:
-        files = ImageFiles(
-            paths=paths,
-            crop_size=crop_size or DEFAULT_CROP,
-            shape=shape,
-            resizing=crop_size is not None,
-            on_bad_image=on_bad_image,
-        )
-        return Split(torch.tensor(labels), files=files)
-
-    return classes, split(train_paths, train_labels), split(test_paths, test_labels)
+    return classes, {part: (FileRecords(paths), labels) for part, (paths, labels) in (("train", train), ("test", test))}
 
 
 def _test_root(root: Path) -> Path:
@@ -105,33 +79,6 @@ def _require_same_classes(train_root: Path, train: list[str], test_root: Path, t
     raise DataError(
         f"Training and test classes differ: {'; '.join(differing)}. Both trees need the same class folders."
     )
-
-
-def _probe(paths: list[Path], labels: list[int], on_bad_image: OnBadImage) -> list[tuple[int, int]]:
-    """Height and width of the first readable image of each class, from the headers."""
-    sizes = {}
-    for path, label in zip(paths, labels):
-        if label in sizes:
-            continue
-        try:
-            sizes[label] = image_size(path)
-        except BadImage:
-            if on_bad_image == "stop":
-                raise
-    if not sizes:
-        raise DataError(f"None of {len(paths)} training images can be read; the first is {paths[0]}.")
-    return list(sizes.values())
-
-
-def _small_shape(root: Path, sizes: list[tuple[int, int]], crop_size: int | None) -> tuple[int, int]:
-    if crop_size is not None:
-        return crop_size, crop_size
-    if len(set(sizes)) > 1:
-        listed = ", ".join(f"{width} x {height}" for height, width in sorted(set(sizes))[:3])
-        raise DataError(
-            f"The images of {root} differ in size ({listed}, …); give an image size to have all resized."
-        )
-    return sizes[0]
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -1,31 +1,25 @@
 """Sources of batches. Order and views are pure functions of the seed and the step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice, starmap, tee
-from typing import Protocol
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 import torch
 
 from stablekd_fast.data.dataset import Augmentation, Channels
-from stablekd_fast.data.images import centre_crop, resized_crop
+from stablekd_fast.data.decode import BATCHES_AHEAD, Crops, Job
+from stablekd_fast.data.images import centre_crop, decode_rgb
+from stablekd_fast.data.loaders import make_decoder, pick_loader
 from stablekd_fast.data.split import Split
 from stablekd_fast.data.threads import ordered_map
-from stablekd_fast.data.views import crop_offsets_and_flips, epoch_order, resized_crop_boxes, view_flips
+from stablekd_fast.data.views import crop_offsets_and_flips, epoch_order, view_flips
 from stablekd_fast.errors import ConfigError, DataError
 from stablekd_fast.kernels import augment_batch
 
-# Batches decoded ahead of the one in use: enough to keep the threads busy while a step runs.
-_BATCHES_AHEAD = 2
-
 EVAL_VIEW = -1
-
-Job = tuple[np.ndarray, int]
-"""Positions in the split that make a batch, and their view."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +33,15 @@ class Batch:
     labels: torch.Tensor
 
 
-class StoredImages(Protocol):
-    """Decoded views `[S, S, 3]` uint8, before they are mirrored, by sample and view. Called from several threads."""
-
-    def get(self, sample: int, view: int) -> np.ndarray | None: ...
-
-    def put(self, sample: int, view: int, image: np.ndarray) -> None: ...
-
-
 class TrainSource:
     """Batches of augmented training images; the last partial batch of an epoch is dropped.
 
-    Epoch `e` shows view `e mod views` of every image, or view `e` when `views` is None. `workers` threads
-    decode large images ahead; resident images need none. A large image that is skipped as bad is
-    replaced by the next good one, so that batches keep their size. `view_seed` (default: `seed`) names the views, so
-    that runs of other seeds can meet the same images. `stored` keeps decoded large images for later epochs and runs.
+    Epoch `e` shows view `e mod views` of every image, or view `e` when `views` is None. `view_seed` (default: `seed`) names
+    the views, so that runs of other seeds can meet the same images. Images held in memory are kept on `device`, cut and
+    normalised there. Large ones are decoded as `loader` says (see `pick_loader`) by `workers` threads and normalised on
+    `device`; one that is skipped as bad is replaced by the next good one, so that batches keep their size.
+
+    Of `ranks` processes with the same settings, each gets its own, equal part of every batch of `batch_size` images.
     """
 
     def __init__(
@@ -66,23 +54,35 @@ class TrainSource:
         batch_size: int,
         seed: int,
         views: int | None = None,
-        workers: int = 0,
         view_seed: int | None = None,
-        stored: StoredImages | None = None,
+        loader: str = "auto",
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
     ):
         _check_common(mean, std, batch_size, workers)
         _check_augmentation(split, augmentation)
         if views is not None and views < 1:
             raise ConfigError(f"The number of views must be at least 1, or none for endless new views; got {views}.")
+        if not 0 <= rank < ranks or batch_size % ranks:
+            raise ConfigError(
+                f"Rank {rank} of {ranks} was given with batches of {batch_size}; ranks count from 0, and the batch size must be "
+                f"a multiple of {ranks}."
+            )
         if batch_size > len(split):
             raise DataError(
                 f"A batch of {batch_size} does not fit {len(split)} training images; "
                 f"use a batch size of at most {len(split)} or more images."
             )
         self.split, self.augmentation, self.mean, self.std = split, augmentation, mean, std
-        self.batch_size, self.seed, self.views, self.workers = batch_size, seed, views, workers
+        self.batch_size, self.seed, self.views = batch_size, seed, views
         self.view_seed = seed if view_seed is None else view_seed
-        self.stored = stored
+        self.device, self.rank, self.ranks = torch.device(device), rank, ranks
+        self.loader = pick_loader(loader, split, self.device)
+        self.crops = None if split.resident else Crops(split, augmentation.size, self.view_seed)
+        self.decoder = make_decoder(self.loader, self.crops, batch_size // ranks, workers, self.device)
+        self._resident: torch.Tensor | None = None
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     @property
@@ -102,7 +102,7 @@ class TrainSource:
         """Every image in one view, in the order of the split. The last batch is filled up with images from the start."""
         full = -(-len(self.split) // self.batch_size)
         positions = np.resize(np.arange(len(self.split)), (full, self.batch_size))
-        return self._batches((chunk, view) for chunk in positions)
+        return self._batches((self._own(chunk), view) for chunk in positions)
 
     def _batches(self, jobs: Iterator[Job]) -> Iterator[Batch]:
         return starmap(self._resident_batch, jobs) if self.split.resident else self._decoded_batches(jobs)
@@ -115,70 +115,41 @@ class TrainSource:
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._order_epoch:
             self._order_epoch, self._order = epoch, epoch_order(self.seed, epoch, len(self.split))
-        return self._order[index * self.batch_size : (index + 1) * self.batch_size]
+        return self._own(self._order[index * self.batch_size : (index + 1) * self.batch_size])
+
+    def _own(self, batch: np.ndarray) -> np.ndarray:
+        """This rank's part."""
+        share = self.batch_size // self.ranks
+        return batch[self.rank * share : (self.rank + 1) * share]
 
     def _resident_batch(self, positions: np.ndarray, view: int) -> Batch:
+        if self._resident is None:
+            self._resident = self.split.images.to(self.device)
         rows = torch.from_numpy(positions)
         sample_ids = self.split.sample_ids[rows]
         padding = self.augmentation.padding
         offsets, flips = crop_offsets_and_flips(
             self.view_seed, sample_ids.numpy(), view, padding, flip=self.augmentation.flip
         )
-        images = augment_batch(
-            self.split.images,
-            rows,
-            torch.from_numpy(offsets),
-            torch.from_numpy(flips),
-            padding=padding,
-            mean=self.mean,
-            std=self.std,
-        )
+        images = self._augmented(self._resident, rows, torch.from_numpy(offsets), flips, padding)
         return Batch(sample_ids, view, images, self.split.labels[rows])
 
     def _decoded_batches(self, jobs: Iterator[Job]) -> Iterator[Batch]:
         jobs, ahead = tee(jobs)
-        wanted = ((position, view) for positions, view in ahead for position in positions.tolist())
-        decoded = ordered_map(
-            lambda job: self._decode(*job),
-            wanted,
-            workers=self.workers,
-            ahead=_BATCHES_AHEAD * self.batch_size,
-        )
-        with closing(decoded):
-            for _, view in jobs:
-                positions, images = zip(*islice(decoded, self.batch_size))
-                rows = torch.tensor(positions)
+        with closing(self.decoder.decode(ahead)) as decoded:
+            for (_, view), (positions, images) in zip(jobs, decoded):
+                rows = torch.from_numpy(positions)
                 sample_ids = self.split.sample_ids[rows]
                 flips = view_flips(self.view_seed, sample_ids.numpy(), view) & self.augmentation.flip
-                images = _normalised(np.stack(images), flips, self.mean, self.std)
+                images = images.to(self.device, non_blocking=True)
+                images = self._augmented(images, torch.arange(len(rows)), torch.zeros(len(rows), 2, dtype=torch.int64), flips, 0)
                 yield Batch(sample_ids, view, images, self.split.labels[rows])
 
-    def _decode(self, position: int, view: int) -> tuple[int, np.ndarray]:
-        """The position that was read in the end, and its image uint8 `[S, S, 3]`."""
-        crop = partial(self._random_crop, view)
-        for candidate in range(position, position + len(self.split)):
-            candidate %= len(self.split)
-            image = self._stored_or_read(candidate, view, crop)
-            if image is not None:
-                return candidate, image
-        raise DataError(f"None of {len(self.split)} training images can be read.")
-
-    def _stored_or_read(self, position: int, view: int, crop: Callable) -> np.ndarray | None:
-        if self.stored is None:
-            return self.split.read(position, crop)
-        sample = int(self.split.sample_ids[position])
-        image = self.stored.get(sample, view)
-        if image is None:
-            image = self.split.read(position, crop)
-            if image is not None:
-                self.stored.put(sample, view, image)
-        return image
-
-    def _random_crop(self, view: int, image: Image.Image, sample_id: int) -> np.ndarray:
-        (box,) = resized_crop_boxes(
-            self.view_seed, np.array([sample_id]), view, np.array([image.height]), np.array([image.width])
-        )
-        return resized_crop(image, box, self.augmentation.size)
+    def _augmented(
+        self, images: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, flips: np.ndarray, padding: int
+    ) -> torch.Tensor:
+        rows, offsets, flips = (part.to(self.device, non_blocking=True) for part in (rows, offsets, torch.from_numpy(flips)))
+        return augment_batch(images, rows, offsets, flips, padding=padding, mean=self.mean, std=self.std)
 
 
 class EvalSource:
@@ -214,15 +185,15 @@ class EvalSource:
 
     def _resident_batches(self) -> Iterator[Batch]:
         for rows in self._chunks():
-            images = _normalised(self.split.images[rows].numpy(), np.zeros(len(rows), bool), self.mean, self.std)
+            images = _normalised(self.split.images[rows], self.mean, self.std)
             yield Batch(self.split.sample_ids[rows], EVAL_VIEW, images, self.split.labels[rows])
 
     def _decoded_batches(self) -> Iterator[Batch]:
         decoded = ordered_map(
-            lambda position: self.split.read(position, self._centre),
+            lambda position: self.split.usable(position, self._centre),
             range(len(self.split)),
             workers=self.workers,
-            ahead=_BATCHES_AHEAD * self.batch_size,
+            ahead=BATCHES_AHEAD * self.batch_size,
         )
         with closing(decoded):
             for rows in self._chunks():
@@ -231,26 +202,18 @@ class EvalSource:
                 if not any(good):
                     continue
                 rows = rows[torch.tensor(good)]
-                images = np.stack([image for image in images if image is not None])
-                images = _normalised(images, np.zeros(len(rows), bool), self.mean, self.std)
+                images = _normalised(torch.stack([image for image in images if image is not None]), self.mean, self.std)
                 yield Batch(self.split.sample_ids[rows], EVAL_VIEW, images, self.split.labels[rows])
 
-    def _centre(self, image: Image.Image, sample_id: int) -> np.ndarray:
-        return centre_crop(image, self.image_size)
+    def _centre(self, content: bytes, name: Path, sample_id: int) -> torch.Tensor:
+        return centre_crop(decode_rgb(content, name), self.image_size)
 
 
-def _normalised(images: np.ndarray, flips: np.ndarray, mean: Channels, std: Channels) -> torch.Tensor:
-    """uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`, mirrored where `flips` bool `[N]` says so."""
+def _normalised(images: torch.Tensor, mean: Channels, std: Channels) -> torch.Tensor:
+    """uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`."""
     count = len(images)
-    return augment_batch(
-        torch.from_numpy(images),
-        torch.arange(count),
-        torch.zeros(count, 2, dtype=torch.int64),
-        torch.from_numpy(flips),
-        padding=0,
-        mean=mean,
-        std=std,
-    )
+    nowhere, unflipped = torch.zeros(count, 2, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
+    return augment_batch(images, torch.arange(count), nowhere, unflipped, padding=0, mean=mean, std=std)
 
 
 def _check_common(mean: Channels, std: Channels, batch_size: int, workers: int) -> None:
@@ -260,7 +223,6 @@ def _check_common(mean: Channels, std: Channels, batch_size: int, workers: int) 
         raise ConfigError(f"The batch size must be at least 1, got {batch_size}.")
     if workers < 0:
         raise ConfigError(f"The number of workers must be 0 or more, got {workers}.")
-
 
 def _check_own_size(split: Split, image_size: int) -> None:
     height, width = split.images.shape[1:3]

@@ -5,18 +5,19 @@ from dataclasses import dataclass
 import hashlib
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
-from PIL import Image
 import torch
 
-from stablekd_fast.data.images import BadImage, read_rgb, resize
+from stablekd_fast.data.images import BadImage, decode_rgb, resize
+from stablekd_fast.data.records import Records
 from stablekd_fast.data.threads import ordered_map
 from stablekd_fast.data.views import Stream, counter_hash
 from stablekd_fast.errors import DataError
 
 OnBadImage = Literal["stop", "skip"]
+Image = TypeVar("Image")
 
 # Decoding threads gain nothing beyond this: Python's share of the work holds the interpreter lock.
 _MOST_THREADS = 8
@@ -27,14 +28,14 @@ _FILES_PER_TASK = 64
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Where a folder split's images lie and how they are read.
+    """Encoded images of a split and how they are read.
 
-    `paths` has one entry per sample of the whole split, so sample ids index it. With `shape` (height,
+    `records` has one entry per sample of the whole split, so sample ids index it. With `shape` (height,
     width) the images are small and are kept in memory, resized to it where `resizing`, else required to
     have it. Without `shape` they are large and are decoded at `crop_size` batch by batch.
     """
 
-    paths: list[Path]
+    records: Records
     crop_size: int
     shape: tuple[int, int] | None = None
     resizing: bool = False
@@ -103,7 +104,7 @@ class Split:
     @property
     def total(self) -> int:
         """How many samples the whole split has: sample ids lie in 0..total-1."""
-        return len(self._files.paths) if self._files else len(self._whole._images)
+        return len(self._files.records) if self._files else len(self._whole._images)
 
     def identity(self) -> dict:
         """What images the sample ids of the whole split stand for: `samples`, and a `digest`.
@@ -119,17 +120,17 @@ class Split:
             else:
                 how = (self._files.shape, self._files.resizing)
                 digest.update(repr(how).encode())
-                for path in self._files.paths:
-                    digest.update(f"{'/'.join(path.parts[-2:])} {path.stat().st_size}\n".encode())
+                for line in self._files.records.identity():
+                    digest.update(f"{line}\n".encode())
             whole._digest = digest.hexdigest()
         return {"samples": self.total, "digest": whole._digest}
 
     @property
     def paths(self) -> list[Path]:
-        """Files of a folder split, one per sample; empty where the images came as an array."""
+        """Files (or places in archives) of the images, one per sample; empty where they came as an array."""
         if self._files is None:
             return []
-        return [self._files.paths[sample] for sample in self.sample_ids.tolist()]
+        return [self._files.records.name(sample) for sample in self.sample_ids.tolist()]
 
     @property
     def crop_size(self) -> int | None:
@@ -162,14 +163,18 @@ class Split:
         held_out = self._balanced_mask(count, Stream.HOLDOUT, seed)
         return self._take(~held_out), self._take(held_out)
 
-    def read(self, position: int, prepare: Callable[[Image.Image, int], np.ndarray]) -> np.ndarray | None:
-        """Decode one large image and return `prepare(image, sample_id)`; None when it is bad and skipped."""
+    @property
+    def records(self) -> Records:
+        """Encoded images, numbered by sample id. Only for images that come so."""
+        return self._files.records
+
+    def usable(self, position: int, use: Callable[[bytes, Path, int], Image]) -> Image | None:
+        """`use(encoded, name, sample id)` of one image; None when it raises `BadImage` and such images are skipped."""
         sample = int(self._sample_ids[position])
-        path = self._files.paths[sample]
         try:
-            return prepare(read_rgb(path), sample)
+            return use(self.records.read(sample), self.records.name(sample), sample)
         except BadImage as error:
-            self._skip_or_raise(error)
+            self.skip_or_raise(error)
             return None
 
     def _settle(self) -> None:
@@ -179,16 +184,16 @@ class Split:
     def _decode(self) -> None:
         height, width = self._files.shape
         samples = self._sample_ids.tolist()
-        images = np.empty((len(samples), height, width, 3), dtype=np.uint8)
-        good = np.zeros(len(samples), dtype=bool)
+        images = torch.empty(len(samples), height, width, 3, dtype=torch.uint8)
+        good = torch.zeros(len(samples), dtype=torch.bool)
 
         def fill(start: int) -> None:
             for position in range(start, min(start + _FILES_PER_TASK, len(samples))):
                 try:
-                    images[position] = self._read_small(self._files.paths[samples[position]])
+                    images[position] = self._read_small(samples[position])
                     good[position] = True
                 except BadImage as error:
-                    self._skip_or_raise(error)
+                    self.skip_or_raise(error)
 
         workers = min(_MOST_THREADS, os.cpu_count() or 1)
         for _ in ordered_map(fill, range(0, len(samples), _FILES_PER_TASK), workers=workers, ahead=2 * workers):
@@ -196,21 +201,22 @@ class Split:
         if not good.any():
             path, reason = sorted(self._skipped.items())[0]
             raise DataError(f"None of {len(samples)} images can be used; the first, {path}: {reason}.")
-        kept = torch.from_numpy(good)
-        self._images = torch.from_numpy(images if good.all() else images[good])
-        self._labels, self._sample_ids = self._labels[kept], self._sample_ids[kept]
+        self._images = images if good.all() else images[good]
+        self._labels, self._sample_ids = self._labels[good], self._sample_ids[good]
 
-    def _read_small(self, path: Path) -> np.ndarray:
-        image, (height, width) = read_rgb(path), self._files.shape
-        if not self._files.resizing and (image.height, image.width) != (height, width):
+    def _read_small(self, sample: int) -> torch.Tensor:
+        name, (height, width) = self.records.name(sample), self._files.shape
+        image = decode_rgb(self.records.read(sample), name)
+        if not self._files.resizing and image.shape[:2] != (height, width):
             raise BadImage(
-                path,
-                f"it is {image.width} x {image.height} pixels and others are {width} x {height}; "
+                name,
+                f"it is {image.shape[1]} x {image.shape[0]} pixels and others are {width} x {height}; "
                 "give an image size to have all resized",
             )
-        return np.asarray(resize(image, height, width))
+        return resize(image, height, width)
 
-    def _skip_or_raise(self, error: BadImage) -> None:
+    def skip_or_raise(self, error: BadImage) -> None:
+        """Note a bad image as skipped, or raise its error, as was asked for."""
         if self._files.on_bad_image == "stop":
             raise error
         self._skipped[error.path] = error.reason

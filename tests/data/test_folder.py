@@ -57,8 +57,8 @@ def test_hidden_and_foreign_files_are_no_images(write_tree):
 def test_only_the_subset_is_decoded(write_tree, monkeypatch):
     part = open_dataset(write_tree()).train.subset(6, seed=0)
     opened = []
-    original = split_module.read_rgb
-    monkeypatch.setattr(split_module, "read_rgb", lambda path: opened.append(path) or original(path))
+    original = split_module.decode_rgb
+    monkeypatch.setattr(split_module, "decode_rgb", lambda content, path: opened.append(path) or original(content, path))
     assert len(part) == 6 and part.labels.bincount().tolist() == [2, 2, 2]
     assert not opened
     assert part.images.shape == (6, 12, 12, 3)

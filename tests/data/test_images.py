@@ -2,13 +2,18 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from stablekd_fast.data.images import BadImage, centre_crop, read_rgb, resized_crop
+import torch
+
+from stablekd_fast.data.images import BadImage, centre_crop, decode_rgb, read_header, resize, resized_crop
+from stablekd_fast.data.records import FileRecords
 
 
 def pixels(path) -> np.ndarray:
-    image = read_rgb(path)
-    assert image.mode == "RGB"
-    return np.asarray(image)
+    """Decoded, after a look at the header that must agree."""
+    content = path.read_bytes()
+    header, image = read_header(content, path), decode_rgb(content, path)
+    assert image.dtype == torch.uint8 and image.shape == (header.height, header.width, 3)
+    return image.numpy()
 
 
 def test_gray_is_replicated(tmp_path):
@@ -58,7 +63,7 @@ def test_exif_orientation_is_applied(tmp_path):
 def test_floating_point_pixels_are_refused(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(BadImage, match="a.tif.*floating-point"):
-        read_rgb(tmp_path / "a.tif")
+        pixels(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -67,28 +72,73 @@ def test_truncated_file_is_named(tmp_path, suffix):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(BadImage, match=f"cut.{suffix}"):
-        read_rgb(path)
+        pixels(path)
 
 
-def test_empty_foreign_and_missing_files_are_named(tmp_path):
+def test_empty_and_foreign_files_are_named(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("no picture")
-    for name, reason in (("empty", "is empty"), ("text", "not an image"), ("missing", "No such file")):
+    for name, reason in (("empty", "is empty"), ("text", "not an image")):
         with pytest.raises(BadImage, match=f"{name}.jpg: .*{reason}"):
-            read_rgb(tmp_path / f"{name}.jpg")
+            pixels(tmp_path / f"{name}.jpg")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(BadImage, match="missing.jpg: No such file"):
+        FileRecords([tmp_path / "missing.jpg"]).read(0)
 
 
 def test_decompression_bomb_is_reported(tmp_path, monkeypatch):
     Image.new("RGB", (100, 100)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
     with pytest.raises(BadImage, match="huge.png: .*10000 pixels"):
-        read_rgb(tmp_path / "huge.png")
+        pixels(tmp_path / "huge.png")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_both_decoders_of_plain_jpegs_give_the_same_bits(tmp_path, mode, progressive):
+    noise = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((131, 93)).convert(mode).save(tmp_path / "a.jpg", quality=90, progressive=progressive)
+    assert read_header((tmp_path / "a.jpg").read_bytes(), tmp_path / "a.jpg").plain
+    assert np.array_equal(pixels(tmp_path / "a.jpg"), np.asarray(Image.open(tmp_path / "a.jpg").convert("RGB")))
+
+
+def test_damaged_bytes_inside_a_jpeg_give_what_pillow_gives(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    path = tmp_path / "a.jpg"
+    Image.fromarray(noise).resize((300, 200)).save(path, quality=90)
+    sound, random = path.read_bytes(), np.random.default_rng(1)
+    refused = 0
+    for _ in range(40):
+        content = bytearray(sound)
+        content[random.integers(len(sound) // 4, len(sound))] = random.integers(256)
+        path.write_bytes(content)
+        try:
+            expected = np.asarray(Image.open(path).convert("RGB"))
+        except Exception:
+            refused += 1
+            with pytest.raises(BadImage):
+                pixels(path)
+        else:
+            assert np.array_equal(pixels(path), expected)
+    assert refused < 40
+
+
+@pytest.mark.parametrize("size", [(224, 224), (60, 300), (17, 23)])
+def test_resize_is_bilinear_with_antialiasing_to_half_a_level_twice(size):
+    """It is done in two passes, each rounded to eight bits."""
+    image = torch.randint(0, 256, (131, 97, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    exact = torch.nn.functional.interpolate(
+        image.double().permute(2, 0, 1)[None], size=size, mode="bilinear", antialias=True
+    )[0].permute(1, 2, 0)
+    assert (resize(image, *size).double() - exact).abs().max() <= 1.02
 
 
 def test_resized_crop_takes_its_box():
     image = Image.new("RGB", (30, 20))
     image.paste((255, 128, 0), (10, 5, 18, 15))
-    crop = resized_crop(image, np.array([5, 10, 10, 8]), 6)
+    crop = resized_crop(torch.from_numpy(np.array(image)), np.array([5, 10, 10, 8]), 6).numpy()
     assert crop.dtype == np.uint8 and crop.shape == (6, 6, 3)
     assert (crop == (255, 128, 0)).all()
 
@@ -96,7 +146,7 @@ def test_resized_crop_takes_its_box():
 def test_resized_crop_averages_when_it_shrinks():
     stripes = np.zeros((40, 40, 3), np.uint8)
     stripes[:, ::2] = 255
-    crop = resized_crop(Image.fromarray(stripes), np.array([0, 0, 40, 40]), 5)
+    crop = resized_crop(torch.from_numpy(stripes), np.array([0, 0, 40, 40]), 5).numpy()
     assert (abs(crop.astype(int) - 128) < 15).all()
 
 
@@ -104,7 +154,7 @@ def test_resized_crop_averages_when_it_shrinks():
 def test_centre_crop_keeps_the_middle(size):
     height, width = size
     ramp = np.broadcast_to(np.linspace(0, 255, width, dtype=np.uint8)[None, :, None], (height, width, 3))
-    crop = centre_crop(Image.fromarray(np.ascontiguousarray(ramp)), 56)
+    crop = centre_crop(torch.from_numpy(np.ascontiguousarray(ramp)), 56).numpy()
     assert crop.shape == (56, 56, 3)
     # 56 of 64 pixels of the short side are kept, so this share of the ramp around its middle.
     kept = 56 / 64 * min(height, width) / width

@@ -1,0 +1,275 @@
+"""`stablekd bench loader`: images per second of every source, against torchvision's DataLoader, Pillow and the bare decoder.
+
+All contenders make the same batches: the same views of the same images in the same order, float32, normalised,
+channels-last. Every one is checked against the view's definition before anything is timed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from stablekd_fast.bench.core import Case, Contender, measure, pinned
+from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Dataset, Split, TrainSource, open_dataset
+from stablekd_fast.data.archives import read_index
+from stablekd_fast.data.dali import dali_missing
+from stablekd_fast.data.encoded import DEFAULT_CROP
+from stablekd_fast.data.images import decode_rgb, read_header, resized_crop
+from stablekd_fast.data.records import ArchiveRecords
+from stablekd_fast.data.split import ImageFiles
+from stablekd_fast.data.views import crop_offsets_and_flips, resized_crop_boxes, view_flips
+from stablekd_fast.errors import DataError
+
+VIEW = 0
+TIMED_IMAGES = 960
+"""A pass is at least this long, so that filling the pipelines is a small part of it."""
+RESAMPLING = 0.12
+"""Tolerance between resamplers of different make, over the largest normalised value (about 2.6): 12% of it is 20 levels of 255,
+met at single pixels of sharp edges. How close they are on average is `psnr` in the rows."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all contenders do."""
+
+    dataset: Dataset
+    batch_size: int
+    workers: int
+    passes: int
+
+    @property
+    def split(self) -> Split:
+        return self.dataset.train
+
+    @property
+    def batches(self) -> int:
+        return self.passes * (len(self.split) // self.batch_size)
+
+    def source(self, loader: str, workers: int) -> TrainSource:
+        """Every pass shows the same view, in an order of its own."""
+        data = self.dataset
+        return TrainSource(
+            self.split, data.augmentation, data.mean, data.std, batch_size=self.batch_size, seed=0, views=1, loader=loader, workers=workers
+        )
+
+    def order(self) -> list[np.ndarray]:
+        """Positions of each batch."""
+        source = self.source("auto", 0)
+        return [source._positions(step) for step in range(self.batches)]
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """uint8 `[N, H, W, 3]` to float64 `[N, 3, H, W]`."""
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.dataset.mean, self.dataset.std))
+        return ((pixels.double() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def open_large(path: Path) -> Dataset:
+    """A folder data set, or one tar archive of images in folders by class."""
+    if path.suffix != ".tar":
+        return open_dataset(path)
+    samples = list(read_index(path))
+    if not samples:
+        raise DataError(f"{path} holds no images.")
+    places = np.array([(0, sample.offset, sample.size) for sample in samples], np.int64)
+    records = ArchiveRecords([path], places, [sample.name for sample in samples])
+    split = Split(torch.zeros(len(samples), dtype=torch.int64), files=ImageFiles(records, DEFAULT_CROP))
+    augmentation = Augmentation("resized_crop", flip=True, size=DEFAULT_CROP)
+    return Dataset(path.stem, ["image"], split, split, IMAGENET_MEAN, IMAGENET_STD, augmentation)
+
+
+# Large images.
+
+
+class _LargeImages(torch.utils.data.Dataset):
+    """What torchvision's users write: Pillow, crop, flip, tensor, normalise. The boxes are given, to be the same for all."""
+
+    def __init__(self, work: Work, boxes: np.ndarray, flips: np.ndarray) -> None:
+        self.work, self.boxes, self.flips = work, boxes, flips
+
+    def __getitem__(self, position: int) -> Tensor:
+        image = Image.open(io.BytesIO(self.work.split.records.read(position))).convert("RGB")
+        return self.finish(image, position)
+
+    def finish(self, image: Image.Image | Tensor, position: int) -> Tensor:
+        size, data = self.work.dataset.augmentation.size, self.work.dataset
+        image = TF.resized_crop(image, *self.boxes[position].tolist(), [size, size], antialias=True)
+        if self.flips[position]:
+            image = TF.hflip(image)
+        image = TF.to_tensor(image) if isinstance(image, Image.Image) else TF.convert_image_dtype(image, torch.float32)
+        return TF.normalize(image, data.mean, data.std)
+
+
+class _LargeTensors(_LargeImages):
+    """The same with torchvision's decoder and its transforms of tensors."""
+
+    def __getitem__(self, position: int) -> Tensor:
+        content = torch.frombuffer(bytearray(self.work.split.records.read(position)), dtype=torch.uint8)
+        return self.finish(decode_jpeg(content, mode=ImageReadMode.RGB), position)
+
+
+def large_case(work: Work) -> Case:
+    """Random resized crops of photographs."""
+    headers = [read_header(work.split.records.read(k), work.split.records.name(k)) for k in range(len(work.split))]
+    sizes = np.array([(header.height, header.width) for header in headers])
+    ids = np.arange(len(work.split))
+    boxes = resized_crop_boxes(0, ids, VIEW, sizes[:, 0], sizes[:, 1])
+    flips = view_flips(0, ids, VIEW)
+    order = work.order()
+
+    def expected() -> Tensor:
+        crops = []
+        for k in order[0].tolist():
+            crop = resized_crop(decode_rgb(work.split.records.read(k), work.split.records.name(k)), boxes[k], work.dataset.augmentation.size)
+            crops.append(crop.flip(1) if flips[k] else crop)
+        return work.normalised(torch.stack(crops))
+
+    extras = {"images": work.batches * work.batch_size}
+    exact = 1e-6
+    contenders = [Contender("stablekd, torchvision", _consumer(work, "torchvision", w), f"{w} threads", tolerance=exact) for w in _workers(work)]
+    if dali_missing() is None:
+        contenders += [Contender("stablekd, dali", _consumer(work, "dali", w), f"{w} threads") for w in _workers(work)]
+    plain, tensors = _LargeImages(work, boxes, flips), _LargeTensors(work, boxes, flips)
+    for w in _workers(work):
+        contenders.append(Contender("torchvision DataLoader", _loader(plain, work, order, w), f"{w} processes"))
+        contenders.append(Contender("torchvision DataLoader, tensors", _loader(tensors, work, order, w), f"{w} processes"))
+    contenders.append(Contender("Pillow in threads", _threads(plain, work, order)))
+    contenders.append(_pure_decode(work, order))
+    return Case("loader", f"{work.dataset.name}, {work.dataset.augmentation.size} px", contenders, "torchvision DataLoader", expected, RESAMPLING, extras)
+
+
+def _pure_decode(work: Work, order: list[np.ndarray]) -> Contender:
+    """Read and decode, and nothing else: no source that decodes whole images can be faster."""
+    records = work.split.records
+    pool = ThreadPoolExecutor(work.workers)
+
+    def decode(chunk: np.ndarray) -> Tensor:
+        for k in chunk.tolist():
+            pixels = decode_jpeg(torch.frombuffer(bytearray(records.read(k)), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        return pixels
+
+    def call() -> Tensor:
+        chunks = [chunk for batch in order for chunk in np.array_split(batch, 4)]
+        return list(pool.map(decode, chunks))[-1]
+
+    last = int(order[-1][-1])
+    expected = lambda: decode_rgb(records.read(last), records.name(last)).permute(2, 0, 1).double()  # noqa: E731
+    return Contender("pure decode", call, f"{work.workers} threads", expected=expected, tolerance=0.0)
+
+
+def _threads(images: _LargeImages, work: Work, order: list[np.ndarray]) -> Callable[[], Tensor]:
+    pool = ThreadPoolExecutor(work.workers)
+
+    def call() -> Tensor:
+        first = None
+        for positions in order:
+            batch = torch.stack(list(pool.map(images.__getitem__, positions.tolist()))).contiguous(memory_format=torch.channels_last)
+            first = batch if first is None else first
+        return first
+
+    return call
+
+
+# Small images.
+
+
+class _SmallImages(torch.utils.data.Dataset):
+    """Arrays in memory, as torchvision's CIFAR10 holds them: Pillow image, pad, crop, flip, tensor, normalise."""
+
+    def __init__(self, work: Work, offsets: np.ndarray, flips: np.ndarray) -> None:
+        self.images, self.offsets, self.flips, self.data = work.split.images.numpy(), offsets, flips, work.dataset
+
+    def __getitem__(self, position: int) -> Tensor:
+        image = self.images[position]
+        padded = TF.pad(Image.fromarray(image), self.data.augmentation.padding)
+        crop = TF.crop(padded, *self.offsets[position].tolist(), *image.shape[:2])
+        if self.flips[position]:
+            crop = TF.hflip(crop)
+        return TF.normalize(TF.to_tensor(crop), self.data.mean, self.data.std)
+
+
+def small_case(work: Work) -> Case:
+    """Padded crops of images that are kept in memory."""
+    augmentation, ids = work.dataset.augmentation, work.split.sample_ids.numpy()
+    offsets, flips = crop_offsets_and_flips(0, ids, VIEW, augmentation.padding, flip=augmentation.flip)
+    order = work.order()
+    images = _SmallImages(work, offsets, flips)
+
+    def expected() -> Tensor:
+        return torch.stack([images[k] for k in order[0].tolist()]).double()
+
+    contenders = [Contender("stablekd, resident", _consumer(work, "resident", 0))]
+    contenders += [Contender("torchvision DataLoader", _loader(images, work, order, w), f"{w} processes") for w in _workers(work)]
+    extras = {"images": work.batches * work.batch_size}
+    return Case("loader", f"{work.dataset.name}, {work.split.images.shape[1]} px", contenders, "torchvision DataLoader", expected, 1e-6, extras)
+
+
+# Both.
+
+
+def _workers(work: Work) -> tuple[int, ...]:
+    """Rivals and sources are tried with one more too: while one waits another works."""
+    return (work.workers, work.workers + 1)
+
+
+def _consumer(work: Work, loader: str, workers: int) -> Callable[[], Tensor]:
+    source = work.source(loader, workers)
+
+    def call() -> Tensor:
+        return _first_of(batch.images for batch in source.batches(0, work.batches))
+
+    return call
+
+
+def _loader(images: torch.utils.data.Dataset, work: Work, order: list[np.ndarray], workers: int) -> Callable[[], Tensor]:
+    loader = DataLoader(
+        images,
+        batch_sampler=[positions.tolist() for positions in order],
+        num_workers=workers,
+        persistent_workers=True,
+        multiprocessing_context="spawn",  # processes as a user's are, not copies of this one with its allocator and threads
+        collate_fn=_channels_last,
+    )
+    return lambda: _first_of(loader)
+
+
+def _channels_last(images: list[Tensor]) -> Tensor:
+    return torch.stack(images).contiguous(memory_format=torch.channels_last)
+
+
+def _first_of(batches: Iterator[Tensor]) -> Tensor:
+    first = None
+    for batch in batches:
+        first = batch if first is None else first
+    return first
+
+
+def run_loader(
+    small: str | None, large: str | None, rounds: int, show: Callable[[list[dict]], None], *, batch_size: int = 64, workers: int | None = None
+) -> tuple[list[dict], dict]:
+    """Measure and show; all rows, with images per second, and the settings."""
+    rows = []
+    with pinned() as settings:
+        workers = workers or settings["threads"]
+        for dataset, case in ((open_dataset(small or "digits"), small_case), (open_large(Path(large)) if large else None, large_case)):
+            if dataset is None:
+                continue
+            batch = min(batch_size, len(dataset.train))
+            per_pass = len(dataset.train) // batch * batch
+            work = Work(dataset, batch, workers, max(1, -(-TIMED_IMAGES // per_pass)))
+            measured = measure(case(work), rounds)
+            for row in measured:
+                row["images_per_second"] = row["images"] / row["median_seconds"]
+            show(measured)
+            rows += measured
+        return rows, {**settings, "workers": workers, "batch_size": batch_size}

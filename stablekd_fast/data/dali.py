@@ -1,0 +1,212 @@
+"""Decoding by NVIDIA DALI: our order, our boxes, its decoder, which decodes no more of an image than its box needs.
+
+On a CPU the boxes are then scaled as the torchvision source scales them, in threads: DALI's own scaling is slower there. On a
+GPU decoding is DALI's "mixed" one (hardware decoder or nvJPEG), and it scales on the device. What DALI is not given, because
+decoders differ in how they take it (other formats, CMYK, turned or cut short JPEGs), is decoded as the torchvision source
+does it; so is a batch in which DALI finds a damaged image, which is then named and treated as `on_bad_image` says.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stablekd_fast.data.decode import BATCHES_AHEAD, Crops, Encoded, Job
+from stablekd_fast.data.images import resize
+from stablekd_fast.data.threads import ordered_map
+from stablekd_fast.errors import ConfigError
+
+_READERS = 2
+"""Threads that fetch bytes and draw boxes."""
+_PARTS = 4
+"""Of a batch, finished side by side."""
+
+INSTALL = "pip install 'stablekd_fast[dali]'"
+
+
+def dali_missing() -> str | None:
+    """Why DALI cannot be used; None if it can."""
+    try:
+        import nvidia.dali.fn  # noqa: F401  (the package `nvidia-dali` of PyPI is an empty stub, which lacks this module)
+    except ImportError as error:
+        return f"DALI is not installed ({error}); {INSTALL}"
+    return None
+
+
+@dataclass
+class _Batch:
+    """A batch on its way through the pipeline."""
+
+    positions: np.ndarray
+    view: int
+    kept: dict[int, Tensor]
+    """Crops that were stored, by place in the batch."""
+    encoded: dict[int, Encoded | None]
+    """The others by place; None for bad ones."""
+    images: Tensor
+    """uint8 `[N, S, S, 3]`, to be filled."""
+    cuts: dict[int, Tensor] = field(default_factory=dict)
+    """What DALI decoded, by place: the boxes, on a GPU scaled already."""
+
+    @property
+    def plain(self) -> list[int]:
+        """Places of the images that DALI is given."""
+        return [place for place, image in self.encoded.items() if image is not None and image.header.plain]
+
+
+class DaliDecoder:
+    """Crops of batches of up to `batch_size` images, decoded on `device` by `threads` threads, `depth` batches ahead.
+
+    Raises ConfigError where DALI is not installed.
+    """
+
+    def __init__(
+        self, crops: Crops, *, batch_size: int, threads: int, device: torch.device | str = "cpu", depth: int = BATCHES_AHEAD
+    ) -> None:
+        missing = dali_missing()
+        if missing:
+            raise ConfigError(f"The source dali was asked for, but {missing}, or choose --source torchvision.")
+        self.crops, self.batch_size, self.threads = crops, batch_size, max(1, threads)
+        self.device, self.depth = torch.device(device), depth
+        self._pipeline: _Pipeline | None = None
+
+    def identity(self) -> dict:
+        from nvidia.dali import __version__
+
+        return {"source": "dali", "version": __version__, "device": self.device.type}
+
+    def decode(self, jobs: Iterator[Job]) -> Iterator[tuple[np.ndarray, Tensor]]:
+        finishing = 0 if self.device.type == "cuda" else self.threads
+        with closing(ordered_map(self._read, jobs, workers=_READERS, ahead=self.depth)) as batches:
+            with closing(self._through_pipeline(batches)) as decoded:
+                tasks = ((batch, part) for batch in decoded for part in range(_PARTS))
+                with closing(ordered_map(self._finish, tasks, workers=finishing, ahead=_PARTS)) as finished:
+                    for batch in islice(finished, _PARTS - 1, None, _PARTS):
+                        yield batch.positions, batch.images
+
+    def _read(self, job: Job) -> _Batch:
+        positions, view = job
+        kept = {place: self.crops.kept(position, view) for place, position in enumerate(positions.tolist())}
+        kept = {place: crop for place, crop in kept.items() if crop is not None}
+        missing = [place for place in range(len(positions)) if place not in kept]
+        encoded = self.crops.encoded([int(positions[place]) for place in missing], view)
+        size = self.crops.size
+        images = torch.empty(len(positions), size, size, 3, dtype=torch.uint8, device=self.device)
+        return _Batch(positions.copy(), view, kept, dict(zip(missing, encoded)), images)
+
+    def _through_pipeline(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        """The batches with what DALI decoded, `depth` of them in its hands at a time."""
+        in_flight: deque[_Batch] = deque()
+        try:
+            for batch in batches:
+                self._start(batch)
+                in_flight.append(batch)
+                if len(in_flight) >= self.depth:
+                    yield self._take(in_flight)
+            while in_flight:
+                yield self._take(in_flight)
+        finally:
+            if in_flight or (self._pipeline is not None and self._pipeline.holds_fillers):
+                self._pipeline = None  # what is left in it belongs to nobody
+
+    def _start(self, batch: _Batch) -> None:
+        images = [batch.encoded[place] for place in batch.plain]
+        if not images:
+            return
+        if self._pipeline is None:
+            self._pipeline = _Pipeline(self.batch_size, self.threads, self.crops.size, self.device, self.depth)
+        self._pipeline.start(images)
+
+    def _take(self, in_flight: deque[_Batch]) -> _Batch:
+        batch = in_flight.popleft()
+        if batch.plain:
+            try:
+                batch.cuts = dict(zip(batch.plain, self._pipeline.take(len(batch.plain))))
+            except RuntimeError:  # one damaged image spoils its batch, and the pipeline with it
+                self._pipeline = None
+                for other in in_flight:
+                    self._start(other)
+        return batch
+
+    def _finish(self, task: tuple[_Batch, int]) -> _Batch:
+        """Fill in every `_PARTS`-th image of a batch: what was stored, what DALI decoded, and what it was not given."""
+        batch, first = task
+        for place in range(first, len(batch.images), _PARTS):
+            if place in batch.kept:
+                batch.images[place] = batch.kept[place]
+                continue
+            cut = batch.cuts.get(place)
+            crop = self._decode_alone(batch, place) if cut is None else resize(cut, self.crops.size, self.crops.size)
+            batch.images[place] = crop
+            self.crops.keep(int(batch.positions[place]), batch.view, crop)
+        return batch
+
+    def _decode_alone(self, batch: _Batch, place: int) -> Tensor:
+        image = batch.encoded[place]
+        crop = self.crops.crop(image) if image is not None else None
+        if crop is None:
+            batch.positions[place], crop = self.crops.next_good(int(batch.positions[place]), batch.view)
+        return crop
+
+
+class _Pipeline:
+    """Encoded images and boxes in; out come the boxes, on a GPU scaled to `size` x `size`; several batches at a time."""
+
+    def __init__(self, batch_size: int, threads: int, size: int, device: torch.device, depth: int) -> None:
+        from nvidia.dali import fn, pipeline_def, types
+
+        on_gpu = device.type == "cuda"
+        device_id = (device.index if device.index is not None else torch.cuda.current_device()) if on_gpu else None
+
+        @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=depth)
+        def cuts():
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+            start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
+            decoder = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB}
+            cut = fn.decoders.image_slice(encoded, start=start, shape=shape, axis_names="HW", **decoder)
+            return fn.resize(cut, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True) if on_gpu else cut
+
+        self.size, self.device = size, device
+        self._dali = cuts()
+        self._dali.build()
+        self._to_fill = self._dali.input_feed_count("encoded")
+        """Batches that DALI must be fed before it begins; it then runs all of them."""
+        self._fed: deque[list[np.ndarray]] = deque(maxlen=2 * depth + 2)
+        """The bytes that DALI reads, which are not copied."""
+        self._last: list[Encoded] = []
+        self.holds_fillers = False
+
+    def start(self, images: list[Encoded]) -> None:
+        """Begin a batch, or wait with it for others where DALI has not begun at all yet."""
+        self._last = images
+        self._fed.append([np.frombuffer(image.content, np.uint8) for image in images])
+        self._dali.feed_input("encoded", self._fed[-1])
+        self._dali.feed_input("start", [image.box[:2].astype(np.int32) for image in images])
+        self._dali.feed_input("shape", [image.box[2:].astype(np.int32) for image in images])
+        self._to_fill = max(0, self._to_fill - 1)
+        if self._to_fill == 0:
+            self._dali.schedule_run()
+
+    def take(self, count: int) -> list[Tensor]:
+        """Of the oldest batch, of `count` images. Raises RuntimeError for a damaged image; all that was begun is lost then."""
+        while self._to_fill:  # there were too few batches for DALI to begin
+            self.holds_fillers = True
+            self.start(self._last)
+        (output,) = self._dali.share_outputs()
+        if self.device.type == "cuda":
+            from nvidia.dali.plugin.pytorch import feed_ndarray
+
+            scaled = torch.empty(count, self.size, self.size, 3, dtype=torch.uint8, device=self.device)
+            feed_ndarray(output.as_tensor(), scaled, cuda_stream=torch.cuda.current_stream(self.device))
+            cuts = list(scaled)
+        else:
+            cuts = [torch.from_numpy(np.array(output.at(place))) for place in range(count)]
+        self._dali.release_outputs()
+        return cuts

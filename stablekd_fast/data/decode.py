@@ -1,0 +1,158 @@
+"""Random crops of large images: which bytes and which box make a view, and decoding them in threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice, tee
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stablekd_fast.data.images import BadImage, Header, decode_rgb, read_header, resized_crop
+from stablekd_fast.data.split import Split
+from stablekd_fast.data.threads import ordered_map
+from stablekd_fast.data.views import resized_crop_boxes
+from stablekd_fast.errors import DataError
+
+BATCHES_AHEAD = 2
+"""Batches in work beside the one in use: enough to keep the threads busy while a step runs."""
+
+_IMAGES_PER_TASK = 16
+"""Shares the cost of handing a task to a thread and of drawing its boxes."""
+
+Job = tuple[np.ndarray, int]
+"""Positions in the split that make a batch, and their view."""
+
+
+class StoredImages(Protocol):
+    """Decoded views `[S, S, 3]` uint8, before they are mirrored, by sample and view. Called from several threads."""
+
+    def get(self, sample: int, view: int) -> Tensor | None: ...
+
+    def put(self, sample: int, view: int, image: Tensor) -> None: ...
+
+
+class Decoder(Protocol):
+    """Makes the crops of batches."""
+
+    def decode(self, jobs: Iterator[Job]) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """For each job the positions that were read in the end, and their crops uint8 `[N, S, S, 3]`."""
+
+    def identity(self) -> dict:
+        """What decides the pixels, beside the versions of Pillow, torchvision and torch."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image as its bytes, and the box (top, left, height, width) of the view that is wanted of it."""
+
+    position: int
+    sample: int
+    content: bytes
+    name: Path
+    header: Header
+    box: np.ndarray
+
+
+class Crops:
+    """The random crops of a split of large images: box `b` of sample `i` in view `v`, scaled to `size` x `size`."""
+
+    def __init__(self, split: Split, size: int, view_seed: int) -> None:
+        self.split, self.size, self.view_seed = split, size, view_seed
+        self.stored: StoredImages | None = None
+
+    def encoded(self, positions: list[int], view: int) -> list[Encoded | None]:
+        """Bytes and boxes of images; None for bad ones that are skipped."""
+        read = [self.split.usable(position, lambda *image: (*image, read_header(*image[:2]))) for position in positions]
+        good = [place for place, image in enumerate(read) if image is not None]
+        samples, headers = np.array([read[place][2] for place in good], np.int64), [read[place][3] for place in good]
+        sizes = np.array([(header.height, header.width) for header in headers], np.int64).reshape(-1, 2)
+        boxes = resized_crop_boxes(self.view_seed, samples, view, sizes[:, 0], sizes[:, 1])
+        images: list[Encoded | None] = [None] * len(positions)
+        for place, box in zip(good, boxes):
+            content, name, sample, header = read[place]
+            images[place] = Encoded(positions[place], sample, content, name, header, box)
+        return images
+
+    def crop(self, image: Encoded) -> Tensor | None:
+        """Decode and cut; None if the image is bad and skipped."""
+        try:
+            return resized_crop(decode_rgb(image.content, image.name, image.header), image.box, self.size)
+        except BadImage as error:
+            self.split.skip_or_raise(error)
+            return None
+
+    def next_good(self, position: int, view: int) -> tuple[int, Tensor]:
+        """The first usable image from `position` on, and its crop. Raises DataError if there is none."""
+        for candidate in range(position, position + len(self.split)):
+            (image,) = self.encoded([candidate % len(self.split)], view)
+            crop = self.crop(image) if image is not None else None
+            if crop is not None:
+                return candidate % len(self.split), crop
+        raise DataError(f"None of {len(self.split)} training images can be read.")
+
+    def kept(self, position: int, view: int) -> Tensor | None:
+        """The crop, if it was stored."""
+        return self.stored.get(int(self.split.sample_ids[position]), view) if self.stored is not None else None
+
+    def keep(self, position: int, view: int, crop: Tensor) -> None:
+        if self.stored is not None:
+            self.stored.put(int(self.split.sample_ids[position]), view, crop)
+
+
+@dataclass
+class _Task:
+    """Neighbours in a batch, and where their crops go."""
+
+    positions: list[int]
+    view: int
+    images: Tensor
+    """Of the whole batch."""
+    start: int
+
+
+class ThreadDecoder:
+    """Decodes in `workers` threads (0: in the caller's): decoders and torch let go of the interpreter meanwhile."""
+
+    def __init__(self, crops: Crops, *, batch_size: int, workers: int, pinned: bool = False) -> None:
+        self.crops, self.workers, self.pinned = crops, workers, pinned
+        self._ahead = BATCHES_AHEAD * -(-batch_size // _IMAGES_PER_TASK)
+
+    def decode(self, jobs: Iterator[Job]) -> Iterator[tuple[np.ndarray, Tensor]]:
+        jobs, ahead = tee(jobs)
+        tasks = ordered_map(self._work, self._tasks(ahead), workers=self.workers, ahead=self._ahead)
+        with closing(tasks):
+            for positions, _ in jobs:
+                done = list(islice(tasks, -(-len(positions) // _IMAGES_PER_TASK)))
+                yield np.concatenate([task.positions for task in done]), done[0].images
+
+    def identity(self) -> dict:
+        return {"source": "torchvision"}
+
+    def _tasks(self, jobs: Iterator[Job]) -> Iterator[_Task]:
+        for positions, view in jobs:
+            size = self.crops.size
+            images = torch.empty(len(positions), size, size, 3, dtype=torch.uint8, pin_memory=self.pinned)
+            for start in range(0, len(positions), _IMAGES_PER_TASK):
+                yield _Task(positions[start : start + _IMAGES_PER_TASK].tolist(), view, images, start)
+
+    def _work(self, task: _Task) -> _Task:
+        crops, view, missing = self.crops, task.view, []
+        for place, position in enumerate(task.positions):
+            kept = crops.kept(position, view)
+            if kept is None:
+                missing.append(place)
+            else:
+                task.images[task.start + place] = kept
+        for place, image in zip(missing, crops.encoded([task.positions[place] for place in missing], view)):
+            crop = crops.crop(image) if image is not None else None
+            if crop is None:
+                task.positions[place], crop = crops.next_good(task.positions[place], view)
+            task.images[task.start + place] = crop
+            crops.keep(task.positions[place], view, crop)
+        return task

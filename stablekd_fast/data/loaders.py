@@ -1,0 +1,51 @@
+"""Which source feeds a run: images in device memory, DALI, or torchvision's decoder in threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from stablekd_fast.data.dali import DaliDecoder, dali_missing
+from stablekd_fast.data.decode import Crops, Decoder, ThreadDecoder
+from stablekd_fast.data.split import Split
+from stablekd_fast.errors import ConfigError, nearest
+
+SourceName = Literal["auto", "resident", "dali", "torchvision"]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A kind of source and why it is the one."""
+
+    name: str
+    reason: str
+
+
+def pick_loader(name: str, split: Split, device: torch.device) -> Loader:
+    """`auto`: small images lie in device memory; large ones are decoded by DALI where it is installed, else by torchvision.
+    Raises ConfigError for a source that cannot serve these images."""
+    if name not in get_args(SourceName):
+        raise ConfigError(f"source={name!r} was given{nearest(name, get_args(SourceName))}.")
+    if split.resident:
+        if name not in ("auto", "resident"):
+            raise ConfigError(f"source={name} decodes large images, but these are small and kept in memory; use auto or resident.")
+        return Loader("resident", f"the images are small: all of them are kept in the memory of {device.type}")
+    if name == "resident":
+        raise ConfigError("source=resident keeps images of up to 64 pixels in memory, but these are larger; use auto, dali or torchvision.")
+    if name != "auto":
+        return Loader(name, "asked for")
+    missing = dali_missing()
+    if missing:
+        return Loader("torchvision", missing)
+    return Loader("dali", "it decodes no more of an image than is needed" + (", on the GPU" if device.type == "cuda" else ""))
+
+
+def make_decoder(loader: Loader, crops: Crops | None, batch_size: int, workers: int, device: torch.device) -> Decoder | None:
+    """For batches of `batch_size` images; None where nothing is decoded."""
+    if loader.name == "dali":
+        return DaliDecoder(crops, batch_size=batch_size, threads=workers, device=device)
+    if loader.name == "torchvision":
+        return ThreadDecoder(crops, batch_size=batch_size, workers=workers, pinned=device.type == "cuda")
+    return None

@@ -1,0 +1,168 @@
+"""The DALI source beside the torchvision source: the same views, and the same treatment of whatever lies in a folder."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, TrainSource, open_dataset
+from stablekd_fast.data.dali import dali_missing
+from stablekd_fast.errors import ConfigError, DataError
+
+
+def picture(seed: int, height: int, width: int) -> Image.Image:
+    """Smooth, as photographs are: a few random colours blown up."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def strange_tree(tmp_path):
+    """Two classes of pictures, among them whatever users' folders hold; and how many cannot be used."""
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for k in range(6):
+                picture(k, 90 + 7 * k, 130 - 5 * k).save(tmp_path / part / label / f"plain{k}.jpg", quality=92)
+    folder = tmp_path / "train" / "b"
+    whole = (folder / "plain0.jpg").read_bytes()
+    picture(10, 80, 100).convert("CMYK").save(folder / "cmyk.jpg")
+    picture(11, 80, 100).convert("L").save(folder / "gray.jpg")
+    picture(12, 80, 100).save(folder / "progressive.jpg", progressive=True)
+    picture(13, 80, 100).save(folder / "png.png")
+    Image.fromarray((np.arange(8000, dtype=np.uint16) * 8).reshape(80, 100)).save(folder / "deep.png")
+    for orientation in (1, 3, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture(14, 80, 120).save(folder / f"turned{orientation}.jpg", exif=exif)
+    picture(15, 40, 20_000).save(folder / "wide.jpg")
+    picture(16, 1, 1).save(folder / "dot.jpg")
+    (folder / "tail.jpg").write_bytes(whole + b"behind the end")
+    (folder / "long_tail.jpg").write_bytes(whole + bytes(5000))
+    holes = bytearray(whole)
+    holes[len(holes) // 2 : len(holes) // 2 + 40] = bytes(40)
+    (folder / "holes.jpg").write_bytes(holes)
+    bad = {"empty.jpg": b"", "text.jpg": b"no picture", "cut.jpg": whole[: len(whole) // 2], "head.jpg": whole[:300]}
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    return tmp_path, sorted(bad)
+
+
+def source_of(root, loader: str, *, on_bad_image="skip", size=64, **settings) -> TrainSource:
+    dataset = open_dataset(root, image_size=size, on_bad_image=on_bad_image)
+    settings = dict(batch_size=8, seed=5, workers=2) | settings
+    return TrainSource(dataset.train, dataset.augmentation, IMAGENET_MEAN, IMAGENET_STD, loader=loader, **settings)
+
+
+def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
+    """In dB, of normalised batches `[N, 3, H, W]`."""
+    scale = torch.tensor(IMAGENET_STD)[:, None, None] * 255
+    error = ((one - other).double() * scale).square().mean().item()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+@pytest.mark.dali
+def test_both_sources_make_the_same_batches_of_whatever_a_folder_holds(strange_tree):
+    root, bad = strange_tree
+    sources = [source_of(root, loader) for loader in ("torchvision", "dali")]
+    seen = set()
+    for one, other in zip(*(source.batches(0, 12) for source in sources), strict=True):
+        assert torch.equal(one.sample_ids, other.sample_ids) and torch.equal(one.labels, other.labels)
+        seen |= set(one.sample_ids.tolist())
+        assert psnr(one.images, other.images) >= 35
+    assert len(seen) == len(sources[0].split.paths) - len(bad)
+    for source in sources:
+        assert [path.name for path, _ in source.split.skipped] == bad
+    assert sources[0].split.skipped == sources[1].split.skipped
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("loader", ["torchvision", "dali"])
+@pytest.mark.parametrize("name", ["empty.jpg", "text.jpg", "cut.jpg", "head.jpg"])
+def test_each_bad_image_stops_either_source_with_its_name(strange_tree, loader, name):
+    root, bad = strange_tree
+    for other in set(bad) - {name}:
+        (root / "train" / "b" / other).unlink()
+    with pytest.raises(DataError, match=f"b/{name}"):
+        list(source_of(root, loader, on_bad_image="stop").batches(0, 6))
+
+
+@pytest.mark.dali
+def test_a_batch_that_dali_gives_up_on_is_made_all_the_same(strange_tree, monkeypatch):
+    """Should DALI refuse what the other decoders take: the batch is done by them, and those in the pipeline are begun anew."""
+    from stablekd_fast.data import dali
+
+    root, _ = strange_tree
+    expected = list(source_of(root, "torchvision").batches(0, 9))
+    take, calls = dali._Pipeline.take, []
+
+    def fail_at_times(self, count):
+        calls.append(count)
+        if len(calls) in (2, 3, 6):
+            raise RuntimeError("Error in DALI: a damaged image")
+        return take(self, count)
+
+    monkeypatch.setattr(dali._Pipeline, "take", fail_at_times)
+    for one, other in zip(source_of(root, "dali").batches(0, 9), expected, strict=True):
+        assert torch.equal(one.sample_ids, other.sample_ids) and psnr(one.images, other.images) >= 35
+    assert len(calls) == 9
+
+
+@pytest.mark.dali
+def test_dalis_own_failure_on_a_damaged_image_is_survived(strange_tree, monkeypatch):
+    """Really damaged bytes in DALI's hands: taken for sound, as an image cut short with an end put behind it would be."""
+    root, bad = strange_tree
+    folder = root / "train" / "b"
+    for name in bad:
+        (folder / name).unlink()
+    sound = (folder / "plain1.jpg").read_bytes()
+    frame = sound.index(b"\xff\xda")
+    (folder / "plain1.jpg").write_bytes(sound[: frame + 4] + b"\xff\xd9")  # a header, a scan that is none, an end
+    sources = [source_of(root, loader) for loader in ("torchvision", "dali")]
+    for one, other in zip(*(source.batches(0, 9) for source in sources), strict=True):
+        assert torch.equal(one.sample_ids, other.sample_ids) and psnr(one.images, other.images) >= 35
+    assert sources[0].split.skipped == sources[1].split.skipped
+
+
+@pytest.mark.dali
+def test_photographs_scaled_up_and_down_are_within_resampling_of_each_other(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for k in range(8):
+            picture(k, 300 + 20 * k, 420 - 10 * k).save(tmp_path / part / "a" / f"{k}.jpg", quality=90)
+    for size in (65, 96, 224):
+        for one, other in zip(*(source_of(tmp_path, loader, size=size).batches(0, 4) for loader in ("torchvision", "dali")), strict=True):
+            assert psnr(one.images, other.images) >= 35
+
+
+@pytest.mark.dali
+def test_one_pipeline_serves_many_calls(strange_tree):
+    root, _ = strange_tree
+    source, fresh = source_of(root, "dali"), list(source_of(root, "torchvision").batches(0, 12))
+    for start, stop in ((0, 1), (3, 9), (2, 3), (9, 12)):
+        for batch, other in zip(source.batches(start, stop), fresh[start:stop], strict=True):
+            assert torch.equal(batch.sample_ids, other.sample_ids) and psnr(batch.images, other.images) >= 35
+    batches = source.batches(0, 100)
+    next(batches)
+    batches.close()
+    (batch,) = source.batches(5, 6)
+    assert torch.equal(batch.sample_ids, fresh[5].sample_ids) and psnr(batch.images, fresh[5].images) >= 35
+
+
+def test_without_dali_the_automatic_choice_says_why_and_a_demand_fails(strange_tree, monkeypatch):
+    root, _ = strange_tree
+    monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
+    assert "DALI is not installed" in dali_missing()
+    chosen = source_of(root, "auto").loader
+    assert chosen.name == "torchvision" and "pip install 'stablekd_fast[dali]'" in chosen.reason
+    with pytest.raises(ConfigError, match="dali was asked for, but DALI is not installed.*--source torchvision"):
+        source_of(root, "dali")
+
+
+@pytest.mark.dali
+def test_with_dali_the_automatic_choice_is_dali(strange_tree):
+    root, _ = strange_tree
+    assert source_of(root, "auto").loader.name == "dali"
