@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 
@@ -44,15 +45,17 @@ def split_training_images(dataset: Dataset, config: DistillConfig) -> tuple[Spli
 
 
 def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: torch.device) -> TrainSource:
+    chosen = {"jitter": config.jitter, "mix": config.mix, "mix_alpha": config.mix_alpha}
     return TrainSource(
         split,
-        dataset.augmentation,
+        dataclasses.replace(dataset.augmentation, **chosen) if config.jitter or config.mix else dataset.augmentation,
         dataset.mean,
         dataset.std,
         batch_size=config.batch_size,
         seed=config.seed,
         views=config.views,
         view_seed=config.view_seed,
+        classes=len(dataset.classes),
         loader=config.source,
         workers=config.workers,
         device=device,

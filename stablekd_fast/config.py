@@ -38,6 +38,12 @@ class DistillConfig:
     image_size: int | None = None
     views: int | None = None
     """Distinct augmented views per image, reused in turn; None draws a new one each epoch."""
+    jitter: float = 0.0
+    """Strength of colour jitter: 0.4 varies brightness, contrast and saturation by 40%."""
+    mix: Literal["mixup", "cutmix"] | None = None
+    """Mix every training image with another one, and their labels alike."""
+    mix_alpha: float = 1.0
+    """Shares of mixed images are drawn from Beta(alpha, alpha)."""
     seed: int = 0
     view_seed: int | None = None
     """Names the views; None for the seed. Runs of other seeds can share a cache if they share this."""

@@ -52,6 +52,11 @@ def image_fingerprint(source: TrainSource) -> dict:
             "size": augmentation.size,
         },
     }
+    if augmentation.jitter:
+        facts["view"]["jitter"] = augmentation.jitter
+    if augmentation.mix:  # partners are drawn from the images that are trained on
+        members = hashlib.blake2b(split.sample_ids.numpy().data, digest_size=16).hexdigest()
+        facts["view"] |= {"mix": augmentation.mix, "mix_alpha": augmentation.mix_alpha, "among": members}
     if split.decoded:
         facts["decoder"] = {"pillow": PIL.__version__, "torchvision": torchvision.__version__, "torch": torch.__version__}
         facts["crop_size"] = split.crop_size

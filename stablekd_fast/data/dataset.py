@@ -47,13 +47,18 @@ class Augmentation:
     """How training images vary. Which variant an image gets is decided by `views`.
 
     "pad_crop": zero-pad by `padding` pixels on each side, cut the original size out. "resized_crop":
-    cut a random box out and scale it to `size` x `size`. `flip` mirrors one half of the images.
+    cut a random box out and scale it to `size` x `size`. `flip` mirrors one half of the images. `jitter` is the strength of
+    colour jitter (0.4: brightness, contrast and saturation between 60% and 140%). "mixup" and "cutmix" mix each image with
+    another one of the training images, and their labels alike, in shares of Beta(`mix_alpha`, `mix_alpha`).
     """
 
     kind: Literal["pad_crop", "resized_crop"]
     flip: bool
     padding: int = 0
     size: int | None = None
+    jitter: float = 0.0
+    mix: Literal["mixup", "cutmix"] | None = None
+    mix_alpha: float = 1.0
 
     def __post_init__(self):
         if self.kind not in ("pad_crop", "resized_crop"):
@@ -62,6 +67,12 @@ class Augmentation:
             raise ConfigError(f"Padding must be 0 pixels or more, got {self.padding}.")
         if self.kind == "resized_crop" and (self.size is None or self.size < 1):
             raise ConfigError(f"A resized crop needs its size in pixels, got {self.size}.")
+        if not 0 <= self.jitter <= 1:
+            raise ConfigError(f"The strength of colour jitter lies between 0 and 1, got {self.jitter}.")
+        if self.mix not in (None, "mixup", "cutmix"):
+            raise ConfigError(f"Images are mixed by 'mixup' or 'cutmix', got {self.mix!r}.")
+        if not self.mix_alpha > 0:
+            raise ConfigError(f"mix_alpha must be greater than 0, got {self.mix_alpha}.")
 
 
 @dataclass

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from stablekd_fast.data.alter import cut_boxes, cut_mixed, draw_partners, draw_shares, jittered, mixed_up
 from stablekd_fast.data.dataset import Augmentation, Channels
 from stablekd_fast.data.decode import BATCHES_AHEAD, Crops, Job
 from stablekd_fast.data.images import centre_crop, decode_rgb
@@ -21,11 +23,14 @@ from stablekd_fast.kernels import augment_batch
 
 EVAL_VIEW = -1
 
+_NO_MEAN, _NO_STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
+"""With these values stay between 0 and 255."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """`sample_ids` int64 `[N]`, `view` (-1: unchanged images), `images` float32 `[N, 3, H, W]` normalised
-    and channels last in memory, `labels` int64 `[N]`."""
+    and channels last in memory, `labels` int64 `[N]`, or probabilities float32 `[N, classes]` of mixed images."""
 
     sample_ids: torch.Tensor
     view: int
@@ -39,7 +44,8 @@ class TrainSource:
     Epoch `e` shows view `e mod views` of every image, or view `e` when `views` is None. `view_seed` (default: `seed`) names
     the views, so that runs of other seeds can meet the same images. Images held in memory are kept on `device`, cut and
     normalised there. Large ones are decoded as `loader` says (see `pick_loader`) by `workers` threads and normalised on
-    `device`; one that is skipped as bad is replaced by the next good one, so that batches keep their size.
+    `device`; one that is skipped as bad is replaced by the next good one, so that batches keep their size. Mixed labels need
+    the number of `classes`.
 
     Of `ranks` processes with the same settings, each gets its own, equal part of every batch of `batch_size` images.
     """
@@ -57,6 +63,7 @@ class TrainSource:
         view_seed: int | None = None,
         loader: str = "auto",
         workers: int = 0,
+        classes: int | None = None,
         device: torch.device | str = "cpu",
         rank: int = 0,
         ranks: int = 1,
@@ -70,18 +77,21 @@ class TrainSource:
                 f"Rank {rank} of {ranks} was given with batches of {batch_size}; ranks count from 0, and the batch size must be "
                 f"a multiple of {ranks}."
             )
+        if augmentation.mix and classes is None:
+            raise ConfigError(f"Images are to be mixed by {augmentation.mix}, and labels with them; give the number of classes.")
         if batch_size > len(split):
             raise DataError(
                 f"A batch of {batch_size} does not fit {len(split)} training images; "
                 f"use a batch size of at most {len(split)} or more images."
             )
         self.split, self.augmentation, self.mean, self.std = split, augmentation, mean, std
-        self.batch_size, self.seed, self.views = batch_size, seed, views
+        self.batch_size, self.seed, self.views, self.classes = batch_size, seed, views, classes
         self.view_seed = seed if view_seed is None else view_seed
         self.device, self.rank, self.ranks = torch.device(device), rank, ranks
         self.loader = pick_loader(loader, split, self.device)
         self.crops = None if split.resident else Crops(split, augmentation.size, self.view_seed)
-        self.decoder = make_decoder(self.loader, self.crops, batch_size // ranks, workers, self.device)
+        decoded = batch_size // ranks * (2 if augmentation.mix else 1)
+        self.decoder = make_decoder(self.loader, self.crops, decoded, workers, self.device)
         self._resident: torch.Tensor | None = None
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -125,31 +135,100 @@ class TrainSource:
     def _resident_batch(self, positions: np.ndarray, view: int) -> Batch:
         if self._resident is None:
             self._resident = self.split.images.to(self.device)
-        rows = torch.from_numpy(positions)
-        sample_ids = self.split.sample_ids[rows]
-        padding = self.augmentation.padding
-        offsets, flips = crop_offsets_and_flips(
-            self.view_seed, sample_ids.numpy(), view, padding, flip=self.augmentation.flip
-        )
-        images = self._augmented(self._resident, rows, torch.from_numpy(offsets), flips, padding)
-        return Batch(sample_ids, view, images, self.split.labels[rows])
+        if not self._alters:
+            return self._batch(positions, view, self._cropped(positions, view, self.mean, self.std))
+        images = self._as_uint8(self._cropped(positions, view))
+        partners = self._partners(positions, view)
+        others = None if partners is None else self._as_uint8(self._cropped(partners, view))
+        return self._altered_batch(positions, view, images, partners, others)
 
     def _decoded_batches(self, jobs: Iterator[Job]) -> Iterator[Batch]:
         jobs, ahead = tee(jobs)
-        with closing(self.decoder.decode(ahead)) as decoded:
-            for (_, view), (positions, images) in zip(jobs, decoded):
-                rows = torch.from_numpy(positions)
-                sample_ids = self.split.sample_ids[rows]
-                flips = view_flips(self.view_seed, sample_ids.numpy(), view) & self.augmentation.flip
+        with closing(self.decoder.decode((self._with_partners(*job), job[1]) for job in ahead)) as decoded:
+            for (wanted, view), (positions, images) in zip(jobs, decoded):
+                own, count = positions[: len(wanted)], len(wanted)
                 images = images.to(self.device, non_blocking=True)
-                images = self._augmented(images, torch.arange(len(rows)), torch.zeros(len(rows), 2, dtype=torch.int64), flips, 0)
-                yield Batch(sample_ids, view, images, self.split.labels[rows])
+                if not self._alters:
+                    yield self._batch(own, view, self._normalised(images, own, view))
+                    continue
+                partners, others = (positions[count:], images[count:]) if self.augmentation.mix else (None, None)
+                for place in np.flatnonzero(own != wanted) if partners is not None else ():  # who stands in has its own partner
+                    wanted_partner = int(self._partners(own[place : place + 1], view)[0])
+                    partners[place], other = self.crops.next_good(wanted_partner, view)
+                    others[place] = other.to(self.device)
+                yield self._altered_batch(own, view, images[:count], partners, others, flip=True)
 
-    def _augmented(
-        self, images: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, flips: np.ndarray, padding: int
+    @property
+    def _alters(self) -> bool:
+        return bool(self.augmentation.jitter or self.augmentation.mix)
+
+    def _ids(self, positions: np.ndarray) -> np.ndarray:
+        return self.split.sample_ids.numpy()[positions]
+
+    def _partners(self, positions: np.ndarray, view: int) -> np.ndarray | None:
+        return draw_partners(self.view_seed, self._ids(positions), view, len(self.split)) if self.augmentation.mix else None
+
+    def _with_partners(self, positions: np.ndarray, view: int) -> np.ndarray:
+        """Positions to decode: those of a batch, and behind them those of their partners."""
+        partners = self._partners(positions, view)
+        return positions if partners is None else np.concatenate([positions, partners])
+
+    def _cropped(self, positions: np.ndarray, view: int, mean: Channels = _NO_MEAN, std: Channels = _NO_STD) -> torch.Tensor:
+        """Views of images in memory; without mean and std with values of 0 to 255."""
+        padding = self.augmentation.padding
+        offsets, flips = crop_offsets_and_flips(self.view_seed, self._ids(positions), view, padding, flip=self.augmentation.flip)
+        rows, offsets, flips = self._on_device(torch.from_numpy(positions), torch.from_numpy(offsets), torch.from_numpy(flips))
+        return augment_batch(self._resident, rows, offsets, flips, padding=padding, mean=mean, std=std)
+
+    def _normalised(
+        self, images: torch.Tensor, positions: np.ndarray, view: int, mean: Channels | None = None, std: Channels | None = None
     ) -> torch.Tensor:
-        rows, offsets, flips = (part.to(self.device, non_blocking=True) for part in (rows, offsets, torch.from_numpy(flips)))
-        return augment_batch(images, rows, offsets, flips, padding=padding, mean=self.mean, std=self.std)
+        """Crops uint8 `[N, H, W, 3]` mirrored as their view has it."""
+        flips = torch.from_numpy(view_flips(self.view_seed, self._ids(positions), view) & self.augmentation.flip)
+        return normalised(images, mean or self.mean, std or self.std, *self._on_device(flips))
+
+    def _altered_batch(
+        self,
+        positions: np.ndarray,
+        view: int,
+        images: torch.Tensor,
+        partners: np.ndarray | None,
+        others: torch.Tensor | None,
+        *,
+        flip: bool = False,
+    ) -> Batch:
+        """Jitter and mix crops uint8 `[N, H, W, 3]`; with `flip` they are mirrored first."""
+        both = [(positions, images)] + ([] if partners is None else [(partners, others)])
+        if flip:
+            both = [(p, self._as_uint8(self._normalised(crops, p, view, _NO_MEAN, _NO_STD))) for p, crops in both]
+        augmentation, seed, ids = self.augmentation, self.view_seed, self._ids(positions)
+        if augmentation.jitter:
+            both = [(p, jittered(crops, seed, self._ids(p), view, augmentation.jitter)) for p, crops in both]
+        images, labels = both[0][1], None
+        if partners is not None:
+            shares = draw_shares(seed, ids, view, augmentation.mix_alpha)
+            if augmentation.mix == "mixup":
+                images = mixed_up(images, both[1][1], shares)
+            else:
+                images, shares = cut_mixed(images, both[1][1], cut_boxes(seed, ids, view, shares, *images.shape[1:3]))
+            labels = self._mixed_labels(positions, partners, torch.from_numpy(shares).float()[:, None])
+        return self._batch(positions, view, normalised(images, self.mean, self.std), labels)
+
+    def _mixed_labels(self, positions: np.ndarray, partners: np.ndarray, shares: torch.Tensor) -> torch.Tensor:
+        own, other = (F.one_hot(self.split.labels[torch.from_numpy(p)], self.classes).float() for p in (positions, partners))
+        return shares * own + (1 - shares) * other
+
+    def _batch(self, positions: np.ndarray, view: int, images: torch.Tensor, labels: torch.Tensor | None = None) -> Batch:
+        rows = torch.from_numpy(positions)
+        return Batch(self.split.sample_ids[rows], view, images, self.split.labels[rows] if labels is None else labels)
+
+    def _on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+
+    @staticmethod
+    def _as_uint8(images: torch.Tensor) -> torch.Tensor:
+        """`[N, 3, H, W]` with values of 0 to 255, in channels-last memory, to `[N, H, W, 3]`."""
+        return images.permute(0, 2, 3, 1).round().to(torch.uint8)
 
 
 class EvalSource:
@@ -185,7 +264,7 @@ class EvalSource:
 
     def _resident_batches(self) -> Iterator[Batch]:
         for rows in self._chunks():
-            images = _normalised(self.split.images[rows], self.mean, self.std)
+            images = normalised(self.split.images[rows], self.mean, self.std)
             yield Batch(self.split.sample_ids[rows], EVAL_VIEW, images, self.split.labels[rows])
 
     def _decoded_batches(self) -> Iterator[Batch]:
@@ -202,18 +281,19 @@ class EvalSource:
                 if not any(good):
                     continue
                 rows = rows[torch.tensor(good)]
-                images = _normalised(torch.stack([image for image in images if image is not None]), self.mean, self.std)
+                images = normalised(torch.stack([image for image in images if image is not None]), self.mean, self.std)
                 yield Batch(self.split.sample_ids[rows], EVAL_VIEW, images, self.split.labels[rows])
 
     def _centre(self, content: bytes, name: Path, sample_id: int) -> torch.Tensor:
         return centre_crop(decode_rgb(content, name), self.image_size)
 
 
-def _normalised(images: torch.Tensor, mean: Channels, std: Channels) -> torch.Tensor:
-    """uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`."""
-    count = len(images)
-    nowhere, unflipped = torch.zeros(count, 2, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
-    return augment_batch(images, torch.arange(count), nowhere, unflipped, padding=0, mean=mean, std=std)
+def normalised(images: torch.Tensor, mean: Channels, std: Channels, flips: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`, mirrored where `flips` bool `[N]` says so."""
+    count, device = len(images), images.device
+    rows, nowhere = torch.arange(count, device=device), torch.zeros(count, 2, dtype=torch.int64, device=device)
+    flips = torch.zeros(count, dtype=torch.bool, device=device) if flips is None else flips
+    return augment_batch(images, rows, nowhere, flips, padding=0, mean=mean, std=std)
 
 
 def _check_common(mean: Channels, std: Channels, batch_size: int, workers: int) -> None:

@@ -39,6 +39,13 @@ class Stream(IntEnum):
     ORDER = 8
     SUBSET = 9
     HOLDOUT = 10
+    PARTNER = 11
+    MIX_SHARE = 12
+    CUT_ROW = 13
+    CUT_COLUMN = 14
+    BRIGHTNESS = 15
+    CONTRAST = 16
+    SATURATION = 17
 
 
 def counter_hash(*fields) -> np.ndarray:
@@ -58,7 +65,7 @@ def crop_offsets_and_flips(
     """
     offsets = np.stack(
         [
-            _below(counter_hash(stream, seed, sample_ids, view), 2 * padding + 1)
+            below(counter_hash(stream, seed, sample_ids, view), 2 * padding + 1)
             for stream in (Stream.CROP_TOP, Stream.CROP_LEFT)
         ],
         axis=1,
@@ -68,7 +75,7 @@ def crop_offsets_and_flips(
 
 def view_flips(seed: int, sample_ids: np.ndarray, view: int) -> np.ndarray:
     """Whether each sample is mirrored in this view: bool `[N]`, True for one half on average."""
-    return _below(counter_hash(Stream.FLIP, seed, sample_ids, view), 2) == 1
+    return below(counter_hash(Stream.FLIP, seed, sample_ids, view), 2) == 1
 
 
 def resized_crop_boxes(
@@ -92,17 +99,17 @@ def resized_crop_boxes(
     def draw(stream: Stream) -> np.ndarray:
         return counter_hash(stream, seed, sample_ids, view, tries)
 
-    areas = heights * widths * (scale[0] + (scale[1] - scale[0]) * _unit(draw(Stream.BOX_AREA)))
+    areas = heights * widths * (scale[0] + (scale[1] - scale[0]) * unit(draw(Stream.BOX_AREA)))
     low, high = np.log(ratio)
-    ratios = np.exp(low + (high - low) * _unit(draw(Stream.BOX_RATIO)))
+    ratios = np.exp(low + (high - low) * unit(draw(Stream.BOX_RATIO)))
     box_heights = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
     box_widths = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
     fits = (box_heights > 0) & (box_heights <= heights) & (box_widths > 0) & (box_widths <= widths)
 
     first, columns = fits.argmax(axis=0), np.arange(heights.size)
     box_height, box_width = box_heights[first, columns], box_widths[first, columns]
-    top = _below(draw(Stream.BOX_TOP)[first, columns], heights - box_height + 1)
-    left = _below(draw(Stream.BOX_LEFT)[first, columns], widths - box_width + 1)
+    top = below(draw(Stream.BOX_TOP)[first, columns], heights - box_height + 1)
+    left = below(draw(Stream.BOX_LEFT)[first, columns], widths - box_width + 1)
     boxes = np.stack([top, left, box_height, box_width], axis=1)
     return np.where(fits.any(axis=0)[:, None], boxes, _centred_boxes(heights, widths, ratio))
 
@@ -127,13 +134,14 @@ def _as_uint64(field) -> np.ndarray:
     return np.asarray(field, dtype=np.int64).astype(np.uint64)
 
 
-def _below(hashes: np.ndarray, bound) -> np.ndarray:
+def below(hashes: np.ndarray, bound) -> np.ndarray:
     """Integers int64 in 0..bound-1; `bound` (below 2**32) is a number or an array that broadcasts."""
     bound = np.asarray(bound, dtype=np.uint64)
     return (((hashes >> np.uint64(32)) * bound) >> np.uint64(32)).astype(np.int64)
 
 
-def _unit(hashes: np.ndarray) -> np.ndarray:
+def unit(hashes: np.ndarray) -> np.ndarray:
+    """Real numbers float64 in [0, 1)."""
     return (hashes >> np.uint64(11)) * 2.0**-53
 
 

@@ -214,6 +214,16 @@ def test_all_without_a_place_is_refused(run):
         run("a", cache=CacheSettings(plan="all"))
 
 
+@pytest.mark.parametrize("altering", [{"mix": "mixup"}, {"mix": "cutmix", "jitter": 0.4}], ids=["mixup", "cutmix and jitter"])
+def test_altered_images_are_cached_and_refused_under_other_alterations(altering, disk, run):
+    plain, _ = run("plain", views=2, **altering)
+    filled, _ = run("filled", views=2, cache=disk(), **altering)
+    again, _ = run("again", views=2, cache=disk(), **altering)
+    assert same(plain, filled) and same(plain, again)
+    with pytest.raises(CacheError, match="view"):
+        run("other", views=2, cache=disk())
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     """24 images of 80 pixels, large enough to be decoded batch by batch."""
