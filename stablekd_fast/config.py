@@ -17,7 +17,8 @@ class DistillConfig:
     """Everything that decides a run's numbers, and where they go."""
 
     data: str = "digits"
-    """A data set: `digits` (embedded), a folder of images, a CIFAR / MNIST archive, or an .npz file."""
+    """A data set: `digits` (embedded), cifar10, cifar100, fashion-mnist, imagenette, imagewoof, imagenet, or a path: a folder of
+    images, of WebDataset tars or of TFRecords, a CIFAR / MNIST archive, or an .npz file."""
     teacher: str = "resnet56"
     teacher_weights: str | None = None
     student: str = "resnet20"

@@ -58,6 +58,8 @@ class RunResult:
     images_per_second: float
     wall_seconds: float
     """Training and waiting for data, evaluation left out; summed over resumes."""
+    data_wait_share: float = 0.0
+    """Of `wall_seconds`, the share spent on waiting for the next batch."""
     skipped_images: int = 0
     """Unreadable images left out (with `on_bad_image="skip"`); the event log names them."""
 
@@ -170,6 +172,7 @@ class Distiller:
             steps=steps,
             images_per_second=steps * self.config.batch_size / seconds,
             wall_seconds=seconds,
+            data_wait_share=engine.progress.wait_seconds / seconds,
             skipped_images=len(skipped),
         )
 

@@ -12,6 +12,7 @@ from stablekd_fast.data.cifar import read_cifar
 from stablekd_fast.data.encoded import SMALL_SIDE, encoded_splits
 from stablekd_fast.data.folder import find_tree, list_tree
 from stablekd_fast.data.images import resize
+from stablekd_fast.data.presets import PRESETS, class_names, preset_folder
 from stablekd_fast.data.split import OnBadImage, Split
 from stablekd_fast.errors import ConfigError, DataError
 
@@ -36,7 +37,7 @@ _FASHION_CLASSES = [
 ]  # fmt: skip
 
 _KINDS = (
-    f"give {EMBEDDED!r}, a folder with train/CLASS/* and test/CLASS/* (or val), one with train*.tar and val*.tar "
+    f"give {EMBEDDED!r}, {', '.join(PRESETS)}, a folder with train/CLASS/* and test/CLASS/* (or val), one with train*.tar and val*.tar "
     "(WebDataset) or with train-*-of-* and validation-*-of-* (TFRecord), a CIFAR-10 or CIFAR-100 "
     "archive or its folder, a folder with MNIST's four idx files, or an .npz file"
 )
@@ -95,11 +96,11 @@ class Dataset:
 def open_dataset(
     path_or_name: str | Path, *, image_size: int | None = None, on_bad_image: OnBadImage = "stop"
 ) -> Dataset:
-    """Open the data set at a path, or by the name "digits". Raises `DataError`.
+    """Open the data set at a path, or by its name. Raises `DataError`.
 
-    Kinds: the embedded digits; a folder with `train/CLASS/*` and `test/CLASS/*` (or `val`), itself or one
-    level below; the archives of CIFAR-10 and CIFAR-100 (Python or binary version, packed or not); a
-    folder with the four idx files of MNIST or Fashion-MNIST; `.npz` with x_train, y_train, x_test, y_test.
+    Names: "digits" (embedded), and those of `PRESETS`, which are fetched where they are not there yet. Kinds: a folder with `train/CLASS/*` and `test/CLASS/*` (or `val`), itself or one
+    level below; a folder with WebDataset tars or TFRecords, named `train*` and `val*` or `test*`; the archives of CIFAR-10 and
+    CIFAR-100 (Python or binary version, packed or not); a folder with the four idx files of MNIST or Fashion-MNIST; `.npz` with x_train, y_train, x_test, y_test.
 
     `image_size` is the side in pixels to which all images are brought; by default small ones (up to 64
     pixels) keep their size and large ones are trained on at 224. `on_bad_image` says what a damaged file
@@ -113,6 +114,8 @@ def open_dataset(
     if path_or_name == EMBEDDED:
         return _array_dataset(EMBEDDED, *read_digits(), Augmentation("pad_crop", flip=False, padding=1), image_size)
     path = Path(path_or_name).expanduser()
+    if path_or_name in PRESETS and not path.exists():
+        path = preset_folder(path_or_name)
     if not path.exists():
         raise DataError(f"There is no data set at {path}; {_KINDS}.")
     if path.is_dir():
@@ -130,7 +133,7 @@ def _open_folder(path: Path, image_size: int | None, on_bad_image: OnBadImage) -
             augmentation = Augmentation("pad_crop", flip=True, padding=4)
         else:
             augmentation = Augmentation("resized_crop", flip=True, size=train.crop_size)
-        return Dataset(root.resolve().name, classes, train, test, IMAGENET_MEAN, IMAGENET_STD, augmentation)
+        return Dataset(root.resolve().name, class_names(classes), train, test, IMAGENET_MEAN, IMAGENET_STD, augmentation)
     idx_files = find_idx(path)
     if idx_files is not None:
         return _open_idx(path, idx_files, image_size)
