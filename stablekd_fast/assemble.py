@@ -45,10 +45,11 @@ def split_training_images(dataset: Dataset, config: DistillConfig) -> tuple[Spli
 
 
 def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: torch.device) -> TrainSource:
-    chosen = {"jitter": config.jitter, "mix": config.mix, "mix_alpha": config.mix_alpha}
+    chosen = {name: getattr(config, name) for name in ("jitter", "mix", "mix_alpha", "scaled_decode")}
+    asked_for = {name: value for name, value in chosen.items() if value != getattr(DistillConfig, name)}
     return TrainSource(
         split,
-        dataclasses.replace(dataset.augmentation, **chosen) if config.jitter or config.mix else dataset.augmentation,
+        dataclasses.replace(dataset.augmentation, **asked_for),
         dataset.mean,
         dataset.std,
         batch_size=config.batch_size,

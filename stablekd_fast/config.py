@@ -45,6 +45,8 @@ class DistillConfig:
     """Mix every training image with another one, and their labels alike."""
     mix_alpha: float = 1.0
     """Shares of mixed images are drawn from Beta(alpha, alpha)."""
+    scaled_decode: bool = False
+    """Decode large JPEGs at a half, a quarter or an eighth of their size where the crop allows: faster, other pixels."""
     seed: int = 0
     view_seed: int | None = None
     """Names the views; None for the seed. Runs of other seeds can share a cache if they share this."""

@@ -54,6 +54,8 @@ def image_fingerprint(source: TrainSource) -> dict:
     }
     if augmentation.jitter:
         facts["view"]["jitter"] = augmentation.jitter
+    if augmentation.scaled_decode:
+        facts["view"]["scaled_decode"] = True
     if augmentation.mix:  # partners are drawn from the images that are trained on
         members = hashlib.blake2b(split.sample_ids.numpy().data, digest_size=16).hexdigest()
         facts["view"] |= {"mix": augmentation.mix, "mix_alpha": augmentation.mix_alpha, "among": members}

@@ -50,7 +50,9 @@ class Augmentation:
     "pad_crop": zero-pad by `padding` pixels on each side, cut the original size out. "resized_crop":
     cut a random box out and scale it to `size` x `size`. `flip` mirrors one half of the images. `jitter` is the strength of
     colour jitter (0.4: brightness, contrast and saturation between 60% and 140%). "mixup" and "cutmix" mix each image with
-    another one of the training images, and their labels alike, in shares of Beta(`mix_alpha`, `mix_alpha`).
+    another one of the training images, and their labels alike, in shares of Beta(`mix_alpha`, `mix_alpha`). `scaled_decode`
+    decodes large JPEGs at a half, a quarter or an eighth of their size where the box is still large enough: faster, other
+    pixels, therefore another view.
     """
 
     kind: Literal["pad_crop", "resized_crop"]
@@ -60,6 +62,7 @@ class Augmentation:
     jitter: float = 0.0
     mix: Literal["mixup", "cutmix"] | None = None
     mix_alpha: float = 1.0
+    scaled_decode: bool = False
 
     def __post_init__(self):
         if self.kind not in ("pad_crop", "resized_crop"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablekd_fast.data.images import BadImage, Header, decode_rgb, read_header, resized_crop
+from stablekd_fast.data.images import BadImage, Header, decode_rgb, decode_scaled, read_header, resized_crop
 from stablekd_fast.data.split import Split
 from stablekd_fast.data.threads import ordered_map
 from stablekd_fast.data.views import resized_crop_boxes
@@ -60,10 +60,13 @@ class Encoded:
 
 
 class Crops:
-    """The random crops of a split of large images: box `b` of sample `i` in view `v`, scaled to `size` x `size`."""
+    """The random crops of a split of large images: each sample's box in a view, scaled to `size` x `size`.
 
-    def __init__(self, split: Split, size: int, view_seed: int) -> None:
-        self.split, self.size, self.view_seed = split, size, view_seed
+    With `scaled`, JPEGs are decoded at a half, a quarter or an eighth of their size where the box allows.
+    """
+
+    def __init__(self, split: Split, size: int, view_seed: int, scaled: bool = False) -> None:
+        self.split, self.size, self.view_seed, self.scaled = split, size, view_seed, scaled
         self.stored: StoredImages | None = None
 
     def encoded(self, positions: list[int], view: int) -> list[Encoded | None]:
@@ -82,6 +85,8 @@ class Crops:
     def crop(self, image: Encoded) -> Tensor | None:
         """Decode and cut; None if the image is bad and skipped."""
         try:
+            if self.scaled and image.header.plain:
+                return resized_crop(*decode_scaled(image.content, image.name, image.header, image.box, self.size), self.size)
             return resized_crop(decode_rgb(image.content, image.name, image.header), image.box, self.size)
         except BadImage as error:
             self.split.skip_or_raise(error)

@@ -23,9 +23,9 @@ class Loader:
     reason: str
 
 
-def pick_loader(name: str, split: Split, device: torch.device) -> Loader:
-    """`auto`: small images lie in device memory; large ones are decoded by DALI where it is installed, else by torchvision.
-    Raises ConfigError for a source that cannot serve these images."""
+def pick_loader(name: str, split: Split, device: torch.device, *, scaled: bool = False) -> Loader:
+    """`auto`: small images lie in device memory; large ones are decoded by DALI where it is installed, else by torchvision,
+    which also does it where `scaled` decoding is asked for. Raises ConfigError for a source that cannot serve these images."""
     if name not in get_args(SourceName):
         raise ConfigError(f"source={name!r} was given{nearest(name, get_args(SourceName))}.")
     if split.resident:
@@ -34,6 +34,10 @@ def pick_loader(name: str, split: Split, device: torch.device) -> Loader:
         return Loader("resident", f"the images are small: all of them are kept in the memory of {device.type}")
     if name == "resident":
         raise ConfigError("source=resident keeps images of up to 64 pixels in memory, but these are larger; use auto, dali or torchvision.")
+    if scaled:
+        if name == "dali":
+            raise ConfigError("scaled_decode was asked for, which source=dali cannot do; choose torchvision or auto.")
+        return Loader("torchvision", "scaled_decode was asked for, which DALI cannot do")
     if name != "auto":
         return Loader(name, "asked for")
     missing = dali_missing()

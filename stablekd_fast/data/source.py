@@ -88,8 +88,8 @@ class TrainSource:
         self.batch_size, self.seed, self.views, self.classes = batch_size, seed, views, classes
         self.view_seed = seed if view_seed is None else view_seed
         self.device, self.rank, self.ranks = torch.device(device), rank, ranks
-        self.loader = pick_loader(loader, split, self.device)
-        self.crops = None if split.resident else Crops(split, augmentation.size, self.view_seed)
+        self.loader = pick_loader(loader, split, self.device, scaled=augmentation.scaled_decode)
+        self.crops = None if split.resident else Crops(split, augmentation.size, self.view_seed, augmentation.scaled_decode)
         decoded = batch_size // ranks * (2 if augmentation.mix else 1)
         self.decoder = make_decoder(self.loader, self.crops, decoded, workers, self.device)
         self._resident: torch.Tensor | None = None

@@ -4,7 +4,7 @@ import pytest
 
 import torch
 
-from stablekd_fast.data.images import BadImage, centre_crop, decode_rgb, read_header, resize, resized_crop
+from stablekd_fast.data.images import BadImage, centre_crop, decode_rgb, decode_scaled, read_header, resize, resized_crop
 from stablekd_fast.data.records import FileRecords
 
 
@@ -133,6 +133,19 @@ def test_resize_is_bilinear_with_antialiasing_to_half_a_level_twice(size):
         image.double().permute(2, 0, 1)[None], size=size, mode="bilinear", antialias=True
     )[0].permute(1, 2, 0)
     assert (resize(image, *size).double() - exact).abs().max() <= 1.02
+
+
+@pytest.mark.parametrize("box, factor", [((0, 0, 600, 800), 8), ((100, 200, 300, 260), 4), ((7, 9, 130, 300), 2), ((5, 5, 90, 90), 1)])
+def test_scaled_decoding_is_as_small_as_the_box_allows(tmp_path, box, factor):
+    """Of an image without high frequencies it is the same picture."""
+    small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    Image.fromarray(small).resize((800, 600), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    content = (tmp_path / "a.jpg").read_bytes()
+    header, box = read_header(content, tmp_path), np.array(box)
+    scaled, moved = decode_scaled(content, tmp_path, header, box, 64)
+    assert scaled.shape == (600 // factor, 800 // factor, 3) and min(moved[2:]) >= 64
+    one, other = (resized_crop(*part, 64).double() for part in ((scaled, moved), (decode_rgb(content, tmp_path), box)))
+    assert (one - other).abs().mean() < 1.5
 
 
 def test_resized_crop_takes_its_box():

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -175,6 +176,20 @@ def test_large_images_are_the_named_views(large_source):
             pixels = scaled(np.asarray(picture)[top : top + height, left : left + width], 32, 32)
             (flip,) = views.view_flips(7, np.array([sample]), batch.view)
             assert_within_a_level(image, pixels[:, ::-1] if flip else pixels)
+
+
+def test_scaled_decoding_is_another_view_of_the_same_pictures(write_large_tree):
+    dataset = open_dataset(write_large_tree(), image_size=24)
+    scaled = dataclasses.replace(dataset.augmentation, scaled_decode=True)
+    one, other = (
+        next(TrainSource(dataset.train, augmentation, MEAN, STD, batch_size=15, seed=7).batches(0, 1))
+        for augmentation in (dataset.augmentation, scaled)
+    )
+    assert torch.equal(one.sample_ids, other.sample_ids) and one.images.shape == other.images.shape
+    same = [torch.equal(image, twin) for image, twin in zip(one.images, other.images)]
+    assert 0 < sum(same) < 15  # boxes of at least 48 pixels are decoded at a half
+    with pytest.raises(ConfigError, match="source=dali cannot do"):
+        TrainSource(dataset.train, scaled, MEAN, STD, batch_size=4, seed=7, loader="dali")
 
 
 def test_leaving_early_stops_the_threads(large_source):
