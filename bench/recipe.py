@@ -97,7 +97,8 @@ def main(words: list[str] | None = None) -> None:
                     results.setdefault((choice, variant), []).append(row["accuracy"])
     rows = table(results)
     print_rows("one choice changed at a time", rows)
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("data", "teacher_weights", "out")}
+    paths = ("data", "teacher_weights", "out", "remember")
+    settings = {name: value for name, value in vars(arguments).items() if name not in paths}
     write_document(out / "recipe.json", {"rows": rows}, settings)
 
 
