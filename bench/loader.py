@@ -95,26 +95,26 @@ class _LargeImages(torch.utils.data.Dataset):
     """What torchvision's users write: Pillow, crop, flip, tensor, normalise. The boxes are given, to be the same for all."""
 
     def __init__(self, work: Work, boxes: np.ndarray, flips: np.ndarray) -> None:
-        self.work, self.boxes, self.flips = work, boxes, flips
+        self.records, self.size = work.split.records, work.dataset.augmentation.size
+        self.mean, self.std = work.dataset.mean, work.dataset.std
+        self.boxes, self.flips = boxes, flips
 
     def __getitem__(self, position: int) -> Tensor:
-        image = Image.open(io.BytesIO(self.work.split.records.read(position))).convert("RGB")
-        return self.finish(image, position)
+        return self.finish(Image.open(io.BytesIO(self.records.read(position))).convert("RGB"), position)
 
     def finish(self, image: Image.Image | Tensor, position: int) -> Tensor:
-        size, data = self.work.dataset.augmentation.size, self.work.dataset
-        image = TF.resized_crop(image, *self.boxes[position].tolist(), [size, size], antialias=True)
+        image = TF.resized_crop(image, *self.boxes[position].tolist(), [self.size, self.size], antialias=True)
         if self.flips[position]:
             image = TF.hflip(image)
         image = TF.to_tensor(image) if isinstance(image, Image.Image) else TF.convert_image_dtype(image, torch.float32)
-        return TF.normalize(image, data.mean, data.std)
+        return TF.normalize(image, self.mean, self.std)
 
 
 class _LargeTensors(_LargeImages):
     """The same with torchvision's decoder and its transforms of tensors."""
 
     def __getitem__(self, position: int) -> Tensor:
-        content = torch.frombuffer(bytearray(self.work.split.records.read(position)), dtype=torch.uint8)
+        content = torch.frombuffer(bytearray(self.records.read(position)), dtype=torch.uint8)
         return self.finish(decode_jpeg(content, mode=ImageReadMode.RGB), position)
 
 
@@ -187,15 +187,17 @@ class _SmallImages(torch.utils.data.Dataset):
     """Arrays in memory, as torchvision's CIFAR10 holds them: Pillow image, pad, crop, flip, tensor, normalise."""
 
     def __init__(self, work: Work, offsets: np.ndarray, flips: np.ndarray) -> None:
-        self.images, self.offsets, self.flips, self.data = work.split.images.numpy(), offsets, flips, work.dataset
+        # A copy: tensors that are sent to processes move to shared memory, away from under numpy's views of them.
+        self.images, self.offsets, self.flips = work.split.images.numpy().copy(), offsets, flips
+        self.padding, self.mean, self.std = work.dataset.augmentation.padding, work.dataset.mean, work.dataset.std
 
     def __getitem__(self, position: int) -> Tensor:
         image = self.images[position]
-        padded = TF.pad(Image.fromarray(image), self.data.augmentation.padding)
+        padded = TF.pad(Image.fromarray(image), self.padding)
         crop = TF.crop(padded, *self.offsets[position].tolist(), *image.shape[:2])
         if self.flips[position]:
             crop = TF.hflip(crop)
-        return TF.normalize(TF.to_tensor(crop), self.data.mean, self.data.std)
+        return TF.normalize(TF.to_tensor(crop), self.mean, self.std)
 
 
 def small_case(work: Work) -> Case:

@@ -306,3 +306,26 @@ def test_augmentation_and_normalisation_must_fit(write_large_tree):
     assert EvalSource(open_dataset("digits").test, MEAN, STD, batch_size=2, image_size=8).image_size == 8
     with pytest.raises(ConfigError, match="their own size, 5 x 6 pixels, got 8"):
         EvalSource(small_split(), MEAN, STD, batch_size=2, image_size=8)
+
+
+LEAVE_EARLY = """
+import sys
+from stablekd_fast.data import TrainSource, open_dataset
+dataset = open_dataset(sys.argv[1], image_size=32)
+source = TrainSource(
+    dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=0, workers=2, loader=sys.argv[2]
+)
+batches = source.batches(0, 100)
+next(batches)
+print("leaving", flush=True)
+{}
+"""
+
+
+@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
+@pytest.mark.parametrize("ending, code", [("", 0), ("sys.exit(3)", 3), ("raise KeyboardInterrupt", 130)])
+def test_a_process_ends_with_batches_in_work(write_large_tree, loader, ending, code):
+    command = [sys.executable, "-c", LEAVE_EARLY.format(ending), str(write_large_tree()), loader]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "leaving\n"
+    assert done.returncode in (code, code - 256, -2) if code == 130 else done.returncode == code
