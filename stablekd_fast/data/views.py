@@ -17,6 +17,8 @@ A change of anything here changes every experiment and makes stored views wrong:
 """
 
 from enum import IntEnum
+from functools import lru_cache
+from itertools import takewhile
 
 import numpy as np
 
@@ -50,9 +52,20 @@ class Stream(IntEnum):
 
 def counter_hash(*fields) -> np.ndarray:
     """Hash the fields (integers, or integer arrays that broadcast) to uint64, at least one-dimensional."""
+    leading = tuple(takewhile(lambda field: isinstance(field, int), fields))
+    state = _hash_of_integers(leading)
+    for field in fields[len(leading) :]:
+        state = _mix(state ^ _as_uint64(field))
+    return state
+
+
+@lru_cache(maxsize=256)
+def _hash_of_integers(fields: tuple[int, ...]) -> np.ndarray:
+    """Stream and seed are the same from batch to batch."""
     state = _mix(np.array([VIEW_VERSION], dtype=np.uint64))
     for field in fields:
         state = _mix(state ^ _as_uint64(field))
+    state.flags.writeable = False
     return state
 
 
