@@ -6,8 +6,6 @@ from hypothesis import settings
 import pytest
 import torch
 
-from stablekd_fast.data.dali import dali_missing
-
 if not torch.cuda.is_available():
     # Read when Triton is first imported, which torch does for reasons of its own.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -17,6 +15,8 @@ settings.load_profile("few")
 
 
 def pytest_collection_modifyitems(config, items):
+    from stablekd_fast.data.dali import dali_missing  # not above: the variable must be set before Triton is imported
+
     chosen = config.getoption("markexpr")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
