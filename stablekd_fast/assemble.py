@@ -45,6 +45,7 @@ def split_training_images(dataset: Dataset, config: DistillConfig) -> tuple[Spli
 
 
 def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: torch.device) -> TrainSource:
+    # What is left at its default does not override a data set that brings its own augmentation.
     chosen = {name: getattr(config, name) for name in ("jitter", "mix", "mix_alpha", "scaled_decode")}
     asked_for = {name: value for name, value in chosen.items() if value != getattr(DistillConfig, name)}
     return TrainSource(

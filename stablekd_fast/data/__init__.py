@@ -1,7 +1,7 @@
 """Data sets, subsets, views by (seed, sample, view), and sources of batches."""
 
 from stablekd_fast.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Dataset, open_dataset
-from stablekd_fast.data.loaders import Loader, SourceName, pick_loader
+from stablekd_fast.data.loaders import SourceName
 from stablekd_fast.data.source import Batch, EvalSource, TrainSource
 from stablekd_fast.data.split import Split
 from stablekd_fast.data.views import (
@@ -20,14 +20,12 @@ __all__ = [
     "Batch",
     "Dataset",
     "EvalSource",
-    "Loader",
     "SourceName",
     "Split",
     "TrainSource",
     "crop_offsets_and_flips",
     "epoch_order",
     "open_dataset",
-    "pick_loader",
     "resized_crop_boxes",
     "view_flips",
 ]

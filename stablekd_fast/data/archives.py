@@ -42,7 +42,7 @@ def find_archives(folder: Path) -> dict[str, list[Path]] | None:
     """Archives of the training and the test part in `folder` or in its folders of these names; None if there are none."""
     found: dict[str, list[Path]] = {}
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if path.is_file() and (path.suffix == ".tar" or _TFRECORD.search(path.name)):
+        if (path.suffix == ".tar" or _TFRECORD.search(path.name)) and path.is_file():
             words = re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())
             part = next((_PARTS[word] for word in words if word in _PARTS), None)
             if part is not None:
@@ -66,10 +66,15 @@ def open_archives(archives: dict[str, list[Path]]) -> tuple[list[str], dict[str,
     number = {name: place for place, name in enumerate(classes)}
     opened = {}
     for part, paths in archives.items():
-        places = [(archive, s.offset, s.size) for archive, listed in enumerate(samples[part]) for s in listed]
-        names = [s.name for listed in samples[part] for s in listed]
-        opened[part] = (ArchiveRecords(paths, np.array(places, np.int64), names), [number[str(x)] for x in labels[part]])
+        opened[part] = (archive_records(paths, samples[part]), [number[str(label)] for label in labels[part]])
     return classes, opened
+
+
+def archive_records(archives: list[Path], samples: list[list[Sample]]) -> ArchiveRecords:
+    """The records of archives, given the samples of each."""
+    places = [(archive, s.offset, s.size) for archive, listed in enumerate(samples) for s in listed]
+    names = [s.name for listed in samples for s in listed]
+    return ArchiveRecords(archives, np.array(places, np.int64), names)
 
 
 def read_index(path: Path) -> Iterator[Sample]:
@@ -92,7 +97,7 @@ def _classes(labels: list[int | str], archive: Path) -> list[str]:
     if len(kinds) != 1:
         raise DataError(f"{archive.parent}: some images have a class number and others a folder; needed is one or the other.")
     names = sorted(set(labels))
-    if kinds == {int} and (names[0] < 0 or names[-1] >= len(names) + 1):
+    if kinds == {int} and (names[0] < 0 or names[-1] > len(names)):
         raise DataError(f"{archive.parent}: class numbers {names[:10]} have gaps; number the classes without gaps.")
     return [str(name) for name in names]
 

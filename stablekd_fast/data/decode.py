@@ -52,7 +52,6 @@ class Encoded:
     """An image as its bytes, and the box (top, left, height, width) of the view that is wanted of it."""
 
     position: int
-    sample: int
     content: bytes
     name: Path
     header: Header
@@ -71,15 +70,19 @@ class Crops:
 
     def encoded(self, positions: list[int], view: int) -> list[Encoded | None]:
         """Bytes and boxes of images; None for bad ones that are skipped."""
-        read = [self.split.usable(position, lambda *image: (*image, read_header(*image[:2]))) for position in positions]
+
+        def with_header(content: bytes, name: Path, sample: int) -> tuple[bytes, Path, int, Header]:
+            return content, name, sample, read_header(content, name)
+
+        read = [self.split.usable(position, with_header) for position in positions]
         good = [place for place, image in enumerate(read) if image is not None]
-        samples, headers = np.array([read[place][2] for place in good], np.int64), [read[place][3] for place in good]
-        sizes = np.array([(header.height, header.width) for header in headers], np.int64).reshape(-1, 2)
-        boxes = resized_crop_boxes(self.view_seed, samples, view, sizes[:, 0], sizes[:, 1])
+        facts = [(sample, header.height, header.width) for _, _, sample, header in (read[place] for place in good)]
+        samples, heights, widths = np.array(facts, np.int64).reshape(-1, 3).T
+        boxes = resized_crop_boxes(self.view_seed, samples, view, heights, widths)
         images: list[Encoded | None] = [None] * len(positions)
         for place, box in zip(good, boxes):
-            content, name, sample, header = read[place]
-            images[place] = Encoded(positions[place], sample, content, name, header, box)
+            content, name, _, header = read[place]
+            images[place] = Encoded(positions[place], content, name, header, box)
         return images
 
     def crop(self, image: Encoded) -> Tensor | None:

@@ -106,7 +106,7 @@ class TrainSource:
         Wherever it starts, step `s` yields the same batch. Raises `DataError` at a bad image unless
         such images are skipped.
         """
-        return self._batches((self._positions(step), self._view(step)) for step in range(start_step, stop_step))
+        return self._batches((self.positions(step), self._view(step)) for step in range(start_step, stop_step))
 
     def whole_view(self, view: int) -> Iterator[Batch]:
         """Every image in one view, in the order of the split. The last batch is filled up with images from the start."""
@@ -121,7 +121,8 @@ class TrainSource:
         epoch = step // self.steps_per_epoch
         return epoch if self.views is None else epoch % self.views
 
-    def _positions(self, step: int) -> np.ndarray:
+    def positions(self, step: int) -> np.ndarray:
+        """Which images make the batch of a step: positions in the split, int64 `[N]`."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._order_epoch:
             self._order_epoch, self._order = epoch, epoch_order(self.seed, epoch, len(self.split))
@@ -149,14 +150,17 @@ class TrainSource:
                 own, count = positions[: len(wanted)], len(wanted)
                 images = images.to(self.device, non_blocking=True)
                 if not self._alters:
-                    yield self._batch(own, view, self._normalised(images, own, view))
+                    yield self._batch(own, view, normalised(images, self.mean, self.std, self._flips(own, view)))
                     continue
-                partners, others = (positions[count:], images[count:]) if self.augmentation.mix else (None, None)
-                for place in np.flatnonzero(own != wanted) if partners is not None else ():  # who stands in has its own partner
-                    wanted_partner = int(self._partners(own[place : place + 1], view)[0])
-                    partners[place], other = self.crops.next_good(wanted_partner, view)
-                    others[place] = other.to(self.device)
-                yield self._altered_batch(own, view, images[:count], partners, others, flip=True)
+                partners = others = None
+                if self.augmentation.mix:
+                    partners, others = positions[count:], images[count:]
+                    for place in np.flatnonzero(own != wanted):  # who stands in for a bad image has its own partner
+                        partner = int(self._partners(own[place : place + 1], view)[0])
+                        partners[place], other = self.crops.next_good(partner, view)
+                        others[place] = other.to(self.device)
+                    others = self._mirrored(others, partners, view)
+                yield self._altered_batch(own, view, self._mirrored(images[:count], own, view), partners, others)
 
     @property
     def _alters(self) -> bool:
@@ -177,30 +181,23 @@ class TrainSource:
         """Views of images in memory; without mean and std with values of 0 to 255."""
         padding = self.augmentation.padding
         offsets, flips = crop_offsets_and_flips(self.view_seed, self._ids(positions), view, padding, flip=self.augmentation.flip)
-        rows, offsets, flips = self._on_device(torch.from_numpy(positions), torch.from_numpy(offsets), torch.from_numpy(flips))
+        rows, offsets, flips = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in (positions, offsets, flips))
         return augment_batch(self._resident, rows, offsets, flips, padding=padding, mean=mean, std=std)
 
-    def _normalised(
-        self, images: torch.Tensor, positions: np.ndarray, view: int, mean: Channels | None = None, std: Channels | None = None
-    ) -> torch.Tensor:
-        """Crops uint8 `[N, H, W, 3]` mirrored as their view has it."""
-        flips = torch.from_numpy(view_flips(self.view_seed, self._ids(positions), view) & self.augmentation.flip)
-        return normalised(images, mean or self.mean, std or self.std, *self._on_device(flips))
+    def _flips(self, positions: np.ndarray, view: int) -> torch.Tensor:
+        """Whether each image is mirrored, bool `[N]`."""
+        flips = view_flips(self.view_seed, self._ids(positions), view) & self.augmentation.flip
+        return torch.from_numpy(flips).to(self.device, non_blocking=True)
+
+    def _mirrored(self, images: torch.Tensor, positions: np.ndarray, view: int) -> torch.Tensor:
+        """Crops `[N, H, W, 3]` as their view has them."""
+        return torch.where(self._flips(positions, view)[:, None, None, None], images.flip(2), images)
 
     def _altered_batch(
-        self,
-        positions: np.ndarray,
-        view: int,
-        images: torch.Tensor,
-        partners: np.ndarray | None,
-        others: torch.Tensor | None,
-        *,
-        flip: bool = False,
+        self, positions: np.ndarray, view: int, images: torch.Tensor, partners: np.ndarray | None, others: torch.Tensor | None
     ) -> Batch:
-        """Jitter and mix crops uint8 `[N, H, W, 3]`; with `flip` they are mirrored first."""
+        """Jitter and mix views uint8 `[N, H, W, 3]`."""
         both = [(positions, images)] + ([] if partners is None else [(partners, others)])
-        if flip:
-            both = [(p, self._as_uint8(self._normalised(crops, p, view, _NO_MEAN, _NO_STD))) for p, crops in both]
         augmentation, seed, ids = self.augmentation, self.view_seed, self._ids(positions)
         if augmentation.jitter:
             both = [(p, jittered(crops, seed, self._ids(p), view, augmentation.jitter)) for p, crops in both]
@@ -221,9 +218,6 @@ class TrainSource:
     def _batch(self, positions: np.ndarray, view: int, images: torch.Tensor, labels: torch.Tensor | None = None) -> Batch:
         rows = torch.from_numpy(positions)
         return Batch(self.split.sample_ids[rows], view, images, self.split.labels[rows] if labels is None else labels)
-
-    def _on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 
     @staticmethod
     def _as_uint8(images: torch.Tensor) -> torch.Tensor:

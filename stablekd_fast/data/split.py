@@ -183,30 +183,27 @@ class Split:
 
     def _decode(self) -> None:
         height, width = self._files.shape
-        samples = self._sample_ids.tolist()
-        images = torch.empty(len(samples), height, width, 3, dtype=torch.uint8)
-        good = torch.zeros(len(samples), dtype=torch.bool)
+        count = len(self._sample_ids)
+        images = torch.empty(count, height, width, 3, dtype=torch.uint8)
+        good = torch.zeros(count, dtype=torch.bool)
 
         def fill(start: int) -> None:
-            for position in range(start, min(start + _FILES_PER_TASK, len(samples))):
-                try:
-                    images[position] = self._read_small(samples[position])
-                    good[position] = True
-                except BadImage as error:
-                    self.skip_or_raise(error)
+            for position in range(start, min(start + _FILES_PER_TASK, count)):
+                image = self.usable(position, self._small)
+                if image is not None:
+                    images[position], good[position] = image, True
 
         workers = min(_MOST_THREADS, os.cpu_count() or 1)
-        for _ in ordered_map(fill, range(0, len(samples), _FILES_PER_TASK), workers=workers, ahead=2 * workers):
+        for _ in ordered_map(fill, range(0, count, _FILES_PER_TASK), workers=workers, ahead=2 * workers):
             pass
         if not good.any():
             path, reason = sorted(self._skipped.items())[0]
-            raise DataError(f"None of {len(samples)} images can be used; the first, {path}: {reason}.")
+            raise DataError(f"None of {count} images can be used; the first, {path}: {reason}.")
         self._images = images if good.all() else images[good]
         self._labels, self._sample_ids = self._labels[good], self._sample_ids[good]
 
-    def _read_small(self, sample: int) -> torch.Tensor:
-        name, (height, width) = self.records.name(sample), self._files.shape
-        image = decode_rgb(self.records.read(sample), name)
+    def _small(self, content: bytes, name: Path, sample_id: int) -> torch.Tensor:
+        image, (height, width) = decode_rgb(content, name), self._files.shape
         if not self._files.resizing and image.shape[:2] != (height, width):
             raise BadImage(
                 name,

@@ -323,9 +323,9 @@ print("leaving", flush=True)
 
 
 @pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
-@pytest.mark.parametrize("ending, code", [("", 0), ("sys.exit(3)", 3), ("raise KeyboardInterrupt", 130)])
-def test_a_process_ends_with_batches_in_work(write_large_tree, loader, ending, code):
+@pytest.mark.parametrize("ending, codes", [("", (0,)), ("sys.exit(3)", (3,)), ("raise KeyboardInterrupt", (130, -2))])
+def test_a_process_ends_with_batches_in_work(write_large_tree, loader, ending, codes):
     command = [sys.executable, "-c", LEAVE_EARLY.format(ending), str(write_large_tree()), loader]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.stdout == "leaving\n"
-    assert done.returncode in (code, code - 256, -2) if code == 130 else done.returncode == code
+    assert done.returncode in codes

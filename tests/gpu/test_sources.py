@@ -20,7 +20,7 @@ def photographs(tmp_path):
     return tmp_path
 
 
-def batches(dataset, device, loader="auto", **settings):
+def batches(dataset, device, loader="auto"):
     source = TrainSource(
         dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=3, workers=2, device=device, loader=loader
     )
