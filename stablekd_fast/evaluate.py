@@ -70,6 +70,14 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], to_device: Callable[[Te
     return Metrics(correct / count, correct5 / count, loss / count, count)
 
 
+_OF_THE_IMAGES = (
+    "subset", "subset_seed", "validation", "batch_size", "image_size", "seed", "view_seed", "views", "bn_images",
+    "jitter", "mix", "mix_alpha", "scaled_decode",
+)  # fmt: skip
+"""Settings of a run that decide which training images its batch-norm statistics are taken over, and how they look. Not the source:
+another machine may lack it."""
+
+
 def evaluate_file(
     path: Path, *, model: str | None = None, data: str | None = None, split: str = "test", device: str = "auto"
 ) -> Metrics:
@@ -88,8 +96,7 @@ def evaluate_file(
     target = pick_device(device)
     config = DistillConfig(data=data, student=model)
     if run:
-        kept = ("subset", "subset_seed", "validation", "batch_size", "image_size", "seed", "views", "bn_images", "source")
-        config = DistillConfig(data=data, student=model, **{name: run[name] for name in kept})
+        config = DistillConfig(data=data, student=model, **{name: run[name] for name in _OF_THE_IMAGES if name in run})
     dataset = open_dataset(data, image_size=config.image_size)
     images = eval_source(dataset, getattr(dataset, split), config)
     size = next(iter(images.batches())).images.shape[-1]

@@ -11,6 +11,7 @@ import yaml
 from safetensors import safe_open
 
 from stablekd_fast.cli import main
+from stablekd_fast.evaluate import evaluate_file
 
 SMALL = ["--subset", "128", "--validation", "32", "--epochs", "1", "--batch-size", "32", "--bn-images", "64"]
 
@@ -60,6 +61,16 @@ def test_evaluating_a_file_gives_the_run_s_accuracy(student, name, capsys):
     assert main(["evaluate", str(student / name)]) == 0
     (run,) = json.loads((student / "results.json").read_text())["runs"]
     assert f"{run['accuracy']:.4g}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_evaluated_with_statistics_of_its_own_views(teacher, tmp_path):
+    """Altered images, other view seeds: the batch-norm statistics are those of what the run trained on, to the last bit."""
+    out, weights = tmp_path / "run", str(teacher / "student.safetensors")
+    arguments = ["--teacher", "resnet32", "--teacher-weights", weights, "--student", "resnet20", *SMALL, "--epochs", "1"]
+    assert main(["distill", *arguments, "--mix", "mixup", "--jitter", "0.5", "--view-seed", "9", "--out", str(out)]) == 0
+    events = [json.loads(line) for line in (out / "events.jsonl").open()]
+    (tested,) = [event for event in events if event["kind"] == "evaluate" and event["split"] == "test"]
+    assert evaluate_file(out / "checkpoint.safetensors").loss == tested["loss"]
 
 
 def test_a_finished_run_is_not_overwritten_and_resumes_to_itself(student, teacher, capsys):
