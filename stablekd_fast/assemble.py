@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 
 import torch
 from torch import nn
@@ -18,9 +19,14 @@ from stablekd_fast.step import Objectives
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises ConfigError for a device that is not there."""
+    """`auto` is the GPU where there is one; `cuda` is the one that torchrun means for this process.
+
+    Raises ConfigError for a device that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -69,7 +75,7 @@ def bn_batches(config: DistillConfig, source: TrainSource) -> int:
     return min(math.ceil(config.bn_images / source.batch_size), source.steps_per_epoch)
 
 
-def eval_source(dataset: Dataset, split: Split, config: DistillConfig) -> EvalSource:
+def eval_source(dataset: Dataset, split: Split, config: DistillConfig, rank: int = 0, ranks: int = 1) -> EvalSource:
     return EvalSource(
         split,
         dataset.mean,
@@ -77,6 +83,8 @@ def eval_source(dataset: Dataset, split: Split, config: DistillConfig) -> EvalSo
         batch_size=config.batch_size * 2,
         image_size=config.image_size,
         workers=config.workers,
+        rank=rank,
+        ranks=ranks,
     )
 
 

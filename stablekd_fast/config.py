@@ -77,6 +77,14 @@ class DistillConfig:
     bn_images: int = 2048
     """Training images over which batch-norm statistics are re-estimated for evaluation and export; 0 leaves them as
     training left them."""
+    accumulate: int = 1
+    """Go through each batch in so many parts and add up their gradients: memory of a part, gradients of the batch."""
+    parallel: Literal["auto", "blocks", "data"] = "auto"
+    """Under torchrun: whether ranks divide blocks among them, or images. `auto` does what is fastest by measured costs."""
+    sync_norms: bool = False
+    """Where ranks divide images: batch-norm statistics are those of the whole batch."""
+    timeout: float = 600.0
+    """Seconds after which a rank that does not answer is given up."""
     device: str = "auto"
     source: SourceName = "auto"
     """What makes batches: `resident` keeps small images in the device's memory, `dali` and `torchvision` decode large ones.
@@ -95,12 +103,14 @@ class DistillConfig:
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("recipe", self.recipe, RECIPES)
-        for name in ("epochs", "batch_size", "log_every"):
+        for name in ("epochs", "batch_size", "log_every", "accumulate", "timeout"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must be greater than 0.")
         for name in ("validation", "bn_images", "evaluate_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must not be negative.")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(f"batch_size={self.batch_size} was given; it must be a multiple of accumulate={self.accumulate}.")
         if self.subset is not None and self.subset <= 0:
             raise ConfigError(f"subset={self.subset} was given; give a count, or a fraction up to 1.")
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -109,7 +119,7 @@ class DistillConfig:
             raise ConfigError(f"checkpoint_every={self.checkpoint_every} was given; it must be at least 1.")
 
 
-WITHOUT_EFFECT_ON_NUMBERS = ("out", "resume", "checkpoint_every", "log_every", "workers", "source", "cache", "capture")
+WITHOUT_EFFECT_ON_NUMBERS = ("out", "resume", "checkpoint_every", "log_every", "workers", "source", "cache", "capture", "parallel", "timeout")
 """What the cache stores inexactly, compiling, and how images are decoded do have one; the plan, whether steps are compiled,
 and the source that was chosen are part of the identity instead."""
 

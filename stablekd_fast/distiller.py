@@ -25,6 +25,7 @@ from stablekd_fast.assemble import (
 )
 from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
 from stablekd_fast.cache.columns import ImageColumn
+from stablekd_fast.cache.fingerprint import image_fingerprint
 from stablekd_fast.cache.plan import Costs, Plan, decisions, predict
 from stablekd_fast.cache.planner import Planner, views_shown
 from stablekd_fast.cache.teacher import CachedTeacher
@@ -32,13 +33,16 @@ from stablekd_fast.capture import pick_capture
 from stablekd_fast.checkpoint import load_metadata, save_tensors
 from stablekd_fast.config import DistillConfig, identity
 from stablekd_fast.data import Dataset, open_dataset
+from stablekd_fast.distributed import Layout, best_layout, join
+from stablekd_fast.divide import measured_groups, measured_reduce
 from stablekd_fast.engine import Engine
 from stablekd_fast.errors import ConfigError, ModelError, nearest
 from stablekd_fast.evaluate import evaluate
 from stablekd_fast.memory import watched
 from stablekd_fast.precision import Precision, pick_precision, seconds_per_pass
-from stablekd_fast.report import Recorder, machine, versions, write_results, write_run_report
-from stablekd_fast.schedule import method_stages, plan_stages
+from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
+from stablekd_fast.schedule import PlannedStage, method_stages, plan_stages
+from stablekd_fast.step import Objectives
 from stablekd_fast.teacher import LiveTeacher, Relay, Teacher
 
 CALIBRATION_BATCHES = 2
@@ -87,6 +91,10 @@ class Distiller:
     ) -> None:
         self.config = config
         self.device = pick_device(config.device)
+        self.ranks = join(self.device, config.timeout)
+        self.checkpoint = Path(config.out) / "checkpoint.safetensors"
+        self.resume = config.resume or self.ranks.from_first(lambda: self.ranks.restarted and self.checkpoint.exists())
+        """Processes that torchrun starts again go on by themselves."""
         self.dataset = dataset or open_dataset(
             config.data, image_size=config.image_size, on_bad_image=config.on_bad_image
         )
@@ -96,45 +104,47 @@ class Distiller:
         if config.cache.images and not train.resident:
             self.source.crops.stored = ImageColumn(self.source, config.cache, views_shown(config.views, config.epochs))
         self.validation = eval_source(self.dataset, held_out, config) if held_out is not None else None
-        torch.manual_seed(config.seed)
-        self.paired = self._place(paired) if paired is not None else self._pair(teacher, student)
-        self.paired.precision = self._precision()
-        self.paired.fuses_norms = pick_fusion(config.fuse_norms, self.device)
         self.capture = pick_capture(config.capture, self.device)
+        self.plan = Plan()
         self.costs: Costs | None = None
         """What the cache's plan was made from, if it was made from measurements."""
-        self.plan = Plan()
+        torch.manual_seed(config.seed)
+        self.paired = self._place(paired) if paired is not None else self._pair(teacher, student)
+        self._check_ranks()
+        self.paired.precision = self._precision()
+        self.paired.fuses_norms = pick_fusion(config.fuse_norms, self.device)
 
     def run(self, *, progress: bool = True) -> RunResult:
         """Train (or resume), evaluate on the test split once, and write all results to `config.out`."""
         out = Path(self.config.out)
-        checkpoint = out / "checkpoint.safetensors"
-        if not self.config.resume and checkpoint.exists():
+        if self.ranks.from_first(lambda: not self.resume and self.checkpoint.exists()):
             raise ConfigError(
                 f"{out} already holds a run. Pass --resume to continue it, or another --out to keep it."
             )
-        engine = self._engine(checkpoint)
-        if self.config.resume:
+        engine = self._engine()
+        if self.resume:
             engine.resume()
-        resumed_at = engine.progress.step if self.config.resume else None
-        with Recorder(out, progress=progress, resume_step=resumed_at) as recorder, self._closing(engine):
+        resumed_at = engine.progress.step if self.resume else None
+        speaks = Recorder(out, progress=progress, resume_step=resumed_at) if self.ranks.is_first else NoRecorder()
+        with speaks as recorder, self._closing(engine):
             engine.recorder = recorder
             if resumed_at is None:
                 self._emit_start(recorder, engine)
             engine.train()
             result = self._finish(engine, out)
             recorder.emit("run_end", step=engine.progress.step, **asdict(result))
-        write_results(out / "results.json", [asdict(result)])
-        write_run_report(out)
+        if self.ranks.is_first:
+            write_results(out / "results.json", [asdict(result)])
+            write_run_report(out)
         return result
 
     def build_cache(self) -> dict[str, int]:
         """Store what the plan keeps, for all images and views of the run; rows by column. Trains nothing."""
-        engine = self._engine(Path(self.config.out) / "checkpoint.safetensors")
+        engine = self._engine()
         with self._closing(engine):
-            wanted = self.plan.kept.keys()
+            wanted, source = self.plan.kept.keys(), self.source.part(self.ranks.rank, self.ranks.size)
             for view in range(views_shown(self.source.views, engine.stages[-1].last / self.source.steps_per_epoch) if wanted else 0):
-                for batch in engine.teacher.ahead(self.source.whole_view(view), wanted):
+                for batch in engine.teacher.ahead(source.whole_view(view), wanted):
                     engine.teacher.outputs(wanted, engine.to_device(batch.images), batch)
             return engine.teacher.report()["rows"] if wanted else {}
 
@@ -147,21 +157,21 @@ class Distiller:
             engine.teacher.close()
             if self.source.crops is not None and self.source.crops.stored is not None:
                 self.source.crops.stored.close()
+            self.ranks.leave()
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
         student = engine.composed_student()
-        metrics = evaluate(student, eval_source(self.dataset, self.dataset.test, self.config).batches(), engine.to_device)
+        test = eval_source(self.dataset, self.dataset.test, self.config, self.ranks.rank, self.ranks.size)
+        metrics = evaluate(student, test.batches(), engine.to_device, self.ranks.sum)
         engine.emit_evaluation("test", metrics)
         skipped = [[str(path), reason] for split in self.splits for path, reason in split.skipped]
         if skipped:
             engine.recorder.emit("skipped_images", step=engine.progress.step, images=skipped)
         if isinstance(engine.teacher, CachedTeacher):
             engine.recorder.emit("cache", step=engine.progress.step, **engine.teacher.report())
-        save_tensors(
-            out / "student.safetensors",
-            student.state_dict(),
-            {"student": self.config.student, "classes": self.dataset.classes, "data": self.config.data},
-        )
+        if self.ranks.is_first:
+            metadata = {"student": self.config.student, "classes": self.dataset.classes, "data": self.config.data}
+            save_tensors(out / "student.safetensors", student.state_dict(), metadata)
         steps, seconds = engine.progress.step, engine.progress.seconds
         return RunResult(
             method=self.config.method,
@@ -176,13 +186,13 @@ class Distiller:
             skipped_images=len(skipped),
         )
 
-    def _engine(self, checkpoint: Path) -> Engine:
+    def _engine(self) -> Engine:
         config, per_epoch = self.config, self.source.steps_per_epoch
         total_steps = max(round(config.epochs * per_epoch), 1)
         stages = config.stages or method_stages(config.method, len(self.paired), config.recipe, config.optimizer)
         objectives, planned = objectives_of(config), plan_stages(stages, len(self.paired), total_steps, per_epoch)
         planner = Planner(self.paired, self.source, objectives, planned, config.cache, self.device)
-        teacher = self._teacher(planner, checkpoint)
+        teacher = self._teacher(planner)
         return Engine(
             paired=self.paired,
             teacher=teacher,
@@ -192,7 +202,7 @@ class Distiller:
             source=self.source,
             validation=self.validation,
             recorder=None,
-            checkpoint=checkpoint,
+            checkpoint=self.checkpoint,
             identity=identity(config) | self._facts(),
             device=self.device,
             bn_batches=bn_batches(config, self.source),
@@ -202,15 +212,44 @@ class Distiller:
             capture=self.capture,
             fall_back=config.capture == "auto",
             ema=config.ema,
+            parts=config.accumulate,
+            sync_norms=config.sync_norms,
+            ranks=self.ranks,
+            layouts=self._layouts(planned, objectives, relays=isinstance(teacher, Relay)),
         )
 
-    def _teacher(self, planner: Planner, checkpoint: Path) -> Teacher:
+    def _layouts(self, planned: list[PlannedStage], objectives: Objectives, *, relays: bool) -> list[Layout]:
+        """How the ranks divide each stage. A run that goes on with as many ranks goes on with its own."""
+        if self.ranks.size == 1:
+            return []
+        size, kept = self._metadata().get("layouts", [0, []]) if self.resume else (0, [])
+        if size == self.ranks.size:
+            return [Layout.from_plain(values) for values in kept]
+        batch, groupings = next(self.source.batches(0, 1)), [stage.stage.groups for stage in planned]
+        costs = measured_groups(self.paired, objectives, groupings, batch, self.ranks, self.device)
+        reduce = measured_reduce(self.ranks, self.device)
+        how = {"relays": relays, "axis": self.config.parallel, "accumulate": self.config.accumulate}
+        return [best_layout(groups, self.ranks.size, self.config.batch_size, reduce, **how) for groups in costs]
+
+    def _metadata(self) -> dict:
+        """Of the checkpoint that the run goes on from."""
+        return self.ranks.from_first(lambda: load_metadata(self.checkpoint))
+
+    def _check_ranks(self) -> None:
+        """Refuse to start with ranks that would train something else."""
+        if self.ranks.size == 1:
+            return
+        settings = {name: value for name, value in asdict(self.config).items() if name not in ("out", "workers")}
+        data = {"images": image_fingerprint(self.source), "versions": versions()}
+        self.ranks.check_alike({**settings, **self._facts(), **data})
+
+    def _teacher(self, planner: Planner) -> Teacher:
         """A resumed run goes on with the plan that it began with."""
         examples = planner.examples() if self.config.cache.keeps_rows else {}
-        if self.config.resume:
-            self.plan = Plan.from_plain(load_metadata(checkpoint).get("plan", []))
+        if self.resume:
+            self.plan = Plan.from_plain(self._metadata().get("plan", []))
         else:
-            self.plan, self.costs = planner.plan(examples)
+            self.plan, self.costs = self.ranks.from_first(lambda: planner.plan(examples))
         live = LiveTeacher(self.paired, self.capture, fall_back=self.config.capture == "auto")
         if not self.plan.kept:
             return Relay(self.paired, live)
@@ -220,15 +259,15 @@ class Distiller:
     def _precision(self) -> Precision:
         """A resumed run goes on in the precision that it began with."""
         name = self.config.precision
-        if name == "auto" and self.config.resume:
-            name = load_metadata(Path(self.config.out) / "checkpoint.safetensors").get("precision", name)
+        if name == "auto" and self.resume:
+            name = self._metadata().get("precision", name)
 
         def trial(precision: Precision) -> float:
             images = next(self.source.batches(0, 1)).images.to(self.device)
             with watched(lambda: f"a trial of {precision.name}", self.config.batch_size):
                 return seconds_per_pass(precision, self.paired.student, images)
 
-        return pick_precision(name, self.device, trial)
+        return self.ranks.from_first(lambda: pick_precision(name, self.device, trial))
 
     def _facts(self) -> dict:
         """What decides the numbers beside the settings: a resumed run must meet the same teacher and images."""

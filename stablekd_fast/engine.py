@@ -18,6 +18,7 @@ from stablekd_fast.cache.plan import Plan
 from stablekd_fast.capture import HostCopy, Runner, make_runner
 from stablekd_fast.checkpoint import check_same_run, load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors
 from stablekd_fast.data import Batch, EvalSource, TrainSource
+from stablekd_fast.distributed import Layout, Ranks, TeacherPart
 from stablekd_fast.errors import TrainingError
 from stablekd_fast.evaluate import Metrics, evaluate, with_fresh_batch_norm
 from stablekd_fast.memory import watched
@@ -67,10 +68,20 @@ class StageRun:
     index: int
     planned: PlannedStage
     steps: list[GroupStep]
+    """Of all groups."""
+    own: list[GroupStep]
+    """Those that are trained in this process."""
     wanted: set[int]
-    """The teacher's outputs that the steps read."""
+    """The teacher's outputs that the own steps read."""
+    source: TrainSource
+    """Of this process's part of each batch."""
+    teacher: Teacher
     entered_at: int
     entered_seconds: float
+    entered_bytes: tuple[int, int]
+    """Handed to other processes before: of gradients, and others."""
+    idle: float = 0.0
+    """Seconds that this process has waited for others."""
     runner: Runner | None = None
     """Made with the first batch, when the inputs are laid out."""
     unread: int = 0
@@ -111,6 +122,12 @@ class Engine:
     fall_back: bool = True
     """Whether steps that cannot be captured run eagerly."""
     ema: float | None = None
+    parts: int = 1
+    """In how many parts of a batch gradients are accumulated."""
+    sync_norms: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+    layouts: list[Layout] = field(default_factory=list)
+    """Of each stage; empty for a process alone."""
     progress: Progress = field(default_factory=Progress)
     _optimizer_state: dict[str, Tensor] = field(default_factory=dict)
     _composed_before_merge: Tensor | None = None
@@ -127,6 +144,8 @@ class Engine:
                 for batch in self._batches(stage):
                     self._train_step(stage, batch)
                     self._after_step(stage)
+                if stage.teacher is not self.teacher:
+                    stage.teacher.close()
             finally:
                 if stage.runner is not None:
                     stage.runner.close()
@@ -148,7 +167,7 @@ class Engine:
 
     def _batches(self, stage: StageRun) -> Iterator[Batch]:
         first = max(self.progress.step, stage.planned.first)
-        source = self.teacher.ahead(self.source.batches(first, stage.planned.last), stage.wanted)
+        source = stage.teacher.ahead(stage.source.batches(first, stage.planned.last), stage.wanted)
         while True:
             start = time.perf_counter()
             batch = next(source, None)
@@ -158,14 +177,15 @@ class Engine:
             yield batch
 
     def _train_step(self, stage: StageRun, batch: Batch) -> None:
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), self.ranks.waited
         with watched(lambda: f"stage {stage.planned.stage.name}, {stage.current}", len(batch.labels)):
             stage.current = "the teacher"
-            load_batch(stage.steps[0].inputs, self.teacher, stage.wanted, batch)
+            load_batch(stage.own[0].inputs, stage.teacher, stage.wanted, batch)
             if stage.runner is None:
                 stage.runner = self._runner(stage)
             stage.runner.run()
         stage.unread += 1
+        stage.idle += self.ranks.waited - waited
         self.progress.step += 1
         self.progress.train_seconds += time.perf_counter() - start
 
@@ -174,8 +194,8 @@ class Engine:
             stage.current = f"group {step.name}"
             step.run()
 
-        bodies = [partial(body, step) for step in stage.steps]
-        state = [tensor for step in stage.steps for tensor in step.state()]
+        bodies = [partial(body, step) for step in stage.own]
+        state = [tensor for step in stage.own for tensor in step.state()]
         return make_runner(self.capture, bodies, state, self.device, fall_back=self.fall_back)
 
     def _after_step(self, stage: StageRun) -> None:
@@ -184,8 +204,12 @@ class Engine:
         saves = at % self.checkpoint_every == 0 and at < last
         if stage.reading is not None and stage.reading.copy.arrived:
             self._log(stage)
+        if self.ranks.size > 1 and at % self.source.steps_per_epoch == 0:
+            self._fill(stage)
         if at % self.log_every == 0 or evaluates or saves or at == last:
             self._read_losses(stage)
+        if evaluates or saves or at == last:
+            self._gather(stage)
         if evaluates or saves or at == last:
             self._log(stage)
         if evaluates or at == self.stages[-1].last:
@@ -196,11 +220,25 @@ class Engine:
     # Stages.
 
     def _enter(self, index: int, planned: PlannedStage) -> StageRun:
-        steps = self._steps(planned)
+        layout, settings = self._layout(index), planned.stage
+        steps = self._steps(planned, layout)
         nn.ModuleList([self.paired.student, *self.paired.student_blocks]).train()
-        settings = planned.stage
-        wanted = self.objectives.teacher_outputs(settings.groups, len(self.paired.cuts))
-        stage = StageRun(index, planned, steps, wanted, self.progress.step, self.progress.seconds)
+        own = [steps[group] for group in layout.groups_of(self.ranks.rank)]
+        stage = StageRun(
+            index=index,
+            planned=planned,
+            steps=steps,
+            own=own,
+            wanted=self.objectives.teacher_outputs([step.group for step in own], len(self.paired.cuts)),
+            source=self.source.part(layout.part_of(self.ranks.rank), layout.data),
+            teacher=self._teacher(layout, settings.groups),
+            entered_at=self.progress.step,
+            entered_seconds=self.progress.seconds,
+            entered_bytes=(self.ranks.gradient_bytes, self.ranks.other_bytes),
+        )
+        if self.ranks.size > 1:
+            self.ranks.where = lambda: f"step {self.progress.step}, stage {settings.name}"
+            self._fill(stage)
         self.recorder.emit(
             "stage_start",
             step=self.progress.step,
@@ -216,11 +254,32 @@ class Engine:
             self._record_merge(stage)
         return stage
 
-    def _steps(self, planned: PlannedStage) -> list[GroupStep]:
+    def _layout(self, index: int) -> Layout:
+        return self.layouts[index] if self.layouts else Layout(places=(0,) * len(self.stages[index].stage.groups))
+
+    def _teacher(self, layout: Layout, groups: list[list[int]]) -> Teacher:
+        """In training; what is measured in between asks the whole teacher."""
+        return TeacherPart(self.paired, layout, groups, self.ranks) if layout.relays else self.teacher
+
+    def _fill(self, stage: StageRun) -> None:
+        """Share the filling of the cache: an output that two places read is stored by the first of them."""
+        layout, cut_count = self._layout(stage.index), len(self.paired.cuts)
+        read_before = {
+            output
+            for step, place in zip(stage.steps, layout.places)
+            if place < layout.block_of(self.ranks.rank)
+            for output in self.objectives.teacher_outputs([step.group], cut_count)
+        }
+        self.teacher.fill(stage.wanted - read_before)
+        if self.source.crops is not None and self.source.crops.stored is not None:
+            self.source.crops.stored.refresh()
+
+    def _steps(self, planned: PlannedStage, layout: Layout) -> list[GroupStep]:
         settings, inputs = planned.stage, StageInputs(self.device)
         if self.ema is not None and self._average is None:
             self._average = {name: p.detach().clone() for name, p in self.paired.student.named_parameters()}
         rates = Rates.of_stage(planned, self.ema, self.device)
+        averaging = layout.averaging(self.ranks, self.device)
         steps = [
             GroupStep(
                 self.paired,
@@ -233,6 +292,9 @@ class Engine:
                 history=self.log_every,
                 ema=self._average,
                 compiled=self.capture == "compile",
+                parts=self.parts,
+                averaging=averaging,
+                sync_norms=self.sync_norms,
             )
             for group in settings.groups
         ]
@@ -263,6 +325,8 @@ class Engine:
         )
 
     def _leave(self, stage: StageRun) -> None:
+        if self.ranks.size > 1:
+            self._report_ranks(stage)
         if self.progress.merge and self.progress.merge.stage == stage.index:
             report = self.progress.merge.report()
             self.recorder.emit("merge", **{**report, "merge_step": report["step"], "step": stage.planned.last})
@@ -275,6 +339,46 @@ class Engine:
             )
         self._save(stage)
 
+    # Several processes.
+
+    def _gather(self, stage: StageRun) -> None:
+        """After it every rank holds every group as its owner does, and the first one's random state."""
+        if self.ranks.size == 1:
+            return
+        layout, random = self._layout(stage.index), torch.get_rng_state()
+        for number, step in enumerate(stage.steps):
+            self.ranks.share(step.state(), layout.owner(number))
+        self.ranks.share([random], 0)
+        torch.set_rng_state(random)
+
+    def _share_losses(self, stage: StageRun) -> None:
+        """After it every rank knows the losses of all groups."""
+        if self.ranks.size == 1:
+            return
+        layout, start, waited = self._layout(stage.index), time.perf_counter(), self.ranks.waited
+        for number, step in enumerate(stage.steps):
+            self.ranks.share([step.losses, step.first_bad], layout.owner(number))
+        self.ranks.say_where()
+        self.progress.train_seconds += time.perf_counter() - start
+        stage.idle += self.ranks.waited - waited
+
+    def _report_ranks(self, stage: StageRun) -> None:
+        """What each rank did in this stage, as predicted and as measured."""
+        layout, done = self._layout(stage.index), max(self.progress.step - stage.entered_at, 1)
+        spent, before = self.progress.seconds - stage.entered_seconds, stage.entered_bytes
+        mine = {
+            "rank": self.ranks.rank,
+            "groups": [step.name for step in stage.own],
+            "predicted_ms": 1e3 * layout.seconds[layout.block_of(self.ranks.rank)] if layout.seconds else None,
+            "measured_ms": 1e3 * (spent - stage.idle) / done,
+            "idle_share": stage.idle / spent if spent else 0.0,
+            "gradient_bytes": (self.ranks.gradient_bytes - before[0]) / done,
+            "other_bytes": (self.ranks.other_bytes - before[1]) / done,
+        }
+        rows = self.ranks.gather(mine)
+        mesh = {"blocks": layout.blocks, "data": layout.data}
+        self.recorder.emit("ranks", step=self.progress.step, stage=stage.index, mesh=mesh, ranks=rows)
+
     # Looking at the run.
 
     def _read_losses(self, stage: StageRun) -> None:
@@ -283,6 +387,7 @@ class Engine:
             self._log(stage)
         if not stage.unread:
             return
+        self._share_losses(stage)
         images = self.source.batch_size * (self.progress.step - stage.entered_at)
         position = self.progress.step - stage.planned.first
         event = {
@@ -319,7 +424,7 @@ class Engine:
     def _validate(self) -> None:
         if self.validation is None:
             return
-        metrics = evaluate(self.composed_student(), self.validation.batches(), self.to_device)
+        metrics = evaluate(self.composed_student(), self.validation.batches(), self.to_device, self.ranks.sum)
         self.emit_evaluation("validation", metrics)
 
     def emit_evaluation(self, split: str, metrics: Metrics) -> None:
@@ -367,13 +472,15 @@ class Engine:
             "plan": self.plan.plain(),
             "precision": self.paired.precision.name,
             "progress": dataclasses.asdict(self.progress),
+            "layouts": [self.ranks.size, [dataclasses.asdict(layout) for layout in self.layouts]],
         }
-        save_tensors(self.checkpoint, tensors, metadata)
+        if self.ranks.is_first:
+            save_tensors(self.checkpoint, tensors, metadata)
         self.recorder.emit("checkpoint", step=self.progress.step)
 
     def resume(self) -> None:
         """Take student, optimizer state, random state and progress from the checkpoint."""
-        tensors, metadata = load_tensors(self.checkpoint)
+        tensors, metadata = self.ranks.from_first(lambda: load_tensors(self.checkpoint))
         check_same_run(self.checkpoint, metadata.get("identity", {}), self.identity)
         progress = metadata["progress"]
         merge = progress.pop("merge")

@@ -40,6 +40,10 @@ class TrainingError(StableKDError):
     """Training cannot go on: a loss is not finite, memory or disk is exhausted."""
 
 
+class RankError(TrainingError):
+    """Another process of the run is gone, does not answer, or failed."""
+
+
 class CaptureError(TrainingError):
     """A step cannot be captured: it reads device data on the host, or does what a graph cannot repeat."""
 

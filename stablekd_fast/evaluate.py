@@ -55,8 +55,16 @@ def with_fresh_batch_norm(model: nn.Module, batches: Iterable[Batch], to_device:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], to_device: Callable[[Tensor], Tensor]) -> Metrics:
-    """Top-1, top-5 and cross entropy of `model` (taken as it is; put it in eval mode first)."""
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    to_device: Callable[[Tensor], Tensor],
+    total: Callable[[Tensor], Tensor] = lambda own: own,
+) -> Metrics:
+    """Top-1, top-5 and cross entropy of `model` (taken as it is; put it in eval mode first).
+
+    `total` adds up sums over processes, each of which has other batches.
+    """
     correct = correct5 = count = 0
     loss = 0.0
     for batch in batches:
@@ -67,7 +75,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], to_device: Callable[[Te
         correct5 += ranked.any(1).sum().item()
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         count += len(labels)
-    return Metrics(correct / count, correct5 / count, loss / count, count)
+    correct, correct5, loss, count = total(torch.tensor([correct, correct5, loss, count], dtype=torch.float64)).tolist()
+    return Metrics(correct / count, correct5 / count, loss / count, int(count))
 
 
 _OF_THE_IMAGES = (

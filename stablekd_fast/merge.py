@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.data import Batch
-from stablekd_fast.step import IMAGES, GroupStep, load_batch
+from stablekd_fast.step import IMAGES, GroupStep, StageInputs, load_batch
 from stablekd_fast.teacher import Teacher
 
 WINDOW = 10
@@ -32,6 +32,19 @@ def untouched(model: nn.Module):
             buffer.copy_(saved[name])
 
 
+@contextlib.contextmanager
+def other_inputs(steps: list[GroupStep]) -> Iterator[StageInputs]:
+    """The steps read from these inputs within: a process that trains on its part of each batch measures on whole ones."""
+    own, other = steps[0].inputs, StageInputs(steps[0].device)
+    try:
+        for step in steps:
+            step.inputs = other
+        yield other
+    finally:
+        for step in steps:
+            step.inputs = own
+
+
 def exposure_gap(
     paired: PairedBlocks,
     teacher: Teacher,
@@ -44,10 +57,10 @@ def exposure_gap(
     The first group is left out: the images feed it either way.
     """
     fed_by_student, fed_by_teacher = ([0.0] * len(steps) for _ in range(2))
-    with untouched(paired.student):
+    with untouched(paired.student), other_inputs(steps) as inputs:
         for batch in batches:
-            load_batch(steps[0].inputs, teacher, _wanted(paired, steps), batch)
-            x = steps[0].inputs[IMAGES]
+            load_batch(inputs, teacher, _wanted(paired, steps), batch)
+            x = inputs[IMAGES]
             for i, step in enumerate(steps):
                 fed_by_teacher[i] += step.forward()[2][-1].item()
                 outputs, _, losses = step.forward(x)
@@ -65,9 +78,9 @@ def probe_losses(
 ) -> dict[str, float]:
     """Mean training loss of each group over `batches`, without training."""
     sums, count = [0.0] * len(steps), 0
-    with untouched(paired.student):
+    with untouched(paired.student), other_inputs(steps) as inputs:
         for batch in batches:
-            load_batch(steps[0].inputs, teacher, _wanted(paired, steps), batch)
+            load_batch(inputs, teacher, _wanted(paired, steps), batch)
             for i, step in enumerate(steps):
                 sums[i] += sum(loss.item() for loss in step.forward()[2])
             count += 1

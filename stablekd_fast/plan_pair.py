@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.schedule import PlannedStage, method_stages, plan_stages
 
 THIS_MACHINE = "this-machine"
 
@@ -41,6 +42,8 @@ class PairPlan:
     """Codec of the logits: fp32, fp16, or topK, e.g. top10."""
     device_profile: str = THIS_MACHINE
     """`this-machine` is measured; a100, h100 or a JSON file of published speeds gives predictions."""
+    ranks: int | None = None
+    """Processes that share the run: show how they would divide it, and how it would scale. Needs a profile."""
     directory: str | None = None
     """Where this machine's disk is measured; the folder for temporary files by default."""
 
@@ -48,6 +51,13 @@ class PairPlan:
         for name in ("epochs", "images", "batch_size", "image_size", "classes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must be greater than 0.")
+        if self.ranks is not None and self.ranks < 1:
+            raise ConfigError(f"ranks={self.ranks} was given; it must be at least 1.")
+        if self.ranks is not None and self.device_profile == THIS_MACHINE:
+            raise ConfigError(
+                "ranks was given, but no --device-profile with the speed of links between devices; give a100, h100 or a JSON file. "
+                "A run under torchrun measures its ranks when it starts, and prints what it found."
+            )
         if self.batch_size > self.images:
             raise ConfigError(f"A batch of {self.batch_size} does not fit {self.images} images.")
 
@@ -112,6 +122,28 @@ def plan_pair(asked: PairPlan, paired) -> PairPlanned:
     return PairPlanned(decisions(costs, plan), totals, basis)
 
 
+def plan_ranks(asked: PairPlan, paired) -> dict[str, list[dict]]:
+    """How a run scales to 64 ranks with one global batch, by title of a table. Predicted, not measured."""
+    from stablekd_fast.cache.profiles import profile
+    from stablekd_fast.divide import predicted_scaling
+
+    device, stages = profile(asked.device_profile), _stages(asked, paired)
+    counts = sorted({*(2**power for power in range(7)), asked.ranks})
+    return {
+        f"{where}, predicted, not measured, for {device.name}": predicted_scaling(
+            device, paired, stages, asked.batch_size, counts, relays=relays
+        )
+        for where, relays in (("all of the teacher from a cache", False), ("live teacher, passed on from rank to rank", True))
+    }
+
+
+def _stages(asked: PairPlan, paired) -> list[PlannedStage]:
+    per_epoch = asked.images // asked.batch_size
+    return plan_stages(
+        method_stages(asked.method, len(paired)), len(paired), max(round(asked.epochs * per_epoch), 1), per_epoch
+    )
+
+
 def _costs(asked: PairPlan, paired, settings: CacheSettings):
     import torch
 
@@ -120,15 +152,10 @@ def _costs(asked: PairPlan, paired, settings: CacheSettings):
     from stablekd_fast.cache.profiles import profile
     from stablekd_fast.config import DistillConfig
     from stablekd_fast.data import Batch
-    from stablekd_fast.schedule import method_stages, plan_stages
 
-    config = DistillConfig(method=asked.method, epochs=asked.epochs)
-    per_epoch = asked.images // asked.batch_size
-    stages = plan_stages(
-        method_stages(asked.method, len(paired)), len(paired), max(round(asked.epochs * per_epoch), 1), per_epoch
-    )
+    config, stages = DistillConfig(method=asked.method, epochs=asked.epochs), _stages(asked, paired)
     shown = views_shown(asked.views, asked.epochs)
-    fill = min(shown * per_epoch, stages[-1].last)
+    fill = min(shown * (asked.images // asked.batch_size), stages[-1].last)
     job = Job(paired, objectives_of(config), stages, settings, asked.images * shown, fill)
     if asked.device_profile != THIS_MACHINE:
         device = profile(asked.device_profile)

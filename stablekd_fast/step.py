@@ -6,7 +6,7 @@ data, reads nothing back to the host, and takes what changes from step to step f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, fuse_norms
 from stablekd_fast.data import Batch
+from stablekd_fast.distributed import Averaging
+from stablekd_fast.distributed import sync_norms as synced
 from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.optimizers import SGD, build_optimizer
 from stablekd_fast.precision import LossScale
@@ -85,7 +87,8 @@ class Objectives:
         """The teacher's outputs that these groups read, numbered as in `teacher.py`."""
         wanted = {cut for group in groups for cut in self.aligned_cuts(group, cut_count)}
         wanted |= {group[0] - 1 for group in groups if group[0] > 0}
-        return wanted | {cut_count} if self.use_teacher_logits else wanted
+        has_head = any(cut_count in group for group in groups)
+        return wanted | {cut_count} if has_head and self.use_teacher_logits else wanted
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ class GroupStep:
         history: the losses of how many last steps are kept for reading.
         ema: an average of the student's parameters by name, kept up to date.
         compiled: forward and backward by torch.compile.
+        parts: forward and backward go through the batch in so many parts of equal size, and add up their gradients.
+        averaging: of gradients and losses over processes that train this group on other images.
+        sync_norms: batch norms take their statistics over the images of those too.
     """
 
     def __init__(
@@ -133,11 +139,18 @@ class GroupStep:
         history: int = 1,
         ema: dict[str, Tensor] | None = None,
         compiled: bool = False,
+        parts: int = 1,
+        averaging: Averaging | None = None,
+        sync_norms: bool = False,
     ) -> None:
         self.group, self.name = group, group_name(group)
         self.paired, self.objectives, self.inputs = paired, objectives, inputs
         blocks = [paired.student_blocks[k] for k in group]
-        self.blocks = [fuse_norms(block) for block in blocks] if paired.fuses_norms else blocks
+        self.parts, self.averaging = parts, averaging
+        if sync_norms and averaging is not None:
+            self.blocks = [synced(block, averaging) for block in blocks]
+        else:
+            self.blocks = [fuse_norms(block) for block in blocks] if paired.fuses_norms else blocks
         self.aligned = set(objectives.aligned_cuts(group, len(paired.cuts)))
         self.parameters = named_parameters_of(paired, group)
         device = self.device = inputs.device
@@ -158,11 +171,17 @@ class GroupStep:
     def run(self) -> None:
         """Train on the batch in the inputs. Reads nothing back to the host, and keeps no tensor that it made."""
         self.take_rates()
-        with self.paired.precision.applied(self.device):
-            outputs, gradients, losses = self._network(*self._tensors())
-        self.backward(outputs, gradients)
-        self.update()
-        self.note(torch.stack(losses).sum())
+        total = []
+        for part in self._in_parts(*self._tensors()):
+            with self.paired.precision.applied(self.device):
+                outputs, gradients, losses = self._network(*part)
+            if self.parts > 1:
+                gradients = [gradient / self.parts for gradient in gradients]
+            self.backward(outputs, gradients)
+            total += losses
+        loss = torch.stack(total).sum() / self.parts
+        self.update(loss)
+        self.note(loss)
 
     def take_rates(self) -> None:
         row = self.position.clamp(max=len(self.rates) - 1).view(1)
@@ -184,9 +203,11 @@ class GroupStep:
         with self.paired.precision.products(self.device):
             torch.autograd.backward(outputs, gradients)
 
-    def update(self) -> None:
-        """Clip, step, average."""
+    def update(self, loss: Tensor) -> None:
+        """Average over processes (the loss too), clip, step, average over time."""
         parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
+        if self.averaging is not None:
+            self.averaging.tensors([*(parameter.grad for parameter in parameters), loss])
         if self.loss_scale is not None:
             self.loss_scale.take_off([parameter.grad for parameter in parameters])
         if self.clip is not None:
@@ -228,6 +249,14 @@ class GroupStep:
         wanted = self.aligned | ({head} & set(self.group) if self.objectives.use_teacher_logits else set())
         labels = self.inputs[LABELS] if self.objectives.use_labels and head in self.group else None
         return entry, {k: self.inputs[output_key(k)] for k in sorted(wanted)}, labels
+
+    def _in_parts(
+        self, entry: Tensor, targets: dict[int, Tensor], labels: Tensor | None
+    ) -> Iterator[tuple[Tensor, dict[int, Tensor], Tensor | None]]:
+        size = len(entry) // self.parts
+        for start in range(0, size * self.parts, size):
+            cut = {k: target[start : start + size] for k, target in targets.items()}
+            yield entry[start : start + size], cut, None if labels is None else labels[start : start + size]
 
     def _compute(
         self, x: Tensor, targets: dict[int, Tensor], labels: Tensor | None

@@ -25,6 +25,10 @@ class Teacher(Protocol):
     def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
         """The same batches; what can be read for the next one while this one trains is read meanwhile."""
 
+    def fill(self, stored: Collection[int]) -> None:
+        """Of several processes that share a cache, this one stores the outputs `stored`; what the others have stored since is
+        taken up."""
+
     def close(self) -> None:
         """Let go of files and graphs."""
 
@@ -87,6 +91,9 @@ class Relay:
 
     def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
         return iter(batches)
+
+    def fill(self, stored: Collection[int]) -> None:
+        """Nothing is stored."""
 
     def close(self) -> None:
         self.live.close()

@@ -161,6 +161,10 @@ class ImageColumn:
                 self._closed = True
                 warnings.warn(f"Images are cached no further: {error}", RuntimeWarning, stacklevel=2)
 
+    def refresh(self) -> None:
+        """Take up what other processes have stored since."""
+        self.store.refresh()
+
     def close(self) -> None:
         self.store.close()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.codecs import RowFormat
 from stablekd_fast.cache.plan import CodecCost, TierCost
+from stablekd_fast.distributed import ReduceCost
 from stablekd_fast.errors import ConfigError, nearest
 from stablekd_fast.schedule import group_name
 
@@ -36,6 +37,13 @@ class Profile:
     """The loader's speed."""
     flops_share: float
     bandwidth_share: float
+    interconnect_bandwidth: float = 0.0
+    """Between the devices of one node, each way."""
+    network_bandwidth: float = 0.0
+    """Between nodes, of one device."""
+    ranks_per_node: int = 1
+    reduce_latency: float = 0.0
+    """Seconds until an all-reduce begins to move data."""
 
     @property
     def bandwidth(self) -> float:
@@ -44,6 +52,13 @@ class Profile:
     def block(self, flops: float, activation_bytes: float, layers: int) -> float:
         """Seconds of a forward pass: the slower of arithmetic and of memory, each layer storing and reading its output."""
         return max(flops / (self.flops * self.flops_share), 2 * layers * activation_bytes / self.bandwidth)
+
+    def reduce(self, ranks: int) -> ReduceCost:
+        """Within a node, or between nodes where the ranks need several. Raises ConfigError for a profile without links."""
+        link = self.interconnect_bandwidth if ranks <= self.ranks_per_node else self.network_bandwidth
+        if ranks > 1 and not link:
+            raise ConfigError(f"The profile {self.name} states no interconnect_bandwidth and network_bandwidth, which several ranks need.")
+        return ReduceCost(self.reduce_latency, 1 / (link * self.bandwidth_share)) if ranks > 1 else ReduceCost()
 
     def tiers(self, budgets: dict[str, float]) -> dict[str, TierCost]:
         link, memory = 1 / self.link_bandwidth, 2 / self.bandwidth

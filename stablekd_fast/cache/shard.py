@@ -110,8 +110,7 @@ class Shard:
         shard = Shard(path, file, parts, rows)
         try:
             shard._check_header()
-            for tensor, name in ((shard.keys, KEYS), (shard.checksums, CHECKSUMS)):
-                _read(file, shard.starts[name], tensor, path)
+            shard.read_index()
         except CacheError:
             shard.close()
             raise
@@ -121,6 +120,16 @@ class Shard:
     def size_of(parts: Sequence[Part], rows: int) -> int:
         """Of such a file, in bytes."""
         return _header(parts, rows)[2]
+
+    def read_index(self) -> None:
+        """Keys and checksums as the file has them now."""
+        for tensor, name in ((self.keys, KEYS), (self.checksums, CHECKSUMS)):
+            _read(self.file, self.starts[name], tensor, self.path)
+
+    def leading_rows(self) -> int:
+        """Rows before the first free slot."""
+        free = (self.keys < 0).nonzero()
+        return int(free[0]) if len(free) else self.rows
 
     def append(self, keys: Tensor, checksums: Tensor, parts: Sequence[Tensor]) -> None:
         """Write rows into the next free slots. Raises CacheFull if the disk refuses; these rows are then not there."""
@@ -160,9 +169,7 @@ class Shard:
     def keep_whole_rows(self, reader) -> None:
         """After a crash: go on behind the last of the rows that were written whole, and free the slots behind."""
         bad = self.first_bad_slot(reader)
-        free = (self.keys < 0).nonzero()
-        ends = [self.rows] + ([bad] if bad is not None else []) + ([int(free[0])] if len(free) else [])
-        self.used = min(ends)
+        self.used = min(self.leading_rows(), self.rows if bad is None else bad)
         self.keys[self.used :] = -1
         _write(self.file, self.starts[KEYS], self.keys)
 

@@ -165,6 +165,27 @@ class RowStore:
         view, sample = divmod(row, self.manifest.samples)
         return f"Row {row} (sample {sample}, view {view})"
 
+    def refresh(self) -> None:
+        """Take up what other processes have stored since: shards that they finished, and rows of those that they still write.
+
+        Raises CacheError if one of them is damaged.
+        """
+        if not self.write:
+            return
+        with self._mutex, self._alone():
+            self.manifest.shards = Manifest.load(self.folder).shards
+            known = {shard.path.name.lstrip("."): number for number, shard in enumerate(self._shards)}
+            for path in sorted([*self.folder.glob(f".shard-*{SUFFIX}"), *self.folder.glob(f"shard-*{SUFFIX}")]):
+                number = known.get(path.name.lstrip("."))
+                if number is not None:
+                    self._reread(number, path)
+                elif path.name in self.manifest.shards:
+                    self._add(self._open_finished(path.name))
+                elif rows := rows_in(path):
+                    shard = Shard.open(path, self.manifest.parts, rows)
+                    shard.used = shard.leading_rows()
+                    self._add(shard)
+
     def verify(self) -> int:
         """Read every row and compare its checksum; how many there are. Raises CacheError at the first that is wrong."""
         for shard in self._shards:
@@ -304,6 +325,16 @@ class RowStore:
         self.manifest.shards[final.name] = {"rows": shard.rows, "index": shard.index_digest()}
         self.manifest.save(self.folder)
         fcntl.flock(shard.file, fcntl.LOCK_UN)
+
+    def _reread(self, number: int, path: Path) -> None:
+        """Rows that another process has added to a shard."""
+        shard, first = self._shards[number], self._shards[number].used
+        shard.path = path
+        if shard in self._open or first == shard.rows:
+            return
+        shard.read_index()
+        shard.used = shard.leading_rows()
+        self._enter(number, shard, first)
 
     # Tables by row number.
 

@@ -67,6 +67,7 @@ class CachedTeacher:
         self.live = live or LiveTeacher(paired)
         self.pinned = device.type == "cuda"
         self.live_batches = 0
+        self._fills: Collection[int] = columns.keys()
         self._reading: _Reading | None = None
 
     def rows_of(self, batch: Batch) -> Tensor:
@@ -101,6 +102,13 @@ class CachedTeacher:
                 found[k] = self._kept(k, rows, value) if k in self.columns else value
         return found
 
+    def fill(self, stored: Collection[int]) -> None:
+        """Several processes fill columns on disk together; in memory each has rows of its own."""
+        self._fills = {k for k, column in self.columns.items() if k in stored or not column.on_disk}
+        for column in self.columns.values():
+            if column.on_disk:
+                column.rows.refresh()
+
     def report(self) -> dict:
         """For how many batches some teacher block ran, and how many rows each column holds."""
         return {"live_batches": self.live_batches, "rows": {c.name: len(c.rows) for c in self.columns.values()}}
@@ -134,7 +142,7 @@ class CachedTeacher:
     def _kept(self, k: int, rows: Tensor, value: Tensor) -> Tensor:
         column = self.columns[k]
         parts = column.format.encode(value)
-        if not column.closed:
+        if not column.closed and k in self._fills:
             try:
                 column.rows.put(rows, [part.cpu() for part in parts] if column.on_disk else parts)
             except CacheFull as error:

@@ -55,7 +55,10 @@ def _distill(options) -> int:
     from stablekd_fast.distiller import Distiller
 
     config = DistillConfig(**fields_of(options))
-    result = Distiller(config).run()
+    distiller = Distiller(config)
+    result = distiller.run()
+    if not distiller.ranks.is_first:
+        return 0
     print_rows(f"{result.method}, seed {result.seed}", [asdict(result)])
     console.print(f"Results, report and student: {config.out}", highlight=False)
     return 0
@@ -73,7 +76,7 @@ def _evaluate(options) -> int:
 
 def _plan(options) -> int:
     from stablekd_fast.blocks import describe_blocks
-    from stablekd_fast.plan_pair import plan_pair
+    from stablekd_fast.plan_pair import plan_pair, plan_ranks
 
     asked = PairPlan(**vars(options))
     paired = asked.paired()
@@ -82,6 +85,9 @@ def _plan(options) -> int:
         found = plan_pair(asked, paired)
         print_rows(f"What is kept of the teacher, per batch of {options.batch_size}", found.decisions)
         print_rows(f"The run, {found.basis}", found.totals)
+    if asked.ranks:
+        for title, rows in plan_ranks(asked, paired).items():
+            print_rows(title, rows)
     return 0
 
 

@@ -1,9 +1,10 @@
 """Sources of batches. Order and views are pure functions of the seed and the step."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice, starmap, tee
+from itertools import chain, islice, starmap, tee
 from pathlib import Path
 
 import numpy as np
@@ -72,11 +73,7 @@ class TrainSource:
         _check_augmentation(split, augmentation)
         if views is not None and views < 1:
             raise ConfigError(f"The number of views must be at least 1, or none for endless new views; got {views}.")
-        if not 0 <= rank < ranks or batch_size % ranks:
-            raise ConfigError(
-                f"Rank {rank} of {ranks} was given with batches of {batch_size}; ranks count from 0, and the batch size must be "
-                f"a multiple of {ranks}."
-            )
+        _check_rank(rank, ranks, batch_size)
         if augmentation.mix and classes is None:
             raise ConfigError(f"Images are to be mixed by {augmentation.mix}, and labels with them; give the number of classes.")
         if batch_size > len(split):
@@ -87,13 +84,27 @@ class TrainSource:
         self.split, self.augmentation, self.mean, self.std = split, augmentation, mean, std
         self.batch_size, self.seed, self.views, self.classes = batch_size, seed, views, classes
         self.view_seed = seed if view_seed is None else view_seed
-        self.device, self.rank, self.ranks = torch.device(device), rank, ranks
+        self.device, self.rank, self.ranks, self.workers = torch.device(device), rank, ranks, workers
         self.loader = pick_loader(loader, split, self.device, scaled=augmentation.scaled_decode)
         self.crops = None if split.resident else Crops(split, augmentation.size, self.view_seed, augmentation.scaled_decode)
-        decoded = batch_size // ranks * (2 if augmentation.mix else 1)
-        self.decoder = make_decoder(self.loader, self.crops, decoded, workers, self.device)
+        self.decoder = self._make_decoder()
         self._resident: torch.Tensor | None = None
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def part(self, rank: int, ranks: int) -> "TrainSource":
+        """The same source for one of `ranks` processes."""
+        if (rank, ranks) == (self.rank, self.ranks):
+            return self
+        _check_rank(rank, ranks, self.batch_size)
+        self._keep_resident()
+        other = copy.copy(self)
+        other.rank, other.ranks = rank, ranks
+        other.decoder = other._make_decoder()
+        return other
+
+    def _make_decoder(self):
+        decoded = self.batch_size // self.ranks * (2 if self.augmentation.mix else 1)
+        return make_decoder(self.loader, self.crops, decoded, self.workers, self.device)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -133,9 +144,12 @@ class TrainSource:
         share = self.batch_size // self.ranks
         return batch[self.rank * share : (self.rank + 1) * share]
 
-    def _resident_batch(self, positions: np.ndarray, view: int) -> Batch:
-        if self._resident is None:
+    def _keep_resident(self) -> None:
+        if self.split.resident and self._resident is None:
             self._resident = self.split.images.to(self.device)
+
+    def _resident_batch(self, positions: np.ndarray, view: int) -> Batch:
+        self._keep_resident()
         if not self._alters:
             return self._batch(positions, view, self._cropped(positions, view, self.mean, self.std))
         images = self._as_uint8(self._cropped(positions, view))
@@ -229,7 +243,8 @@ class EvalSource:
     """Batches of unchanged images in order; the last one may be smaller.
 
     Large images are scaled so that the short side is 256/224 of `image_size` (default: the size they are
-    trained on), and the centre is cut out. Bad images that are skipped are missing from their batch.
+    trained on), and the centre is cut out. Bad images that are skipped are missing from their batch. Of `ranks` processes each
+    gets every `ranks`-th batch.
     """
 
     def __init__(
@@ -241,20 +256,23 @@ class EvalSource:
         batch_size: int,
         image_size: int | None = None,
         workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         _check_common(mean, std, batch_size, workers)
         if split.resident and image_size is not None:
             _check_own_size(split, image_size)
         self.split, self.mean, self.std = split, mean, std
         self.batch_size, self.workers = batch_size, workers
+        self.rank, self.ranks = rank, ranks
         self.image_size = image_size or split.crop_size
 
     def batches(self) -> Iterator[Batch]:
-        """All images once, in the order of the split."""
+        """This rank's images once, in the order of the split."""
         return self._resident_batches() if self.split.resident else self._decoded_batches()
 
     def _chunks(self) -> Iterator[torch.Tensor]:
-        return iter(torch.arange(len(self.split)).split(self.batch_size))
+        return islice(torch.arange(len(self.split)).split(self.batch_size), self.rank, None, self.ranks)
 
     def _resident_batches(self) -> Iterator[Batch]:
         for rows in self._chunks():
@@ -264,7 +282,7 @@ class EvalSource:
     def _decoded_batches(self) -> Iterator[Batch]:
         decoded = ordered_map(
             lambda position: self.split.usable(position, self._centre),
-            range(len(self.split)),
+            chain.from_iterable(chunk.tolist() for chunk in self._chunks()),
             workers=self.workers,
             ahead=BATCHES_AHEAD * self.batch_size,
         )
@@ -280,6 +298,14 @@ class EvalSource:
 
     def _centre(self, content: bytes, name: Path, sample_id: int) -> torch.Tensor:
         return centre_crop(decode_rgb(content, name), self.image_size)
+
+
+def _check_rank(rank: int, ranks: int, batch_size: int) -> None:
+    if not 0 <= rank < ranks or batch_size % ranks:
+        raise ConfigError(
+            f"Rank {rank} of {ranks} was given with batches of {batch_size}; ranks count from 0, and the batch size must be "
+            f"a multiple of {ranks}."
+        )
 
 
 def normalised(images: torch.Tensor, mean: Channels, std: Channels, flips: torch.Tensor | None = None) -> torch.Tensor:

@@ -87,6 +87,17 @@ class Recorder:
         )
 
 
+class NoRecorder:
+    """For a process that another one speaks for."""
+
+    def __enter__(self) -> NoRecorder:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def emit(self, kind: str, **fields: Any) -> None: ...
+
+
 def read_events(run_dir: Path) -> list[dict]:
     """All events of a run, in order; none if it has no log. A torn last line (the run was killed) is left out.
 

@@ -1,0 +1,20 @@
+"""Several processes as one run: who they are, which blocks and images each trains, and what they tell each other."""
+
+from stablekd_fast.distributed.layout import Averaging, GroupCost, Layout, ReduceCost, assign, best_layout, linear
+from stablekd_fast.distributed.norms import sync_norms
+from stablekd_fast.distributed.ranks import Ranks, join
+from stablekd_fast.distributed.relay import TeacherPart
+
+__all__ = [
+    "Averaging",
+    "GroupCost",
+    "Layout",
+    "Ranks",
+    "ReduceCost",
+    "TeacherPart",
+    "assign",
+    "best_layout",
+    "join",
+    "linear",
+    "sync_norms",
+]

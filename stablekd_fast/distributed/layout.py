@@ -1,0 +1,212 @@
+"""Which rank trains which groups of a stage, on which part of the batch: a mesh of blocks times data, chosen by costs.
+
+On the *blocks* axis ranks train different groups on the same images; decomposed groups have no gradient in common, so
+nothing of it is exchanged. On the *data* axis ranks train the same groups on different parts of each batch and average
+gradients. A step of the stage takes as long as its busiest rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.distributed.ranks import Ranks, average
+from stablekd_fast.errors import ConfigError
+
+_EXACT_GROUPS = 16
+"""Up to so many groups the best assignment is searched for; beyond it is approximated."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One stage's mesh. Rank `block * data + part` trains the groups whose `places` are `block`, on its part of each batch."""
+
+    blocks: int = 1
+    data: int = 1
+    places: tuple[int, ...] = ()
+    """For each group its place on the blocks axis."""
+    seconds: tuple[float, ...] = ()
+    """Predicted for a step at each place; empty where nothing was measured."""
+    relays: bool = False
+    """Whether the teacher's activations are passed on from place to place. Groups then lie in the order of their places."""
+
+    @staticmethod
+    def from_plain(values: dict) -> Layout:
+        return Layout(**{**values, "places": tuple(values["places"]), "seconds": tuple(values["seconds"])})
+
+    def block_of(self, rank: int) -> int:
+        return rank // self.data
+
+    def part_of(self, rank: int) -> int:
+        return rank % self.data
+
+    def owner(self, group: int) -> int:
+        """The first rank that trains a group."""
+        return self.places[group] * self.data
+
+    def groups_of(self, rank: int) -> list[int]:
+        return [group for group, place in enumerate(self.places) if place == self.block_of(rank)]
+
+    def averaging(self, ranks: Ranks, device: torch.device) -> Averaging | None:
+        """What averages gradients over the data axis; None where there is none."""
+        if self.data == 1:
+            return None
+        group = ranks.mesh(self.blocks, self.data, device).get_group("data")
+        return Averaging(partial(average, ranks, group, self.data), group, self.data)
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """Means over the data axis: called with tensors, it overwrites them."""
+
+    tensors: Callable[[Sequence[Tensor]], None]
+    group: object
+    count: int
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """Seconds of a group's step, and of the teacher blocks beside it, as functions of the number of images."""
+
+    student: Callable[[float], float]
+    teacher: Callable[[float], float]
+    gradient_bytes: int
+
+
+@dataclass(frozen=True)
+class ReduceCost:
+    """Of an all-reduce: seconds for nothing, and per byte that a rank sends."""
+
+    latency: float = 0.0
+    per_byte: float = 0.0
+
+    def seconds(self, size: int, ranks: int) -> float:
+        """As a ring does it: each rank sends twice its data, less its own share."""
+        return 0.0 if ranks == 1 else self.latency + self.per_byte * size * 2 * (ranks - 1) / ranks
+
+
+def linear(small: tuple[float, float], large: tuple[float, float]) -> Callable[[float], float]:
+    """Seconds as a linear function of the number of images through two measured points `(images, seconds)`."""
+    slope = max((large[1] - small[1]) / (large[0] - small[0]), 0.0) if large[0] > small[0] else large[1] / large[0]
+    fixed = max(large[1] - slope * large[0], 0.0)
+    return lambda images: fixed + slope * images
+
+
+def best_layout(
+    groups: Sequence[GroupCost],
+    ranks: int,
+    batch: int,
+    reduce: ReduceCost,
+    *,
+    relays: bool = False,
+    axis: str = "auto",
+    accumulate: int = 1,
+) -> Layout:
+    """The mesh on which a step of the stage takes least time.
+
+    Args:
+        relays: the live teacher runs; each place runs the teacher's blocks beside its own groups and passes its activation on,
+            so that neighbours must lie together.
+        axis: `blocks` for as many places for groups as there can be, `data` for one, `auto` for the fastest.
+
+    Raises ConfigError if batches of `batch` images cannot be divided.
+    """
+    meshes = [(b, ranks // b) for b in range(1, min(ranks, len(groups)) + 1) if ranks % b == 0]
+    meshes = [(b, d) for b, d in meshes if batch % (d * accumulate) == 0]
+    if axis != "auto":
+        meshes = sorted(meshes)[-1:] if axis == "blocks" else [mesh for mesh in meshes if mesh[0] == 1]
+    if not meshes:
+        raise ConfigError(
+            f"Batches of {batch} images in {accumulate} part(s) cannot be divided among {ranks} ranks that train {len(groups)} "
+            f"group(s); choose a --batch-size that is a multiple of {ranks * accumulate}."
+        )
+    return min((_on_mesh(groups, b, d, batch, reduce, relays) for b, d in meshes), key=lambda layout: max(layout.seconds))
+
+
+def _on_mesh(groups: Sequence[GroupCost], blocks: int, data: int, batch: int, reduce: ReduceCost, relays: bool) -> Layout:
+    images = batch / data
+    own = [
+        group.student(images) + (group.teacher(images) if relays else 0.0) + reduce.seconds(group.gradient_bytes, data)
+        for group in groups
+    ]
+    places = assign(own, blocks, neighbours=relays)
+    loads = [sum(cost for cost, place in zip(own, places) if place == block) for block in range(blocks)]
+    return Layout(blocks, data, tuple(places), tuple(loads), relays and blocks > 1)
+
+
+def assign(costs: Sequence[float], places: int, *, neighbours: bool = False) -> list[int]:
+    """For each group the place that trains it, so that the busiest place has least to do, and none has nothing.
+
+    With `neighbours` each place gets a run of groups in order; that minimum is exact. Without, it is exact for up to 16
+    groups; beyond, the longest groups are given out first, each to the place that has least (Graham 1969: at most 4/3 of
+    the minimum).
+    """
+    if not 1 <= places <= len(costs):
+        raise ValueError(f"{len(costs)} groups cannot fill {places} places.")
+    if neighbours:
+        return _runs(costs, places)
+    return _Search(costs, places).best() if len(costs) <= _EXACT_GROUPS else _longest_first(costs, places)
+
+
+def _runs(costs: Sequence[float], places: int) -> list[int]:
+    """Cut the list of groups by dynamic programming: the best cuts of the first `n` groups into `p` runs."""
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    best = {(0, 0): (0.0, [])}
+    for p in range(1, places + 1):
+        for n in range(p, len(costs) + 1):
+            options = [(max(best[p - 1, m][0], sums[n] - sums[m]), m) for m in range(p - 1, n) if (p - 1, m) in best]
+            load, m = min(options)
+            best[p, n] = (load, [*best[p - 1, m][1], n - m])
+    return [place for place, length in enumerate(best[places, len(costs)][1]) for _ in range(length)]
+
+
+def _longest_first(costs: Sequence[float], places: int) -> list[int]:
+    loads, chosen = [0.0] * places, [0] * len(costs)
+    left = sorted(range(len(costs)), key=lambda group: -costs[group])
+    for number, group in enumerate(left):
+        place = number if number < places else loads.index(min(loads))
+        chosen[group] = place
+        loads[place] += costs[group]
+    return chosen
+
+
+class _Search:
+    """Branch and bound: longest groups first, equal places once, branches dropped that cannot beat the best known."""
+
+    def __init__(self, costs: Sequence[float], places: int) -> None:
+        self.costs, self.places = costs, places
+        self.order = sorted(range(len(costs)), key=lambda group: -costs[group])
+        self.floor = max(max(costs), sum(costs) / places)
+        self.chosen = _longest_first(costs, places)
+        self.known = max(self._loads(self.chosen))
+
+    def best(self) -> list[int]:
+        self._extend(0, [0.0] * self.places, [0] * len(self.costs))
+        return self.chosen
+
+    def _extend(self, depth: int, loads: list[float], chosen: list[int]) -> None:
+        if self.known <= self.floor * (1 + 1e-12):
+            return
+        if depth == len(self.order):
+            self.known, self.chosen = max(loads), list(chosen)
+            return
+        group, tried = self.order[depth], set()
+        empty = loads.count(0.0)
+        for place in range(self.places):
+            before = loads[place]
+            load = before + self.costs[group]
+            if load >= self.known or before in tried or (before and len(self.order) - depth <= empty):
+                continue  # the last groups are needed for places that have none
+            tried.add(before)
+            loads[place], chosen[group] = load, place
+            self._extend(depth + 1, loads, chosen)
+            loads[place] = before
+
+    def _loads(self, chosen: list[int]) -> list[float]:
+        return [sum(cost for cost, at in zip(self.costs, chosen) if at == place) for place in range(self.places)]

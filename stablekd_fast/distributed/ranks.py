@@ -1,0 +1,217 @@
+"""The processes of one run, and what they tell each other. Everything goes through torch.distributed.
+
+All processes run the same program over the same settings; the first one writes the files. A process alone is one rank of
+one, for which every exchange is nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stablekd_fast.errors import ConfigError, RankError
+
+T = TypeVar("T")
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+_SETTLING_SECONDS = 3.0
+"""After one exchange failed: until the others have said that theirs did too."""
+
+
+@dataclass
+class Ranks:
+    """This process among `size`, counted from 0.
+
+    An exchange that fails, because a rank is gone or does not come within the timeout, raises RankError that names it.
+    """
+
+    rank: int = 0
+    size: int = 1
+    timeout: float = 600.0
+    """Seconds that an exchange may take."""
+    backend: str = "none"
+    where: Callable[[], str] = field(default=lambda: "the start")
+    """Says where in the run this rank is, for the error of an exchange that fails."""
+    gradient_bytes: int = 0
+    """Handed to all-reduces of gradients so far."""
+    other_bytes: int = 0
+    waited: float = 0.0
+    """Seconds spent in exchanges, those of others' lateness among them."""
+    _store: Any = None
+    _meshes: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def restarted(self) -> bool:
+        """Whether torchrun has started the processes anew after one was lost."""
+        return int(os.environ.get(RESTARTS, 0)) > 0
+
+    def mesh(self, blocks: int, data: int, device: torch.device):
+        """The `DeviceMesh` of `blocks` times `data` ranks; made once per shape, by all ranks in the same order."""
+        if (blocks, data) not in self._meshes:
+            with self.meeting("a mesh is made"):
+                shape, names = (blocks, data), ("blocks", "data")
+                self._meshes[shape] = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+        return self._meshes[blocks, data]
+
+    def share(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Overwrite `tensors`, alike in shape on all ranks, with those of the rank `source`. One exchange per dtype."""
+        if self.size == 1:
+            return
+        with torch.no_grad(), self.meeting("state is shared"):
+            for alike in _by_dtype(tensors):
+                flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+                self.other_bytes += flat.nbytes
+                dist.broadcast(flat, source)
+                _unflatten(flat, alike)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of `values`, alike in shape."""
+        if self.size > 1:
+            self.other_bytes += values.nbytes
+            with self.meeting("values are summed"):
+                dist.all_reduce(values)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """The plain values of all ranks, in their order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self.meeting("values are gathered"):
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the first rank, a plain value, on all. What it raises there ends all of them."""
+        if self.size == 1:
+            return make()
+        made, error = None, None
+        if self.is_first:
+            try:
+                made = make()
+            except Exception as raised:
+                error = raised
+        told = [(made, None if error is None else str(error))]
+        with self.meeting("the first rank decides"):
+            dist.broadcast_object_list(told, 0)
+        if error is not None:
+            raise error
+        if told[0][1] is not None:
+            raise RankError(f"The first rank failed: {told[0][1]}")
+        return told[0][0]
+
+    def check_alike(self, facts: dict[str, Any]) -> None:
+        """Raise ConfigError with the difference unless all ranks have the same `facts`, plain values by name."""
+        for rank, theirs in enumerate(found := self.gather(facts)):
+            differing = [key for key in found[0].keys() | theirs.keys() if found[0].get(key) != theirs.get(key)]
+            if differing:
+                listed = "; ".join(f"{key}: {found[0].get(key)!r} and {theirs.get(key)!r}" for key in sorted(differing))
+                raise ConfigError(
+                    f"Rank 0 and rank {rank} differ ({listed}). All ranks must start with the same settings, data and weights."
+                )
+
+    def say_where(self) -> None:
+        """Leave word where this rank is, for those that may miss it later."""
+        if self._store is not None:
+            self._store.set(f"stablekd/at/{self.rank}", json.dumps([self.where(), time.time()]))
+
+    @contextlib.contextmanager
+    def meeting(self, what: str) -> Iterator[None]:
+        """An exchange within. Raises RankError, naming ranks that did not come, if it fails."""
+        start = time.perf_counter()
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            raise RankError(self._missing(what, error)) from error
+        finally:
+            self.waited += time.perf_counter() - start
+
+    def _missing(self, what: str, error: Exception) -> str:
+        """Who is waiting too has said so shortly after; the others are gone, or hang."""
+        reason = str(error).strip().splitlines()[0]
+        head = f"Rank {self.rank} waited in vain at {self.where()}, where {what} (timeout {self.timeout:g} s): {reason}."
+        remedy = "Look at that rank's own output; torchrun --max-restarts N starts all of them again from the last checkpoint."
+        if self._store is None:
+            return f"{head} {remedy}"
+        try:
+            self._store.set(f"stablekd/waiting/{self.rank}", "1")
+            time.sleep(_SETTLING_SECONDS)
+            missing = [rank for rank in range(self.size) if not self._store.check([f"stablekd/waiting/{rank}"])]
+            said = [f"rank {rank}, last heard of at {self._last_heard(rank)}" for rank in missing]
+        except (RuntimeError, dist.DistError):  # whoever held the store is gone as well
+            return f"{head} {remedy}"
+        return f"{head} Missing: {'; '.join(said) or 'none, the connection broke'}. {remedy}"
+
+    def _last_heard(self, rank: int) -> str:
+        key = f"stablekd/at/{rank}"
+        if not self._store.check([key]):
+            return "its start"
+        place, when = json.loads(self._store.get(key))
+        return f"{place}, {time.time() - when:.0f} s ago"
+
+    def leave(self) -> None:
+        """Let go of the other processes."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(device: torch.device, timeout: float) -> Ranks:
+    """Meet the other processes that torchrun has started; without it, one rank alone.
+
+    NCCL serves tensors on GPUs, Gloo those on CPUs. Raises ConfigError if the processes cannot meet.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Ranks()
+    limit, store = datetime.timedelta(seconds=timeout), None
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+            store = dist.PrefixStore(f"try{os.environ.get(RESTARTS, 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        except (RuntimeError, ValueError, dist.DistError) as error:
+            raise ConfigError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, but they cannot meet ({error}). Start them with "
+                "torchrun --nproc-per-node N -m stablekd_fast ..., or unset WORLD_SIZE to run alone."
+            ) from error
+    return Ranks(dist.get_rank(), dist.get_world_size(), timeout, backend, _store=store)
+
+
+def average(ranks: Ranks, group, count: int, tensors: Sequence[Tensor]) -> None:
+    """Overwrite float32 or float64 `tensors` with their means over the `count` ranks of a process group: one flat all-reduce.
+
+    Nothing in it asks a GPU's host, so it can be part of a captured step.
+    """
+    for alike in _by_dtype(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        ranks.gradient_bytes += flat.nbytes
+        with ranks.meeting("gradients are averaged"):
+            dist.all_reduce(flat, group=group)
+        _unflatten(flat.div_(count), alike)
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    return list(kinds.values())
+
+
+def _unflatten(flat: Tensor, into: Sequence[Tensor]) -> None:
+    parts = flat.split([tensor.numel() for tensor in into])
+    torch._foreach_copy_(list(into), [part.view(tensor.shape) for part, tensor in zip(parts, into)])

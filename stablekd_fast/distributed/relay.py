@@ -1,0 +1,95 @@
+"""The live teacher in parts: each place of a mesh runs the blocks beside its own groups, and hands its activation on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.data import Batch
+from stablekd_fast.distributed.layout import Layout
+from stablekd_fast.distributed.ranks import Ranks
+
+_UNDER_WAY = 2
+"""Activations that a rank may be ahead of the next one."""
+
+
+class TeacherPart:
+    """The teacher's blocks `first` to `last`, those of this rank's groups. What enters comes from the rank before, what leaves
+    goes to the rank behind, while both go on training."""
+
+    def __init__(self, paired: PairedBlocks, layout: Layout, groups: list[list[int]], ranks: Ranks) -> None:
+        own = [groups[number] for number in layout.groups_of(ranks.rank)]
+        place = layout.block_of(ranks.rank)
+        self.paired, self.ranks = paired, ranks
+        self.first, self.last = own[0][0], own[-1][-1]
+        self.before = ranks.rank - layout.data if place > 0 else None
+        self.behind = ranks.rank + layout.data if place < layout.blocks - 1 else None
+        self._entry: Tensor | None = None
+        self._channels_last = False
+        self._announced = False
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+
+    @torch.no_grad()
+    def outputs(self, wanted: Collection[int], images: Tensor, batch: Batch | None = None) -> dict[int, Tensor]:
+        """The wanted outputs, all of which are this part's own or the one that enters it."""
+        found: dict[int, Tensor] = {}
+        x = images if self.before is None else self._receive(len(images), images.device)
+        with self.paired.precision.applied(images.device):
+            if self.before is not None:
+                found[self.first - 1] = self._bridged(self.first - 1, x)
+            for k in range(self.first, self.last + 1):
+                x = self.paired.teacher_blocks[k](x)
+                found[k] = self._bridged(k, x)
+        if self.behind is not None:
+            self._send(x)
+        return {k: found[k] for k in wanted}
+
+    def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
+        return iter(batches)
+
+    def fill(self, stored: Collection[int]) -> None:
+        """Nothing is stored here."""
+
+    def close(self) -> None:
+        """Wait until all that was sent has arrived."""
+        while self._sent:
+            self._finish_oldest()
+
+    def _bridged(self, k: int, x: Tensor) -> Tensor:
+        bridge = self.paired.bridge_after(k)
+        return x if bridge is None else bridge(x)
+
+    def _send(self, x: Tensor) -> None:
+        channels_last = _channels_last(x)
+        dense = x.permute(0, 2, 3, 1) if channels_last else x.contiguous()
+        if not self._announced:
+            dist.send_object_list([(tuple(dense.shape[1:]), dense.dtype, channels_last)], self.behind)
+            self._announced = True
+        while len(self._sent) >= _UNDER_WAY:
+            self._finish_oldest()
+        self.ranks.other_bytes += dense.nbytes
+        self._sent.append((dist.isend(dense, self.behind), dense))
+
+    def _receive(self, count: int, device: torch.device) -> Tensor:
+        with self.ranks.meeting(f"rank {self.before} hands over the teacher's activation"):
+            if self._entry is None:
+                told: list = [None]
+                dist.recv_object_list(told, self.before)
+                shape, dtype, self._channels_last = told[0]
+                self._entry = torch.empty((count, *shape), dtype=dtype, device=device)
+            dist.recv(self._entry, self.before)
+        return self._entry.permute(0, 3, 1, 2) if self._channels_last else self._entry
+
+    def _finish_oldest(self) -> None:
+        with self.ranks.meeting(f"rank {self.behind} takes the teacher's activation"):
+            self._sent.popleft()[0].wait()
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether `[N, H, W, C]` is the order in memory, so that it can be sent as it lies."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

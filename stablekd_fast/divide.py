@@ -1,0 +1,116 @@
+"""What dividing a run among ranks costs: measured on the ranks themselves, or predicted from a profile."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.cache.measure import measure_students, measure_teacher
+from stablekd_fast.cache.profiles import Profile, predicted_blocks
+from stablekd_fast.data import Batch
+from stablekd_fast.distributed import GroupCost, Ranks, ReduceCost, best_layout, linear
+from stablekd_fast.errors import ConfigError
+from stablekd_fast.schedule import PlannedStage, group_name
+from stablekd_fast.step import Objectives, named_parameters_of
+
+_SIZES = (1 << 12, 1 << 22)
+_REPEATS = 5
+
+
+def measured_groups(
+    paired: PairedBlocks,
+    objectives: Objectives,
+    groupings: Sequence[list[list[int]]],
+    batch: Batch,
+    ranks: Ranks,
+    device: torch.device,
+) -> list[list[GroupCost]]:
+    """Costs of each stage's groups, measured by all ranks at the same time and averaged over them."""
+    count = len(batch.labels)
+    part = max(count // ranks.size, min(2, count))  # batch norm needs two images
+    students, teachers = [], []
+    for size in (part, count):
+        images = dataclasses.replace(batch, images=batch.images[:size], labels=batch.labels[:size], sample_ids=batch.sample_ids[:size])
+        students.append(measure_students(paired, objectives, groupings, images, device))
+        teachers.append(measure_teacher(paired, images.images.to(device)) if paired.cuts else [0.0] * len(paired))
+    told = ranks.gather([students, teachers])
+    return [[_cost(paired, group, told, (part, count)) for group in groups] for groups in groupings]
+
+
+def _cost(paired: PairedBlocks, group: list[int], told: list, sizes: tuple[int, int]) -> GroupCost:
+    name = group_name(group)
+    student = [statistics.mean(one[0][which][name] for one in told) for which in (0, 1)]
+    teacher = [statistics.mean(sum(one[1][which][block] for block in group) for one in told) for which in (0, 1)]
+    gradients = sum(parameter.nbytes for parameter in named_parameters_of(paired, group).values())
+    return GroupCost(linear(*zip(sizes, student)), linear(*zip(sizes, teacher)), gradients)
+
+
+def measured_reduce(ranks: Ranks, device: torch.device) -> ReduceCost:
+    """Of an all-reduce over all ranks: the time of a small and of a large one."""
+    if ranks.size == 1:
+        return ReduceCost()
+    times = []
+    for size in _SIZES:
+        values, taken = torch.zeros(size // 4, device=device), []
+        for _ in range(_REPEATS):
+            start = time.perf_counter()
+            float(ranks.sum(values)[0])  # waits for a GPU
+            taken.append(time.perf_counter() - start)
+        times.append(statistics.median(taken))
+    sent = [size * 2 * (ranks.size - 1) / ranks.size for size in _SIZES]
+    per_byte = max((times[1] - times[0]) / (sent[1] - sent[0]), 0.0)
+    both = ranks.gather([max(times[0] - per_byte * sent[0], 0.0), per_byte])
+    return ReduceCost(*(statistics.mean(values) for values in zip(*both)))
+
+
+def predicted_scaling(
+    device: Profile, paired: PairedBlocks, stages: Sequence[PlannedStage], batch: int, counts: Sequence[int], *, relays: bool
+) -> list[dict]:
+    """What a run would do on each number of ranks: its meshes, images per second and efficiency, all predicted.
+
+    The batch is the same for all of them. `relays`: the teacher runs; otherwise all its outputs come from a cache. Numbers of
+    ranks that cannot divide the batch are left out.
+    """
+    gradients = [sum(parameter.nbytes for parameter in named_parameters_of(paired, [k]).values()) for k in range(len(paired))]
+    rows, alone = [], None
+    for count in counts:
+        try:
+            layouts = [
+                best_layout(
+                    [_predicted(device, paired, group, gradients) for group in planned.stage.groups],
+                    count, batch, device.reduce(count), relays=relays,
+                )
+                for planned in stages
+            ]  # fmt: skip
+        except ConfigError:
+            continue
+        steps = [max(*at.seconds, batch / at.data / device.images_per_second) for at in layouts]
+        lengths = [planned.last - planned.first for planned in stages]
+        speed = batch * sum(lengths) / sum(length * step for length, step in zip(lengths, steps))
+        alone = alone or speed
+        rows.append(
+            {
+                "ranks": count,
+                "blocks x data, by stage": ", ".join(f"{at.blocks} x {at.data}" for at in layouts),
+                "images/s": speed,
+                "efficiency": speed / (alone * count / counts[0]),
+            }
+        )
+    return rows
+
+
+def _predicted(device: Profile, paired: PairedBlocks, group: list[int], gradients: Sequence[int]) -> GroupCost:
+    def student(images: float) -> float:
+        costs = predicted_blocks(device, paired, images)[1]
+        return sum(costs[group_name([k])] for k in group)
+
+    def teacher(images: float) -> float:
+        costs = predicted_blocks(device, paired, images)[0]
+        return sum(costs[k] for k in group)
+
+    return GroupCost(student, teacher, sum(gradients[k] for k in group))
