@@ -34,7 +34,7 @@ from stablekd_fast.checkpoint import load_metadata, save_tensors
 from stablekd_fast.config import DistillConfig, identity
 from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.distributed import Layout, best_layout, join
-from stablekd_fast.divide import measured_groups, measured_reduce
+from stablekd_fast.divide import measured_groups, measured_images, measured_reduce
 from stablekd_fast.engine import Engine
 from stablekd_fast.errors import ConfigError, ModelError, nearest
 from stablekd_fast.evaluate import evaluate
@@ -229,6 +229,7 @@ class Distiller:
         costs = measured_groups(self.paired, objectives, groupings, batch, self.ranks, self.device)
         reduce = measured_reduce(self.ranks, self.device)
         how = {"relays": relays, "axis": self.config.parallel, "accumulate": self.config.accumulate}
+        how["image_seconds"] = measured_images(self.source, self.ranks)
         return [best_layout(groups, self.ranks.size, self.config.batch_size, reduce, **how) for groups in costs]
 
     def _metadata(self) -> dict:

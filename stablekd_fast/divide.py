@@ -12,7 +12,7 @@ import torch
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.measure import measure_students, measure_teacher
 from stablekd_fast.cache.profiles import Profile, predicted_blocks
-from stablekd_fast.data import Batch
+from stablekd_fast.data import Batch, TrainSource
 from stablekd_fast.distributed import GroupCost, Ranks, ReduceCost, best_layout, linear
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.schedule import PlannedStage, group_name
@@ -20,6 +20,8 @@ from stablekd_fast.step import Objectives, named_parameters_of
 
 _SIZES = (1 << 12, 1 << 22)
 _REPEATS = 5
+_LOADED = 4
+"""Batches."""
 
 
 def measured_groups(
@@ -68,6 +70,15 @@ def measured_reduce(ranks: Ranks, device: torch.device) -> ReduceCost:
     return ReduceCost(*(statistics.mean(values) for values in zip(*both)))
 
 
+def measured_images(source: TrainSource, ranks: Ranks) -> float:
+    """Seconds that a rank's loader takes for an image; next to none where images lie in memory."""
+    if source.split.resident:
+        return 0.0
+    start = time.perf_counter()
+    count = sum(len(batch.labels) for batch in source.batches(0, _LOADED))
+    return statistics.mean(ranks.gather((time.perf_counter() - start) / count))
+
+
 def predicted_scaling(
     device: Profile, paired: PairedBlocks, stages: Sequence[PlannedStage], batch: int, counts: Sequence[int], *, relays: bool
 ) -> list[dict]:
@@ -77,19 +88,19 @@ def predicted_scaling(
     ranks that cannot divide the batch are left out.
     """
     gradients = [sum(parameter.nbytes for parameter in named_parameters_of(paired, [k]).values()) for k in range(len(paired))]
-    rows, alone = [], None
+    rows, alone, image_seconds = [], None, 1 / device.images_per_second
     for count in counts:
         try:
             layouts = [
                 best_layout(
                     [_predicted(device, paired, group, gradients) for group in planned.stage.groups],
-                    count, batch, device.reduce(count), relays=relays,
+                    count, batch, device.reduce(count), relays=relays, image_seconds=image_seconds,
                 )
                 for planned in stages
             ]  # fmt: skip
         except ConfigError:
             continue
-        steps = [max(*at.seconds, batch / at.data / device.images_per_second) for at in layouts]
+        steps = [max(*at.seconds, batch / at.data * image_seconds) for at in layouts]
         lengths = [planned.last - planned.first for planned in stages]
         speed = batch * sum(lengths) / sum(length * step for length, step in zip(lengths, steps))
         alone = alone or speed

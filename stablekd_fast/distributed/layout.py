@@ -105,12 +105,14 @@ def best_layout(
     relays: bool = False,
     axis: str = "auto",
     accumulate: int = 1,
+    image_seconds: float = 0.0,
 ) -> Layout:
     """The mesh on which a step of the stage takes least time.
 
     Args:
         relays: the live teacher runs; each place runs the teacher's blocks beside its own groups and passes its activation on,
             so that neighbours must lie together.
+        image_seconds: that a rank's loader takes for an image, while the rank trains.
         axis: `blocks` for as many places for groups as there can be, `data` for one, `auto` for the fastest.
 
     Raises ConfigError if batches of `batch` images cannot be divided.
@@ -124,7 +126,8 @@ def best_layout(
             f"Batches of {batch} images in {accumulate} part(s) cannot be divided among {ranks} ranks that train {len(groups)} "
             f"group(s); choose a --batch-size that is a multiple of {ranks * accumulate}."
         )
-    return min((_on_mesh(groups, b, d, batch, reduce, relays) for b, d in meshes), key=lambda layout: max(layout.seconds))
+    layouts = [_on_mesh(groups, b, d, batch, reduce, relays) for b, d in meshes]
+    return min(layouts, key=lambda layout: max(*layout.seconds, batch / layout.data * image_seconds))
 
 
 def _on_mesh(groups: Sequence[GroupCost], blocks: int, data: int, batch: int, reduce: ReduceCost, relays: bool) -> Layout:

@@ -1,0 +1,82 @@
+"""Who trains what, compared with trying everything."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stablekd_fast.distributed import GroupCost, Layout, ReduceCost, assign, best_layout, linear
+from stablekd_fast.errors import ConfigError
+
+costs_and_places = st.lists(st.floats(0.01, 10) | st.sampled_from([1.0, 2.0]), min_size=1, max_size=7).flatmap(
+    lambda costs: st.tuples(st.just(costs), st.integers(1, min(len(costs), 4)))
+)
+
+
+def busiest(costs, chosen, places):
+    return max(sum(cost for cost, place in zip(costs, chosen) if place == number) for number in range(places))
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+@given(costs_and_places)
+def test_no_assignment_is_better(neighbours, given):
+    costs, places = given
+    tried = [
+        chosen
+        for chosen in itertools.product(range(places), repeat=len(costs))
+        if len(set(chosen)) == places and (not neighbours or list(chosen) == sorted(chosen))
+    ]
+    found = assign(costs, places, neighbours=neighbours)
+    assert tuple(found) in tried
+    assert busiest(costs, found, places) == pytest.approx(min(busiest(costs, chosen, places) for chosen in tried))
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=17, max_size=60), st.integers(2, 16))
+def test_many_groups_leave_no_place_more_than_one_group_above_the_mean(costs, places):
+    found = assign(costs, places)
+    assert set(found) == set(range(places))
+    assert busiest(costs, found, places) <= sum(costs) / places + max(costs)
+
+
+def group(seconds: float, teacher: float = 0.0, size: int = 0) -> GroupCost:
+    return GroupCost(lambda images: seconds * images, lambda images: teacher * images, size)
+
+
+def test_the_mesh_is_the_fastest_of_all():
+    even, slow_link = [group(1.0, size=1000)] * 4, ReduceCost(0.0, 1.0)
+    assert best_layout(even, 4, 8, slow_link) == Layout(4, 1, (0, 1, 2, 3), (8.0,) * 4)
+    uneven, no_cost = [group(10.0), group(0.1)], ReduceCost()
+    assert best_layout(uneven, 2, 8, no_cost).data == 2
+    assert best_layout(uneven, 2, 8, no_cost, axis="blocks").blocks == 2
+    assert best_layout(even, 4, 8, slow_link, axis="data").data == 4
+    assert best_layout(uneven, 2, 8, no_cost, image_seconds=100.0).data == 2
+
+
+def test_a_passed_on_teacher_keeps_neighbours_together_and_its_blocks_count():
+    groups = [group(3.0), group(1.0, teacher=1.0), group(2.0), group(1.0, teacher=2.0)]
+    found = best_layout(groups, 2, 1, ReduceCost(), relays=True, axis="blocks")
+    assert found.places == (0, 0, 1, 1) and found.seconds == (5.0, 5.0) and found.relays
+    assert best_layout(groups, 2, 1, ReduceCost(), axis="blocks").seconds == (4.0, 3.0)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused():
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        best_layout([group(1.0)], 4, 6, ReduceCost())
+
+
+def test_an_all_reduce_costs_nothing_alone_and_what_a_ring_sends_otherwise():
+    cost = ReduceCost(0.5, 2.0)
+    assert cost.seconds(100, 1) == 0 and cost.seconds(100, 4) == 0.5 + 2.0 * 150
+
+
+def test_costs_between_two_measured_sizes_lie_on_a_line():
+    cost = linear((2, 3.0), (10, 7.0))
+    assert cost(2) == 3.0 and cost(6) == 5.0 and linear((4, 2.0), (4, 2.0))(2) == 1.0
+
+
+def test_ranks_count_along_the_data_axis_first():
+    layout = Layout(2, 2, (0, 1, 0))
+    assert [layout.groups_of(rank) for rank in range(4)] == [[0, 2], [0, 2], [1], [1]]
+    assert [layout.part_of(rank) for rank in range(4)] == [0, 1, 0, 1]
+    assert [layout.owner(number) for number in range(3)] == [0, 2, 0]

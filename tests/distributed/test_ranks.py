@@ -1,0 +1,119 @@
+"""Several real processes as one run, on Gloo."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from stablekd_fast.checkpoint import load_tensors
+
+
+def events(out: Path, kind: str) -> list[dict]:
+    return [event for event in map(json.loads, (out / "events.jsonl").open()) if event["kind"] == kind]
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    for name in ("checkpoint.safetensors", "student.safetensors"):
+        a, b = load_tensors(first / name)[0], load_tensors(second / name)[0]
+        assert a.keys() == b.keys()
+        assert [key for key in a if not torch.equal(a[key], b[key])] == [], name
+    losses = [[(event["step"], event["losses"]) for event in events(out, "train")] for out in (first, second)]
+    assert losses[0] == losses[1]
+
+
+def test_blocks_on_several_ranks_train_to_the_bits_of_one_process(launch, tmp_path):
+    """With the live teacher passed on from rank to rank."""
+    torchrun, alone, _, finished = launch
+    finished(alone("train", tmp_path / "one", "blocks"))
+    for ranks in (2, 4):
+        out = tmp_path / f"on{ranks}"
+        finished(torchrun(ranks, "train", out, "blocks"))
+        assert_same_bits(tmp_path / "one", out)
+        (report,) = events(out, "ranks")
+        assert report["mesh"] == {"blocks": ranks, "data": 1}
+        assert sorted(name for row in report["ranks"] for name in row["groups"]) == ["1", "2", "3", "4"]
+        assert all(row["gradient_bytes"] == 0 and row["predicted_ms"] > 0 for row in report["ranks"])
+
+
+def test_ranks_fill_one_cache_that_any_number_of_ranks_can_use(launch, tmp_path):
+    torchrun, alone, _, finished = launch
+    rows = tmp_path / "rows"
+    finished(torchrun(2, "cached", tmp_path / "on2", rows))
+    stored = events(tmp_path / "on2", "cache")[0]["rows"]
+    assert set(stored.values()) == {320 * 2}, "each column is whole, though each rank stored a part"
+    finished(torchrun(4, "cached", tmp_path / "on4", rows))
+    finished(alone("cached", tmp_path / "one", rows))
+    for out in (tmp_path / "on4", tmp_path / "one"):
+        assert events(out, "cache")[0]["live_batches"] == 0
+        assert_same_bits(tmp_path / "on2", out)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("norms", ["synced", "frozen"])
+def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks, norms):
+    """In float64 over 20 steps; in float32, whose trajectories part by themselves, over one."""
+    torchrun, _, _, finished = launch
+    for dtype, steps, bound in (("float64", 20, 1e-9), ("float32", 1, 1e-5)):
+        output = finished(torchrun(ranks, "data", dtype, norms, steps))
+        apart, moved, statistics, losses = map(float, output.split("APART")[1].split())
+        assert moved > 1e-3
+        assert max(apart, statistics, losses) <= bound, (dtype, apart, statistics, losses)
+
+
+def test_merged_stages_divide_images(launch, tmp_path):
+    torchrun, _, _, finished = launch
+    finished(torchrun(2, "stablekd", tmp_path / "out", "blocks"))
+    apart, merged = events(tmp_path / "out", "ranks")
+    assert apart["mesh"] == {"blocks": 2, "data": 1} and merged["mesh"] == {"blocks": 1, "data": 2}
+    assert all(row["gradient_bytes"] == 0 for row in apart["ranks"])
+    student = load_tensors(tmp_path / "out" / "checkpoint.safetensors")[0]
+    trained = sum(t.nbytes for name, t in student.items() if name.startswith("student/") and name.endswith(("weight", "bias")))
+    assert all(row["gradient_bytes"] == trained + 4 for row in merged["ranks"]), "every gradient once a step, and the loss"
+
+
+def test_a_rank_with_other_settings_is_refused_with_the_difference(launch, tmp_path):
+    _, _, by_hand, _ = launch
+    for process in by_hand(2, "different", tmp_path / "out"):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert "Rank 0 and rank 1 differ" in output and "batch_size: 32 and 16" in output and "seed: 0 and 1" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_hangs_is_named_within_the_timeout(launch, tmp_path):
+    _, _, by_hand, _ = launch
+    waiting, hanging = by_hand(2, "hanging", tmp_path / "out")
+    try:
+        output, _ = waiting.communicate(timeout=120)
+    finally:
+        hanging.kill()
+        hanging.communicate()
+    assert "Missing: rank 1, last heard of at step " in output, output
+
+
+def kill_a_rank(process, after: float, out: Path) -> None:
+    """SIGKILL one of the training processes so many seconds after a first step was logged since now."""
+    began, log = time.time(), out / "events.jsonl"
+    while not log.exists() or log.stat().st_mtime < began:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    time.sleep(after)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(child) for child in children if b"worker.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    os.kill(workers[-1], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_job_that_loses_ranks_ends_as_an_undisturbed_one(launch, tmp_path, kills):
+    torchrun, _, _, finished = launch
+    finished(torchrun(2, "stablekd", tmp_path / "whole", "blocks"))
+    job = torchrun(2, "stablekd", tmp_path / "killed", "blocks", restarts=kills)
+    generator = torch.Generator().manual_seed(kills)
+    for _ in range(kills):
+        kill_a_rank(job, 0.5 * torch.rand((), generator=generator).item(), tmp_path / "killed")
+    finished(job)
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")

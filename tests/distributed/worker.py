@@ -1,0 +1,135 @@
+"""What the processes of these tests run: `worker.py TASK ...`."""
+
+import dataclasses
+import os
+import signal
+import sys
+
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
+from conftest import random_batch, settled, small_net
+
+from stablekd_fast.cache import CacheSettings
+from stablekd_fast.config import DistillConfig
+from stablekd_fast.data import open_dataset
+from stablekd_fast.distiller import Distiller
+
+RANK = int(os.environ.get("RANK", 0))
+BASE = DistillConfig(
+    method="blocks", epochs=6.0, subset=320, validation=40, batch_size=32, log_every=5, bn_images=64, cuts=["0", "1", "2"],
+    checkpoint_every=7, device="cpu", precision="fp32", bridge="pca", views=2, timeout=60,
+)  # fmt: skip
+
+
+def distiller(out: str, **settings) -> Distiller:
+    config = dataclasses.replace(BASE, out=out, **settings)
+    teacher = settled(small_net(6, 1))
+    return Distiller(config, teacher=teacher, student=small_net(2, 2), dataset=open_dataset("digits"))
+
+
+def train(out: str, **settings) -> None:
+    distiller(out, **settings).run(progress=False)
+
+
+def cached(out: str, directory: str) -> None:
+    train(out, parallel="blocks", cache=CacheSettings(plan="all", directory=directory, codecs=["int8"], logits="fp16"))
+
+
+def different(out: str) -> None:
+    train(out, seed=RANK, batch_size=32 if RANK == 0 else 16)
+
+
+def hanging(out: str) -> None:
+    made, count = distiller(out, method="kd", log_every=1, timeout=4.0), 0
+    batches = made.source.batches
+
+    def stopping(*steps):
+        nonlocal count
+        for batch in batches(*steps):
+            count += 1
+            if RANK == 1 and count > 30:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            yield batch
+
+    made.source.part = lambda *_: made.source
+    made.source.batches = stopping
+    made.run(progress=False)
+
+
+def data_axis(dtype_name: str, norms: str, steps: str) -> None:
+    """Train on parts of batches and, in the first rank, on whole ones; print how far the weights are apart."""
+    import torch.distributed as dist
+
+    from stablekd_fast.blocks import pair_blocks
+    from stablekd_fast.distributed import Layout, join
+    from stablekd_fast.objectives import objective
+    from stablekd_fast.schedule import Optimizer
+    from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+    from stablekd_fast.teacher import Relay
+
+    dtype, cpu = getattr(torch, dtype_name), torch.device("cpu")
+    ranks = join(cpu, 60)
+    layout = Layout(1, ranks.size, (0,))
+    aims = Objectives(objective("feature", "mse", {}), objective("logits", "kd", {}), align="all")
+
+    def step_of(averaging):
+        teacher, student = settled(small_net(3, 1)), settled(small_net(2, 2))
+        paired = pair_blocks(teacher, student, random_batch(0).images, cuts=["0", "1", "2"])
+        for module in (teacher, student, *paired.teacher_blocks, *paired.student_blocks):
+            module.to(dtype)
+        if norms == "synced":
+            torch.nn.ModuleList([student, *paired.student_blocks]).train()
+        rates = Rates.constant(0.05)
+        group = list(range(len(paired)))
+        step = GroupStep(
+            paired, group, aims, Optimizer("sgd", weight_decay=0.0), StageInputs(cpu), rates=rates, averaging=averaging,
+            sync_norms=norms == "synced",
+        )  # fmt: skip
+        return step, Relay(paired)
+
+    def train_on(step, teacher, batch):
+        batch = dataclasses.replace(batch, images=batch.images.to(dtype))
+        load_batch(step.inputs, teacher, {0, 1, 2, 3}, batch)
+        step.run()
+
+    own, teacher = step_of(layout.averaging(ranks, cpu))
+    whole, whole_teacher = step_of(None)
+    for number in range(int(steps)):
+        batch = random_batch(number, 16)
+        share = 16 // ranks.size
+        mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        part = dataclasses.replace(batch, images=batch.images[mine], labels=batch.labels[mine], sample_ids=batch.sample_ids[mine])
+        train_on(own, teacher, part)
+        train_on(whole, whole_teacher, batch)
+    apart = max((a - b).abs().max().item() for a, b in zip(own.parameters.values(), whole.parameters.values()))
+    moved = max((a - b).abs().max().item() for a, b in zip(own.parameters.values(), step_of(None)[0].parameters.values()))
+    statistics = max(
+        (a - b).abs().max().item()
+        for a, b in zip(_running(own.paired.student), _running(whole.paired.student))
+    )
+    losses = abs(own.losses[0] - whole.losses[0]).item()
+    found = torch.tensor([apart, moved, statistics, losses], dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    if ranks.is_first:
+        print("APART", *found.tolist())
+    ranks.leave()
+
+
+def _running(student) -> list[torch.Tensor]:
+    return [value for name, value in student.named_buffers() if "running" in name]
+
+
+TASKS = {
+    "train": lambda out, parallel: train(out, parallel=parallel),
+    "stablekd": lambda out, parallel: train(out, parallel=parallel, method="stablekd"),
+    "cached": cached,
+    "different": different,
+    "hanging": hanging,
+    "data": data_axis,
+}
+
+if __name__ == "__main__":
+    TASKS[sys.argv[1]](*sys.argv[2:])
