@@ -171,10 +171,11 @@ class GroupStep:
     def run(self) -> None:
         """Train on the batch in the inputs. Reads nothing back to the host, and keeps no tensor that it made."""
         self.take_rates()
-        total = []
-        for part in self._in_parts(*self._tensors()):
+        total, (entry, targets, labels) = [], self._tensors()
+        whole = self._of_whole_batch(targets)
+        for part in self._in_parts(entry, targets, labels):
             with self.paired.precision.applied(self.device):
-                outputs, gradients, losses = self._network(*part)
+                outputs, gradients, losses = self._network(*part, whole)
             if self.parts > 1:
                 gradients = [gradient / self.parts for gradient in gradients]
             self.backward(outputs, gradients)
@@ -195,7 +196,7 @@ class GroupStep:
         """
         own_entry, targets, labels = self._tensors()
         with self.paired.precision.applied(self.device):
-            return self._compute(own_entry if entry is None else entry, targets, labels)
+            return self._compute(own_entry if entry is None else entry, targets, labels, {})
 
     def backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
         if self.loss_scale is not None:
@@ -250,6 +251,16 @@ class GroupStep:
         labels = self.inputs[LABELS] if self.objectives.use_labels and head in self.group else None
         return entry, {k: self.inputs[output_key(k)] for k in sorted(wanted)}, labels
 
+    def _of_whole_batch(self, targets: dict[int, Tensor]) -> dict[int, Tensor]:
+        """What losses of parts need to add up to that of the whole batch; nothing where there are no parts."""
+        if self.parts == 1 and self.averaging is None:
+            return {}
+        found = {k: self.objectives.feature.whole_batch(targets[k]) for k in sorted(self.aligned)}
+        found = {k: value for k, value in found.items() if value is not None}
+        if self.averaging is not None and found:
+            self.averaging.tensors(list(found.values()))
+        return found
+
     def _in_parts(
         self, entry: Tensor, targets: dict[int, Tensor], labels: Tensor | None
     ) -> Iterator[tuple[Tensor, dict[int, Tensor], Tensor | None]]:
@@ -259,14 +270,15 @@ class GroupStep:
             yield entry[start : start + size], cut, None if labels is None else labels[start : start + size]
 
     def _compute(
-        self, x: Tensor, targets: dict[int, Tensor], labels: Tensor | None
+        self, x: Tensor, targets: dict[int, Tensor], labels: Tensor | None, whole: dict[int, Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         outputs, gradients, losses = [], [], []
         for k, block in zip(self.group, self.blocks):
             x = block(x)
             if k in self.aligned:
                 axis = self.paired.cuts[k].student_channel_axis
-                loss, gradient = self.objectives.feature(x.detach(), targets[k], axis)
+                of_batch = [whole[k]] if k in whole else []
+                loss, gradient = self.objectives.feature(x.detach(), targets[k], axis, *of_batch)
             elif k == len(self.paired.cuts):
                 loss, gradient = self.objectives.logits(x.detach(), targets.get(k), labels)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from stablekd_fast import kernels
@@ -22,8 +23,17 @@ class FeatureMSE:
     normalize: Literal["power", "channel", "l2"] | None = "power"
 
 
-@register("feature", "mse", FeatureMSE)
-def feature_mse(config: FeatureMSE, student: Tensor, target: Tensor, channel_axis: int) -> tuple[Tensor, Tensor]:
+def _power(config: FeatureMSE, target: Tensor) -> Tensor | None:
+    if config.normalize != "power":
+        return None
+    wide = torch.float64 if target.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(target, dtype=wide).square() / target.numel()
+
+
+@register("feature", "mse", FeatureMSE, whole_batch=_power)
+def feature_mse(
+    config: FeatureMSE, student: Tensor, target: Tensor, channel_axis: int, power: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return kernels.feature_mse_with_grad(
-        student, target, normalize=config.normalize, weight=config.weight, channel_axis=channel_axis
+        student, target, normalize=config.normalize, scale=power, weight=config.weight, channel_axis=channel_axis
     )

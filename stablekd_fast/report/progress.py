@@ -56,6 +56,8 @@ class Lines:
             of = f"/{self._total_steps}" if self._total_steps else ""
             line = f"step {event['step']}{of} (epoch {event['epoch']:.2f}{self._stage}): {_evaluation(event)}"
             print(line, file=sys.stderr, flush=True)
+        elif event["kind"] == "ranks":
+            print("\n".join(_ranks(event)), file=sys.stderr, flush=True)
 
 
 class Bar:
@@ -98,6 +100,8 @@ class Bar:
             self._details["losses"] = f"loss  {losses}"
         elif kind == "evaluate":
             self._details["accuracy"] = _evaluation(event)
+        elif kind == "ranks":
+            self._live.console.print("\n".join(_ranks(event)), markup=False, highlight=False)
 
     def _render(self) -> Group:
         details = "   ".join(text for text in self._details.values() if text)
@@ -107,6 +111,17 @@ class Bar:
 def _evaluation(event: dict) -> str:
     loss = _number(event["loss"], ".4f")
     return f"{event['split']} accuracy {_number(event['accuracy'], '.2%')}, loss {loss}"
+
+
+def _ranks(event: dict) -> list[str]:
+    """A line for each rank of a stage that is over."""
+    mesh = f"stage {event['stage'] + 1} on {event['mesh']['blocks']} x {event['mesh']['data']} ranks (blocks x data)"
+    return [
+        f"{mesh}: rank {row['rank']} trained {', '.join(row['groups'])}, {row['measured_ms']:.1f} ms a step "
+        f"(predicted {_number(row['predicted_ms'], '.1f')}), idle {row['idle_share']:.0%}, "
+        f"{row['gradient_bytes']:,.0f} bytes of gradients a step"
+        for row in event["ranks"]
+    ]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -42,6 +42,24 @@ def test_shards_are_plain_safetensors_with_data_at_4096(filled, make_rows):
         assert path.read_bytes()[4096 : 4096 + 75] == make_rows(keys[:1])[0].numpy().tobytes()
 
 
+def test_writers_side_by_side_take_up_what_the_others_store(tmp_path, wanted, make_rows):
+    folder = tmp_path / "c" / "shared"
+    even, odd = torch.arange(0, 100, 2), torch.arange(1, 100, 2)
+    with RowStore(folder, wanted, write=True) as one, RowStore(folder, wanted, write=True) as other:
+        one.put(even[:7], make_rows(even[:7]))
+        other.put(odd, make_rows(odd))
+        assert not other.present(even).any()
+        other.refresh()
+        assert other.present(even).tolist() == [True] * 7 + [False] * 43, "rows of a shard that is still written"
+        one.put(even[7:], make_rows(even[7:]))
+        for store in (one, other):
+            store.refresh()
+            assert len(store) == 100
+            assert_rows(store, torch.arange(100), make_rows)
+    with RowStore(folder, wanted, write=True) as store:
+        assert len(store) == 100
+
+
 def test_a_row_that_is_not_stored_is_named(filled, make_rows):
     with RowStore(filled) as store:
         assert store.present(torch.tensor([5, 100, 5000])).tolist() == [True, False, False]

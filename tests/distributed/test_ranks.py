@@ -61,7 +61,7 @@ def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks, norms):
         output = finished(torchrun(ranks, "data", dtype, norms, steps))
         apart, moved, statistics, losses = map(float, output.split("APART")[1].split())
         assert moved > 1e-3
-        assert max(apart, statistics, losses) <= bound, (dtype, apart, statistics, losses)
+        assert max(apart, statistics) <= bound and losses <= 1e-5, (dtype, apart, statistics, losses)  # losses are kept in float32
 
 
 def test_merged_stages_divide_images(launch, tmp_path):
@@ -72,7 +72,9 @@ def test_merged_stages_divide_images(launch, tmp_path):
     assert all(row["gradient_bytes"] == 0 for row in apart["ranks"])
     student = load_tensors(tmp_path / "out" / "checkpoint.safetensors")[0]
     trained = sum(t.nbytes for name, t in student.items() if name.startswith("student/") and name.endswith(("weight", "bias")))
-    assert all(row["gradient_bytes"] == trained + 4 for row in merged["ranks"]), "every gradient once a step, and the loss"
+    assert all(row["gradient_bytes"] == trained + 4 * (1 + 3) for row in merged["ranks"]), (
+        "every gradient once a step, the loss, and the power of three targets"
+    )
 
 
 def test_a_rank_with_other_settings_is_refused_with_the_difference(launch, tmp_path):

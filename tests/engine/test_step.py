@@ -89,3 +89,25 @@ def test_rates_follow_the_stage(parts):
         assert all(torch.equal(a, b) for a, b in zip(before, step.parameters.values()))
         step.run()
         assert not all(torch.equal(a, b) for a, b in zip(before, step.parameters.values()))
+
+
+def test_gradients_added_up_over_parts_of_a_batch_are_those_of_the_batch(parts):
+    """In float64, with frozen batch norms: statistics of parts are others."""
+    paired, batch = parts
+    paired.student.double().eval(), paired.teacher.double()
+    for block in paired.student_blocks:
+        block.eval()
+    aims, groups = objectives(), [[0, 1, 2, 3]]
+    start = {name: value.clone() for name, value in paired.student.state_dict().items()}
+    trained = []
+    for count in (1, 4):
+        paired.student.load_state_dict(start)
+        inputs = StageInputs()
+        load(inputs, paired, groups, aims, dataclasses.replace(batch, images=batch.images.double()))
+        step = GroupStep(paired, groups[0], aims, Optimizer("sgd"), inputs, rates=Rates.constant(0.1), parts=count)
+        step.run()
+        trained.append(([value.clone() for value in step.parameters.values()], step.losses[0].item()))
+    (whole, loss), (added, loss_of_parts) = trained
+    assert max((a - b).abs().max() for a, b in zip(whole, added)) < 1e-12
+    assert loss_of_parts == pytest.approx(loss, rel=1e-6)
+    assert any((a - start[name]).abs().max() > 1e-4 for a, name in zip(added, step.parameters))

@@ -1,0 +1,116 @@
+"""Images per second on several ranks of one machine, from a full cache: `python -m stablekd_fast.bench.scale`.
+
+Every run is a real `distill` under torchrun, one thread per rank, on the same rows. Decomposed stages must show the losses of
+one rank to the last bit, merged ones nearly, before any speed is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from stablekd_fast.bench.output import write_json
+from stablekd_fast.cli.show import print_rows
+from stablekd_fast.errors import StableKDError
+from stablekd_fast.report import read_events
+
+_MERGED_LOSSES = 0.05
+"""Relative; rounding and batch-norm statistics of parts let them differ."""
+
+
+def run_scale(settings: Sequence[str], ranks: Sequence[int], rounds: int, folder: Path, show: Callable[[str, list[dict]], None]) -> list[dict]:
+    """Rows of images/s per stage and number of ranks, medians over rounds that take the numbers of ranks in turn.
+
+    Args:
+        settings: options of `stablekd distill`, but for `--out` and the cache's folder.
+        folder: for runs and rows.
+
+    Raises StableKDError if a run fails, or if one trains something else than the others.
+    """
+    rows_folder = folder / "rows"
+    common = [*settings, "--cache.directory", str(rows_folder), "--cache.plan", "all"]
+    _start(1, ["cache", "build", *common, "--out", str(folder / "build")])
+    speeds: dict[tuple[int, int], list[float]] = {}
+    known: dict[int, list[dict]] = {}
+    found = []
+    for number in range(rounds):
+        for count in ranks if number % 2 == 0 else reversed(ranks):
+            out = folder / f"round{number}-ranks{count}"
+            _start(count, ["distill", *common, "--out", str(out)])
+            events = read_events(out)
+            for stage, trained in enumerate(_stages(events)):
+                check_losses(known.setdefault(stage, trained), trained, count)
+                speeds.setdefault((stage, count), []).append(trained[-1]["images_per_second"])
+            found += [{"round": number, "count": count, "stage": e["stage"], "mesh": e["mesh"], **row} for e in events if e["kind"] == "ranks" for row in e["ranks"]]
+    rows = list(_rows(speeds, ranks))
+    show("images per second", rows)
+    if found:
+        show("ranks", found)
+    return [*rows, *({"bench": "scale", "case": "rank", **row} for row in found)]
+
+
+def check_losses(first: list[dict], other: list[dict], count: int) -> None:
+    """Raise StableKDError unless a stage's losses are those of the first run: to the bit while blocks are apart."""
+    for a, b in zip(first, other):
+        apart = len(a["losses"]) > 1
+        for name, loss in a["losses"].items():
+            if not math.isclose(loss, b["losses"][name], rel_tol=0.0 if apart else _MERGED_LOSSES):
+                raise StableKDError(
+                    f"On {count} ranks the loss of blocks {name} at step {a['step']} is {b['losses'][name]}, in the first run {loss}: "
+                    "no speed is shown."
+                )
+
+
+def _stages(events: list[dict]) -> Iterator[list[dict]]:
+    """The logged steps of each stage."""
+    starts = [event for event in events if event["kind"] == "stage_start"]
+    for start in starts:
+        yield [e for e in events if e["kind"] == "train" and start["first_step"] < e["step"] <= start["last_step"]]
+
+
+def _rows(speeds: dict[tuple[int, int], list[float]], ranks: Sequence[int]) -> Iterator[dict]:
+    for (stage, count), values in sorted(speeds.items()):
+        alone = statistics.median(speeds[stage, ranks[0]])
+        yield {
+            "bench": "scale",
+            "case": f"stage {stage + 1}",
+            "contender": f"{count} rank(s)",
+            "images_per_second": statistics.median(values),
+            "lowest": min(values),
+            "highest": max(values),
+            "ratio": statistics.median(values) / alone,
+            "baseline": f"{ranks[0]} rank(s)",
+        }
+
+
+def _start(ranks: int, words: list[str]) -> None:
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, "-m", "stablekd_fast", *words]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise StableKDError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="What is not listed here goes to `stablekd distill`: --data, --teacher, --student, --batch-size ..."
+    )
+    parser.add_argument("--ranks", default="1,2", help="numbers of ranks; the first is what the others are compared with")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", required=True, help="for runs and rows")
+    parser.add_argument("--json", help="file for the rows")
+    own, settings = parser.parse_known_args(words)
+    ranks = [int(count) for count in own.ranks.split(",")]
+    rows = run_scale(settings, ranks, own.rounds, Path(own.folder), print_rows)
+    if own.json:
+        write_json(Path(own.json), rows, {"settings": settings, "rounds": own.rounds, "threads per rank": 1})
+
+
+if __name__ == "__main__":
+    main()
