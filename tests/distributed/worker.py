@@ -17,7 +17,7 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
 from stablekd_fast.distiller import Distiller
 
-RANK = int(os.environ.get("RANK", 0))
+RANK, CPU = int(os.environ.get("RANK", 0)), torch.device("cpu")
 BASE = DistillConfig(
     method="blocks", epochs=6.0, subset=320, validation=40, batch_size=32, log_every=5, bn_images=64, cuts=["0", "1", "2"],
     checkpoint_every=7, device="cpu", precision="fp32", bridge="pca", views=2, timeout=60,
@@ -59,19 +59,31 @@ def hanging(out: str) -> None:
     made.run(progress=False)
 
 
-def data_axis(dtype_name: str, norms: str, steps: str) -> None:
-    """Train on parts of batches and, in the first rank, on whole ones; print how far the weights are apart."""
+def data_axis() -> None:
+    """Print, in float64 over 20 steps and in float32 over one, how far training on parts of batches is from training on whole
+    ones."""
+    from stablekd_fast.distributed import join
+
+    ranks = join(CPU, 60)
+    for dtype, steps in ((torch.float64, 20), (torch.float32, 1)):
+        for norms in ("synced", "frozen"):
+            found = compare_parts(ranks, dtype, norms, steps)
+            if ranks.is_first:
+                print("APART", dtype, norms, *found)
+    ranks.leave()
+
+
+def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[float]:
+    """Largest distances over all ranks: of weights, from the start (to show that they moved), of running statistics, of losses."""
     import torch.distributed as dist
 
     from stablekd_fast.blocks import pair_blocks
-    from stablekd_fast.distributed import Layout, join
+    from stablekd_fast.distributed import Layout
     from stablekd_fast.objectives import objective
     from stablekd_fast.schedule import Optimizer
     from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
     from stablekd_fast.teacher import Relay
 
-    dtype, cpu = getattr(torch, dtype_name), torch.device("cpu")
-    ranks = join(cpu, 60)
     layout = Layout(1, ranks.size, (0,))
     aims = Objectives(objective("feature", "mse", {}), objective("logits", "kd", {}), align="all")
 
@@ -85,7 +97,7 @@ def data_axis(dtype_name: str, norms: str, steps: str) -> None:
         rates = Rates.constant(0.05)
         group = list(range(len(paired)))
         step = GroupStep(
-            paired, group, aims, Optimizer("sgd", weight_decay=0.0), StageInputs(cpu), rates=rates, averaging=averaging,
+            paired, group, aims, Optimizer("sgd", weight_decay=0.0), StageInputs(CPU), rates=rates, averaging=averaging,
             sync_norms=norms == "synced",
         )  # fmt: skip
         return step, Relay(paired)
@@ -95,9 +107,9 @@ def data_axis(dtype_name: str, norms: str, steps: str) -> None:
         load_batch(step.inputs, teacher, {0, 1, 2, 3}, batch)
         step.run()
 
-    own, teacher = step_of(layout.averaging(ranks, cpu))
+    own, teacher = step_of(layout.averaging(ranks, CPU))
     whole, whole_teacher = step_of(None)
-    for number in range(int(steps)):
+    for number in range(steps):
         batch = random_batch(number, 16)
         share = 16 // ranks.size
         mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
@@ -113,9 +125,7 @@ def data_axis(dtype_name: str, norms: str, steps: str) -> None:
     losses = abs(own.losses[0] - whole.losses[0]).item()
     found = torch.tensor([apart, moved, statistics, losses], dtype=torch.float64)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    if ranks.is_first:
-        print("APART", *found.tolist())
-    ranks.leave()
+    return found.tolist()
 
 
 def _running(student) -> list[torch.Tensor]:
