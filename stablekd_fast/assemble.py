@@ -60,6 +60,7 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: 
         classes=len(dataset.classes),
         loader=config.source,
         workers=config.workers,
+        prefetch=config.prefetch,
         device=device,
     )
 

@@ -1,6 +1,7 @@
 """Data sets, subsets, views by (seed, sample, view), and sources of batches."""
 
 from stablekd_fast.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Dataset, open_dataset
+from stablekd_fast.data.decode import BATCHES_AHEAD
 from stablekd_fast.data.loaders import SourceName
 from stablekd_fast.data.source import Batch, EvalSource, TrainSource
 from stablekd_fast.data.split import Split
@@ -13,6 +14,7 @@ from stablekd_fast.data.views import (
 )
 
 __all__ = [
+    "BATCHES_AHEAD",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "VIEW_VERSION",

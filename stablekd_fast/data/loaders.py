@@ -46,10 +46,12 @@ def pick_loader(name: str, split: Split, device: torch.device, *, scaled: bool =
     return Loader("dali", "it decodes no more of an image than is needed" + (", on the GPU" if device.type == "cuda" else ""))
 
 
-def make_decoder(loader: Loader, crops: Crops | None, batch_size: int, workers: int, device: torch.device) -> Decoder | None:
-    """For batches of `batch_size` images; None where nothing is decoded."""
+def make_decoder(
+    loader: Loader, crops: Crops | None, batch_size: int, workers: int, depth: int, device: torch.device
+) -> Decoder | None:
+    """For batches of `batch_size` images, `depth` of them ahead; None where nothing is decoded."""
     if loader.name == "dali":
-        return DaliDecoder(crops, batch_size=batch_size, threads=workers, device=device)
+        return DaliDecoder(crops, batch_size=batch_size, threads=workers, device=device, depth=depth)
     if loader.name == "torchvision":
-        return ThreadDecoder(crops, batch_size=batch_size, workers=workers, pinned=device.type == "cuda")
+        return ThreadDecoder(crops, batch_size=batch_size, workers=workers, pinned=device.type == "cuda", depth=depth)
     return None

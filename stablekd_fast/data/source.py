@@ -43,8 +43,8 @@ class TrainSource:
 
     Epoch `e` shows view `e mod views` of every image, or view `e` when `views` is None. `view_seed` (default: `seed`) names
     the views, so that runs of other seeds can meet the same images. Images held in memory are kept on `device`, cut and
-    normalised there. Large ones are decoded as `loader` says (see `pick_loader`) by `workers` threads and normalised on
-    `device`; one that is skipped as bad is replaced by the next good one, so that batches keep their size. Mixed labels need
+    normalised there. Large ones are decoded as `loader` says (see `pick_loader`) by `workers` threads, `prefetch` batches
+    ahead, and normalised on `device`; one that is skipped as bad is replaced by the next good one, so that batches keep their size. Mixed labels need
     the number of `classes`.
 
     Of `ranks` processes with the same settings, each gets its own, equal part of every batch of `batch_size` images.
@@ -63,6 +63,7 @@ class TrainSource:
         view_seed: int | None = None,
         loader: str = "auto",
         workers: int = 0,
+        prefetch: int = BATCHES_AHEAD,
         classes: int | None = None,
         device: torch.device | str = "cpu",
         rank: int = 0,
@@ -70,6 +71,8 @@ class TrainSource:
     ):
         _check_common(mean, std, batch_size, workers)
         _check_augmentation(split, augmentation)
+        if prefetch < 1:
+            raise ConfigError(f"At least 1 batch must be decoded ahead, got prefetch={prefetch}.")
         if views is not None and views < 1:
             raise ConfigError(f"The number of views must be at least 1, or none for endless new views; got {views}.")
         if not 0 <= rank < ranks or batch_size % ranks:
@@ -91,7 +94,7 @@ class TrainSource:
         self.loader = pick_loader(loader, split, self.device, scaled=augmentation.scaled_decode)
         self.crops = None if split.resident else Crops(split, augmentation.size, self.view_seed, augmentation.scaled_decode)
         decoded = batch_size // ranks * (2 if augmentation.mix else 1)
-        self.decoder = make_decoder(self.loader, self.crops, decoded, workers, self.device)
+        self.decoder = make_decoder(self.loader, self.crops, decoded, workers, prefetch, self.device)
         self._resident: torch.Tensor | None = None
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
