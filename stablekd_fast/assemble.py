@@ -7,12 +7,13 @@ import hashlib
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset, EvalSource, Split, TrainSource
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.merge import untouched
 from stablekd_fast.objectives import objective
 from stablekd_fast.step import Objectives
 
@@ -63,6 +64,21 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: 
         prefetch=config.prefetch,
         device=device,
     )
+
+
+def pick_image_dtype(paired: PairedBlocks, images: Tensor) -> torch.dtype:
+    """What training images are handed out in: the type of autocast, if both networks round images to it before all else, as
+    the trial on `images` `[N, 3, H, W]` shows; no number changes then. Otherwise float32."""
+    dtype = paired.precision.dtype
+    with paired.precision.applied(images.device):
+        for block in dict.fromkeys((paired.teacher_blocks[0], paired.student_blocks[0])):
+            outputs = []
+            for given in (images, images.to(dtype)):
+                with untouched(block):
+                    outputs.append(block(given))
+            if outputs[0].dtype != outputs[1].dtype or not torch.equal(*outputs):
+                return torch.float32
+    return dtype
 
 
 def bn_batches(config: DistillConfig, source: TrainSource) -> int:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stablekd_fast import models
 from stablekd_fast.assemble import (
@@ -19,6 +19,7 @@ from stablekd_fast.assemble import (
     fingerprint,
     objectives_of,
     pick_device,
+    pick_image_dtype,
     placed,
     split_training_images,
     train_source,
@@ -43,6 +44,9 @@ from stablekd_fast.teacher import LiveTeacher, Relay, Teacher
 
 CALIBRATION_BATCHES = 2
 """Training batches to which bridges are fitted."""
+
+TRIAL_IMAGES = 8
+"""Images on which it is tried whether networks round them first of all."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,9 @@ class Distiller:
         self.paired.precision = self._precision()
         self.paired.fuses_norms = pick_fusion(config.fuse_norms, self.device)
         self.capture = pick_capture(config.capture, self.device)
+        self.image_dtype = torch.float32
+        if self.paired.precision.dtype != torch.float32:
+            self.image_dtype = pick_image_dtype(self.paired, self._first_images()[:TRIAL_IMAGES])
         self.costs: Costs | None = None
         """What the cache's plan was made from, if it was made from measurements."""
         self.plan = Plan()
@@ -202,6 +209,7 @@ class Distiller:
             capture=self.capture,
             fall_back=config.capture == "auto",
             ema=config.ema,
+            image_dtype=self.image_dtype,
         )
 
     def _teacher(self, planner: Planner, checkpoint: Path) -> Teacher:
@@ -224,11 +232,14 @@ class Distiller:
             name = load_metadata(Path(self.config.out) / "checkpoint.safetensors").get("precision", name)
 
         def trial(precision: Precision) -> float:
-            images = next(self.source.batches(0, 1)).images.to(self.device)
+            images = self._first_images()
             with watched(lambda: f"a trial of {precision.name}", self.config.batch_size):
                 return seconds_per_pass(precision, self.paired.student, images)
 
         return pick_precision(name, self.device, trial)
+
+    def _first_images(self) -> Tensor:
+        return next(self.source.batches(0, 1)).images.to(self.device)
 
     def _facts(self) -> dict:
         """What decides the numbers beside the settings: a resumed run must meet the same teacher and images."""
@@ -306,6 +317,7 @@ class Distiller:
             capture=self.capture,
             precision=dataclasses.asdict(self.paired.precision),
             fused_norms=self.paired.fuses_norms,
+            images=str(self.image_dtype).removeprefix("torch."),
             source=asdict(self.source.loader),
         )
         if self.costs is not None:

@@ -111,6 +111,8 @@ class Engine:
     fall_back: bool = True
     """Whether steps that cannot be captured run eagerly."""
     ema: float | None = None
+    image_dtype: torch.dtype = torch.float32
+    """Of the images that steps read, as `pick_image_dtype` gave it."""
     progress: Progress = field(default_factory=Progress)
     _optimizer_state: dict[str, Tensor] = field(default_factory=dict)
     _composed_before_merge: Tensor | None = None
@@ -148,7 +150,7 @@ class Engine:
 
     def _batches(self, stage: StageRun) -> Iterator[Batch]:
         first = max(self.progress.step, stage.planned.first)
-        source = self.teacher.ahead(self.source.batches(first, stage.planned.last), stage.wanted)
+        source = self.teacher.ahead(self.source.batches(first, stage.planned.last, self.image_dtype), stage.wanted)
         while True:
             start = time.perf_counter()
             batch = next(source, None)
@@ -258,7 +260,7 @@ class Engine:
             stage=stage.index,
             exposure_gap=self.progress.exposure,
             max_output_difference=(before - composed_output(self.paired, stage.steps, images)).abs().max().item(),
-            loss_at_merge=probe_losses(self.paired, self.teacher, stage.steps, probes),
+            loss_at_merge=probe_losses(self.paired, self.teacher, stage.steps, self._as_trained(probes)),
             merged=[step.name for step in stage.steps if step.group not in apart],
         )
 
@@ -268,12 +270,16 @@ class Engine:
             self.recorder.emit("merge", **{**report, "merge_step": report["step"], "step": stage.planned.last})
         if len(stage.steps) > 1:
             probes = list(self.source.batches(0, PROBE_BATCHES))
-            self.progress.exposure = exposure_gap(self.paired, self.teacher, stage.steps, probes)
+            self.progress.exposure = exposure_gap(self.paired, self.teacher, stage.steps, self._as_trained(probes))
             self._composed_before_merge = composed_output(self.paired, stage.steps, self.to_device(probes[0].images))
             self.recorder.emit(
                 "stage_end", step=self.progress.step, stage=stage.index, exposure_gap=self.progress.exposure
             )
         self._save(stage)
+
+    def _as_trained(self, batches: list[Batch]) -> Iterator[Batch]:
+        """With images as steps read them; the composed student computes in float32."""
+        return (dataclasses.replace(batch, images=batch.images.to(self.image_dtype)) for batch in batches)
 
     # Looking at the run.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice, starmap, tee
+from itertools import islice, tee
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,8 @@ _NO_MEAN, _NO_STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
 
 @dataclass(frozen=True)
 class Batch:
-    """`sample_ids` int64 `[N]`, `view` (-1: unchanged images), `images` float32 `[N, 3, H, W]` normalised
-    and channels last in memory, `labels` int64 `[N]`, or probabilities float32 `[N, classes]` of mixed images."""
+    """`sample_ids` int64 `[N]`, `view` (-1: unchanged images), `images` `[N, 3, H, W]` normalised, float32 unless asked for
+    otherwise, and channels last in memory, `labels` int64 `[N]`, or probabilities float32 `[N, classes]` of mixed images."""
 
     sample_ids: torch.Tensor
     view: int
@@ -103,13 +103,13 @@ class TrainSource:
         """Full batches in one epoch."""
         return len(self.split) // self.batch_size
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Batches of steps start..stop-1, counted from the beginning of training.
+    def batches(self, start_step: int, stop_step: int, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
+        """Batches of steps start..stop-1, counted from the beginning of training; images in `dtype`, rounded once.
 
         Wherever it starts, step `s` yields the same batch. Raises `DataError` at a bad image unless
         such images are skipped.
         """
-        return self._batches((self.positions(step), self._view(step)) for step in range(start_step, stop_step))
+        return self._batches(((self.positions(step), self._view(step)) for step in range(start_step, stop_step)), dtype)
 
     def whole_view(self, view: int) -> Iterator[Batch]:
         """Every image in one view, in the order of the split. The last batch is filled up with images from the start."""
@@ -117,8 +117,10 @@ class TrainSource:
         positions = np.resize(np.arange(len(self.split)), (full, self.batch_size))
         return self._batches((self._own(chunk), view) for chunk in positions)
 
-    def _batches(self, jobs: Iterator[Job]) -> Iterator[Batch]:
-        return starmap(self._resident_batch, jobs) if self.split.resident else self._decoded_batches(jobs)
+    def _batches(self, jobs: Iterator[Job], dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
+        if self.split.resident:
+            return (self._resident_batch(positions, view, dtype) for positions, view in jobs)
+        return self._decoded_batches(jobs, dtype)
 
     def _view(self, step: int) -> int:
         epoch = step // self.steps_per_epoch
@@ -136,24 +138,24 @@ class TrainSource:
         share = self.batch_size // self.ranks
         return batch[self.rank * share : (self.rank + 1) * share]
 
-    def _resident_batch(self, positions: np.ndarray, view: int) -> Batch:
+    def _resident_batch(self, positions: np.ndarray, view: int, dtype: torch.dtype) -> Batch:
         if self._resident is None:
             self._resident = self.split.images.to(self.device)
         if not self._alters:
-            return self._batch(positions, view, self._cropped(positions, view, self.mean, self.std))
+            return self._batch(positions, view, self._cropped(positions, view, self.mean, self.std, dtype))
         images = self._as_uint8(self._cropped(positions, view))
         partners = self._partners(positions, view)
         others = None if partners is None else self._as_uint8(self._cropped(partners, view))
-        return self._altered_batch(positions, view, images, partners, others)
+        return self._altered_batch(positions, view, images, partners, others, dtype)
 
-    def _decoded_batches(self, jobs: Iterator[Job]) -> Iterator[Batch]:
+    def _decoded_batches(self, jobs: Iterator[Job], dtype: torch.dtype) -> Iterator[Batch]:
         jobs, ahead = tee(jobs)
         with closing(self.decoder.decode((self._with_partners(*job), job[1]) for job in ahead)) as decoded:
             for (wanted, view), (positions, images) in zip(jobs, decoded):
                 own, count = positions[: len(wanted)], len(wanted)
                 images = images.to(self.device, non_blocking=True)
                 if not self._alters:
-                    yield self._batch(own, view, normalised(images, self.mean, self.std, self._flips(own, view)))
+                    yield self._batch(own, view, normalised(images, self.mean, self.std, self._flips(own, view), dtype))
                     continue
                 partners = others = None
                 if self.augmentation.mix:
@@ -163,7 +165,7 @@ class TrainSource:
                         partners[place], other = self.crops.next_good(partner, view)
                         others[place] = other.to(self.device)
                     others = self._mirrored(others, partners, view)
-                yield self._altered_batch(own, view, self._mirrored(images[:count], own, view), partners, others)
+                yield self._altered_batch(own, view, self._mirrored(images[:count], own, view), partners, others, dtype)
 
     @property
     def _alters(self) -> bool:
@@ -180,12 +182,19 @@ class TrainSource:
         partners = self._partners(positions, view)
         return positions if partners is None else np.concatenate([positions, partners])
 
-    def _cropped(self, positions: np.ndarray, view: int, mean: Channels = _NO_MEAN, std: Channels = _NO_STD) -> torch.Tensor:
+    def _cropped(
+        self,
+        positions: np.ndarray,
+        view: int,
+        mean: Channels = _NO_MEAN,
+        std: Channels = _NO_STD,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
         """Views of images in memory; without mean and std with values of 0 to 255."""
         padding = self.augmentation.padding
         offsets, flips = crop_offsets_and_flips(self.view_seed, self._ids(positions), view, padding, flip=self.augmentation.flip)
         rows, offsets, flips = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in (positions, offsets, flips))
-        return augment_batch(self._resident, rows, offsets, flips, padding=padding, mean=mean, std=std)
+        return augment_batch(self._resident, rows, offsets, flips, padding=padding, mean=mean, std=std, dtype=dtype)
 
     def _flips(self, positions: np.ndarray, view: int) -> torch.Tensor:
         """Whether each image is mirrored, bool `[N]`."""
@@ -197,7 +206,13 @@ class TrainSource:
         return torch.where(self._flips(positions, view)[:, None, None, None], images.flip(2), images)
 
     def _altered_batch(
-        self, positions: np.ndarray, view: int, images: torch.Tensor, partners: np.ndarray | None, others: torch.Tensor | None
+        self,
+        positions: np.ndarray,
+        view: int,
+        images: torch.Tensor,
+        partners: np.ndarray | None,
+        others: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> Batch:
         """Jitter and mix views uint8 `[N, H, W, 3]`."""
         both = [(positions, images)] + ([] if partners is None else [(partners, others)])
@@ -212,7 +227,7 @@ class TrainSource:
             else:
                 images, shares = cut_mixed(images, both[1][1], cut_boxes(seed, ids, view, shares, *images.shape[1:3]))
             labels = self._mixed_labels(positions, partners, torch.from_numpy(shares).float()[:, None])
-        return self._batch(positions, view, normalised(images, self.mean, self.std), labels)
+        return self._batch(positions, view, normalised(images, self.mean, self.std, dtype=dtype), labels)
 
     def _mixed_labels(self, positions: np.ndarray, partners: np.ndarray, shares: torch.Tensor) -> torch.Tensor:
         own, other = (F.one_hot(self.split.labels[torch.from_numpy(p)], self.classes).float() for p in (positions, partners))
@@ -285,12 +300,18 @@ class EvalSource:
         return centre_crop(decode_rgb(content, name), self.image_size)
 
 
-def normalised(images: torch.Tensor, mean: Channels, std: Channels, flips: torch.Tensor | None = None) -> torch.Tensor:
-    """uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`, mirrored where `flips` bool `[N]` says so."""
+def normalised(
+    images: torch.Tensor,
+    mean: Channels,
+    std: Channels,
+    flips: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """uint8 `[N, H, W, 3]` to `dtype` `[N, 3, H, W]`, mirrored where `flips` bool `[N]` says so."""
     count, device = len(images), images.device
     rows, nowhere = torch.arange(count, device=device), torch.zeros(count, 2, dtype=torch.int64, device=device)
     flips = torch.zeros(count, dtype=torch.bool, device=device) if flips is None else flips
-    return augment_batch(images, rows, nowhere, flips, padding=0, mean=mean, std=std)
+    return augment_batch(images, rows, nowhere, flips, padding=0, mean=mean, std=std, dtype=dtype)
 
 
 def _check_common(mean: Channels, std: Channels, batch_size: int, workers: int) -> None:

@@ -115,6 +115,23 @@ def test_resume_gives_the_same_batches():
     assert_same(interleaved[::2], small_source().batches(3, 8))
 
 
+def assert_rounded_once(source):
+    for one, other in zip(source.batches(1, 3, torch.bfloat16), source.batches(1, 3), strict=True):
+        assert one.images.dtype == torch.bfloat16 and one.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(one.images, other.images.bfloat16())
+        assert torch.equal(one.sample_ids, other.sample_ids) and torch.equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize("alter", [{}, {"jitter": 0.4}, {"mix": "mixup"}])
+def test_bf16_images_are_those_in_float32_rounded_once(alter):
+    augmentation = dataclasses.replace(PAD_CROP, **alter)
+    assert_rounded_once(TrainSource(small_split(), augmentation, MEAN, STD, batch_size=4, seed=7, classes=3))
+
+
+def test_large_bf16_images_are_those_in_float32_rounded_once(large_source):
+    assert_rounded_once(large_source())
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_share_the_batches_of_one_process(ranks):
     parts = [list(small_source(batch_size=8, rank=rank, ranks=ranks).batches(1, 5)) for rank in range(ranks)]
