@@ -80,7 +80,7 @@ class DistillConfig:
     device: str = "auto"
     source: SourceName = "auto"
     """What makes batches: `resident` keeps small images in the device's memory, `dali` and `torchvision` decode large ones.
-    `auto` chooses and says why."""
+    `auto` chooses and says why. `dali-stream` leaves order and crops to DALI's own readers."""
     workers: int = 2
     """Threads that decode large images."""
     prefetch: int = BATCHES_AHEAD

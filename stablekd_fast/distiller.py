@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stablekd_fast import models
 from stablekd_fast.assemble import (
     bn_batches,
+    cache_settings,
     copy_head,
     eval_source,
     fingerprint,
@@ -23,6 +24,7 @@ from stablekd_fast.assemble import (
     placed,
     split_training_images,
     train_source,
+    training_stream,
 )
 from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
 from stablekd_fast.cache.columns import ImageColumn
@@ -97,6 +99,8 @@ class Distiller:
         train, held_out = split_training_images(self.dataset, config)
         self.splits = [split for split in (train, held_out, self.dataset.test) if split is not None]
         self.source = train_source(self.dataset, train, config, self.device)
+        self.stream = training_stream(self.source, config)
+        self.cache = cache_settings(config)
         if config.cache.images and not train.resident:
             self.source.crops.stored = ImageColumn(self.source, config.cache, views_shown(config.views, config.epochs))
         self.validation = eval_source(self.dataset, held_out, config) if held_out is not None else None
@@ -188,7 +192,7 @@ class Distiller:
         total_steps = max(round(config.epochs * per_epoch), 1)
         stages = config.stages or method_stages(config.method, len(self.paired), config.recipe, config.optimizer)
         objectives, planned = objectives_of(config), plan_stages(stages, len(self.paired), total_steps, per_epoch)
-        planner = Planner(self.paired, self.source, objectives, planned, config.cache, self.device)
+        planner = Planner(self.paired, self.source, objectives, planned, self.cache, self.device)
         teacher = self._teacher(planner, checkpoint)
         return Engine(
             paired=self.paired,
@@ -197,6 +201,7 @@ class Distiller:
             objectives=objectives,
             stages=planned,
             source=self.source,
+            stream=self.stream,
             validation=self.validation,
             recorder=None,
             checkpoint=checkpoint,
@@ -214,7 +219,7 @@ class Distiller:
 
     def _teacher(self, planner: Planner, checkpoint: Path) -> Teacher:
         """A resumed run goes on with the plan that it began with."""
-        examples = planner.examples() if self.config.cache.keeps_rows else {}
+        examples = planner.examples() if self.cache.keeps_rows else {}
         if self.config.resume:
             self.plan = Plan.from_plain(load_metadata(checkpoint).get("plan", []))
         else:
@@ -246,7 +251,7 @@ class Distiller:
         teacher = self.paired.teacher if self.config.method != "ce" else None
         return {
             "teacher_fingerprint": fingerprint(teacher) if teacher is not None else None,
-            "source": self.source.loader.name,
+            "source": self.stream.loader.name,
             "training_images": self.source.steps_per_epoch * self.config.batch_size,
             "classes": self.dataset.classes,
             "compiled": self.capture == "compile",
@@ -318,7 +323,7 @@ class Distiller:
             precision=dataclasses.asdict(self.paired.precision),
             fused_norms=self.paired.fuses_norms,
             images=str(self.image_dtype).removeprefix("torch."),
-            source=asdict(self.source.loader),
+            source=asdict(self.stream.loader),
         )
         if self.costs is not None:
             predicted = [predict(self.costs, plan).seconds for plan in (self.plan, Plan())]

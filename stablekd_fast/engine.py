@@ -17,7 +17,7 @@ from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.cache.plan import Plan
 from stablekd_fast.capture import HostCopy, Runner, make_runner
 from stablekd_fast.checkpoint import check_same_run, load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors
-from stablekd_fast.data import Batch, EvalSource, TrainSource
+from stablekd_fast.data import Batch, EvalSource, StreamSource, TrainSource
 from stablekd_fast.errors import TrainingError
 from stablekd_fast.evaluate import Metrics, evaluate, with_fresh_batch_norm
 from stablekd_fast.memory import watched
@@ -93,6 +93,9 @@ class Engine:
     objectives: Objectives
     stages: list[PlannedStage]
     source: TrainSource
+    """Named views, for what is measured on training images."""
+    stream: TrainSource | StreamSource
+    """What training takes its batches from: `source`, unless asked for otherwise."""
     validation: EvalSource | None
     recorder: Recorder | None
     """Set before `train`."""
@@ -150,7 +153,7 @@ class Engine:
 
     def _batches(self, stage: StageRun) -> Iterator[Batch]:
         first = max(self.progress.step, stage.planned.first)
-        source = self.teacher.ahead(self.source.batches(first, stage.planned.last, self.image_dtype), stage.wanted)
+        source = self.teacher.ahead(self.stream.batches(first, stage.planned.last, self.image_dtype), stage.wanted)
         while True:
             start = time.perf_counter()
             batch = next(source, None)

@@ -12,7 +12,9 @@ from stablekd_fast.data.decode import Crops, Decoder, ThreadDecoder
 from stablekd_fast.data.split import Split
 from stablekd_fast.errors import ConfigError, nearest
 
-SourceName = Literal["auto", "resident", "dali", "torchvision"]
+SourceName = Literal["auto", "resident", "dali", "torchvision", "dali-stream"]
+STREAM = "dali-stream"
+"""The one whose views have no names: see `stream.py`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ def pick_loader(name: str, split: Split, device: torch.device, *, scaled: bool =
     which also does it where `scaled` decoding is asked for. Raises ConfigError for a source that cannot serve these images."""
     if name not in get_args(SourceName):
         raise ConfigError(f"source={name!r} was given{nearest(name, get_args(SourceName))}.")
+    if name == STREAM:
+        raise ConfigError(f"Named views are needed here, which source={STREAM} does not give; use auto, dali or torchvision.")
     if split.resident:
         if name not in ("auto", "resident"):
             raise ConfigError(f"source={name} decodes large images, but these are small and kept in memory; use auto or resident.")

@@ -29,11 +29,11 @@ _NO_MEAN, _NO_STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
 
 @dataclass(frozen=True)
 class Batch:
-    """`sample_ids` int64 `[N]`, `view` (-1: unchanged images), `images` `[N, 3, H, W]` normalised, float32 unless asked for
+    """`sample_ids` int64 `[N]`, `view` (-1: unchanged images; None: crops that have no name), `images` `[N, 3, H, W]` normalised, float32 unless asked for
     otherwise, and channels last in memory, `labels` int64 `[N]`, or probabilities float32 `[N, classes]` of mixed images."""
 
     sample_ids: torch.Tensor
-    view: int
+    view: int | None
     images: torch.Tensor
     labels: torch.Tensor
 
@@ -90,6 +90,7 @@ class TrainSource:
         self.split, self.augmentation, self.mean, self.std = split, augmentation, mean, std
         self.batch_size, self.seed, self.views, self.classes = batch_size, seed, views, classes
         self.view_seed = seed if view_seed is None else view_seed
+        self.workers, self.prefetch = workers, prefetch
         self.device, self.rank, self.ranks = torch.device(device), rank, ranks
         self.loader = pick_loader(loader, split, self.device, scaled=augmentation.scaled_decode)
         self.crops = None if split.resident else Crops(split, augmentation.size, self.view_seed, augmentation.scaled_decode)
