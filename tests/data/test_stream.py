@@ -92,14 +92,14 @@ def test_without_flips_nothing_is_mirrored_and_crops_vary(ramps):
 
 @pytest.mark.dali
 def test_jitter_changes_brightness_within_its_strength(ramps):
-    """Contrast and saturation leave grey as bright as it is at its middle; a factor of 0.6 to 1.4 is brightness'."""
+    """On images of one grey, of which saturation changes nothing."""
     root = ramps.parent / "grey"
     for part in ("train", "test"):
         (root / part / "a").mkdir(parents=True)
         for k in range(8):
             Image.new("RGB", (100, 80), (128,) * 3).save(root / part / "a" / f"{k}.jpg", quality=95)
     shown = torch.cat([pixels(batch).mean((1, 2, 3)) for batch in stream_of(root, alter={"jitter": 0.4}).batches(0, 10)])
-    # Contrast stretches what brightness has left of grey's distance from the middle: (1 + 0.4 * 0.4) * 0.4 of 128 at most.
+    # Brightness moves grey by up to 40% of 128, and contrast stretches that distance from the middle by up to 1.4.
     assert ((shown - 128).abs() <= 128 * 0.4 * 1.4 + 2).all() and shown.std() > 10
     plain = torch.cat([pixels(batch) for batch in stream_of(root).batches(0, 10)])
     assert ((plain - 128).abs() <= 2).all()
@@ -180,6 +180,15 @@ def test_leaving_early_stops_dalis_threads(ramps):
 # Whole runs.
 
 
+@pytest.fixture
+def one_thread():
+    """So small networks are no faster with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def net(width: int, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     blocks = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in ((3, width), (width, width))]
@@ -198,6 +207,7 @@ def events_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "events.jsonl").open()]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.dali
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_trains_through_its_stages_and_another_gives_the_same_bits(ramps, tmp_path, precision):
@@ -214,6 +224,7 @@ def test_a_run_trains_through_its_stages_and_another_gives_the_same_bits(ramps, 
     assert len(losses) == 16 and all(np.isfinite(list(row.values())).all() for row in losses)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.dali
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads of a process as Linux lists them")
 def test_a_run_that_fails_midway_leaves_no_threads_and_is_resumed_with_a_new_pass(ramps, tmp_path, monkeypatch):
@@ -237,6 +248,7 @@ def test_a_run_that_fails_midway_leaves_no_threads_and_is_resumed_with_a_new_pas
     assert all(losses[0][k] == losses[1][k] for k in range(1, 6)) and losses[0][7] != losses[1][7]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.dali
 def test_rows_are_not_kept_and_a_run_says_so(ramps, tmp_path):
     with pytest.warns(RuntimeWarning, match="keeps nothing: the views of source=dali-stream have no names"):
@@ -278,7 +290,7 @@ print("leaving", flush=True)
 
 
 @pytest.mark.dali
-@pytest.mark.parametrize("ending, codes", [("", (0,)), ("sys.exit(3)", (3,)), ("raise KeyboardInterrupt", (130, -2))])
+@pytest.mark.parametrize("ending, codes", [("", (0,)), ("raise KeyboardInterrupt", (130, -2))])
 def test_a_process_ends_with_batches_in_work(ramps, ending, codes):
     command = [sys.executable, "-c", LEAVE_EARLY.format(ending), str(ramps)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
