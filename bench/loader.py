@@ -1,8 +1,8 @@
 """`stablekd bench loader`: images per second of every source, against torchvision's DataLoader, Pillow and the bare decoder.
 
 All contenders make the same batches: the same views of the same images in the same order, float32, normalised,
-channels-last. Every one is checked against the view's definition before anything is timed. DALI's own readers alone choose order
-and crops themselves: they are checked to show each image of a pass once.
+channels-last. Every one is checked against the view's definition before anything is timed. DALI's own readers alone choose
+order and crops themselves: they are checked to show each image of a pass once.
 """
 
 from __future__ import annotations

@@ -84,17 +84,17 @@ def training_stream(source: TrainSource, config: DistillConfig) -> TrainSource |
         "cache.plan=all": config.cache.plan == "all",
         "cache.images": config.cache.images,
     }
-    asked_for = [name for name, asked in needing.items() if asked]
-    if asked_for:
+    given = [name for name, asked in needing.items() if asked]
+    if given:
         raise ConfigError(
-            f"source={STREAM} was given together with {', '.join(asked_for)}, which needs an exact order or views that have names; "
-            "DALI's own readers give neither. Leave it out, or use source=dali."
+            f"source={STREAM} was given together with {', '.join(given)}: that needs an exact order and views that have names, "
+            "and DALI's own readers give neither. Leave it out, or use source=dali."
         )
     return StreamSource(source)
 
 
 def cache_settings(config: DistillConfig) -> CacheSettings:
-    """Those in force: for images without names no rows can be found again."""
+    """Those in force: rows of images without names could not be found again."""
     if config.source != STREAM or not config.cache.keeps_rows:
         return config.cache
     reason = f"cache.plan=auto keeps nothing: the views of source={STREAM} have no names by which rows could be found again."

@@ -111,7 +111,9 @@ class DistillConfig:
             raise ConfigError(f"checkpoint_every={self.checkpoint_every} was given; it must be at least 1.")
 
 
-WITHOUT_EFFECT_ON_NUMBERS = ("out", "resume", "checkpoint_every", "log_every", "workers", "prefetch", "source", "cache", "capture")
+WITHOUT_EFFECT_ON_NUMBERS = (
+    "out", "resume", "checkpoint_every", "log_every", "workers", "prefetch", "source", "cache", "capture",
+)  # fmt: skip
 """What the cache stores inexactly, compiling, and how images are decoded do have one; the plan, whether steps are compiled,
 and the source that was chosen are part of the identity instead."""
 

@@ -223,9 +223,9 @@ class _Pipeline:
 class ReaderPipeline:
     """Batches without an end by DALI's own reader, decoder and random crops, of this rank's shard of the images.
 
-    `samples` int64 `[N]` are read of `records`; `size` and `jitter` are those of `Augmentation`. Boxes have the shares and ratios of
-    `resized_crop_boxes`; contrast varies about mid grey, not about the image's own mean. Every pass shows every sample once, in
-    an order of its own; no batch is short: where a pass ends within one, the next pass begins there.
+    `samples` int64 `[N]` are read of `records`, for which `can_stream`; `size` and `jitter` are those of `Augmentation`. Boxes
+    have the shares and ratios of `resized_crop_boxes`; contrast varies about mid grey, not about the image's own mean. Every
+    pass shows every sample once, in an order of its own; no batch is short: where a pass ends within one, the next begins there.
 
     Raises DataError where DALI's reader or decoder fails.
     """
@@ -248,13 +248,14 @@ class ReaderPipeline:
         from nvidia.dali import fn, pipeline_def, types
 
         order = {"random_shuffle": True, "initial_fill": _SHUFFLED, "shard_id": rank, "num_shards": ranks}
+        boxes = {"random_area": [0.08, 1.0], "random_aspect_ratio": [3 / 4, 4 / 3]}
         decoder = {"device": "mixed" if device.type == "cuda" else "cpu", "output_type": types.RGB}
         settings = {"batch_size": batch_size, "num_threads": max(1, threads), "device_id": _device_id(device)}
 
         @pipeline_def(**settings, prefetch_queue_depth=depth, seed=seed)
         def crops():
             encoded, names = reader(**order)
-            crop = fn.decoders.image_random_crop(encoded, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3], **decoder)
+            crop = fn.decoders.image_random_crop(encoded, **boxes, **decoder)
             crop = fn.resize(crop, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
             if jitter:
                 varied = ("brightness", "contrast", "saturation")
@@ -262,15 +263,16 @@ class ReaderPipeline:
             return crop, names, fn.random.coin_flip(dtype=types.BOOL)
 
         self.batch_size, self.size, self.device = batch_size, size, device
-        with TemporaryDirectory() as folder, _named_failure():
-            reader = _file_reader(records, samples) if isinstance(records, FileRecords) else _tar_reader(records, samples, Path(folder))
+        with TemporaryDirectory() as folder, _explained():
+            files = isinstance(records, FileRecords)
+            reader = _file_reader(records, samples) if files else _tar_reader(records, samples, Path(folder))
             self._dali = crops()
             self._dali.build()
 
     def take(self) -> tuple[np.ndarray, Tensor, Tensor]:
         """The next batch: places in `samples` int64 `[N]`, crops uint8 `[N, S, S, 3]` on the device, and a fair coin for each,
         bool `[N]`."""
-        with _named_failure():
+        with _explained():
             crops, names, coins = self._dali.run()
         places = np.array([_place(names.at(k)) for k in range(self.batch_size)])
         if self.device.type == "cuda":
@@ -281,7 +283,7 @@ class ReaderPipeline:
 
 
 def can_stream(records: Records) -> bool:
-    """Whether DALI has a reader for them that tells which sample it has read."""
+    """Whether `ReaderPipeline` reads them: image files and tars."""
     return isinstance(records, FileRecords) or all(path.suffix == ".tar" for path in records.archives)
 
 
@@ -320,12 +322,12 @@ def _place(name: np.ndarray) -> int:
 
 
 @contextmanager
-def _named_failure() -> Iterator[None]:
-    """DALI's errors as one sentence."""
+def _explained() -> Iterator[None]:
+    """DALI's errors, which are pages long, in one sentence and with what to do."""
     try:
         yield
     except RuntimeError as error:
-        said = str(error).rpartition("encountered:")[2].strip().splitlines()[0]
+        said = str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
         raise DataError(
             f"DALI's reader or decoder failed ({said}); in most cases it cannot say at which image. --source dali and --source "
             "torchvision name a bad image, or leave it out with --on-bad-image skip."

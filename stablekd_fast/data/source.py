@@ -29,8 +29,9 @@ _NO_MEAN, _NO_STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
 
 @dataclass(frozen=True)
 class Batch:
-    """`sample_ids` int64 `[N]`, `view` (-1: unchanged images; None: crops that have no name), `images` `[N, 3, H, W]` normalised, float32 unless asked for
-    otherwise, and channels last in memory, `labels` int64 `[N]`, or probabilities float32 `[N, classes]` of mixed images."""
+    """`sample_ids` int64 `[N]`, `view` (-1: unchanged images; None: crops that have no name), `images` `[N, 3, H, W]`
+    normalised, float32 unless asked for otherwise, and channels last in memory, `labels` int64 `[N]`, or probabilities float32
+    `[N, classes]` of mixed images."""
 
     sample_ids: torch.Tensor
     view: int | None
@@ -44,8 +45,8 @@ class TrainSource:
     Epoch `e` shows view `e mod views` of every image, or view `e` when `views` is None. `view_seed` (default: `seed`) names
     the views, so that runs of other seeds can meet the same images. Images held in memory are kept on `device`, cut and
     normalised there. Large ones are decoded as `loader` says (see `pick_loader`) by `workers` threads, `prefetch` batches
-    ahead, and normalised on `device`; one that is skipped as bad is replaced by the next good one, so that batches keep their size. Mixed labels need
-    the number of `classes`.
+    ahead, and normalised on `device`; one that is skipped as bad is replaced by the next good one, so that batches keep their
+    size. Mixed labels need the number of `classes`.
 
     Of `ranks` processes with the same settings, each gets its own, equal part of every batch of `batch_size` images.
     """
