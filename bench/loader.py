@@ -1,7 +1,8 @@
 """`stablekd bench loader`: images per second of every source, against torchvision's DataLoader, Pillow and the bare decoder.
 
 All contenders make the same batches: the same views of the same images in the same order, float32, normalised,
-channels-last. Every one is checked against the view's definition before anything is timed.
+channels-last. Every one is checked against the view's definition before anything is timed. DALI's own readers alone choose
+order and crops themselves: they are checked to show each image of a pass once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from stablekd_fast.bench.core import Case, Contender, pinned
 from stablekd_fast.bench.teacher import timed
-from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Dataset, Split, TrainSource, open_dataset
+from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Dataset, Split, StreamSource, TrainSource, open_dataset
 from stablekd_fast.data.archives import archive_records, read_index
 from stablekd_fast.data.dali import dali_missing
 from stablekd_fast.data.encoded import DEFAULT_CROP
@@ -143,6 +144,7 @@ def large_case(work: Work) -> Case:
     contenders = [Contender("stablekd, torchvision", _consumer(work, "torchvision", w), f"{w} threads", tolerance=exact) for w in _workers(work)]
     if dali_missing() is None:
         contenders += [Contender("stablekd, dali", _consumer(work, "dali", w), f"{w} threads") for w in _workers(work)]
+        contenders += [_stream(work, w) for w in _workers(work)]
     plain, tensors = _LargeImages(work, boxes, flips), _LargeTensors(work, boxes, flips)
     for w in _workers(work):
         contenders.append(Contender("torchvision DataLoader", _loader(plain, work, order, w), f"{w} processes"))
@@ -150,6 +152,20 @@ def large_case(work: Work) -> Case:
     contenders.append(Contender("Pillow in threads", _threads(plain, work, order)))
     contenders.append(_pure_decode(work, order))
     return Case("loader", f"{work.dataset.name}, {work.dataset.augmentation.size} px", contenders, "torchvision DataLoader", expected, RESAMPLING, extras)
+
+
+def _stream(work: Work, workers: int) -> Contender:
+    """DALI's own readers, order and crops, begun anew for each timing. The result is how many images a pass shows."""
+    stream = StreamSource(work.source("auto", workers))
+    count = min(len(work.split), work.batches * work.batch_size)
+
+    def call() -> Tensor:
+        ids = torch.cat([batch.sample_ids for batch in stream.batches(0, work.batches)])
+        return torch.tensor(len(ids[:count].unique()))
+
+    return Contender(
+        "DALI's own readers", call, f"{workers} threads", expected=lambda: torch.tensor(float(count)), tolerance=0.0
+    )
 
 
 def _pure_decode(work: Work, order: list[np.ndarray]) -> Contender:

@@ -6,14 +6,17 @@ import dataclasses
 import hashlib
 import math
 import os
+import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.data import Dataset, EvalSource, Split, TrainSource
+from stablekd_fast.data import STREAM, Dataset, EvalSource, Split, StreamSource, TrainSource
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.merge import untouched
 from stablekd_fast.objectives import objective
 from stablekd_fast.step import Objectives
 
@@ -51,6 +54,7 @@ def split_training_images(dataset: Dataset, config: DistillConfig) -> tuple[Spli
 
 
 def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: torch.device) -> TrainSource:
+    """Named views of the training images; also of a run that trains on others (see `training_stream`)."""
     # What is left at its default does not override a data set that brings its own augmentation.
     chosen = {name: getattr(config, name) for name in ("jitter", "mix", "mix_alpha", "scaled_decode")}
     asked_for = {name: value for name, value in chosen.items() if value != getattr(DistillConfig, name)}
@@ -64,10 +68,59 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: 
         views=config.views,
         view_seed=config.view_seed,
         classes=len(dataset.classes),
-        loader=config.source,
+        loader="auto" if config.source == STREAM else config.source,
         workers=config.workers,
+        prefetch=config.prefetch,
         device=device,
     )
+
+
+def training_stream(source: TrainSource, config: DistillConfig) -> TrainSource | StreamSource:
+    """What training takes its batches from: `source` itself, or DALI's own stream of its images where that is asked for.
+
+    Raises ConfigError if something else is asked for that needs an exact order or named views.
+    """
+    if config.source != STREAM:
+        return source
+    needing = {
+        "views": source.views is not None,
+        "mix": source.augmentation.mix is not None,
+        "scaled_decode": source.augmentation.scaled_decode,
+        "on_bad_image=skip": config.on_bad_image == "skip",
+        "cache.plan=all": config.cache.plan == "all",
+        "cache.images": config.cache.images,
+    }
+    given = [name for name, asked in needing.items() if asked]
+    if given:
+        raise ConfigError(
+            f"source={STREAM} was given together with {', '.join(given)}: that needs an exact order and views that have names, "
+            "and DALI's own readers give neither. Leave it out, or use source=dali."
+        )
+    return StreamSource(source)
+
+
+def cache_settings(config: DistillConfig) -> CacheSettings:
+    """Those in force: rows of images without names could not be found again."""
+    if config.source != STREAM or not config.cache.keeps_rows:
+        return config.cache
+    reason = f"cache.plan=auto keeps nothing: the views of source={STREAM} have no names by which rows could be found again."
+    warnings.warn(reason, RuntimeWarning, stacklevel=3)
+    return dataclasses.replace(config.cache, plan="none")
+
+
+def pick_image_dtype(paired: PairedBlocks, images: Tensor) -> torch.dtype:
+    """What training images are handed out in: the type of autocast, if both networks round images to it before all else, as
+    the trial on `images` `[N, 3, H, W]` shows; no number changes then. Otherwise float32."""
+    dtype = paired.precision.dtype
+    with paired.precision.applied(images.device):
+        for block in dict.fromkeys((paired.teacher_blocks[0], paired.student_blocks[0])):
+            outputs = []
+            for given in (images, images.to(dtype)):
+                with untouched(block):
+                    outputs.append(block(given))
+            if outputs[0].dtype != outputs[1].dtype or not torch.equal(*outputs):
+                return torch.float32
+    return dtype
 
 
 def bn_batches(config: DistillConfig, source: TrainSource) -> int:

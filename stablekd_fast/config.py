@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stablekd_fast.cache import CacheSettings
-from stablekd_fast.data import SourceName
+from stablekd_fast.data import BATCHES_AHEAD, SourceName
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.schedule import METHODS, RECIPES, Optimizer, Stage
 
@@ -88,9 +88,11 @@ class DistillConfig:
     device: str = "auto"
     source: SourceName = "auto"
     """What makes batches: `resident` keeps small images in the device's memory, `dali` and `torchvision` decode large ones.
-    `auto` chooses and says why."""
+    `auto` chooses and says why. `dali-stream` leaves order and crops to DALI's own readers."""
     workers: int = 2
     """Threads that decode large images."""
+    prefetch: int = BATCHES_AHEAD
+    """Batches of large images that are decoded ahead. More of them even out images that take long, and cost memory."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     evaluate_every: float = 1.0
     """Epochs between evaluations on the held-out images; 0 for none."""
@@ -103,7 +105,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("recipe", self.recipe, RECIPES)
-        for name in ("epochs", "batch_size", "log_every", "accumulate", "timeout"):
+        for name in ("epochs", "batch_size", "log_every", "prefetch", "accumulate", "timeout"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must be greater than 0.")
         for name in ("validation", "bn_images", "evaluate_every"):
@@ -119,7 +121,9 @@ class DistillConfig:
             raise ConfigError(f"checkpoint_every={self.checkpoint_every} was given; it must be at least 1.")
 
 
-WITHOUT_EFFECT_ON_NUMBERS = ("out", "resume", "checkpoint_every", "log_every", "workers", "source", "cache", "capture", "parallel", "timeout")
+WITHOUT_EFFECT_ON_NUMBERS = (
+    "out", "resume", "checkpoint_every", "log_every", "workers", "prefetch", "source", "cache", "capture", "parallel", "timeout",
+)  # fmt: skip
 """What the cache stores inexactly, compiling, and how images are decoded do have one; the plan, whether steps are compiled,
 and the source that was chosen are part of the identity instead."""
 

@@ -9,19 +9,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stablekd_fast import models
 from stablekd_fast.assemble import (
     bn_batches,
+    cache_settings,
     copy_head,
     eval_source,
     fingerprint,
     objectives_of,
     pick_device,
+    pick_image_dtype,
     placed,
     split_training_images,
     train_source,
+    training_stream,
 )
 from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
 from stablekd_fast.cache.columns import ImageColumn
@@ -47,6 +50,9 @@ from stablekd_fast.teacher import LiveTeacher, Relay, Teacher
 
 CALIBRATION_BATCHES = 2
 """Training batches to which bridges are fitted."""
+
+TRIAL_IMAGES = 8
+"""Images on which it is tried whether networks round them first of all."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,8 @@ class Distiller:
         train, held_out = split_training_images(self.dataset, config)
         self.splits = [split for split in (train, held_out, self.dataset.test) if split is not None]
         self.source = train_source(self.dataset, train, config, self.device)
+        self.stream = training_stream(self.source, config)
+        self.cache = cache_settings(config)
         if config.cache.images and not train.resident:
             self.source.crops.stored = ImageColumn(self.source, config.cache, views_shown(config.views, config.epochs))
         self.validation = eval_source(self.dataset, held_out, config) if held_out is not None else None
@@ -113,6 +121,9 @@ class Distiller:
         self._check_ranks()
         self.paired.precision = self._precision()
         self.paired.fuses_norms = pick_fusion(config.fuse_norms, self.device)
+        self.image_dtype = torch.float32
+        if self.paired.precision.dtype != torch.float32:
+            self.image_dtype = pick_image_dtype(self.paired, self._first_images()[:TRIAL_IMAGES])
 
     def run(self, *, progress: bool = True) -> RunResult:
         """Train (or resume), evaluate on the test split once, and write all results to `config.out`."""
@@ -191,7 +202,7 @@ class Distiller:
         total_steps = max(round(config.epochs * per_epoch), 1)
         stages = config.stages or method_stages(config.method, len(self.paired), config.recipe, config.optimizer)
         objectives, planned = objectives_of(config), plan_stages(stages, len(self.paired), total_steps, per_epoch)
-        planner = Planner(self.paired, self.source, objectives, planned, config.cache, self.device)
+        planner = Planner(self.paired, self.source, objectives, planned, self.cache, self.device)
         teacher = self._teacher(planner)
         return Engine(
             paired=self.paired,
@@ -200,6 +211,7 @@ class Distiller:
             objectives=objectives,
             stages=planned,
             source=self.source,
+            stream=self.stream,
             validation=self.validation,
             recorder=None,
             checkpoint=self.checkpoint,
@@ -216,6 +228,7 @@ class Distiller:
             sync_norms=config.sync_norms,
             ranks=self.ranks,
             layouts=self._layouts(planned, objectives, relays=isinstance(teacher, Relay)),
+            image_dtype=self.image_dtype,
         )
 
     def _layouts(self, planned: list[PlannedStage], objectives: Objectives, *, relays: bool) -> list[Layout]:
@@ -246,7 +259,7 @@ class Distiller:
 
     def _teacher(self, planner: Planner) -> Teacher:
         """A resumed run goes on with the plan that it began with."""
-        examples = planner.examples() if self.config.cache.keeps_rows else {}
+        examples = planner.examples() if self.cache.keeps_rows else {}
         if self.resume:
             self.plan = Plan.from_plain(self._metadata().get("plan", []))
         else:
@@ -264,18 +277,21 @@ class Distiller:
             name = self._metadata().get("precision", name)
 
         def trial(precision: Precision) -> float:
-            images = next(self.source.batches(0, 1)).images.to(self.device)
+            images = self._first_images()
             with watched(lambda: f"a trial of {precision.name}", self.config.batch_size):
                 return seconds_per_pass(precision, self.paired.student, images)
 
         return self.ranks.from_first(lambda: pick_precision(name, self.device, trial))
+
+    def _first_images(self) -> Tensor:
+        return next(self.source.batches(0, 1)).images.to(self.device)
 
     def _facts(self) -> dict:
         """What decides the numbers beside the settings: a resumed run must meet the same teacher and images."""
         teacher = self.paired.teacher if self.config.method != "ce" else None
         return {
             "teacher_fingerprint": fingerprint(teacher) if teacher is not None else None,
-            "source": self.source.loader.name,
+            "source": self.stream.loader.name,
             "training_images": self.source.steps_per_epoch * self.config.batch_size,
             "classes": self.dataset.classes,
             "compiled": self.capture == "compile",
@@ -346,7 +362,8 @@ class Distiller:
             capture=self.capture,
             precision=dataclasses.asdict(self.paired.precision),
             fused_norms=self.paired.fuses_norms,
-            source=asdict(self.source.loader),
+            images=str(self.image_dtype).removeprefix("torch."),
+            source=asdict(self.stream.loader),
         )
         if self.costs is not None:
             predicted = [predict(self.costs, plan).seconds for plan in (self.plan, Plan())]

@@ -17,7 +17,7 @@ from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.cache.plan import Plan
 from stablekd_fast.capture import HostCopy, Runner, make_runner
 from stablekd_fast.checkpoint import check_same_run, load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors
-from stablekd_fast.data import Batch, EvalSource, TrainSource
+from stablekd_fast.data import Batch, EvalSource, StreamSource, TrainSource
 from stablekd_fast.distributed import Layout, Ranks, TeacherPart
 from stablekd_fast.errors import TrainingError
 from stablekd_fast.evaluate import Metrics, evaluate, with_fresh_batch_norm
@@ -73,7 +73,7 @@ class StageRun:
     """Those that are trained in this process."""
     wanted: set[int]
     """The teacher's outputs that the own steps read."""
-    source: TrainSource
+    source: TrainSource | StreamSource
     """Of this process's part of each batch."""
     teacher: Teacher
     entered_at: int
@@ -104,6 +104,9 @@ class Engine:
     objectives: Objectives
     stages: list[PlannedStage]
     source: TrainSource
+    """Named views, for what is measured on training images."""
+    stream: TrainSource | StreamSource
+    """What training takes its batches from: `source`, unless asked for otherwise."""
     validation: EvalSource | None
     recorder: Recorder | None
     """Set before `train`."""
@@ -128,6 +131,8 @@ class Engine:
     ranks: Ranks = field(default_factory=Ranks)
     layouts: list[Layout] = field(default_factory=list)
     """Of each stage; empty for a process alone."""
+    image_dtype: torch.dtype = torch.float32
+    """Of the images that steps read, as `pick_image_dtype` gave it."""
     progress: Progress = field(default_factory=Progress)
     _optimizer_state: dict[str, Tensor] = field(default_factory=dict)
     _composed_before_merge: Tensor | None = None
@@ -167,7 +172,7 @@ class Engine:
 
     def _batches(self, stage: StageRun) -> Iterator[Batch]:
         first = max(self.progress.step, stage.planned.first)
-        source = stage.teacher.ahead(stage.source.batches(first, stage.planned.last), stage.wanted)
+        source = stage.teacher.ahead(stage.source.batches(first, stage.planned.last, self.image_dtype), stage.wanted)
         while True:
             start = time.perf_counter()
             batch = next(source, None)
@@ -230,7 +235,7 @@ class Engine:
             steps=steps,
             own=own,
             wanted=self.objectives.teacher_outputs([step.group for step in own], len(self.paired.cuts)),
-            source=self.source.part(layout.part_of(self.ranks.rank), layout.data),
+            source=self.stream.part(layout.part_of(self.ranks.rank), layout.data),
             teacher=self._teacher(layout, settings.groups),
             entered_at=self.progress.step,
             entered_seconds=self.progress.seconds,
@@ -320,7 +325,7 @@ class Engine:
             stage=stage.index,
             exposure_gap=self.progress.exposure,
             max_output_difference=(before - composed_output(self.paired, stage.steps, images)).abs().max().item(),
-            loss_at_merge=probe_losses(self.paired, self.teacher, stage.steps, probes),
+            loss_at_merge=probe_losses(self.paired, self.teacher, stage.steps, self._as_trained(probes)),
             merged=[step.name for step in stage.steps if step.group not in apart],
         )
 
@@ -332,12 +337,16 @@ class Engine:
             self.recorder.emit("merge", **{**report, "merge_step": report["step"], "step": stage.planned.last})
         if len(stage.steps) > 1:
             probes = list(self.source.batches(0, PROBE_BATCHES))
-            self.progress.exposure = exposure_gap(self.paired, self.teacher, stage.steps, probes)
+            self.progress.exposure = exposure_gap(self.paired, self.teacher, stage.steps, self._as_trained(probes))
             self._composed_before_merge = composed_output(self.paired, stage.steps, self.to_device(probes[0].images))
             self.recorder.emit(
                 "stage_end", step=self.progress.step, stage=stage.index, exposure_gap=self.progress.exposure
             )
         self._save(stage)
+
+    def _as_trained(self, batches: list[Batch]) -> Iterator[Batch]:
+        """With images as steps read them; the composed student computes in float32."""
+        return (dataclasses.replace(batch, images=batch.images.to(self.image_dtype)) for batch in batches)
 
     # Several processes.
 

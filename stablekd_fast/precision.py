@@ -35,6 +35,11 @@ class Precision:
         """float16 gradients underflow unless the loss is scaled."""
         return self.name == "fp16"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What convolutions and products take their operands in."""
+        return _AUTOCAST.get(self.name, torch.float32)
+
     def products(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """Within it, products of float32 tensors are taken as this precision says. For backward passes, which choose
         anew: cuDNN's default is TF32."""
@@ -44,11 +49,11 @@ class Precision:
     def applied(self, device: torch.device) -> Iterator[None]:
         """Within it, forward passes on `device` compute in this precision. May be entered inside a graph capture."""
         with self.products(device):
-            if self.name not in _AUTOCAST:
+            if self.dtype is torch.float32:
                 yield
                 return
             # A cast weight kept from one replay to the next would be a stale one: no weight cache.
-            with torch.autocast(device.type, _AUTOCAST[self.name], cache_enabled=False):
+            with torch.autocast(device.type, self.dtype, cache_enabled=False):
                 yield
 
 

@@ -1,9 +1,11 @@
 """Data sets, subsets, views by (seed, sample, view), and sources of batches."""
 
 from stablekd_fast.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Dataset, open_dataset
-from stablekd_fast.data.loaders import SourceName
+from stablekd_fast.data.decode import BATCHES_AHEAD
+from stablekd_fast.data.loaders import STREAM, SourceName
 from stablekd_fast.data.source import Batch, EvalSource, TrainSource
 from stablekd_fast.data.split import Split
+from stablekd_fast.data.stream import StreamSource
 from stablekd_fast.data.views import (
     VIEW_VERSION,
     crop_offsets_and_flips,
@@ -13,8 +15,10 @@ from stablekd_fast.data.views import (
 )
 
 __all__ = [
+    "BATCHES_AHEAD",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "STREAM",
     "VIEW_VERSION",
     "Augmentation",
     "Batch",
@@ -22,6 +26,7 @@ __all__ = [
     "EvalSource",
     "SourceName",
     "Split",
+    "StreamSource",
     "TrainSource",
     "crop_offsets_and_flips",
     "epoch_order",

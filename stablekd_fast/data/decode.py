@@ -20,7 +20,7 @@ from stablekd_fast.data.views import resized_crop_boxes
 from stablekd_fast.errors import DataError
 
 BATCHES_AHEAD = 2
-"""Batches in work beside the one in use: enough to keep the threads busy while a step runs."""
+"""Batches in work beside the one in use, unless asked for otherwise: enough to keep the threads busy while a step runs."""
 
 _IMAGES_PER_TASK = 16
 """Shares the cost of handing a task to a thread and of drawing its boxes."""
@@ -125,11 +125,14 @@ class _Task:
 
 
 class ThreadDecoder:
-    """Decodes in `workers` threads (0: in the caller's): decoders and torch let go of the interpreter meanwhile."""
+    """Decodes in `workers` threads (0: in the caller's), `depth` batches ahead: decoders and torch let go of the interpreter
+    meanwhile."""
 
-    def __init__(self, crops: Crops, *, batch_size: int, workers: int, pinned: bool = False) -> None:
+    def __init__(
+        self, crops: Crops, *, batch_size: int, workers: int, pinned: bool = False, depth: int = BATCHES_AHEAD
+    ) -> None:
         self.crops, self.workers, self.pinned = crops, workers, pinned
-        self._ahead = BATCHES_AHEAD * -(-batch_size // _IMAGES_PER_TASK)
+        self._ahead = depth * -(-batch_size // _IMAGES_PER_TASK)
 
     def decode(self, jobs: Iterator[Job]) -> Iterator[tuple[np.ndarray, Tensor]]:
         jobs, ahead = tee(jobs)

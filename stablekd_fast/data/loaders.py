@@ -12,7 +12,9 @@ from stablekd_fast.data.decode import Crops, Decoder, ThreadDecoder
 from stablekd_fast.data.split import Split
 from stablekd_fast.errors import ConfigError, nearest
 
-SourceName = Literal["auto", "resident", "dali", "torchvision"]
+SourceName = Literal["auto", "resident", "dali", "torchvision", "dali-stream"]
+STREAM = "dali-stream"
+"""The one whose views have no names: see `stream.py`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ def pick_loader(name: str, split: Split, device: torch.device, *, scaled: bool =
     which also does it where `scaled` decoding is asked for. Raises ConfigError for a source that cannot serve these images."""
     if name not in get_args(SourceName):
         raise ConfigError(f"source={name!r} was given{nearest(name, get_args(SourceName))}.")
+    if name == STREAM:
+        raise ConfigError(f"Named views are needed here, which source={STREAM} does not give; use auto, dali or torchvision.")
     if split.resident:
         if name not in ("auto", "resident"):
             raise ConfigError(f"source={name} decodes large images, but these are small and kept in memory; use auto or resident.")
@@ -46,10 +50,12 @@ def pick_loader(name: str, split: Split, device: torch.device, *, scaled: bool =
     return Loader("dali", "it decodes no more of an image than is needed" + (", on the GPU" if device.type == "cuda" else ""))
 
 
-def make_decoder(loader: Loader, crops: Crops | None, batch_size: int, workers: int, device: torch.device) -> Decoder | None:
-    """For batches of `batch_size` images; None where nothing is decoded."""
+def make_decoder(
+    loader: Loader, crops: Crops | None, batch_size: int, workers: int, depth: int, device: torch.device
+) -> Decoder | None:
+    """For batches of `batch_size` images, `depth` of them ahead; None where nothing is decoded."""
     if loader.name == "dali":
-        return DaliDecoder(crops, batch_size=batch_size, threads=workers, device=device)
+        return DaliDecoder(crops, batch_size=batch_size, threads=workers, device=device, depth=depth)
     if loader.name == "torchvision":
-        return ThreadDecoder(crops, batch_size=batch_size, workers=workers, pinned=device.type == "cuda")
+        return ThreadDecoder(crops, batch_size=batch_size, workers=workers, pinned=device.type == "cuda", depth=depth)
     return None

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, islice, starmap, tee
+from itertools import chain, islice, tee
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,12 @@ _NO_MEAN, _NO_STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
 
 @dataclass(frozen=True)
 class Batch:
-    """`sample_ids` int64 `[N]`, `view` (-1: unchanged images), `images` float32 `[N, 3, H, W]` normalised
-    and channels last in memory, `labels` int64 `[N]`, or probabilities float32 `[N, classes]` of mixed images."""
+    """`sample_ids` int64 `[N]`, `view` (-1: unchanged images; None: crops that have no name), `images` `[N, 3, H, W]`
+    normalised, float32 unless asked for otherwise, and channels last in memory, `labels` int64 `[N]`, or probabilities float32
+    `[N, classes]` of mixed images."""
 
     sample_ids: torch.Tensor
-    view: int
+    view: int | None
     images: torch.Tensor
     labels: torch.Tensor
 
@@ -44,9 +45,9 @@ class TrainSource:
 
     Epoch `e` shows view `e mod views` of every image, or view `e` when `views` is None. `view_seed` (default: `seed`) names
     the views, so that runs of other seeds can meet the same images. Images held in memory are kept on `device`, cut and
-    normalised there. Large ones are decoded as `loader` says (see `pick_loader`) by `workers` threads and normalised on
-    `device`; one that is skipped as bad is replaced by the next good one, so that batches keep their size. Mixed labels need
-    the number of `classes`.
+    normalised there. Large ones are decoded as `loader` says (see `pick_loader`) by `workers` threads, `prefetch` batches
+    ahead, and normalised on `device`; one that is skipped as bad is replaced by the next good one, so that batches keep their
+    size. Mixed labels need the number of `classes`.
 
     Of `ranks` processes with the same settings, each gets its own, equal part of every batch of `batch_size` images.
     """
@@ -64,6 +65,7 @@ class TrainSource:
         view_seed: int | None = None,
         loader: str = "auto",
         workers: int = 0,
+        prefetch: int = BATCHES_AHEAD,
         classes: int | None = None,
         device: torch.device | str = "cpu",
         rank: int = 0,
@@ -71,6 +73,8 @@ class TrainSource:
     ):
         _check_common(mean, std, batch_size, workers)
         _check_augmentation(split, augmentation)
+        if prefetch < 1:
+            raise ConfigError(f"At least 1 batch must be decoded ahead, got prefetch={prefetch}.")
         if views is not None and views < 1:
             raise ConfigError(f"The number of views must be at least 1, or none for endless new views; got {views}.")
         _check_rank(rank, ranks, batch_size)
@@ -84,7 +88,8 @@ class TrainSource:
         self.split, self.augmentation, self.mean, self.std = split, augmentation, mean, std
         self.batch_size, self.seed, self.views, self.classes = batch_size, seed, views, classes
         self.view_seed = seed if view_seed is None else view_seed
-        self.device, self.rank, self.ranks, self.workers = torch.device(device), rank, ranks, workers
+        self.workers, self.prefetch = workers, prefetch
+        self.device, self.rank, self.ranks = torch.device(device), rank, ranks
         self.loader = pick_loader(loader, split, self.device, scaled=augmentation.scaled_decode)
         self.crops = None if split.resident else Crops(split, augmentation.size, self.view_seed, augmentation.scaled_decode)
         self.decoder = self._make_decoder()
@@ -104,20 +109,20 @@ class TrainSource:
 
     def _make_decoder(self):
         decoded = self.batch_size // self.ranks * (2 if self.augmentation.mix else 1)
-        return make_decoder(self.loader, self.crops, decoded, self.workers, self.device)
+        return make_decoder(self.loader, self.crops, decoded, self.workers, self.prefetch, self.device)
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in one epoch."""
         return len(self.split) // self.batch_size
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Batches of steps start..stop-1, counted from the beginning of training.
+    def batches(self, start_step: int, stop_step: int, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
+        """Batches of steps start..stop-1, counted from the beginning of training; images in `dtype`, rounded once.
 
         Wherever it starts, step `s` yields the same batch. Raises `DataError` at a bad image unless
         such images are skipped.
         """
-        return self._batches((self.positions(step), self._view(step)) for step in range(start_step, stop_step))
+        return self._batches(((self.positions(step), self._view(step)) for step in range(start_step, stop_step)), dtype)
 
     def whole_view(self, view: int) -> Iterator[Batch]:
         """Every image in one view, in the order of the split. The last batch is filled up with images from the start."""
@@ -125,8 +130,10 @@ class TrainSource:
         positions = np.resize(np.arange(len(self.split)), (full, self.batch_size))
         return self._batches((self._own(chunk), view) for chunk in positions)
 
-    def _batches(self, jobs: Iterator[Job]) -> Iterator[Batch]:
-        return starmap(self._resident_batch, jobs) if self.split.resident else self._decoded_batches(jobs)
+    def _batches(self, jobs: Iterator[Job], dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
+        if self.split.resident:
+            return (self._resident_batch(positions, view, dtype) for positions, view in jobs)
+        return self._decoded_batches(jobs, dtype)
 
     def _view(self, step: int) -> int:
         epoch = step // self.steps_per_epoch
@@ -148,23 +155,23 @@ class TrainSource:
         if self.split.resident and self._resident is None:
             self._resident = self.split.images.to(self.device)
 
-    def _resident_batch(self, positions: np.ndarray, view: int) -> Batch:
+    def _resident_batch(self, positions: np.ndarray, view: int, dtype: torch.dtype) -> Batch:
         self._keep_resident()
         if not self._alters:
-            return self._batch(positions, view, self._cropped(positions, view, self.mean, self.std))
+            return self._batch(positions, view, self._cropped(positions, view, self.mean, self.std, dtype))
         images = self._as_uint8(self._cropped(positions, view))
         partners = self._partners(positions, view)
         others = None if partners is None else self._as_uint8(self._cropped(partners, view))
-        return self._altered_batch(positions, view, images, partners, others)
+        return self._altered_batch(positions, view, images, partners, others, dtype)
 
-    def _decoded_batches(self, jobs: Iterator[Job]) -> Iterator[Batch]:
+    def _decoded_batches(self, jobs: Iterator[Job], dtype: torch.dtype) -> Iterator[Batch]:
         jobs, ahead = tee(jobs)
         with closing(self.decoder.decode((self._with_partners(*job), job[1]) for job in ahead)) as decoded:
             for (wanted, view), (positions, images) in zip(jobs, decoded):
                 own, count = positions[: len(wanted)], len(wanted)
                 images = images.to(self.device, non_blocking=True)
                 if not self._alters:
-                    yield self._batch(own, view, normalised(images, self.mean, self.std, self._flips(own, view)))
+                    yield self._batch(own, view, normalised(images, self.mean, self.std, self._flips(own, view), dtype))
                     continue
                 partners = others = None
                 if self.augmentation.mix:
@@ -174,7 +181,7 @@ class TrainSource:
                         partners[place], other = self.crops.next_good(partner, view)
                         others[place] = other.to(self.device)
                     others = self._mirrored(others, partners, view)
-                yield self._altered_batch(own, view, self._mirrored(images[:count], own, view), partners, others)
+                yield self._altered_batch(own, view, self._mirrored(images[:count], own, view), partners, others, dtype)
 
     @property
     def _alters(self) -> bool:
@@ -191,12 +198,19 @@ class TrainSource:
         partners = self._partners(positions, view)
         return positions if partners is None else np.concatenate([positions, partners])
 
-    def _cropped(self, positions: np.ndarray, view: int, mean: Channels = _NO_MEAN, std: Channels = _NO_STD) -> torch.Tensor:
+    def _cropped(
+        self,
+        positions: np.ndarray,
+        view: int,
+        mean: Channels = _NO_MEAN,
+        std: Channels = _NO_STD,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
         """Views of images in memory; without mean and std with values of 0 to 255."""
         padding = self.augmentation.padding
         offsets, flips = crop_offsets_and_flips(self.view_seed, self._ids(positions), view, padding, flip=self.augmentation.flip)
         rows, offsets, flips = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in (positions, offsets, flips))
-        return augment_batch(self._resident, rows, offsets, flips, padding=padding, mean=mean, std=std)
+        return augment_batch(self._resident, rows, offsets, flips, padding=padding, mean=mean, std=std, dtype=dtype)
 
     def _flips(self, positions: np.ndarray, view: int) -> torch.Tensor:
         """Whether each image is mirrored, bool `[N]`."""
@@ -208,7 +222,13 @@ class TrainSource:
         return torch.where(self._flips(positions, view)[:, None, None, None], images.flip(2), images)
 
     def _altered_batch(
-        self, positions: np.ndarray, view: int, images: torch.Tensor, partners: np.ndarray | None, others: torch.Tensor | None
+        self,
+        positions: np.ndarray,
+        view: int,
+        images: torch.Tensor,
+        partners: np.ndarray | None,
+        others: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> Batch:
         """Jitter and mix views uint8 `[N, H, W, 3]`."""
         both = [(positions, images)] + ([] if partners is None else [(partners, others)])
@@ -223,7 +243,7 @@ class TrainSource:
             else:
                 images, shares = cut_mixed(images, both[1][1], cut_boxes(seed, ids, view, shares, *images.shape[1:3]))
             labels = self._mixed_labels(positions, partners, torch.from_numpy(shares).float()[:, None])
-        return self._batch(positions, view, normalised(images, self.mean, self.std), labels)
+        return self._batch(positions, view, normalised(images, self.mean, self.std, dtype=dtype), labels)
 
     def _mixed_labels(self, positions: np.ndarray, partners: np.ndarray, shares: torch.Tensor) -> torch.Tensor:
         own, other = (F.one_hot(self.split.labels[torch.from_numpy(p)], self.classes).float() for p in (positions, partners))
@@ -308,12 +328,18 @@ def _check_rank(rank: int, ranks: int, batch_size: int) -> None:
         )
 
 
-def normalised(images: torch.Tensor, mean: Channels, std: Channels, flips: torch.Tensor | None = None) -> torch.Tensor:
-    """uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`, mirrored where `flips` bool `[N]` says so."""
+def normalised(
+    images: torch.Tensor,
+    mean: Channels,
+    std: Channels,
+    flips: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """uint8 `[N, H, W, 3]` to `dtype` `[N, 3, H, W]`, mirrored where `flips` bool `[N]` says so."""
     count, device = len(images), images.device
     rows, nowhere = torch.arange(count, device=device), torch.zeros(count, 2, dtype=torch.int64, device=device)
     flips = torch.zeros(count, dtype=torch.bool, device=device) if flips is None else flips
-    return augment_batch(images, rows, nowhere, flips, padding=0, mean=mean, std=std)
+    return augment_batch(images, rows, nowhere, flips, padding=0, mean=mean, std=std, dtype=dtype)
 
 
 def _check_common(mean: Channels, std: Channels, batch_size: int, workers: int) -> None:

@@ -48,6 +48,7 @@ class Stream(IntEnum):
     BRIGHTNESS = 15
     CONTRAST = 16
     SATURATION = 17
+    READER = 18
 
 
 def counter_hash(*fields) -> np.ndarray:

@@ -47,6 +47,17 @@ def test_dali_is_among_them(photographs):
     check(dataclasses.replace(case, contenders=dali))
 
 
+@pytest.mark.dali
+def test_dalis_own_readers_are_among_them_and_must_show_every_image(photographs):
+    case = large_case(Work(open_large(photographs), 4, 1, 1))
+    own = [contender for contender in case.contenders if contender.name == "DALI's own readers"]
+    assert len(own) == 2
+    check(dataclasses.replace(case, contenders=own))
+    wrong = dataclasses.replace(own[0], call=lambda: own[0].call() - 1)
+    with pytest.raises(WrongResult, match="DALI's own readers"):
+        check(dataclasses.replace(case, contenders=[wrong]))
+
+
 def test_all_ways_to_make_batches_of_small_images_agree():
     case = small_case(Work(open_dataset("digits"), 16, 1, 1))
     assert {contender.name for contender in case.contenders} == {"stablekd, resident", "torchvision DataLoader"}

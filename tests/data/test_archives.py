@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from stablekd_fast.data import TrainSource, open_dataset
+from stablekd_fast.data import StreamSource, TrainSource, open_dataset
 from stablekd_fast.data.archives import read_index
-from stablekd_fast.errors import DataError
+from stablekd_fast.errors import ConfigError, DataError
 
 
 def varint(number: int) -> bytes:
@@ -174,3 +175,44 @@ def test_what_is_wrong_with_archives_is_said(packed, tmp_path):
     (lonely / "val-00000-of-00001").write_bytes(b"")
     with pytest.raises(DataError, match="a record at byte 0 would be 1099511627776 bytes long"):
         open_dataset(lonely)
+
+
+def stream_of(dataset, split) -> StreamSource:
+    return StreamSource(TrainSource(split, dataset.augmentation, dataset.mean, dataset.std, batch_size=3, seed=3, workers=2))
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("kind", ["tar with members", "tar with folders"])
+def test_dalis_own_reader_takes_a_subset_of_tars_and_knows_its_samples(packed, kind):
+    tree, folder = packed(kind)
+    dataset = open_dataset(folder, image_size=32)
+    for split in (dataset.train, dataset.train.subset(9, 0), dataset.train.holdout(12, 0)[0]):
+        passes = 2 * len(split) // 3
+        batches = list(stream_of(dataset, split).batches(0, passes))
+        ids = torch.cat([batch.sample_ids for batch in batches]).view(2, -1)
+        assert torch.equal(ids.sort().values, split.sample_ids.expand(2, -1))
+        assert torch.equal(torch.cat([batch.labels for batch in batches]), tree.train.labels[ids.flatten()])
+
+
+@pytest.mark.dali
+def test_streamed_images_of_tars_are_those_that_their_ids_name(tmp_path):
+    def gray(level: int) -> bytes:
+        file = io.BytesIO()
+        Image.new("RGB", (90, 80), (level,) * 3).save(file, "JPEG")
+        return file.getvalue()
+
+    levels = [20 * k for k in range(12)]
+    for name, own in (("train-0", levels[:5]), ("train-1", levels[5:]), ("val-0", levels[:1])):
+        write_tar(tmp_path / f"{name}.tar", [(gray(level), 0) for level in own], "members")
+    dataset = open_dataset(tmp_path, image_size=32)
+    for batch in stream_of(dataset, dataset.train).batches(0, 8):
+        shown = (batch.images * torch.tensor(dataset.std)[:, None, None] + torch.tensor(dataset.mean)[:, None, None]) * 255
+        assert ((shown - torch.tensor(levels)[batch.sample_ids][:, None, None, None]).abs() <= 2).all()
+
+
+@pytest.mark.dali
+def test_tfrecords_have_no_stream(packed):
+    _, folder = packed("tfrecord")
+    dataset = open_dataset(folder, image_size=32)
+    with pytest.raises(ConfigError, match="WebDataset tars, and these are TFRecords; use auto or dali"):
+        stream_of(dataset, dataset.train)

@@ -1,7 +1,9 @@
+from contextlib import closing
 import dataclasses
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 from PIL import Image
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from stablekd_fast.data import Augmentation, EvalSource, Split, TrainSource, open_dataset, views
+from stablekd_fast.data.records import FileRecords
 from stablekd_fast.errors import ConfigError, DataError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -112,6 +115,23 @@ def test_resume_gives_the_same_batches():
     assert_same(interleaved[::2], small_source().batches(3, 8))
 
 
+def assert_rounded_once(source):
+    for one, other in zip(source.batches(1, 3, torch.bfloat16), source.batches(1, 3), strict=True):
+        assert one.images.dtype == torch.bfloat16 and one.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(one.images, other.images.bfloat16())
+        assert torch.equal(one.sample_ids, other.sample_ids) and torch.equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize("alter", [{}, {"jitter": 0.4}, {"mix": "mixup"}])
+def test_bf16_images_are_those_in_float32_rounded_once(alter):
+    augmentation = dataclasses.replace(PAD_CROP, **alter)
+    assert_rounded_once(TrainSource(small_split(), augmentation, MEAN, STD, batch_size=4, seed=7, classes=3))
+
+
+def test_large_bf16_images_are_those_in_float32_rounded_once(large_source):
+    assert_rounded_once(large_source())
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_share_the_batches_of_one_process(ranks):
     parts = [list(small_source(batch_size=8, rank=rank, ranks=ranks).batches(1, 5)) for rank in range(ranks)]
@@ -162,6 +182,29 @@ def test_resume_of_large_images(large_source, write_large_tree):
 def test_threads_change_nothing(large_source, write_large_tree):
     root = write_large_tree()
     assert_same(large_source(root=root, workers=3).batches(0, 7), large_source(root=root).batches(0, 7))
+
+
+@pytest.mark.parametrize("prefetch", [1, 5])
+def test_how_far_ahead_is_decoded_changes_nothing(large_source, write_large_tree, prefetch):
+    root = write_large_tree()
+    ahead = large_source(root=root, workers=2, prefetch=prefetch)
+    assert_same(ahead.batches(0, 7), large_source(root=root).batches(0, 7))
+
+
+def test_prefetch_is_the_number_of_batches_in_work(large_source, write_large_tree, monkeypatch):
+    root, read, files = write_large_tree(), FileRecords.read, []
+    monkeypatch.setattr(FileRecords, "read", lambda self, number: (files.append(number), read(self, number))[1])
+    for prefetch in (1, 4):
+        source = large_source(root=root, workers=2, prefetch=prefetch)
+        files.clear()
+        with closing(source.batches(0, 100)) as batches:
+            next(batches)
+            deadline = time.monotonic() + 30
+            while len(files) < (1 + prefetch) * source.batch_size and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            begun = len(files) / source.batch_size
+        assert 1 + prefetch <= begun <= 1 + 2 * prefetch + 1  # DALI's reading and its pipeline hold as many each
 
 
 def test_large_images_are_the_named_views(large_source):
@@ -284,6 +327,7 @@ def test_too_large_a_batch_says_what_to_do():
         (dict(batch_size=0), "batch size"),
         (dict(views=0), "views"),
         (dict(workers=-1), "workers"),
+        (dict(prefetch=0), "prefetch=0"),
         (dict(ranks=3), "multiple of 3"),
         (dict(rank=2, ranks=2), "Rank 2 of 2"),
         (dict(loader="dalli"), "nearest is 'dali'"),

@@ -1,16 +1,19 @@
 """Which precision is chosen and why, what computes in it and what stays float32, and the loss scale of float16."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from stablekd_fast import precision as precisions
+from stablekd_fast.assemble import pick_image_dtype
 from stablekd_fast.blocks import pair_blocks
+from stablekd_fast.cache import CacheSettings
 from stablekd_fast.cache.fingerprint import teacher_fingerprint
 from stablekd_fast.capture import make_runner
-from stablekd_fast.checkpoint import load_metadata
+from stablekd_fast.checkpoint import load_metadata, load_tensors
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.objectives import objective
 from stablekd_fast.precision import LossScale, Precision, pick_precision, seconds_per_pass
@@ -148,6 +151,67 @@ def test_convolutions_compute_in_it_and_all_that_is_kept_stays_float32(parts, na
     assert norms and all(norm.running_var.dtype == norm.weight.dtype == torch.float32 for norm in norms)
     assert all(norm.num_batches_tracked == 3 for norm in norms)
     assert torch.isfinite(step.losses).all()
+
+
+def seen_of(distiller) -> tuple[dict, list]:
+    """What a run leaves: the checkpoint's tensors, and what its events say of numbers."""
+    out = Path(distiller.config.out)
+    names = ("kind", "losses", "accuracy", "loss", "exposure_gap", "loss_at_merge", "max_output_difference")
+    events = [json.loads(line) for line in (out / "events.jsonl").open()]
+    return load_tensors(out / "checkpoint.safetensors")[0], [[event.get(name) for name in names] for event in events]
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [("bf16", {}), ("bf16", {"capture": "emulate"}), ("bf16", {"fuse_norms": "off"}), ("bf16", {"method": "ce"}), ("fp16", {})],
+)
+def test_images_handed_out_in_low_precision_change_no_bit(make, name, settings):
+    """Decomposed and merged stages, exposure, evaluation: autocast rounds images in any case."""
+    runs = []
+    for dtype in (LOW[name], torch.float32):
+        distiller = make(out=str(dtype), precision=name, epochs=2.0, **settings)
+        assert distiller.image_dtype == LOW[name]
+        distiller.image_dtype = dtype
+        distiller.run(progress=False)
+        runs.append(seen_of(distiller))
+    (tensors, events), (expected, expected_events) = runs
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[key], expected[key]) for key in tensors)
+    assert events == expected_events
+
+
+def test_rows_of_a_cache_do_not_depend_on_the_type_of_the_images(make, tmp_path):
+    runs = []
+    for dtype in (torch.bfloat16, torch.float32):  # the second run reads what the first one stored
+        cache = CacheSettings(plan="all", directory=str(tmp_path / "rows"))
+        distiller = make(out=str(dtype), precision="bf16", epochs=2.0, views=1, cache=cache)
+        distiller.image_dtype = dtype
+        distiller.run(progress=False)
+        runs.append(seen_of(distiller))
+    live = make(out="live", precision="bf16", epochs=2.0, views=1)
+    live.run(progress=False)
+    runs.append(seen_of(live))
+    for tensors, _ in runs[1:]:
+        assert all(torch.equal(tensors[key], runs[0][0][key]) for key in tensors)
+
+
+class Shifted(nn.Sequential):
+    """Looks at images in float32 before its first convolution."""
+
+    def forward(self, x):
+        return super().forward(x * 1.1 + 0.1)
+
+
+@pytest.mark.parametrize("odd", ["teacher", "student"])
+def test_networks_that_do_not_round_images_first_get_them_in_float32(small_net, random_batch, odd):
+    images = random_batch(0).images
+    networks = {"teacher": small_net(2, 1), "student": small_net(1, 2)}
+    for network, expected in ((networks[odd], torch.bfloat16), (Shifted(*networks[odd]), torch.float32)):
+        networks[odd] = network
+        paired = pair_blocks(networks["teacher"].eval(), networks["student"], images, ["0", "1"])
+        paired.precision = Precision("bf16")
+        before = {name: value.clone() for name, value in paired.student.state_dict().items()}
+        assert pick_image_dtype(paired, images) == expected
+        assert all(torch.equal(value, before[name]) for name, value in paired.student.state_dict().items())
 
 
 def test_rows_stored_in_one_precision_are_not_used_in_another(make):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from stablekd_fast.checkpoint import load_tensors, save_tensors
-from stablekd_fast.errors import CheckpointError, TrainingError
+from stablekd_fast.config import DistillConfig, identity
+from stablekd_fast.errors import CheckpointError, ConfigError, TrainingError
 
 RUN = """
 import sys, torch
@@ -106,6 +107,12 @@ def test_a_resume_with_other_settings_is_refused_with_the_difference(make):
     make(epochs=1.0).run(progress=False)
     with pytest.raises(CheckpointError, match="seed: was 0, is 1"):
         make(epochs=1.0, seed=1, resume=True).run(progress=False)
+
+
+def test_how_many_threads_decode_and_how_far_ahead_may_differ_at_a_resume():
+    assert identity(DistillConfig(workers=7, prefetch=9)) == identity(DistillConfig())
+    with pytest.raises(ConfigError, match="prefetch=0 was given; it must be greater than 0"):
+        DistillConfig(prefetch=0)
 
 
 def test_a_resume_with_another_teacher_is_refused(make):

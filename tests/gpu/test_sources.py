@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stablekd_fast.data import TrainSource, open_dataset
+from stablekd_fast.data import StreamSource, TrainSource, open_dataset
 
 pytestmark = pytest.mark.gpu
 
@@ -48,3 +48,27 @@ def test_dali_decodes_on_the_device(photographs):
     """35 dB: 0.018 of full scale, 0.08 in units of the standard deviation."""
     dataset = open_dataset(photographs)
     assert_same_views(batches(dataset, "cuda", "dali"), batches(dataset, "cpu", "torchvision"), 0.08)
+
+
+@pytest.mark.dali
+def test_dalis_own_readers_stream_to_the_device(photographs):
+    dataset = open_dataset(photographs)
+    source = TrainSource(
+        dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=3, workers=2, device="cuda"
+    )
+    streamed = list(StreamSource(source).batches(0, 6, torch.bfloat16))
+    for batch in streamed:
+        assert batch.images.is_cuda and batch.images.shape == (4, 3, 224, 224) and batch.images.dtype == torch.bfloat16
+        assert batch.images.is_contiguous(memory_format=torch.channels_last) and batch.images.std() > 0.1
+    ids = torch.cat([batch.sample_ids for batch in streamed]).view(2, 12)
+    assert torch.equal(ids.sort().values, torch.arange(12).expand(2, 12))
+
+
+@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
+def test_bf16_images_are_those_in_float32_rounded_once(photographs, loader):
+    dataset = open_dataset(photographs)
+    source = TrainSource(
+        dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=3, workers=2, device="cuda", loader=loader
+    )
+    for one, other in zip(source.batches(0, 3, torch.bfloat16), source.batches(0, 3), strict=True):
+        assert torch.equal(one.images, other.images.bfloat16())
