@@ -181,7 +181,8 @@ class GroupStep:
             self.backward(outputs, gradients)
             total += losses
         loss = torch.stack(total).sum() / self.parts
-        self.update(loss)
+        self.share(loss)
+        self.update()
         self.note(loss)
 
     def take_rates(self) -> None:
@@ -204,11 +205,15 @@ class GroupStep:
         with self.paired.precision.products(self.device):
             torch.autograd.backward(outputs, gradients)
 
-    def update(self, loss: Tensor) -> None:
-        """Average over processes (the loss too), clip, step, average over time."""
-        parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
+    def share(self, loss: Tensor) -> None:
+        """Overwrite gradients and loss with their means over the processes that train this group."""
         if self.averaging is not None:
-            self.averaging.tensors([*(parameter.grad for parameter in parameters), loss])
+            gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+            self.averaging.tensors([*gradients, loss])
+
+    def update(self) -> None:
+        """Clip, step, average over time."""
+        parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         if self.loss_scale is not None:
             self.loss_scale.take_off([parameter.grad for parameter in parameters])
         if self.clip is not None:

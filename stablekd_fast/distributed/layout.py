@@ -8,7 +8,7 @@ gradients. A step of the stage takes as long as its busiest rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
