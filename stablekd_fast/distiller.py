@@ -157,7 +157,11 @@ class Distiller:
             for view in range(views_shown(self.source.views, engine.stages[-1].last / self.source.steps_per_epoch) if wanted else 0):
                 for batch in engine.teacher.ahead(source.whole_view(view), wanted):
                     engine.teacher.outputs(wanted, engine.to_device(batch.images), batch)
-            return engine.teacher.report()["rows"] if wanted else {}
+            if not wanted:
+                return {}
+            self.ranks.gather(None)  # all have stored their part
+            engine.teacher.fill(wanted)
+            return engine.teacher.report()["rows"]
 
     @contextlib.contextmanager
     def _closing(self, engine: Engine) -> Iterator[None]:

@@ -50,7 +50,10 @@ def _cache_gc(options) -> int:
 def _cache_build(options) -> int:
     from stablekd_fast.distiller import Distiller
 
-    stored = Distiller(DistillConfig(**fields_of(options))).build_cache()
+    distiller = Distiller(DistillConfig(**fields_of(options)))
+    stored = distiller.build_cache()
+    if not distiller.ranks.is_first:
+        return 0
     if not stored:
         console.print("The plan keeps nothing; give --cache.plan all to keep everything that is used.", highlight=False)
         return 0
