@@ -73,3 +73,12 @@ def engine_gradients():
         return found
 
     return take
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small networks are no faster with more, and where another process needs a core they are far slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
