@@ -61,29 +61,37 @@ class OrdinaryKD(Loop):
         return [loss.detach()]
 
 
+def torchdistill_box(teacher: nn.Module, student: nn.Module, kd: dict, *, lr: float = 0.0, teacher_settings: dict | None = None):
+    """torchdistill's distillation box with one term, `kd` its key and settings besides the places of the logits."""
+    from torchdistill.core.distillation import DistillationBox
+
+    class Box(DistillationBox):
+        def setup_data_loaders(self, train_config: dict) -> None:
+            """The batches are here already."""
+
+    module = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
+    term = {"criterion": {**kd, "kwargs": {**module, **kd["kwargs"]}}, "weight": 1.0}
+    common = {"forward_proc": "forward_batch_only", "sequential": []}
+    settings = {
+        "num_epochs": 1,
+        "teacher": {**common, "requires_grad": False, **(teacher_settings or {})},
+        "student": {**common, "requires_grad": True},
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": term}}},
+        "optimizer": {"key": "SGD", "kwargs": {"lr": lr, "momentum": 0.9, "weight_decay": 5e-4}},
+    }
+    box = Box(teacher.eval(), student, {}, settings, torch.device("cpu"), None, False, 1)
+    box.student_model.train()
+    box.teacher_model.eval()
+    return box
+
+
 class TorchdistillKD(Loop):
     """torchdistill's distillation box with its KD loss, fed with batches as its training scripts feed it."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[Batch]) -> None:
         super().__init__(batches)
-        from torchdistill.core.distillation import DistillationBox
-
-        class Box(DistillationBox):
-            def setup_data_loaders(self, train_config: dict) -> None:
-                """The batches are here already."""
-
-        module = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
-        kd = {"key": "KDLoss", "kwargs": {**module, "temperature": TEMPERATURE, "alpha": 1.0, "beta": 1.0}}
-        settings = {
-            "num_epochs": 1,
-            "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False, "sequential": []},
-            "student": {"forward_proc": "forward_batch_only", "requires_grad": True, "sequential": []},
-            "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"criterion": kd, "weight": 1.0}}}},
-            "optimizer": {"key": "SGD", "kwargs": {"lr": 0.0, "momentum": 0.9, "weight_decay": 5e-4}},
-        }
-        self.box = Box(teacher.eval(), student, {}, settings, torch.device("cpu"), None, False, 1)
-        self.box.student_model.train()
-        self.box.teacher_model.eval()
+        kd = {"key": "KDLoss", "kwargs": {"temperature": TEMPERATURE, "alpha": 1.0, "beta": 1.0}}
+        self.box = torchdistill_box(teacher, student, kd)
 
     def step(self, batch: Batch) -> list[Tensor]:
         loss = self.box.forward_process(batch.images, batch.labels, {})

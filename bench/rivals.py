@@ -32,6 +32,26 @@ def _label_or_not(probabilities: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([label, 1 - label], dim=1)
 
 
+def kd_term(student: Tensor, teacher: Tensor) -> Tensor:
+    """The divergence with the operations that mdistiller's KD takes for it."""
+    log_q, p = F.log_softmax(student / TEMPERATURE, dim=1), F.softmax(teacher / TEMPERATURE, dim=1)
+    return F.kl_div(log_q, p, reduction="none").sum(1).mean() * TEMPERATURE**2
+
+
+def dkd_term(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """The decoupled divergence with the operations that mdistiller's DKD takes for it: masks, sums under them, and logits of the
+    label lowered by 1000."""
+    own = torch.zeros_like(student).scatter_(1, labels[:, None], 1).bool()
+    rest = torch.ones_like(student).scatter_(1, labels[:, None], 0).bool()
+    q, p = F.softmax(student / TEMPERATURE, dim=1), F.softmax(teacher / TEMPERATURE, dim=1)
+    q, p = (torch.cat([(x * mask).sum(1, keepdim=True) for mask in (own, rest)], dim=1) for x in (q, p))
+    target = F.kl_div(q.log(), p, reduction="sum") * TEMPERATURE**2 / len(labels)
+    p_others = F.softmax(teacher / TEMPERATURE - 1000.0 * own, dim=1)
+    log_q_others = F.log_softmax(student / TEMPERATURE - 1000.0 * own, dim=1)
+    others = F.kl_div(log_q_others, p_others, reduction="sum") * TEMPERATURE**2 / len(labels)
+    return DECOUPLED_ALPHA * target + DECOUPLED_BETA * others
+
+
 def mse(student: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(student, target)
 

@@ -88,6 +88,19 @@ class PairedBlocks:
                 outputs[k] = x if bridge is None else bridge(x)
         return outputs
 
+    def student_outputs(
+        self, groups: Sequence[Sequence[int]], images: Tensor, teacher_outputs: Mapping[int, Tensor]
+    ) -> list[Tensor]:
+        """The student's output after every block, for autograd: a group of merged blocks begins at the teacher's output before
+        it, so that no gradient leaves it."""
+        outputs = []
+        for group in groups:
+            x = images if group[0] == 0 else teacher_outputs[group[0] - 1].detach()
+            for k in group:
+                x = self.student_blocks[k](x)
+                outputs.append(x)
+        return outputs
+
 
 def pair_blocks(
     teacher: nn.Module,

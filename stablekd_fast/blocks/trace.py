@@ -72,7 +72,7 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> TracedNetwork:
 
     Raises CutError where `torch.fx` cannot follow the network.
     """
-    graph, module_outputs = _trace_graph(model)
+    graph, module_outputs = _trace_graph(model, tuple(example_input.shape[1:]))
     shapes, costs = _profile(model, graph, example_input)
     aliases: dict[fx.Node, list[str]] = {}
     for path, node in module_outputs.items():
@@ -106,9 +106,13 @@ def evaluation_mode(model: nn.Module):
 class _BlockTracer(fx.Tracer):
     """Follows containers, keeps as leaves what a trace would freeze or cannot follow."""
 
-    def __init__(self) -> None:
+    def __init__(self, image_shape: tuple[int, ...]) -> None:
         super().__init__()
+        self.image_shape = image_shape
         self.module_outputs: dict[str, fx.Node] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Images(node, self) if node.op == "placeholder" else super().proxy(node)
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         childless = next(module.children(), None) is None
@@ -127,9 +131,19 @@ class _BlockTracer(fx.Tracer):
             self.module_stack.clear()
             self.module_stack.update(stack_before)
             result = self.create_proxy("call_module", path, args, kwargs)
-        if isinstance(result, fx.Proxy):
-            self.module_outputs[path] = result.node
+        # Modules that also return what is looked at from outside give what goes on in the network first.
+        carried = result[0] if isinstance(result, tuple) and result else result
+        if isinstance(carried, fx.Proxy):
+            self.module_outputs[path] = carried.node
         return result
+
+
+class _Images(fx.Proxy):
+    """The network's input. Branches on the size of an image can be followed; the number of images stays open."""
+
+    @property
+    def shape(self) -> tuple:
+        return (self.size(0), *self.tracer.image_shape)
 
 
 def _reads_training_flag(module: nn.Module) -> bool:
@@ -137,14 +151,14 @@ def _reads_training_flag(module: nn.Module) -> bool:
     return code is not None and "training" in code.co_names
 
 
-def _trace_graph(model: nn.Module) -> tuple[fx.Graph, dict[str, fx.Node]]:
-    tracer = _BlockTracer()
+def _trace_graph(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    tracer = _BlockTracer(image_shape)
     try:
         with evaluation_mode(model):
             graph = tracer.trace(model)
             if _reads_training_flag(model):
                 model.train()
-                if str(_BlockTracer().trace(model)) != str(graph):
+                if str(_BlockTracer(image_shape).trace(model)) != str(graph):
                     raise CutError(
                         f"{type(model).__name__}.forward does different things in train and eval mode, which a trace "
                         "cannot keep. Pass teacher_blocks= and student_blocks= (lists of modules) instead of cuts."
@@ -164,7 +178,15 @@ def _trace_graph(model: nn.Module) -> tuple[fx.Graph, dict[str, fx.Node]]:
         if extra.users:
             raise CutError(f"{type(model).__name__}.forward takes several inputs, but one image tensor is needed.")
         graph.erase_node(extra)
+    _drop_unused(graph)
     return graph, tracer.module_outputs
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Take out what the logits do not depend on, such as features that are returned beside them."""
+    for node in reversed(graph.nodes):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
 
 
 class _Profiler(fx.Interpreter):

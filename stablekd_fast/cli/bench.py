@@ -101,6 +101,16 @@ def _bench_loader(options) -> int:
     return 0
 
 
+def _bench_dropin(options) -> int:
+    from stablekd_fast.bench.dropin import run_dropin
+    from stablekd_fast.bench.output import write_json
+
+    rows, settings = run_dropin(Path(options.directory), options.rounds, partial(_show_case, earlier=None), quick=options.quick)
+    if options.json:
+        write_json(Path(options.json), rows, settings)
+    return 0
+
+
 def _bench_end_to_end(options) -> int:
     from stablekd_fast.bench.accuracy import tuned_settings
     from stablekd_fast.bench.campaign import Task
@@ -176,6 +186,7 @@ COMMANDS = {
     "step": _bench_step,
     "plan": _bench_plan,
     "loader": _bench_loader,
+    "dropin": _bench_dropin,
     "end-to-end": _bench_end_to_end,
 }
 
@@ -198,12 +209,13 @@ def add_commands(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.A
     kernels.add_argument("--against", type=str | None, default=None, help="file of an earlier --json to compare with")
     kernels.add_argument("--fail_below", type=float | None, default=None, help="exit code 1 for a ratio below this")
 
-    for name, rounds in (("cache", 11), ("teacher", 9), ("step", 9), ("plan", 1)):
+    for name, rounds in (("cache", 11), ("teacher", 9), ("step", 9), ("plan", 1), ("dropin", 5)):
         benches[name].add_argument("--rounds", type=int, default=rounds)
-    for name in ("cache", "teacher", "step", "plan"):
+    for name in ("cache", "teacher", "step", "plan", "dropin"):
         benches[name].add_argument("--directory", type=str, default=".", help="where rows are put for the time of the bench")
         benches[name].add_argument("--json", type=str | None, default=None, help="file for rows, machine and versions")
     benches["cache"].add_argument("--quick", action="store_true", help="few rows")
+    benches["dropin"].add_argument("--quick", action="store_true", help="few steps of small networks")
     benches["plan"].add_argument("--data", type=str, required=True, help="data set of 32 px images, e.g. CIFAR-10")
     for name in ("teacher", "step"):
         benches[name].add_argument("--small", type=str | None, default=None, help="data set of 32 px images, e.g. CIFAR-10")
@@ -226,6 +238,7 @@ def add_commands(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.A
     helps = {
         "end-to-end": "epochs, steps and wall seconds until each method reaches one accuracy",
         "loader": "images per second of every source, against torchvision's DataLoader and the bare decoder",
+        "dropin": "losses and whole objectives of other repositories, with their losses and with ours",
         "kernels": "operators against eager and compiled PyTorch, and against the speed of memory",
         "cache": "rows read in random order, against memory, the disk, and one file per sample",
         "plan": "runs as planned under several budgets, against their predictions",

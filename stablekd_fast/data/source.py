@@ -124,6 +124,10 @@ class TrainSource:
         """
         return self._batches(((self.positions(step), self._view(step)) for step in range(start_step, stop_step)), dtype)
 
+    def batch(self, positions: np.ndarray, view: int) -> Batch:
+        """One view of the images at `positions` of the split, int64 `[N]`, in that order."""
+        return next(self._batches(iter([(positions, view)])))
+
     def whole_view(self, view: int) -> Iterator[Batch]:
         """Every image in one view, in the order of the split. The last batch is filled up with images from the start."""
         full = -(-len(self.split) // self.batch_size)

@@ -22,6 +22,7 @@ PACKAGES = (
     "rich",
     "jsonargparse",
     "timm",
+    "torchdistill",
     "tensorboard",
 )
 

@@ -141,3 +141,42 @@ def test_pairing_reports_an_untraceable_model():
 
     with pytest.raises(CutError, match="cannot trace Root.*student_blocks="):
         pair_blocks(network(), Root(), IMAGES)
+
+
+class WithFeatures(nn.Module):
+    """Returns its value before the activation too, as the last block of a stage does in some repositories."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        before = self.norm(self.conv(x))
+        return before.relu(), before
+
+
+class LogitsOfSeveral(nn.Module):
+    """Logits out of a network that also uses a layer again for a feature, and branches on the size of its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stage, self.fc = nn.Conv2d(3, 4, 3, padding=1), WithFeatures(), nn.Linear(4, 5)
+
+    def forward(self, images):
+        height = images.shape[2]
+        x, before = self.stage(self.stem(images))
+        pooled = x.mean((2, 3)) if height < 64 else x.amax((2, 3))
+        features = [before, self.stage.norm(x)]
+        return (self.fc(pooled), features)[0]
+
+
+def test_what_the_logits_do_not_depend_on_is_no_part_of_a_block():
+    model = LogitsOfSeveral().eval()
+    traced = trace(model, IMAGES)
+    assert {"stem", "stage"} <= {point.name for point in traced.points}
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called.count("stage.norm") == 1
+    for count in (2, 3):
+        images = torch.randn(count, 3, 8, 8)
+        (whole,) = traced.split([])
+        assert torch.equal(whole(images), model(images))

@@ -1,0 +1,225 @@
+"""`stablekd bench dropin`: the objectives of torchdistill and mdistiller with their losses and with ours.
+
+torchdistill is the real package. mdistiller is not on PyPI: its formulas stand in `rivals.py`, and a plain loop in its place. Losses
+are checked against float64; runs of fifty steps in float32 against those with the rival's loss, to 1e-5, losses and weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from stablekd_fast import kernels, models
+from stablekd_fast.bench import rivals
+from stablekd_fast.bench.core import Case, Contender, measure, pinned
+from stablekd_fast.bench.loops import torchdistill_box
+from stablekd_fast.bench.teacher import scratch
+from stablekd_fast.integrations.torchdistill import FastKDLoss, SampleViews, SharedBlocks
+
+LOSS_TOLERANCE = 1e-5
+STEPS_TOLERANCE = 1e-5
+STEPS = 50
+CLASSES = 100
+OBJECTIVE = {"temperature": 4.0, "alpha": 0.9}
+"""Of torchdistill's sample config for CIFAR-10."""
+
+WEIGHTS = {"mdistiller KD": (0.1, 0.9), "mdistiller DKD": (1.0, 1 / 20)}
+"""Of cross entropy and divergence in mdistiller's configs; DKD's is that of the first epoch of its warm-up."""
+
+Term = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The networks of the runs, and how long they are."""
+
+    teacher: str = "resnet56"
+    student: str = "resnet20"
+    size: int = 32
+    batch: int = 64
+    batches: int = 10
+    steps: int = STEPS
+    lr: float = 1e-4
+    """Low: at a usual one, networks of this depth amplify roundings beyond 1e-5 within fifty steps, whoever's loss it is."""
+
+
+QUICK = Setting("resnet20", "resnet20", 8, 8, 2, 3)
+
+
+def run_dropin(
+    directory: Path, rounds: int, show: Callable[[list[dict]], None], *, quick: bool = False
+) -> tuple[list[dict], dict]:
+    """Rows of all cases, and the settings. `directory` is where the teacher's rows are put for the time of the bench."""
+    setting, found = QUICK if quick else Setting(), []
+    with pinned() as pins, scratch(directory) as folder:
+        logging.disable(logging.INFO)
+        try:
+            for case in [*loss_cases(setting), torchdistill_case(setting, folder), *mdistiller_cases(setting)]:
+                rows = measure(case, rounds)
+                show(rows)
+                found += rows
+        finally:
+            logging.disable(logging.NOTSET)
+    return found, {"rounds": rounds, "quick": quick, **vars(setting), **pins}
+
+
+def loss_cases(setting: Setting) -> Iterator[Case]:
+    """Forward and backward pass of one loss."""
+    for samples, classes in ((setting.batch, 10), (setting.batch, CLASSES), (2 * setting.batch, 1000)):
+        for name, (theirs, ours) in _terms().items():
+            yield _loss_case(f"{name}, {samples}x{classes}", theirs, ours, samples, classes)
+
+
+def _terms() -> dict[str, tuple[Term, Term]]:
+    """The rival's loss and ours, of student's logits, teacher's logits and labels."""
+    from torchdistill.losses.mid_level import KDLoss
+
+    place = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
+
+    def in_box(loss: nn.Module) -> Term:
+        return lambda student, teacher, labels: loss({".": {"output": student}}, {".": {"output": teacher}}, labels)
+
+    temperature, alpha, beta = rivals.TEMPERATURE, rivals.DECOUPLED_ALPHA, rivals.DECOUPLED_BETA
+    return {
+        "torchdistill KDLoss": (in_box(KDLoss(**place, **OBJECTIVE)), in_box(FastKDLoss(**place, **OBJECTIVE))),
+        "mdistiller KD": (
+            lambda student, teacher, labels: rivals.kd_term(student, teacher),
+            lambda student, teacher, labels: kernels.kd_loss(student, teacher, temperature=temperature),
+        ),
+        "mdistiller DKD": (
+            rivals.dkd_term,
+            lambda *operands: kernels.decoupled_kl(*operands, temperature=temperature, alpha=alpha, beta=beta),
+        ),
+    }
+
+
+def _loss_case(name: str, theirs: Term, ours: Term, samples: int, classes: int) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(samples, classes, generator=generator) for _ in range(2))
+    labels = torch.randint(classes, (samples,), generator=generator)
+
+    def both_passes(term: Term, dtype: torch.dtype = torch.float32) -> Callable[[], tuple[Tensor, Tensor]]:
+        leaf, target = student.to(dtype).requires_grad_(), teacher.to(dtype)
+
+        def call() -> tuple[Tensor, Tensor]:
+            value = term(leaf, target, labels)
+            return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+        return call
+
+    contenders = [Contender("theirs", both_passes(theirs)), Contender("stablekd", both_passes(ours))]
+    return Case("dropin", name, contenders, "theirs", both_passes(theirs, torch.float64), LOSS_TOLERANCE)
+
+
+class Noise:
+    """Random images as a torchvision data set holds them."""
+
+    transform = None
+
+    def __init__(self, count: int, size: int) -> None:
+        draw = np.random.default_rng(0).integers
+        self.data, self.targets = draw(0, 256, (count, size, size, 3), dtype=np.uint8), draw(0, CLASSES, count).tolist()
+
+
+class Run:
+    """Some steps of training from the same weights over the same batches. Gives the losses, and all weights in one row."""
+
+    def __init__(
+        self, setting: Setting, student: nn.Module, batches: list, step: Callable[..., Tensor], restart: Callable[[], None]
+    ) -> None:
+        self.steps, self.student, self.batches = setting.steps, student, batches
+        self.step, self.restart, self.start = step, restart, copy.deepcopy(student.state_dict())
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        self.student.load_state_dict(self.start)
+        self.restart()
+        losses = [self.step(*self.batches[turn % len(self.batches)]) for turn in range(self.steps)]
+        return torch.stack(losses), torch.cat([parameter.detach().flatten() for parameter in self.student.parameters()])
+
+
+def _networks(setting: Setting) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return tuple(models.build(name, CLASSES, setting.size) for name in (setting.teacher, setting.student))
+
+
+def _batches(setting: Setting) -> tuple[SampleViews, list]:
+    noise = Noise(setting.batches * setting.batch, setting.size)
+    views = SampleViews(noise, views=1, batch_size=setting.batch, mean=(0.5,) * 3, std=(0.25,) * 3)
+    views.set_epoch(0)
+    return views, list(DataLoader(views, batch_size=setting.batch))
+
+
+def _settle(teacher: nn.Module, batches: list) -> nn.Module:
+    """Batch-norm statistics of the data, without which activations fade."""
+    with torch.no_grad():
+        for images, *_ in batches:
+            teacher.train()(images)
+    return teacher.eval()
+
+
+def torchdistill_case(setting: Setting, folder: Path) -> Case:
+    """torchdistill's sample objective in its own box: its loss, ours, and ours with the teacher's logits from rows on disk."""
+    views, batches = _batches(setting)
+    wrapper = {"key": "StableKDTeacher", "kwargs": {"shared": SharedBlocks(views=views, directory=str(folder / "dropin"))}}
+    kept = {"forward_proc": "forward_batch_supp_dict", "auxiliary_model_wrapper": wrapper}
+
+    def run(key: str, teacher_settings: dict | None = None) -> Run:
+        teacher, student = _networks(setting)
+        _settle(teacher, batches)
+        box = torchdistill_box(teacher, student, {"key": key, "kwargs": OBJECTIVE}, lr=setting.lr, teacher_settings=teacher_settings)
+
+        def step(images: Tensor, labels: Tensor, keys: dict) -> Tensor:
+            loss = box.forward_process(images, labels, keys)
+            box.post_forward_process(loss)
+            return loss.detach()
+
+        return Run(setting, student, batches, step, lambda: box.optimizer.state.clear())
+
+    theirs = run("KDLoss")
+    contenders = [
+        Contender("theirs", theirs),
+        Contender("stablekd", run("FastKDLoss")),
+        Contender("stablekd, kept teacher", run("FastKDLoss", kept)),
+    ]
+    return Case("dropin", f"torchdistill, {_named(setting)}", contenders, "theirs", theirs, STEPS_TOLERANCE)
+
+
+def mdistiller_cases(setting: Setting) -> Iterator[Case]:
+    """Cross entropy and the formula in a plain loop."""
+    _, batches = _batches(setting)
+    for name, weights in WEIGHTS.items():
+        theirs, ours = (_plain_run(setting, batches, term, weights) for term in _terms()[name])
+        contenders = [Contender("theirs", theirs), Contender("stablekd", ours)]
+        yield Case("dropin", f"{name}, {_named(setting)}", contenders, "theirs", theirs, STEPS_TOLERANCE)
+
+
+def _plain_run(setting: Setting, batches: list, term: Term, weights: tuple[float, float]) -> Run:
+    teacher, student = _networks(setting)
+    _settle(teacher, batches)
+    student.train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=setting.lr, momentum=0.9, weight_decay=5e-4)
+
+    def step(images: Tensor, labels: Tensor, keys: dict) -> Tensor:
+        output = student(images)
+        with torch.no_grad():
+            target = teacher(images)
+        loss = weights[0] * F.cross_entropy(output, labels) + weights[1] * term(output, target, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return Run(setting, student, batches, step, lambda: optimizer.state.clear())
+
+
+def _named(setting: Setting) -> str:
+    return f"{setting.steps} steps, {setting.teacher} to {setting.student}, {setting.size} px, batches of {setting.batch}"

@@ -1,0 +1,163 @@
+"""Losses as modules, for training loops of one's own: the signatures people use, computed by `stablekd_fast.kernels`.
+
+All give a 0-dim tensor in float32 (float64 for float64 inputs) whatever the inputs' precision, are differentiable twice, and run
+on CPUs and NVIDIA GPUs. None has parameters. Tensors that do not fit raise OperandError, settings ConfigError.
+
+Reductions are torch's: `"batchmean"` divides a sum over all elements by the batch size, `"mean"` by the number of elements,
+`"sum"` by nothing. `"none"` is not supported: the kernels never write the single terms.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stablekd_fast import kernels
+from stablekd_fast.errors import ConfigError
+
+Reduction = Literal["batchmean", "mean", "sum"]
+
+
+class KLDivWithLogitsLoss(nn.Module):
+    """T^2 * KL(target || input) between the softmax distributions of two logits at temperature T.
+
+    What `nn.KLDivLoss(reduction)(log_softmax(input / T, 1), softmax(target / T, 1)) * T**2` computes. It takes logits, so
+    take the softmax calls out when it replaces `nn.KLDivLoss`; and its default reduction is `"batchmean"`, the divergence's own,
+    where that of `nn.KLDivLoss` is `"mean"`, which divides by the classes too.
+    """
+
+    def __init__(self, reduction: Reduction = "batchmean", temperature: float = 1.0) -> None:
+        super().__init__()
+        _check_reduction(reduction, ("batchmean", "mean", "sum"))
+        _check_temperature(temperature)
+        self.reduction, self.temperature = reduction, temperature
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """`input` (the student's) and `target` (the teacher's) are logits `[N, C]`."""
+        loss = kernels.kd_loss(input, target, temperature=self.temperature)
+        if self.reduction == "mean":
+            return loss / input.shape[1]
+        return loss * input.shape[0] if self.reduction == "sum" else loss
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, temperature={self.temperature}"
+
+
+class KDLoss(nn.Module):
+    """alpha * T^2 * KL(teacher || student at temperature T) + (1 - alpha) * cross entropy, averaged over the batch.
+
+    Hinton, Vinyals, Dean: arXiv 1503.02531. `beta` may replace 1 - alpha as the cross entropy's weight.
+    """
+
+    def __init__(
+        self, temperature: float = 4.0, alpha: float = 0.9, beta: float | None = None, *, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        self.temperature, self.alpha, self.beta = temperature, alpha, 1 - alpha if beta is None else beta
+        self.label_smoothing = label_smoothing
+        if min(self.alpha, self.beta) < 0 or self.alpha + self.beta == 0:
+            raise ConfigError(
+                f"KDLoss was given the weights {self.alpha} for the divergence and {self.beta} for the cross entropy; "
+                "they must not be negative, and one must be greater than 0."
+            )
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits `[N, C]`; labels int64 `[N]`, or probabilities `[N, C]` as mixup makes them.
+
+        Without labels the weighted divergence stands alone. There is no index that is ignored: every label is a class.
+        """
+        if labels is None or labels.is_floating_point():
+            divergence = self.alpha * kernels.kd_loss(student_logits, teacher_logits, temperature=self.temperature)
+            if labels is None:
+                return divergence
+            return divergence + self.beta * F.cross_entropy(student_logits, labels, label_smoothing=self.label_smoothing)
+        total = self.alpha + self.beta
+        loss = kernels.kd_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=self.temperature,
+            alpha=self.alpha / total,
+            label_smoothing=self.label_smoothing,
+        )
+        return loss if total == 1 else total * loss
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}"
+
+
+class DKDLoss(nn.Module):
+    """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch (Zhao et al., DKD: arXiv 2203.08679). No cross entropy."""
+
+    def __init__(self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        self.temperature, self.alpha, self.beta = temperature, alpha, beta
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits `[N, C]`, labels int64 `[N]`."""
+        return kernels.decoupled_kl(
+            student_logits, teacher_logits, labels, temperature=self.temperature, alpha=self.alpha, beta=self.beta
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}"
+
+
+class MSELoss(nn.Module):
+    """Mean squared error of features, as `nn.MSELoss`, or on a scale of its own.
+
+    `normalize`: None, `"power"` (over the target's mean square), `"channel"` (both standardised by the target's channels) or
+    `"l2"` (samples at unit length), see `kernels.feature_mse`; these are means, so that `"sum"` goes with None only. Shapes must
+    be equal, nothing is broadcast. `channel_axis`: 1 for `[N, C, H, W]`, -1 for tokens `[N, T, C]`.
+    """
+
+    def __init__(
+        self,
+        reduction: Literal["mean", "sum"] = "mean",
+        normalize: Literal["power", "channel", "l2"] | None = None,
+        channel_axis: int = 1,
+    ) -> None:
+        super().__init__()
+        _check_reduction(reduction, ("mean", "sum"))
+        if reduction == "sum" and normalize is not None:
+            raise ConfigError(f"MSELoss was given reduction='sum' with normalize={normalize!r}; normalised errors are means.")
+        self.reduction, self.normalize, self.channel_axis = reduction, normalize, channel_axis
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """`input` (the student's) and `target` (the teacher's) are features `[N, ...]` of one shape."""
+        loss = kernels.feature_mse(input, target, normalize=self.normalize, channel_axis=self.channel_axis)
+        return loss * input.numel() if self.reduction == "sum" else loss
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, normalize={self.normalize!r}"
+
+
+class CosineLoss(nn.Module):
+    """Mean of 1 - cosine similarity of features, `per` `"position"` (over channels) or `"sample"` (flattened)."""
+
+    def __init__(self, per: Literal["position", "sample"] = "position", channel_axis: int = 1) -> None:
+        super().__init__()
+        self.per, self.channel_axis = per, channel_axis
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """`input` (the student's) and `target` (the teacher's) are features `[N, ...]` of one shape."""
+        return kernels.feature_cosine(input, target, per=self.per, channel_axis=self.channel_axis)
+
+    def extra_repr(self) -> str:
+        return f"per={self.per!r}"
+
+
+def _check_reduction(reduction: str, supported: tuple[str, ...]) -> None:
+    if reduction not in supported:
+        raise ConfigError(
+            f"reduction={reduction!r} was given; this loss has {', '.join(supported)}. For single terms use torch's own loss."
+        )
+
+
+def _check_temperature(temperature: float) -> None:
+    if temperature <= 0:
+        raise ConfigError(f"temperature={temperature} was given; it must be greater than 0.")

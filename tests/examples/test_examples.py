@@ -1,0 +1,116 @@
+"""Every example runs for a few steps, in a process of its own."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import stablekd_fast
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Without the checkout's root on the path: its folder `kernels` hides a package of that name, which transformers looks for."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "stablekd_fast").symlink_to(Path(stablekd_fast.__file__).parent)
+    others = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path and not Path(path, "csrc").exists()]
+    environment = {**os.environ, "PYTHONPATH": ":".join([str(tmp_path / "packages"), *others]), "OMP_NUM_THREADS": "1"}
+
+    def call(script: str, *words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", EXAMPLES / script, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
+
+
+def test_plain_pytorch(run):
+    assert "epoch 0: loss " in run("plain_pytorch.py", "1")
+
+
+def test_lightning(run):
+    pytest.importorskip("lightning")
+    assert "3 steps, last loss " in run("lightning_module.py", "3")
+
+
+def test_huggingface_trainer(run):
+    pytest.importorskip("accelerate")
+    if not any(Path(path, "transformers").is_dir() for path in sys.path):  # importing it here is slow, and may find our `kernels`
+        pytest.skip("transformers is not installed")
+    assert "global_step=3" in run("huggingface_trainer.py", "3")
+
+
+@pytest.mark.parametrize("config", ["kd", "stablekd"])
+def test_torchdistill(run, config, tmp_path):
+    pytest.importorskip("torchdistill")
+    printed = run("torchdistill/train.py", str(EXAMPLES / "torchdistill" / f"{config}.yaml"))
+    assert printed.count("loss") == (4 if config == "stablekd" else 2) and "nan" not in printed
+    assert (tmp_path / "student.pt").exists()
+    assert (tmp_path / "teacher_rows").exists() == (config == "stablekd")
+
+
+def test_timm_script(run, tmp_path):
+    """As timm's own task computes, and put in its place for a script."""
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("timm.task", reason="this version of timm has no tasks")
+    fast = runpy.run_path(str(EXAMPLES / "timm_script.py"))["FastLogitDistillationTask"]
+    images, labels = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
+    results = []
+    for kind in (timm.task.LogitDistillationTask, fast):
+        torch.manual_seed(0)
+        student, teacher = (timm.create_model("test_resnet", num_classes=10) for _ in range(2))
+        task = kind(student, teacher, torch.nn.CrossEntropyLoss(), temperature=4.0, task_loss_weight=0.3)
+        optimizer, losses = torch.optim.SGD(student.parameters(), lr=0.01), []
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses.append(task.train()(images, labels)["loss"])
+            losses[-1].backward()
+            optimizer.step()
+        results.append(torch.stack(losses).detach())
+    torch.testing.assert_close(*results)
+    (tmp_path / "script.py").write_text("import sys, timm.task; print(timm.task.LogitDistillationTask.__name__, *sys.argv[1:])")
+    assert run("timm_script.py", "script.py", "DATA") == "FastLogitDistillationTask DATA\n"
+
+
+def test_mdistiller():
+    """The file names nothing that mdistiller's settings and ours do not have."""
+    import importlib.util
+
+    import yaml
+
+    place = Path(__file__).parents[1] / "integrations" / "mdistiller_stub.py"
+    spec = importlib.util.spec_from_file_location("mdistiller_stub", place)
+    stub = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stub)
+    stub.install()
+    from mdistiller.distillers import distiller_dict
+
+    from stablekd_fast import models
+    from stablekd_fast.integrations import mdistiller
+
+    class Both(torch.nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.model = models.build(name, 10, 8)
+
+        def forward(self, images):
+            return self.model(images), {"feats": []}
+
+    content = yaml.safe_load((EXAMPLES / "mdistiller" / "stablekd_res56_res20.yaml").read_text())
+    cfg = mdistiller.CFG.clone()
+    for section in ("DISTILLER", "StableKD"):
+        cfg.merge_from_list([word for name, value in content[section].items() for word in (f"{section}.{name}", value)])
+    student, teacher = Both(cfg.DISTILLER.STUDENT), Both(cfg.DISTILLER.TEACHER)
+    batches = [(torch.randn(8, 3, 8, 8), torch.randint(10, (8,))) for _ in range(2)]
+    with torch.no_grad():
+        [teacher.train()(images) for images, _ in batches]
+    distiller = distiller_dict[cfg.DISTILLER.TYPE](student, teacher, cfg)
+    assert torch.isfinite(stub.train(distiller, cfg, batches, [1, 181])).all()
