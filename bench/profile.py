@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from stablekd_fast.bench.core import pinned
-from stablekd_fast.bench.teacher import Arm, Images, Pair, cached, make_pair, scratch
+from stablekd_fast.bench.core import pinned, scratch
+from stablekd_fast.bench.teacher import Arm, Images, Pair, cached, make_pair
 from stablekd_fast.blocks import pick_fusion
 from stablekd_fast.data import Dataset
 from stablekd_fast.step import GroupStep, Objectives, load_batch
