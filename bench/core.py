@@ -105,17 +105,16 @@ class Timing:
 
 @dataclass
 class Measured:
-    """What a bench found: rows of its cases, further tables by name, and under which settings.
+    """What a bench found: rows of its cases, further tables by title, and under which settings.
 
-    `refused`: why cases have no rows. `faults`: what does not hold that should. `facts`: single numbers.
+    `refused`: why cases have no rows. `origin`: machine, versions and settings, if not those of here and now.
     """
 
     rows: list[dict] = field(default_factory=list)
     tables: dict[str, list[dict]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    origin: dict[str, dict] = field(default_factory=dict)
 
     def take(self, find: Callable[[], list[dict]], show: Callable[[list[dict]], None]) -> list[dict]:
         """Keep and show the rows that `find` gives; none, and a reason in `refused`, if a result is wrong."""
