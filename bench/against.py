@@ -50,7 +50,8 @@ def fallen(rows: Sequence[dict], least: float) -> list[str]:
     StableKDError if there is no such row: a check of nothing must not pass.
     """
     key = "ratio_against" if any("ratio_against" in row for row in rows) else "ratio"
-    watched = [row for row in rows if row.get("ours") and row["contender"] != row["baseline"] and row.get(key) is not None]
+    ours = [row for row in rows if row.get("role") == "ours" and row["contender"] != row["baseline"]]
+    watched = [row for row in ours if row.get(key) is not None]
     if not watched:
         raise StableKDError(f"No row can be held to --fail-below {least:g}; --against a file of the same bench and cases.")
     what = "of its earlier ratio to" if key == "ratio_against" else "times"

@@ -47,8 +47,8 @@ def _case(batch: int, setting: Setting) -> Case:
         [
             *_torchvision(stores, draw),
             *_indexing(draw, setting),
-            Contender("stablekd", lambda: _ours(draw, channels_last=True), ours=True),
-            Contender("stablekd-contiguous", lambda: _ours(draw, channels_last=False), ours=True),
+            Contender("stablekd", lambda: _ours(draw, channels_last=True), role="ours"),
+            Contender("stablekd-contiguous", lambda: _ours(draw, channels_last=False), role="ours"),
             *floor_contenders(pixels, 4 * pixels, setting.device),
         ],
         "torchvision-one-crop",

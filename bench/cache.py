@@ -119,10 +119,10 @@ def _contenders(folder: Path, rows: Rows, row_bytes: int) -> list[Contender]:
         return rows.values[first : first + len(rows.out[0])].double()
 
     contenders = [
-        Contender("memcpy", in_order, "in order", _settle, expected=lambda: rows.in_order(1).double()),
-        Contender("memcpy", row_by_row, "row by row", _settle, expected=rows.expected),
-        Contender("read() in order", read, prepare=_settle, expected=expected_read),
-        Contender("stablekd", rows.gather, prepare=_settle, expected=rows.expected, ours=True),
+        Contender("memcpy", in_order, "in order", _settle, expected=lambda: rows.in_order(1).double(), role="limit"),
+        Contender("memcpy", row_by_row, "row by row", _settle, expected=rows.expected, role="limit"),
+        Contender("read() in order", read, prepare=_settle, expected=expected_read, role="limit"),
+        Contender("stablekd", rows.gather, prepare=_settle, expected=rows.expected, role="ours"),
     ]
     if row_bytes == 64 << 10:
         wanted = rows.batches[0]
@@ -180,9 +180,10 @@ def disk_rows(folder: Path, total: int, rounds: int) -> list[dict]:
     for file in direct:
         os.close(file)
     rows.store.close()
-    arms = [Contender(name, call, ours=name == "stablekd") for name, call in contenders.items()]
+    arms = [Contender(name, call, role="ours" if name == "stablekd" else "limit") for name, call in contenders.items()]
     extras = {"bytes": len(rows.batches[0]) * row_bytes, "rows": len(rows.batches[0])}
-    case = Case("cache", f"from disk, rows of {row_bytes >> 10} KiB", arms, "direct reads", rows.expected, 0.0, extras, "direct reads")
+    name = f"from disk, rows of {row_bytes >> 10} KiB"
+    case = Case("cache", name, arms, "direct reads", rows.expected, 0.0, extras, "direct reads")
     return core.rows(case, [Timing(arm, 1, taken[arm.name]) for arm in arms])
 
 

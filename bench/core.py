@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch._inductor.config
@@ -31,6 +31,7 @@ from stablekd_fast.report import machine
 
 Result = Tensor | Sequence[Tensor]
 Tolerance = float | Sequence[float]
+Role = Literal["rival", "ours", "limit"]
 
 TIMING_SECONDS = 2e-3
 """A timing lasts at least about this long: faster contenders are called several times in a row."""
@@ -51,9 +52,9 @@ class Contender:
 
     `prepare` runs before each timing and is not timed. Contenders of one name that differ in `variant` are settings
     of one rival: the fastest stands for the name. `expected` and `tolerance` replace those of the case where the
-    contender computes something else (a memory floor, a rival on easier terms). `ours` tells this project's own from
-    rivals and limits. `flops` are the floating-point operations of a call where arithmetic is the limit, and `limit`
-    replaces that of the case. `extras` go into its row.
+    contender computes something else (a memory floor, a rival on easier terms). A `role` of "limit" has
+    what does less than the task. `flops` are the floating-point operations of a call where arithmetic is the limit, and
+    `limit` replaces that of the case. `extras` go into its row.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Contender:
     prepare: Callable[[], None] | None = None
     expected: Callable[[], Result] | None = None
     tolerance: Tolerance | None = None
-    ours: bool = False
+    role: Role = "rival"
     flops: float | None = None
     limit: str | None = None
     extras: dict[str, Any] = field(default_factory=dict)
@@ -250,7 +251,7 @@ def _row(case: Case, timing: Timing, fastest: dict[str, Timing]) -> dict:
         "bench": case.bench,
         "case": case.name,
         "contender": contender.name,
-        "ours": contender.ours,
+        "role": contender.role,
         "median_seconds": timing.median,
         "spread_seconds": _half_interquartile_range(timing.seconds),
         "ratio": _ratio(fastest[case.baseline], timing),

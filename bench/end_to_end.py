@@ -159,37 +159,33 @@ def _kind(found: Trained, stage: dict) -> str:
 
 
 def _wall_rows(found: Trained, speeds: dict[str, list[dict]], goal: Trained) -> list[dict]:
-    """A row for each way to run the method's steps, against the goal's in plain PyTorch. `spread_seconds` is that of a run whose
-    steps all lie at the edge of theirs."""
-    baseline = _total(goal, PLAIN, "median_seconds", speeds)
-    rows = []
-    for way in (PLAIN, TUNED, LIVE, CACHE):
-        seconds = _total(found, way, "median_seconds", speeds)
-        if seconds is not None:
-            limit = _total(found, way, "limit_seconds", speeds)
-            rows.append({
-                "bench": "end-to-end",
-                "case": f"wall seconds to the accuracy of {goal.method} after {goal.epochs:g} epochs",
-                "contender": f"{found.method}, {way}",
-                "ours": way in (LIVE, CACHE),
-                "median_seconds": seconds,
-                "spread_seconds": _total(found, way, "spread_seconds", speeds),
-                "ratio": baseline / seconds,
-                "baseline": f"{goal.method}, {PLAIN}",
-                "variant": f"{found.epochs:g} epochs",
-                "limit": "peak",
-                "limit_seconds": limit,
-                "share_of_limit": limit / seconds,
-            })  # fmt: skip
-    return rows
+    """A row for each way to run the method's steps, against the goal's in plain PyTorch. `spread_seconds` is that of a run
+    whose steps all lie at the edge of theirs."""
+    baseline = _totals(goal, PLAIN, speeds)["median_seconds"]
+    ways = {way: _totals(found, way, speeds) for way in (PLAIN, TUNED, LIVE, CACHE)}
+    return [
+        {
+            "bench": "end-to-end",
+            "case": f"wall seconds to the accuracy of {goal.method} after {goal.epochs:g} epochs",
+            "contender": f"{found.method}, {way}",
+            "role": "ours" if way in (LIVE, CACHE) else "rival",
+            **seconds,
+            "ratio": baseline / seconds["median_seconds"],
+            "baseline": f"{goal.method}, {PLAIN}",
+            "variant": f"{found.epochs:g} epochs",
+            "limit": "peak",
+            "share_of_limit": seconds["limit_seconds"] / seconds["median_seconds"],
+        }
+        for way, seconds in ways.items()
+        if seconds["median_seconds"] > 0
+    ]
 
 
-def _total(found: Trained, way: str, what: str, speeds: dict[str, list[dict]]) -> float | None:
-    """Of all steps of a run; None if its steps cannot be run this way."""
-    total = 0.0
+def _totals(found: Trained, way: str, speeds: dict[str, list[dict]]) -> dict[str, float]:
+    """Seconds of all steps of a run; 0 if its steps cannot be run this way."""
+    totals = dict.fromkeys(("median_seconds", "spread_seconds", "limit_seconds"), 0.0)
     for stage in found.stages:
-        values = [row[what] for row in speeds[_kind(found, stage)] if row["contender"] == way]
-        if not values:
-            return None
-        total += stage["steps"] * values[0]
-    return total
+        for row in speeds[_kind(found, stage)]:
+            if row["contender"] == way:
+                totals = {what: total + stage["steps"] * row[what] for what, total in totals.items()}
+    return totals

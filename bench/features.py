@@ -98,7 +98,7 @@ def _coded_case(features: Map, code: torch.dtype, setting: Setting) -> Case:
     beside = Contender(
         "stablekd-wide-target",
         lambda: kernels.feature_mse_with_grad(student, wide),
-        ours=True,
+        role="ours",
         extras={"bytes": student.nbytes + wide.nbytes + student.nbytes},
     )
     name = f"plain, {_name(code)} target, {features}"
@@ -152,7 +152,7 @@ def _codec_case(
     result = ours()
     read = sum(tensor.nbytes for tensor in operands)
     written = sum(tensor.nbytes for tensor in ([result] if isinstance(result, Tensor) else result))
-    contenders += [Contender("stablekd", ours, ours=True), *floor_contenders(read, written, setting.device)]
+    contenders += [Contender("stablekd", ours, role="ours"), *floor_contenders(read, written, setting.device)]
     return Case("kernels", name, contenders, "eager", expected, tolerance, {"bytes": read + written}, FLOOR)
 
 

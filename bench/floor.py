@@ -81,7 +81,7 @@ def _contender(
     def expected() -> Tensor:
         return torch.cat([left.double() + right, 2 * original.double(), torch.ones_like(filled, dtype=torch.float64)])
 
-    return Contender(FLOOR, call, variant, expected=expected, tolerance=1e-6)
+    return Contender(FLOOR, call, variant, expected=expected, tolerance=1e-6, role="limit")
 
 
 def _torch_add(a: Tensor, b: Tensor, out: Tensor) -> None:

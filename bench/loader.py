@@ -63,8 +63,9 @@ class Work:
     def source(self, loader: str, workers: int) -> TrainSource:
         """Every pass shows the same view, in an order of its own."""
         data = self.dataset
+        batches = {"batch_size": self.batch_size, "seed": SEED, "views": 1}
         return TrainSource(
-            self.split, data.augmentation, data.mean, data.std, batch_size=self.batch_size, seed=SEED, views=1, loader=loader, workers=workers
+            self.split, data.augmentation, data.mean, data.std, **batches, loader=loader, workers=workers
         )
 
     def order(self) -> list[np.ndarray]:
@@ -142,17 +143,19 @@ def large_case(work: Work) -> Case:
         return work.normalised(torch.stack(crops))
 
     extras = {"images": work.batches * work.batch_size}
-    exact = 1e-6
-    contenders = [Contender("stablekd, torchvision", _consumer(work, "torchvision", w), f"{w} threads", tolerance=exact, ours=True) for w in _workers(work)]
-    if dali_missing() is None:
-        contenders += [Contender("stablekd, dali", _consumer(work, "dali", w), f"{w} threads", ours=True) for w in _workers(work)]
+    contenders = []
+    for name, tolerance in {"torchvision": 1e-6, **({} if dali_missing() else {"dali": RESAMPLING})}.items():
+        for w in _workers(work):
+            call = _consumer(work, name, w)
+            contenders.append(Contender(f"stablekd, {name}", call, f"{w} threads", tolerance=tolerance, role="ours"))
     plain, tensors = _LargeImages(work, boxes, flips), _LargeTensors(work, boxes, flips)
     for w in _workers(work):
         contenders.append(Contender("torchvision DataLoader", _loader(plain, work, order, w), f"{w} processes"))
         contenders.append(Contender("torchvision DataLoader, tensors", _loader(tensors, work, order, w), f"{w} processes"))
     contenders.append(Contender("Pillow in threads", _threads(plain, work, order)))
     contenders.append(_pure_decode(work, order))
-    return Case("loader", f"{work.dataset.name}, {work.dataset.augmentation.size} px", contenders, "torchvision DataLoader", expected, RESAMPLING, extras, PURE_DECODE)
+    name = f"{work.dataset.name}, {work.dataset.augmentation.size} px"
+    return Case("loader", name, contenders, "torchvision DataLoader", expected, RESAMPLING, extras, PURE_DECODE)
 
 
 def _pure_decode(work: Work, order: list[np.ndarray]) -> Contender:
@@ -171,7 +174,7 @@ def _pure_decode(work: Work, order: list[np.ndarray]) -> Contender:
 
     last = int(order[-1][-1])
     expected = lambda: decode_rgb(records.read(last), records.name(last)).permute(2, 0, 1).double()  # noqa: E731
-    return Contender(PURE_DECODE, call, f"{work.workers} threads", expected=expected, tolerance=0.0)
+    return Contender(PURE_DECODE, call, f"{work.workers} threads", expected=expected, tolerance=0.0, role="limit")
 
 
 def _threads(images: _LargeImages, work: Work, order: list[np.ndarray]) -> Callable[[], Tensor]:
@@ -210,7 +213,7 @@ def small_case(work: Work) -> Case:
     def expected() -> Tensor:
         return torch.stack([images[k] for k in order[0].tolist()]).double()
 
-    contenders = [Contender("stablekd, resident", _consumer(work, "resident", 0), ours=True)]
+    contenders = [Contender("stablekd, resident", _consumer(work, "resident", 0), role="ours")]
     contenders += [Contender("torchvision DataLoader", _loader(images, work, order, w), f"{w} processes") for w in _workers(work)]
     contenders += _memory_floor(work, images[0].numel())
     extras = {"images": work.batches * work.batch_size}
@@ -269,8 +272,15 @@ def _first_of(batches: Iterator[Tensor]) -> Tensor:
 
 
 def run_loader(
-    small: str | None, large: str | None, rounds: int, show: Callable[[list[dict]], None], *, batch_size: int = 64, workers: int | None = None
+    small: str | None,
+    large: str | None,
+    rounds: int,
+    show: Callable[[list[dict]], None],
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
 ) -> Measured:
+    """Of the cases of `cases`. `workers`: threads or processes; all usable cores by default."""
     with pinned() as settings:
         workers = workers or settings["threads"]
         measured = measure_cases(cases(small, large, batch_size, workers), rounds, show)

@@ -77,9 +77,10 @@ def loss_case(loss: Loss, setting: Setting, extra: tuple[Contender, ...] = ()) -
     if setting.compile:
         contenders += _compiled(loss)
     ours = (loss.student, *loss.arguments)
+    differentiated = _by_autograd(lambda leaf, *_: op(leaf, *loss.arguments, **loss.options), loss)
     contenders += [
-        Contender("stablekd", lambda: fused(*ours, **loss.options), ours=True),
-        Contender("stablekd-autograd", _by_autograd(lambda leaf, *_: op(leaf, *loss.arguments, **loss.options), loss), ours=True),
+        Contender("stablekd", lambda: fused(*ours, **loss.options), role="ours"),
+        Contender("stablekd-autograd", differentiated, role="ours"),
         *extra,
         *floor_contenders(loss.bytes_read, loss.bytes_written, setting.device, (loss.student, *loss.operands)),
     ]

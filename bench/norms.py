@@ -38,7 +38,7 @@ def _case(features: Map, setting: Setting) -> Case:
     contenders = [Contender("eager", _both(_plain, operands, gradient))]
     if setting.compile:
         contenders.append(Contender("compiled", _both(torch.compile(_plain, dynamic=False), operands, gradient)))
-    contenders.append(Contender("stablekd", _both(_fused, operands, gradient), ours=True))
+    contenders.append(Contender("stablekd", _both(_fused, operands, gradient), role="ours"))
     read, written = 5 * x.nbytes, 3 * x.nbytes  # forward x, residual; backward gradient, x, y. y, and both gradients
     contenders += floor_contenders(read, written, setting.device)
     exact = _both(_plain, tuple(tensor.double() for tensor in operands), gradient.double())

@@ -92,8 +92,8 @@ def cells_of(row: dict) -> dict[str, str]:
     cells = {
         "contender": f"{row['contender']} ({variant})" if variant else row["contender"],
         "ratio": _ratio_text(row),
-        "ms": f"{1e3 * row['median_seconds']:.3g}",
-        "± ms": f"{1e3 * row['spread_seconds']:.2g}",
+        "ms": _milliseconds(row["median_seconds"]),
+        "± ms": _milliseconds(row["spread_seconds"]),
         "of limit": _limit_text(row),
     }
     for key, name in COMPARED.items():
@@ -102,19 +102,24 @@ def cells_of(row: dict) -> dict[str, str]:
     return cells
 
 
-def has_own_task(row: dict) -> bool:
-    """Whether the row measures a limit of another unit of work than the case's: its time stands beside no other."""
+def _milliseconds(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _has_own_task(row: dict) -> bool:
+    """Whether the row measures a limit by work of its own: its time stands beside no other."""
     return row["contender"] == row.get("limit") and "flops" in row
 
 
 def _ratio_text(row: dict) -> str:
-    if has_own_task(row):
+    if _has_own_task(row):
         return ""
     return "baseline" if row["contender"] == row["baseline"] else f"{row['ratio']:.2f}"
 
 
 def _limit_text(row: dict) -> str:
-    if has_own_task(row):
+    if _has_own_task(row):
         return f"{row['gflops_per_second']:.0f} GFLOP/s"
     if row.get("limit") in (None, row["contender"]):
         return ""

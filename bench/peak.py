@@ -25,7 +25,8 @@ def peak_contenders(precision: str) -> list[Contender]:
     generator = torch.Generator().manual_seed(SEED)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
     left, right = draw(1024, 1024), draw(1024, 1024)
-    images, weights = (draw(*shape).contiguous(memory_format=torch.channels_last) for shape in ((8, 128, 28, 28), (128, 128, 3, 3)))
+    images, weights = draw(8, 128, 28, 28), draw(128, 128, 3, 3)
+    images, weights = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (images, weights))
     calls = {
         "matrix product": (torch.matmul, (left, right)),
         "3x3 convolution": (lambda x, w: nn.functional.conv2d(x, w, padding=1), (images, weights)),
@@ -33,16 +34,17 @@ def peak_contenders(precision: str) -> list[Contender]:
     return [_contender(precision, name, call, operands, tolerance) for name, (call, operands) in calls.items()]
 
 
-def _contender(precision: str, variant: str, function: Callable[..., Tensor], operands: tuple[Tensor, ...], tolerance: float) -> Contender:
+def _contender(
+    precision: str, variant: str, function: Callable[..., Tensor], operands: tuple[Tensor, ...], tolerance: float
+) -> Contender:
     def call() -> Tensor:
         return function(*operands)
 
     def expected() -> Tensor:
         return function(*(tensor.double() for tensor in operands))
 
-    return Contender(
-        peak(precision), call, variant, expected=expected, tolerance=tolerance, flops=count_flops(call), limit=peak(precision)
-    )
+    name, flops = peak(precision), count_flops(call)
+    return Contender(name, call, variant, expected=expected, tolerance=tolerance, role="limit", flops=flops, limit=name)
 
 
 def count_flops(call: Callable[[], object]) -> int:

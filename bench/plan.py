@@ -43,7 +43,7 @@ def _rows(runs: list[dict], budgets: Sequence[str], name: str) -> list[dict]:
     for budget in budgets:
         own = [run for run in runs if run["budget"] == budget]
         extras = {key: own[-1][key] for key in ("kept", "predicted_seconds")}
-        contender = Contender(f"budget {budget}", lambda: [], own[-1]["kept"], ours=True, extras=extras)
+        contender = Contender(f"budget {budget}", lambda: [], own[-1]["kept"], role="ours", extras=extras)
         timings.append(Timing(contender, 1, [run["measured_seconds"] for run in own]))
     case = Case("plan", name, [timing.contender for timing in timings], f"budget {budgets[0]}", lambda: [], 0.0)
     return core.rows(case, timings)

@@ -41,9 +41,8 @@ class Phases:
 def profile_steps(folder: Path, images: Images, trace: Path | None) -> Measured:
     """A table for each pair, as `profile_step` gives it. Leaves nothing in `folder`."""
     with scratch(folder) as own, pinned() as pins:
-        tables = {
-            f"{pair.name}: milliseconds per step": profile_step(pair, dataset, own, trace) for pair, dataset in images.of_pairs()
-        }
+        profiles = {pair.name: profile_step(pair, dataset, own, trace) for pair, dataset in images.of_pairs()}
+    tables = {f"{name}: milliseconds per step": rows for name, rows in profiles.items()}
     return Measured(tables=tables, settings=pins)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from stablekd_fast.bench.output import by_case, cells_of, has_own_task
+from stablekd_fast.bench.output import by_case, cells_of
 from stablekd_fast.report import page, palette
 
 KINDS = ("ours", "rival", "baseline", "limit")
@@ -51,15 +51,16 @@ def _summary(cases: Sequence[list[dict]]) -> str:
         return ""
     cells = [[escape(text) for text in line.values()] for line in lines]
     notes = "The fastest of ours, and how many times less time it takes than the baseline and than the fastest rival."
-    return page.section("Summary", notes, page.table(list(lines[0]), cells, emphasised="vs baseline"))
+    return page.section("Summary", notes, page.table(list(lines[0]), cells, numbers=True, emphasised="vs baseline"))
 
 
 def _summary_line(rows: Sequence[dict]) -> dict[str, str] | None:
-    ours = [row for row in rows if row.get("ours")]
-    if not ours:
+    best, rival = (
+        min((row for row in rows if row.get("role") == role), key=lambda row: row["median_seconds"], default=None)
+        for role in ("ours", "rival")
+    )
+    if best is None:
         return None
-    rivals = [row for row in rows if _kind(row) in ("rival", "baseline") and row["contender"] != row.get("limit")]
-    best, rival = (min(some, key=lambda row: row["median_seconds"], default=None) for some in (ours, rivals))
     return {
         "case": rows[0]["case"],
         "fastest of ours": best["contender"],
@@ -72,9 +73,9 @@ def _summary_line(rows: Sequence[dict]) -> dict[str, str] | None:
 def _case(number: int, rows: Sequence[dict]) -> str:
     from stablekd_fast.report import plots  # matplotlib is slow to import, and only a page needs it
 
-    bars = [_bar(row) for row in rows if _kind(row) != "limit"]
-    kinds = [kind for kind in KINDS if kind == "limit" and _limited(bars) or any(KINDS[bar["colour"]] == kind for bar in bars)]
-    legend = page.legend([(f"--bench-{KINDS.index(kind)}", kind) for kind in kinds])
+    bars = [_bar(row) for row in rows if row["contender"] != row.get("limit") or _kind(row) == "baseline"]
+    shown = {bar["colour"] for bar in bars} | {KINDS.index("limit") for bar in bars if bar["limit_seconds"] is not None}
+    legend = page.legend([(f"--bench-{kind}", KINDS[kind]) for kind in sorted(shown)])
     figure = page.figure(plots.timing_bars(bars, f"case-{number}")) if bars else ""
     lines = [{name.replace("\n", " "): text for name, text in cells_of(row).items()} for row in rows]
     cells = [[escape(text) for text in line.values()] for line in lines]
@@ -83,22 +84,14 @@ def _case(number: int, rows: Sequence[dict]) -> str:
     return page.section(rows[0]["case"], notes, legend + figure + table)
 
 
-def _limited(bars: Sequence[dict]) -> bool:
-    return any(bar["limit_seconds"] is not None for bar in bars)
-
-
 def _kind(row: dict) -> str:
     """A baseline that is the limit as well is shown as the baseline."""
-    if row["contender"] == row["baseline"]:
-        return "baseline"
-    if row["contender"] == row.get("limit"):
-        return "limit"
-    return "ours" if row.get("ours") else "rival"
+    return "baseline" if row["contender"] == row["baseline"] else row.get("role", "rival")
 
 
 def _bar(row: dict) -> dict:
     cells = cells_of(row)
-    ratio = "" if _kind(row) == "baseline" or has_own_task(row) else f" · {cells['ratio']}×"
+    ratio = "" if _kind(row) == "baseline" else f" · {cells['ratio']}×"
     return {
         "label": row["contender"],
         "note": f"{cells['ms']} ms{ratio}",

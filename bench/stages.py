@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.assemble import objectives_of
-from stablekd_fast.bench.core import Case, Contender, measure
+from stablekd_fast.bench.core import Case, Contender, Role, measure
 from stablekd_fast.bench.loops import OrdinaryStage
 from stablekd_fast.bench.peak import count_flops, peak, peak_contenders
 from stablekd_fast.bench.teacher import Arm, Pair, cached, make_pair
@@ -35,7 +35,7 @@ class StageBench:
         self.precision, self.folder = precision, folder
 
     def seconds(self, method: str, groups: list[list[int]], batch: int, rounds: int) -> list[dict]:
-        """A row for each way to run the stage, and for the limit of arithmetic. Raises WrongResult if one computes something else."""
+        """A row for each way to run the stage, and for the limits. Raises WrongResult if one computes something else."""
         return measure(self.case(method, groups, batch), rounds)
 
     def case(self, method: str, groups: list[list[int]], batch: int) -> Case:
@@ -46,7 +46,7 @@ class StageBench:
             contenders.append(_contender(TUNED, tuned.train, reference, "bf16"))
         for name in (LIVE,) if method == "ce" else (LIVE, CACHE):
             arm = self._engine(method, groups, batch, from_cache=name == CACHE)
-            contenders.append(_contender(name, arm.losses, reference, self.precision, ours=True))
+            contenders.append(_contender(name, arm.losses, reference, self.precision, role="ours"))
         for precision in sorted({"fp32", self.precision} | ({"bf16"} if cpu_has_bf16() else set())):
             contenders += peak_contenders(precision)
         title = f"{method}, {'|'.join(group_name(group) for group in groups)}, batch {batch}"
@@ -85,7 +85,7 @@ class StageBench:
 
 
 def _contender(
-    name: str, call: Callable[[], list[Tensor]], reference: OrdinaryStage, precision: str, *, ours: bool = False
+    name: str, call: Callable[[], list[Tensor]], reference: OrdinaryStage, precision: str, *, role: Role = "rival"
 ) -> Contender:
     """Its losses are to be the reference's on the batch that it takes next."""
 
@@ -94,4 +94,4 @@ def _contender(
         return reference.train()
 
     flops, limit = count_flops(call), peak(precision)
-    return Contender(name, call, expected=expected, tolerance=TOLERANCES[precision], ours=ours, flops=flops, limit=limit)
+    return Contender(name, call, expected=expected, tolerance=TOLERANCES[precision], role=role, flops=flops, limit=limit)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stablekd_fast.bench.core import Case, Contender, Measured, measure, pinned, scratch
+from stablekd_fast.bench.core import Case, Contender, Measured, Role, measure, pinned, scratch
 from stablekd_fast.bench.loops import Loop, OrdinaryBlockwise, OrdinaryKD, TorchdistillKD
 from stablekd_fast.bench.peak import count_flops, peak, peak_contenders
 from stablekd_fast.bench.teacher import Arm, Images, Pair, cached, make_pair
@@ -118,18 +118,18 @@ def step_case(pair: Pair, dataset: Dataset, folder: Path, compiled: bool) -> tup
     flops = {name: count_flops(arms[name].losses) for name in ("ours, relay", "ours, cache")}
     for name, arm in arms.items():
         right = partial(_eager_losses, contest.ours(), arm) if "emulated" in name else expected.of(arm)
-        contenders.append(_contender(name, arm.losses, right, flops.get(name, flops["ours, cache"]), ours=True))
+        contenders.append(_contender(name, arm.losses, right, flops.get(name, flops["ours, cache"]), "ours"))
     alone = Operations(contest.ours())
-    contenders.append(_contender("ours, operations alone", alone.run, expected.of(alone.arm), flops["ours, cache"]))
+    contenders.append(_contender("ours, operations alone", alone.run, expected.of(alone.arm), flops["ours, cache"], "limit"))
     for precision in sorted({_precision(contender.name) for contender in contenders}):
         contenders += peak_contenders(precision)
     return Case("step", pair.name, contenders, "KD loop", expected.kd.train, TOLERANCE, {"images": pair.batch}), arms
 
 
-def _contender(name: str, call: Callable[[], list[Tensor]], expected: Callable, flops: int, *, ours: bool = False) -> Contender:
+def _contender(name: str, call: Callable[[], list[Tensor]], expected: Callable, flops: int, role: Role = "rival") -> Contender:
     tolerance = 0.0 if "emulated" in name else BF16_TOLERANCE if "bf16" in name else TOLERANCE
     limit = peak(_precision(name))
-    return Contender(name, call, expected=expected, tolerance=tolerance, ours=ours, flops=flops, limit=limit)
+    return Contender(name, call, expected=expected, tolerance=tolerance, role=role, flops=flops, limit=limit)
 
 
 def _precision(name: str) -> str:

@@ -27,7 +27,7 @@ from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_b
 from stablekd_fast.teacher import Relay, Teacher
 
 LOGITS = "fp32"
-RIVAL, LIMIT = "prefix run again", "students alone"
+RERUN, ALONE = "prefix run again", "students alone"
 
 
 @dataclass(frozen=True)
@@ -151,20 +151,20 @@ def feeding_case(pair: Pair, dataset: Dataset, folder: Path) -> Case:
     """The four ways to feed the blocks of one pair."""
     paired, source, batches = make_pair(pair, dataset)
     arms = {
-        RIVAL: Arm(paired, Rerun(paired), batches),
+        RERUN: Arm(paired, Rerun(paired), batches),
         "relay": Arm(paired, Relay(paired), batches),
     }
     for codec in ("fp32", "bf16", "int8"):
         name = "cache" if codec == "fp32" else f"cache, {codec}"
         arms[name] = Arm(paired, cached(paired, source, batches, folder / "pair" / str(pair.size), codec), batches)
     rounded = {"cache, bf16": 4e-3, "cache, int8": 4e-3}
-    contenders = [
-        Contender(name, arm.train, expected=arm.expected, tolerance=rounded.get(name, 0.0), ours=name != RIVAL)
-        for name, arm in arms.items()
-    ]
+    contenders = []
+    for name, arm in arms.items():
+        role = "rival" if name == RERUN else "ours"
+        contenders.append(Contender(name, arm.train, expected=arm.expected, tolerance=rounded.get(name, 0.0), role=role))
     limit = Arm(paired, Relay(paired), batches)
-    contenders.append(Contender(LIMIT, limit.students, expected=partial(limit.expected, 0)))
-    return Case("teacher", pair.name, contenders, RIVAL, limit.expected, 0.0, {"images": pair.batch}, LIMIT)
+    contenders.append(Contender(ALONE, limit.students, expected=partial(limit.expected, 0), role="limit"))
+    return Case("teacher", pair.name, contenders, RERUN, limit.expected, 0.0, {"images": pair.batch}, ALONE)
 
 
 def size_case(dataset: Dataset, folder: Path) -> Case:
@@ -174,7 +174,7 @@ def size_case(dataset: Dataset, folder: Path) -> Case:
         pair = Pair(name, SMALL.student, SMALL.size, SMALL.batch)
         paired, source, batches = make_pair(pair, dataset)
         arm = Arm(paired, cached(paired, source, batches, folder / "sizes" / name, "fp32"), batches)
-        contenders.append(Contender(f"cache of {name}", arm.train, expected=arm.expected, ours=True))
+        contenders.append(Contender(f"cache of {name}", arm.train, expected=arm.expected, role="ours"))
     return Case("teacher", "teachers of two sizes", contenders, "cache of resnet110", contenders[0].expected, 0.0,
                 {"images": SMALL.batch})  # fmt: skip
 

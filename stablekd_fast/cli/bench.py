@@ -73,13 +73,14 @@ def _exit_code(faults: list[str]) -> int:
 
 
 def _settings(name: str, asked) -> dict:
-    """The command, with the bare names of files and folders, and what every bench has."""
+    """What every bench records: the command, with bare names of files and folders, seeds and rounds."""
     from stablekd_fast.bench.core import SEED
 
-    words = ["stablekd", "bench", name]
+    words, defaults = ["stablekd", "bench", name], _parsers()[name].get_defaults()
     for option, value in vars(asked).items():
-        if option not in WITHOUT_EFFECT and value not in (None, False):
-            words += [f"--{option.replace('_', '-')}", *([] if value is True else [Path(str(value)).name])]
+        if option not in WITHOUT_EFFECT and value != defaults[option]:
+            flag = f"--{'no-' if value is False else ''}{option.replace('_', '-')}"
+            words += [flag] if isinstance(value, bool) else [flag, Path(str(value)).name]
     seeds = list(range(asked.seeds)) if "seeds" in asked else [SEED]
     return {"command": shlex.join(words), "seeds": seeds, **({"rounds": asked.rounds} if "rounds" in asked else {})}
 
@@ -207,7 +208,13 @@ HELPS = {
 
 
 def add_commands(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.ArgumentParser]:
-    chosen = bench.add_subcommands(required=True, dest="name")
+    chosen, benches = bench.add_subcommands(required=True, dest="name"), _parsers()
+    for name, parser in benches.items():
+        chosen.add_subcommand(name, parser, help=HELPS[name])
+    return benches
+
+
+def _parsers() -> dict[str, jsonargparse.ArgumentParser]:
     benches = {name: jsonargparse.ArgumentParser(exit_on_error=False) for name in COMMANDS}
     _add_kernels(benches["kernels"])
     _add_networks(benches)
@@ -216,7 +223,6 @@ def add_commands(bench: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.A
     benches["show"].add_argument("file", type=str, help="file of an earlier --json")
     for name, parser in benches.items():
         _add_output(parser, ROUNDS.get(name))
-        chosen.add_subcommand(name, parser, help=HELPS[name])
     return benches
 
 

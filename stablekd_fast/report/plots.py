@@ -120,7 +120,7 @@ def timing_bars(rows: list[dict], name: str) -> str:
         for place, row in enumerate(rows):
             median, spread = 1e3 * row["median_seconds"], 1e3 * row["spread_seconds"]
             axes.barh(place, median, height=0.62, color=series(row["colour"]), alpha=0.85)
-            axes.plot([median - spread, median + spread], [place, place], color="black", linewidth=1.4)
+            axes.plot([max(median - spread, 0), median + spread], [place, place], color="black", linewidth=1.4)
             if row.get("limit_seconds") is not None:
                 limit = 1e3 * row["limit_seconds"]
                 axes.plot([limit, limit], [place - 0.44, place + 0.44], color=series(LIMIT_COLOUR), linewidth=2.6)
