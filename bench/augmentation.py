@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as v2
 from stablekd_fast import kernels
 from stablekd_fast.bench import rivals
 from stablekd_fast.bench.core import Case, Contender
-from stablekd_fast.bench.floor import floor_contenders
+from stablekd_fast.bench.floor import FLOOR, floor_contenders
 from stablekd_fast.bench.losses import Setting
 
 SIDE, PADDING, IMAGES = 32, 4, 10_000
@@ -47,14 +47,15 @@ def _case(batch: int, setting: Setting) -> Case:
         [
             *_torchvision(stores, draw),
             *_indexing(draw, setting),
-            Contender("stablekd", lambda: _ours(draw, channels_last=True)),
-            Contender("stablekd-contiguous", lambda: _ours(draw, channels_last=False)),
+            Contender("stablekd", lambda: _ours(draw, channels_last=True), role="ours"),
+            Contender("stablekd-contiguous", lambda: _ours(draw, channels_last=False), role="ours"),
             *floor_contenders(pixels, 4 * pixels, setting.device),
         ],
         "torchvision-one-crop",
         lambda: _torchvision_per_sample(by_pixel, draw, torch.float64),
         TOLERANCE,
         {"bytes": 5 * pixels},
+        FLOOR,
     )
 
 

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stablekd_fast.bench import core
-from stablekd_fast.bench.core import Case, Contender, Timing, WrongResult, measure, pinned
+from stablekd_fast.bench.core import SEED, Case, Contender, Measured, Timing, WrongResult, measure_cases, pinned, scratch
 from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.shard import Part, as_bytes, drop_pages
 from stablekd_fast.cache.store import READING_THREADS, RowStore
@@ -48,7 +49,7 @@ class Rows:
         for path in folder.glob("shard-*"):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
         batch = max(BATCH, _BATCH_BYTES // row_bytes)
         batches = order[: max(1, count // batch) * batch].split(batch) if count >= batch else [order]
         return Rows(store, values, batches, store.empty(len(batches[0])))
@@ -87,6 +88,7 @@ def page_cache_cases(folder: Path, total: int) -> Iterator[Case]:
             rows.expected,
             0.0,
             {"bytes": len(rows.batches[0]) * row_bytes, "rows": len(rows.batches[0])},
+            "memcpy",
         )
         rows.store.close()
         shutil.rmtree(place)
@@ -117,10 +119,10 @@ def _contenders(folder: Path, rows: Rows, row_bytes: int) -> list[Contender]:
         return rows.values[first : first + len(rows.out[0])].double()
 
     contenders = [
-        Contender("memcpy", in_order, "in order", _settle, expected=lambda: rows.in_order(1).double()),
-        Contender("memcpy", row_by_row, "row by row", _settle, expected=rows.expected),
-        Contender("read() in order", read, prepare=_settle, expected=expected_read),
-        Contender("stablekd", rows.gather, prepare=_settle, expected=rows.expected),
+        Contender("memcpy", in_order, "in order", _settle, expected=lambda: rows.in_order(1).double(), role="limit"),
+        Contender("memcpy", row_by_row, "row by row", _settle, expected=rows.expected, role="limit"),
+        Contender("read() in order", read, prepare=_settle, expected=expected_read, role="limit"),
+        Contender("stablekd", rows.gather, prepare=_settle, expected=rows.expected, role="ours"),
     ]
     if row_bytes == 64 << 10:
         wanted = rows.batches[0]
@@ -160,7 +162,7 @@ def disk_rows(folder: Path, total: int, rounds: int) -> list[dict]:
     direct, read = _direct_reader(rows, row_bytes)
     contenders: dict[str, Callable[[], Tensor]] = {"direct reads": read, "stablekd": rows.gather}
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    shuffle = random.Random(0).shuffle
+    shuffle = random.Random(SEED).shuffle
     for number in range(-1, rounds):
         order = list(contenders)
         shuffle(order)
@@ -178,9 +180,10 @@ def disk_rows(folder: Path, total: int, rounds: int) -> list[dict]:
     for file in direct:
         os.close(file)
     rows.store.close()
-    arms = [Contender(name, call) for name, call in contenders.items()]
+    arms = [Contender(name, call, role="ours" if name == "stablekd" else "limit") for name, call in contenders.items()]
     extras = {"bytes": len(rows.batches[0]) * row_bytes, "rows": len(rows.batches[0])}
-    case = Case("cache", f"from disk, rows of {row_bytes >> 10} KiB", arms, "direct reads", rows.expected, 0.0, extras)
+    name = f"from disk, rows of {row_bytes >> 10} KiB"
+    case = Case("cache", name, arms, "direct reads", rows.expected, 0.0, extras, "direct reads")
     return core.rows(case, [Timing(arm, 1, taken[arm.name]) for arm in arms])
 
 
@@ -237,19 +240,12 @@ def memory_row(folder: Path, total: int) -> dict:
     return {"bytes_read": read, "resident_growth": grown, "ram_budget": total // 10}
 
 
-def run_cache(folder: Path, rounds: int, show: Callable[[list[dict]], None], quick: bool = False) -> tuple[list[dict], dict, dict]:
-    """Rows of all cases, the growth of memory over an epoch, and the settings. Leaves nothing in `folder`."""
+def run_cache(folder: Path, rounds: int, show: Callable[[list[dict]], None], quick: bool = False) -> Measured:
+    """Rows of all cases, and the growth of memory over an epoch. Leaves nothing in `folder`."""
     total = (32 << 20) if quick else (512 << 20)
-    scratch = folder / f".bench-{os.getpid()}"
-    found: list[dict] = []
-    try:
-        with pinned() as pins:
-            for case in page_cache_cases(scratch, total):
-                found += measure(case, rounds)
-                show(found[-len({contender.name for contender in case.contenders}) :])
-            cold = disk_rows(scratch, total, rounds)
-            show(cold)
-            memory = memory_row(scratch, (64 << 20) if quick else (2 << 30))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return found + cold, memory, {"rounds": rounds, "quick": quick, "reading_threads": READING_THREADS, **pins}
+    with scratch(folder) as own, pinned() as pins:
+        measured = measure_cases(page_cache_cases(own, total), rounds, show)
+        measured.take(partial(disk_rows, own, total, rounds), show)
+        measured.tables["memory"] = [memory_row(own, (64 << 20) if quick else (2 << 30))]
+    measured.settings = {"quick": quick, "reading_threads": READING_THREADS, **pins}
+    return measured

@@ -11,12 +11,15 @@ import gc
 import math
 import os
 import random
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch._inductor.config
@@ -28,11 +31,15 @@ from stablekd_fast.report import machine
 
 Result = Tensor | Sequence[Tensor]
 Tolerance = float | Sequence[float]
+Role = Literal["rival", "ours", "limit"]
 
 TIMING_SECONDS = 2e-3
 """A timing lasts at least about this long: faster contenders are called several times in a row."""
 
 WARM_UP_ROUNDS = 2
+
+SEED = 0
+"""Of the order within rounds, and of the networks, data and views that benches make."""
 
 
 class WrongResult(StableKDError):
@@ -45,7 +52,9 @@ class Contender:
 
     `prepare` runs before each timing and is not timed. Contenders of one name that differ in `variant` are settings
     of one rival: the fastest stands for the name. `expected` and `tolerance` replace those of the case where the
-    contender computes something else (a memory floor, a rival on easier terms). `extras` go into its row.
+    contender computes something else (a memory floor, a rival on easier terms). A `role` of "limit" has
+    what does less than the task. `flops` are the floating-point operations of a call where arithmetic is the limit, and
+    `limit` replaces that of the case. `extras` go into its row.
     """
 
     name: str
@@ -54,6 +63,9 @@ class Contender:
     prepare: Callable[[], None] | None = None
     expected: Callable[[], Result] | None = None
     tolerance: Tolerance | None = None
+    role: Role = "rival"
+    flops: float | None = None
+    limit: str | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -65,7 +77,8 @@ class Case:
     """One task. `expected` gives its result in float64.
 
     `tolerance` bounds, for each tensor of a result, the largest error over the reference's largest magnitude; one
-    number serves all tensors. `extras` go into every row.
+    number serves all tensors. `extras` go into every row. `limit` names the contender that does only what cannot be
+    avoided: every row says how close it comes.
     """
 
     bench: str
@@ -75,6 +88,7 @@ class Case:
     expected: Callable[[], Result]
     tolerance: Tolerance
     extras: dict[str, Any] = field(default_factory=dict)
+    limit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,55 @@ class Timing:
     contender: Contender
     calls: int
     seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass
+class Measured:
+    """What a bench found: rows of its cases, further tables by title, and under which settings.
+
+    `refused`: why cases have no rows. `origin`: machine, versions and settings, if not those of here and now.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    tables: dict[str, list[dict]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    origin: dict[str, dict] = field(default_factory=dict)
+
+    def take(self, find: Callable[[], list[dict]], show: Callable[[list[dict]], None]) -> list[dict]:
+        """Keep and show the rows that `find` gives; none, and a reason in `refused`, if a result is wrong."""
+        try:
+            rows = find()
+        except WrongResult as error:
+            self.refused.append(str(error))
+            return []
+        show(rows)
+        self.rows += rows
+        return rows
+
+
+def measure_cases(
+    cases: Iterable[Case], rounds: int, show: Callable[[list[dict]], None] = lambda rows: None, *, device: str = "cpu"
+) -> Measured:
+    """Measure one case after the other, and show each case's rows as it is done."""
+    measured = Measured()
+    for case in cases:
+        measured.take(partial(measure, case, rounds, device=device), show)
+    return measured
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder in `folder` for the time of a bench; it is there once something is put into it."""
+    own = folder / f".bench-{os.getpid()}"
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 @contextmanager
@@ -112,7 +175,7 @@ def measure(
     rounds: int,
     *,
     device: str = "cpu",
-    seed: int = 0,
+    seed: int = SEED,
     clock: Callable[[], float] = time.perf_counter,
     watch: Callable[[Contender], None] = lambda contender: None,
 ) -> list[dict]:
@@ -140,7 +203,7 @@ def time_rounds(
     rounds: int,
     *,
     device: str = "cpu",
-    seed: int = 0,
+    seed: int = SEED,
     clock: Callable[[], float] = time.perf_counter,
     watch: Callable[[Contender], None] = lambda contender: None,
 ) -> list[Timing]:
@@ -170,13 +233,14 @@ def rows(case: Case, timings: Sequence[Timing]) -> list[dict]:
     """One row per name.
 
     `spread_seconds` is half the interquartile range over the rounds. `ratio` is the median over the rounds of
-    baseline time / own time, and `share_of_floor` that of floor time / own time: within a round both met the same
-    machine, so this is steadier than a ratio of medians.
+    baseline time / own time: within a round both met the same machine, so this is steadier than a ratio of medians.
+    `limit_seconds` is what the contender `limit` takes for the same work, and `share_of_limit` the median over the
+    rounds of that time / own time.
     """
     fastest: dict[str, Timing] = {}
     for timing in timings:
         name = timing.contender.name
-        if name not in fastest or _median(timing) < _median(fastest[name]):
+        if name not in fastest or _cost(timing) < _cost(fastest[name]):
             fastest[name] = timing
     return [_row(case, timing, fastest) for timing in fastest.values()]
 
@@ -187,7 +251,8 @@ def _row(case: Case, timing: Timing, fastest: dict[str, Timing]) -> dict:
         "bench": case.bench,
         "case": case.name,
         "contender": contender.name,
-        "median_seconds": _median(timing),
+        "role": contender.role,
+        "median_seconds": timing.median,
         "spread_seconds": _half_interquartile_range(timing.seconds),
         "ratio": _ratio(fastest[case.baseline], timing),
         "baseline": case.baseline,
@@ -197,9 +262,26 @@ def _row(case: Case, timing: Timing, fastest: dict[str, Timing]) -> dict:
         **case.extras,
         **contender.extras,
     }
-    if "floor" in fastest:
-        row["share_of_floor"] = _ratio(fastest["floor"], timing)
-    return row
+    if "images" in row:
+        row["images_per_second"] = row["images"] / timing.median
+    if contender.flops:
+        row |= {"flops": contender.flops, "gflops_per_second": contender.flops / timing.median / 1e9}
+    name = contender.limit or case.limit
+    return row if name is None else row | _beside_limit(timing, fastest[name])
+
+
+def _beside_limit(timing: Timing, limit: Timing) -> dict:
+    work = timing.contender.flops / limit.contender.flops if limit.contender.flops else 1.0
+    return {
+        "limit": limit.contender.name,
+        "limit_seconds": work * limit.median,
+        "share_of_limit": work * _ratio(limit, timing),
+    }
+
+
+def _cost(timing: Timing) -> float:
+    """Seconds, for the same work."""
+    return timing.median / (timing.contender.flops or 1.0)
 
 
 def _time(contender: Contender, calls: int, device: str, clock: Callable[[], float]) -> float:
@@ -244,10 +326,6 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 def _tensors(result: Result) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
-
-
-def _median(timing: Timing) -> float:
-    return statistics.median(timing.seconds)
 
 
 def _ratio(other: Timing, own: Timing) -> float:

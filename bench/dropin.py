@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 
 from stablekd_fast import kernels, models
 from stablekd_fast.bench import rivals
-from stablekd_fast.bench.core import Case, Contender, measure, pinned
+from stablekd_fast.bench.core import Case, Contender, Measured, measure_cases, pinned, scratch
 from stablekd_fast.bench.loops import torchdistill_box
-from stablekd_fast.bench.teacher import scratch
+from stablekd_fast.data import open_dataset
+from stablekd_fast.errors import DataError
 from stablekd_fast.integrations.torchdistill import FastKDLoss, SampleViews, SharedBlocks
 
 LOSS_TOLERANCE = 1e-5
@@ -52,24 +53,30 @@ class Setting:
     """Low: at a usual one, networks of this depth amplify roundings beyond 1e-5 within fifty steps, whoever's loss it is."""
 
 
+    @property
+    def count(self) -> int:
+        """Images."""
+        return self.batches * self.batch
+
+
 QUICK = Setting("resnet20", "resnet20", 8, 8, 2, 3)
 
 
 def run_dropin(
-    directory: Path, rounds: int, show: Callable[[list[dict]], None], *, quick: bool = False
-) -> tuple[list[dict], dict]:
-    """Rows of all cases, and the settings. `directory` is where the teacher's rows are put for the time of the bench."""
-    setting, found = QUICK if quick else Setting(), []
+    directory: Path, data: str | None, rounds: int, show: Callable[[list[dict]], None], *, quick: bool = False
+) -> Measured:
+    """`directory` is where the teacher's rows are put for the time of the bench; `data`: small images, random ones by default."""
+    setting = QUICK if quick else Setting()
+    images = Noise(setting.count, setting.size) if data is None else Pixels(data, setting.count)
     with pinned() as pins, scratch(directory) as folder:
         logging.disable(logging.INFO)
         try:
-            for case in [*loss_cases(setting), torchdistill_case(setting, folder), *mdistiller_cases(setting)]:
-                rows = measure(case, rounds)
-                show(rows)
-                found += rows
+            cases = [*loss_cases(setting), torchdistill_case(setting, images, folder), *mdistiller_cases(setting, images)]
+            measured = measure_cases(cases, rounds, show)
         finally:
             logging.disable(logging.NOTSET)
-    return found, {"rounds": rounds, "quick": quick, **vars(setting), **pins}
+    measured.settings = {"data": data or "random", "quick": quick, **vars(setting), **pins}
+    return measured
 
 
 def loss_cases(setting: Setting) -> Iterator[Case]:
@@ -116,7 +123,7 @@ def _loss_case(name: str, theirs: Term, ours: Term, samples: int, classes: int) 
 
         return call
 
-    contenders = [Contender("theirs", both_passes(theirs)), Contender("stablekd", both_passes(ours))]
+    contenders = [Contender("theirs", both_passes(theirs)), Contender("stablekd", role="ours", call=both_passes(ours))]
     return Case("dropin", name, contenders, "theirs", both_passes(theirs, torch.float64), LOSS_TOLERANCE)
 
 
@@ -128,6 +135,22 @@ class Noise:
     def __init__(self, count: int, size: int) -> None:
         draw = np.random.default_rng(0).integers
         self.data, self.targets = draw(0, 256, (count, size, size, 3), dtype=np.uint8), draw(0, CLASSES, count).tolist()
+
+
+class Pixels:
+    """Images of a data set in memory, as a torchvision data set holds them. Raises DataError if they are not in memory."""
+
+    transform = None
+
+    def __init__(self, data: str, count: int) -> None:
+        split = open_dataset(data).train
+        if not split.resident:
+            raise DataError(f"{data} has images of many sizes; give small ones of one size, e.g. CIFAR-10.")
+        chosen = split.subset(count, 0)
+        self.data, self.targets = chosen.images.numpy(), chosen.labels.tolist()
+
+
+Images = Noise | Pixels
 
 
 class Run:
@@ -151,9 +174,8 @@ def _networks(setting: Setting) -> tuple[nn.Module, nn.Module]:
     return tuple(models.build(name, CLASSES, setting.size) for name in (setting.teacher, setting.student))
 
 
-def _batches(setting: Setting) -> tuple[SampleViews, list]:
-    noise = Noise(setting.batches * setting.batch, setting.size)
-    views = SampleViews(noise, views=1, batch_size=setting.batch, mean=(0.5,) * 3, std=(0.25,) * 3)
+def _batches(setting: Setting, images: Images) -> tuple[SampleViews, list]:
+    views = SampleViews(images, views=1, batch_size=setting.batch, mean=(0.5,) * 3, std=(0.25,) * 3)
     views.set_epoch(0)
     return views, list(DataLoader(views, batch_size=setting.batch))
 
@@ -166,9 +188,9 @@ def _settle(teacher: nn.Module, batches: list) -> nn.Module:
     return teacher.eval()
 
 
-def torchdistill_case(setting: Setting, folder: Path) -> Case:
+def torchdistill_case(setting: Setting, images: Images, folder: Path) -> Case:
     """torchdistill's sample objective in its own box: its loss, ours, and ours with the teacher's logits from rows on disk."""
-    views, batches = _batches(setting)
+    views, batches = _batches(setting, images)
     wrapper = {"key": "StableKDTeacher", "kwargs": {"shared": SharedBlocks(views=views, directory=str(folder / "dropin"))}}
     kept = {"forward_proc": "forward_batch_supp_dict", "auxiliary_model_wrapper": wrapper}
 
@@ -187,18 +209,18 @@ def torchdistill_case(setting: Setting, folder: Path) -> Case:
     theirs = run("KDLoss")
     contenders = [
         Contender("theirs", theirs),
-        Contender("stablekd", run("FastKDLoss")),
-        Contender("stablekd, kept teacher", run("FastKDLoss", kept)),
+        Contender("stablekd", role="ours", call=run("FastKDLoss")),
+        Contender("stablekd, kept teacher", run("FastKDLoss", kept), role="ours"),
     ]
     return Case("dropin", f"torchdistill, {_named(setting)}", contenders, "theirs", theirs, STEPS_TOLERANCE)
 
 
-def mdistiller_cases(setting: Setting) -> Iterator[Case]:
+def mdistiller_cases(setting: Setting, images: Images) -> Iterator[Case]:
     """Cross entropy and the formula in a plain loop."""
-    _, batches = _batches(setting)
+    _, batches = _batches(setting, images)
     for name, weights in WEIGHTS.items():
         theirs, ours = (_plain_run(setting, batches, term, weights) for term in _terms()[name])
-        contenders = [Contender("theirs", theirs), Contender("stablekd", ours)]
+        contenders = [Contender("theirs", theirs), Contender("stablekd", role="ours", call=ours)]
         yield Case("dropin", f"{name}, {_named(setting)}", contenders, "theirs", theirs, STEPS_TOLERANCE)
 
 

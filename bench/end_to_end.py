@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stablekd_fast.bench.campaign import Campaign, Task
-from stablekd_fast.bench.core import pinned
+from stablekd_fast.bench.core import Measured, pinned, scratch
 from stablekd_fast.bench.stages import CACHE, LIVE, PLAIN, TUNED, StageBench
-from stablekd_fast.bench.teacher import scratch
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.report import read_events
 from stablekd_fast.schedule import METHODS
+
+
+EPOCHS = "epochs to the target accuracy, in percent"
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,10 @@ def run_end_to_end(
     seeds: int,
     rounds: int,
     out: Path,
-    show: Callable[[str, list[dict]], None],
-) -> dict:
-    """Train, time and compare; `show` gets each table as it is made.
+    show: Callable[[list[dict]], None],
+) -> Measured:
+    """Train, time and compare: rows for each kind of step and for the wall seconds of methods that reached the target, and
+    tables of epochs and wall seconds.
 
     `settings`: for methods that have been tuned, fields of `DistillConfig`. Raises ConfigError for settings that do not
     fit, WrongResult if one way to run a step computes something else than another.
@@ -113,12 +116,14 @@ def run_end_to_end(
     budgets = [*(budget for budget in budgets if budget < goal.epochs), goal.epochs]
     found = [race.reach(method, budgets, target) for method in methods if method != goal.method]
     found.append(base)
-    epochs = [_epochs_row(one, target) for one in found]
-    show(f"epochs to {100 * target:.2f} % ({goal.method} after {goal.epochs:g} epochs)", epochs)
-    speeds = _speeds(found, race.campaign, rounds, out, show)
-    walls = [_wall_row(one, speeds, base, target) for one in found]
-    show("wall seconds, and how many times faster than the goal in plain PyTorch", walls)
-    return {"target": target, "epochs": epochs, "wall": walls, "rows": sum(speeds.values(), [])}
+    measured = Measured(tables={EPOCHS: [_epochs_row(one, target) for one in found]})
+    with scratch(out) as folder, pinned() as measured.settings:
+        speeds = _speeds(found, race.campaign, rounds, folder, show)
+    reached = [one for one in found if one.accuracy >= target]
+    walls = [row for one in reached for row in _wall_rows(one, speeds, base)]
+    show(walls)
+    measured.rows = [*sum(speeds.values(), []), *walls]
+    return measured
 
 
 def _epochs_row(found: Trained, target: float) -> dict:
@@ -126,6 +131,7 @@ def _epochs_row(found: Trained, target: float) -> dict:
     return {
         "method": found.method,
         "epochs": found.epochs,
+        "target": 100 * target,
         "reached": "yes" if found.accuracy >= target else "no",
         "accuracy": 100 * found.accuracy,
         "spread": 100 * statistics.stdev(accuracies) if len(accuracies) > 1 else None,
@@ -135,18 +141,16 @@ def _epochs_row(found: Trained, target: float) -> dict:
     }
 
 
-def _speeds(found: list[Trained], campaign: Campaign, rounds: int, out: Path, show: Callable) -> dict[str, list[dict]]:
+def _speeds(found: list[Trained], campaign: Campaign, rounds: int, folder: Path, show: Callable) -> dict[str, list[dict]]:
     """Rows of the stage bench by kind of step; a kind that several methods share is measured once."""
     task, speeds = campaign.task, {}
-    with scratch(out) as folder, pinned():
-        bench = StageBench(task.teacher, task.student, campaign.dataset, task.precision, folder)
-        for one in found:
-            for stage in one.stages:
-                key = _kind(one, stage)
-                if key not in speeds:
-                    speeds[key] = bench.seconds(one.method, stage["groups"], one.batch, rounds)
-                    columns = ("contender", "ratio", "images_per_second")
-                    show(speeds[key][0]["case"], [{name: row[name] for name in columns} for row in speeds[key]])
+    bench = StageBench(task.teacher, task.student, campaign.dataset, task.precision, folder)
+    for one in found:
+        for stage in one.stages:
+            key = _kind(one, stage)
+            if key not in speeds:
+                speeds[key] = bench.seconds(one.method, stage["groups"], one.batch, rounds)
+                show(speeds[key])
     return speeds
 
 
@@ -154,18 +158,34 @@ def _kind(found: Trained, stage: dict) -> str:
     return json.dumps([found.method, stage["groups"], found.batch])
 
 
-def _wall_row(found: Trained, speeds: dict[str, list[dict]], goal: Trained, target: float) -> dict:
-    own, base = _seconds(found, speeds), _seconds(goal, speeds)
-    row = {"method": found.method, "reached": "yes" if found.accuracy >= target else "no"}
-    for way in (PLAIN, TUNED, LIVE, CACHE):
-        row[way] = own.get(way)
-        row[f"{way}, times"] = base[PLAIN] / own[way] if way in own else None
-    return row
+def _wall_rows(found: Trained, speeds: dict[str, list[dict]], goal: Trained) -> list[dict]:
+    """A row for each way to run the method's steps, against the goal's in plain PyTorch. `spread_seconds` is that of a run
+    whose steps all lie at the edge of theirs."""
+    baseline = _totals(goal, PLAIN, speeds)["median_seconds"]
+    ways = {way: _totals(found, way, speeds) for way in (PLAIN, TUNED, LIVE, CACHE)}
+    return [
+        {
+            "bench": "end-to-end",
+            "case": f"wall seconds to the accuracy of {goal.method} after {goal.epochs:g} epochs",
+            "contender": f"{found.method}, {way}",
+            "role": "ours" if way in (LIVE, CACHE) else "rival",
+            **seconds,
+            "ratio": baseline / seconds["median_seconds"],
+            "baseline": f"{goal.method}, {PLAIN}",
+            "variant": f"{found.epochs:g} epochs",
+            "limit": "peak",
+            "share_of_limit": seconds["limit_seconds"] / seconds["median_seconds"],
+        }
+        for way, seconds in ways.items()
+        if seconds["median_seconds"] > 0
+    ]
 
 
-def _seconds(found: Trained, speeds: dict[str, list[dict]]) -> dict[str, float]:
-    total: dict[str, float] = {}
+def _totals(found: Trained, way: str, speeds: dict[str, list[dict]]) -> dict[str, float]:
+    """Seconds of all steps of a run; 0 if its steps cannot be run this way."""
+    totals = dict.fromkeys(("median_seconds", "spread_seconds", "limit_seconds"), 0.0)
     for stage in found.stages:
         for row in speeds[_kind(found, stage)]:
-            total[row["contender"]] = total.get(row["contender"], 0.0) + stage["steps"] * row["median_seconds"]
-    return total
+            if row["contender"] == way:
+                totals = {what: total + stage["steps"] * row[what] for what, total in totals.items()}
+    return totals

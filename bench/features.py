@@ -11,7 +11,7 @@ from torch import Tensor
 from stablekd_fast import kernels
 from stablekd_fast.bench import rivals
 from stablekd_fast.bench.core import Case, Contender
-from stablekd_fast.bench.floor import floor_contenders
+from stablekd_fast.bench.floor import FLOOR, floor_contenders
 from stablekd_fast.bench.losses import Loss, Setting, loss_case, random_features
 
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
@@ -98,6 +98,7 @@ def _coded_case(features: Map, code: torch.dtype, setting: Setting) -> Case:
     beside = Contender(
         "stablekd-wide-target",
         lambda: kernels.feature_mse_with_grad(student, wide),
+        role="ours",
         extras={"bytes": student.nbytes + wide.nbytes + student.nbytes},
     )
     name = f"plain, {_name(code)} target, {features}"
@@ -151,8 +152,8 @@ def _codec_case(
     result = ours()
     read = sum(tensor.nbytes for tensor in operands)
     written = sum(tensor.nbytes for tensor in ([result] if isinstance(result, Tensor) else result))
-    contenders += [Contender("stablekd", ours), *floor_contenders(read, written, setting.device)]
-    return Case("kernels", name, contenders, "eager", expected, tolerance, {"bytes": read + written})
+    contenders += [Contender("stablekd", ours, role="ours"), *floor_contenders(read, written, setting.device)]
+    return Case("kernels", name, contenders, "eager", expected, tolerance, {"bytes": read + written}, FLOOR)
 
 
 def _coded(setting: Setting) -> list[tuple[Map, torch.dtype]]:

@@ -14,6 +14,8 @@ from stablekd_fast.kernels._native import core
 
 Add = Callable[[Tensor, Tensor, Tensor], None]
 
+FLOOR = "floor"
+
 _FLOAT_BYTES = 4
 _VECTOR = 16
 """Floats in the widest vector: stores past the caches must begin at one."""
@@ -79,7 +81,7 @@ def _contender(
     def expected() -> Tensor:
         return torch.cat([left.double() + right, 2 * original.double(), torch.ones_like(filled, dtype=torch.float64)])
 
-    return Contender("floor", call, variant, expected=expected, tolerance=1e-6)
+    return Contender(FLOOR, call, variant, expected=expected, tolerance=1e-6, role="limit")
 
 
 def _torch_add(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 
 from stablekd_fast.bench.augmentation import augment_batch_cases
-from stablekd_fast.bench.core import Case, WrongResult, measure, pinned
+from stablekd_fast.bench.core import Case, Measured, measure_cases, pinned
 from stablekd_fast.bench.features import (
     dequantize_rows_cases,
     feature_cosine_cases,
@@ -31,14 +30,6 @@ CASES: dict[str, Callable[[Setting], Iterator[Case]]] = {
 }
 
 
-class Measured(NamedTuple):
-    """Rows of the cases that were measured, why others were refused, and under which settings."""
-
-    rows: list[dict]
-    refused: list[str]
-    settings: dict
-
-
 def run_kernels(
     setting: Setting,
     ops: Sequence[str] = (),
@@ -50,20 +41,13 @@ def run_kernels(
     """Measure all cases of `ops` (all operators by default), and show each case's rows as it is done.
 
     `threads` (all usable cores by default) serve every contender. A case with a wrong result has no rows; the others
-    are measured all the same. Raises ConfigError for unknown operators and numbers below 1.
+    are measured all the same. Raises ConfigError for unknown operators and fewer than one thread.
     """
-    _check(ops, rounds, threads)
-    rows, refused = [], []
+    _check(ops, threads)
     with pinned(threads) as pins:
-        for case in _cases(setting, ops or list(CASES)):
-            try:
-                found = measure(case, rounds, device=setting.device)
-            except WrongResult as error:
-                refused.append(str(error))
-                continue
-            show(found)
-            rows += found
-    return Measured(rows, refused, {"rounds": rounds, "device": setting.device, "quick": setting.quick, **pins})
+        measured = measure_cases(_cases(setting, ops or list(CASES)), rounds, show, device=setting.device)
+    measured.settings = {"device": setting.device, "quick": setting.quick, **pins}
+    return measured
 
 
 def _cases(setting: Setting, ops: Sequence[str]) -> Iterator[Case]:
@@ -74,9 +58,9 @@ def _cases(setting: Setting, ops: Sequence[str]) -> Iterator[Case]:
             torch.compiler.reset()
 
 
-def _check(ops: Sequence[str], rounds: int, threads: int | None) -> None:
+def _check(ops: Sequence[str], threads: int | None) -> None:
     for op in ops:
         if op not in CASES:
             raise ConfigError(f"There is no bench of an operator {op!r}{nearest(op, CASES)}.")
-    if rounds < 1 or (threads is not None and threads < 1):
-        raise ConfigError(f"rounds={rounds} and threads={threads} were given; both must be at least 1.")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads={threads} was given; it must be at least 1.")

@@ -7,6 +7,8 @@ order and crops themselves: they are checked to show each image of a pass once.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from stablekd_fast.bench.core import Case, Contender, pinned
-from stablekd_fast.bench.teacher import timed
+from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned
+from stablekd_fast.bench.floor import FLOOR, floor_contenders
 from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Dataset, Split, StreamSource, TrainSource, open_dataset
 from stablekd_fast.data.archives import archive_records, read_index
 from stablekd_fast.data.dali import dali_missing
@@ -34,6 +36,7 @@ from stablekd_fast.data.views import crop_offsets_and_flips, resized_crop_boxes,
 from stablekd_fast.errors import DataError
 
 VIEW = 0
+PURE_DECODE = "pure decode"
 TIMED_IMAGES = 960
 """A pass is at least this long, so that filling the pipelines is a small part of it."""
 RESAMPLING = 0.015
@@ -61,8 +64,9 @@ class Work:
     def source(self, loader: str, workers: int) -> TrainSource:
         """Every pass shows the same view, in an order of its own."""
         data = self.dataset
+        batches = {"batch_size": self.batch_size, "seed": SEED, "views": 1}
         return TrainSource(
-            self.split, data.augmentation, data.mean, data.std, batch_size=self.batch_size, seed=0, views=1, loader=loader, workers=workers
+            self.split, data.augmentation, data.mean, data.std, **batches, loader=loader, workers=workers
         )
 
     def order(self) -> list[np.ndarray]:
@@ -140,10 +144,12 @@ def large_case(work: Work) -> Case:
         return work.normalised(torch.stack(crops))
 
     extras = {"images": work.batches * work.batch_size}
-    exact = 1e-6
-    contenders = [Contender("stablekd, torchvision", _consumer(work, "torchvision", w), f"{w} threads", tolerance=exact) for w in _workers(work)]
-    if dali_missing() is None:
-        contenders += [Contender("stablekd, dali", _consumer(work, "dali", w), f"{w} threads") for w in _workers(work)]
+    contenders, names = [], {"torchvision": 1e-6, **({} if dali_missing() else {"dali": RESAMPLING})}
+    for name, tolerance in names.items():
+        for w in _workers(work):
+            call = _consumer(work, name, w)
+            contenders.append(Contender(f"stablekd, {name}", call, f"{w} threads", tolerance=tolerance, role="ours"))
+    if "dali" in names:
         contenders += [_stream(work, w) for w in _workers(work)]
     plain, tensors = _LargeImages(work, boxes, flips), _LargeTensors(work, boxes, flips)
     for w in _workers(work):
@@ -151,7 +157,8 @@ def large_case(work: Work) -> Case:
         contenders.append(Contender("torchvision DataLoader, tensors", _loader(tensors, work, order, w), f"{w} processes"))
     contenders.append(Contender("Pillow in threads", _threads(plain, work, order)))
     contenders.append(_pure_decode(work, order))
-    return Case("loader", f"{work.dataset.name}, {work.dataset.augmentation.size} px", contenders, "torchvision DataLoader", expected, RESAMPLING, extras)
+    name = f"{work.dataset.name}, {work.dataset.augmentation.size} px"
+    return Case("loader", name, contenders, "torchvision DataLoader", expected, RESAMPLING, extras, PURE_DECODE)
 
 
 def _stream(work: Work, workers: int) -> Contender:
@@ -184,7 +191,7 @@ def _pure_decode(work: Work, order: list[np.ndarray]) -> Contender:
 
     last = int(order[-1][-1])
     expected = lambda: decode_rgb(records.read(last), records.name(last)).permute(2, 0, 1).double()  # noqa: E731
-    return Contender("pure decode", call, f"{work.workers} threads", expected=expected, tolerance=0.0)
+    return Contender(PURE_DECODE, call, f"{work.workers} threads", expected=expected, tolerance=0.0, role="limit")
 
 
 def _threads(images: _LargeImages, work: Work, order: list[np.ndarray]) -> Callable[[], Tensor]:
@@ -223,10 +230,21 @@ def small_case(work: Work) -> Case:
     def expected() -> Tensor:
         return torch.stack([images[k] for k in order[0].tolist()]).double()
 
-    contenders = [Contender("stablekd, resident", _consumer(work, "resident", 0))]
+    contenders = [Contender("stablekd, resident", _consumer(work, "resident", 0), role="ours")]
     contenders += [Contender("torchvision DataLoader", _loader(images, work, order, w), f"{w} processes") for w in _workers(work)]
+    contenders += _memory_floor(work, images[0].numel())
     extras = {"images": work.batches * work.batch_size}
-    return Case("loader", f"{work.dataset.name}, {work.split.images.shape[1]} px", contenders, "torchvision DataLoader", expected, 1e-6, extras)
+    name = f"{work.dataset.name}, {work.split.images.shape[1]} px"
+    return Case("loader", name, contenders, "torchvision DataLoader", expected, 1e-6, extras, FLOOR)
+
+
+def _memory_floor(work: Work, values: int) -> list[Contender]:
+    """Read the bytes of as many images, of `values` each, and write them as floats, batch by batch, and nothing else."""
+
+    def every_batch(once: Contender) -> Contender:
+        return dataclasses.replace(once, call=lambda: _last_of(once.call() for _ in range(work.batches)))
+
+    return [every_batch(once) for once in floor_contenders(work.batch_size * values, 4 * work.batch_size * values, "cpu")]
 
 
 # Both.
@@ -259,6 +277,10 @@ def _channels_last(images: list[Tensor]) -> Tensor:
     return torch.stack(images).contiguous(memory_format=torch.channels_last)
 
 
+def _last_of(results: Iterator[Tensor]) -> Tensor:
+    return collections.deque(results, maxlen=1)[0]
+
+
 def _first_of(batches: Iterator[Tensor]) -> Tensor:
     first = None
     for batch in batches:
@@ -267,18 +289,26 @@ def _first_of(batches: Iterator[Tensor]) -> Tensor:
 
 
 def run_loader(
-    small: str | None, large: str | None, rounds: int, show: Callable[[list[dict]], None], *, batch_size: int = 64, workers: int | None = None
-) -> tuple[list[dict], dict]:
-    """Measure and show; all rows, with images per second, and the settings."""
-    rows = []
+    small: str | None,
+    large: str | None,
+    rounds: int,
+    show: Callable[[list[dict]], None],
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> Measured:
+    """Of the cases of `cases`. `workers`: threads or processes; all usable cores by default."""
     with pinned() as settings:
         workers = workers or settings["threads"]
-        cases = [(open_dataset(small or "digits"), small_case)] + ([(open_large(Path(large)), large_case)] if large else [])
-        for dataset, case in cases:
-            batch = min(batch_size, len(dataset.train))
-            per_pass = len(dataset.train) // batch * batch
-            work = Work(dataset, batch, workers, max(1, -(-TIMED_IMAGES // per_pass)))
-            measured = timed(case(work), rounds)
-            show(measured)
-            rows += measured
-        return rows, {**settings, "workers": workers, "batch_size": batch_size}
+        measured = measure_cases(cases(small, large, batch_size, workers), rounds, show)
+    measured.settings = {**settings, "workers": workers, "batch_size": batch_size}
+    return measured
+
+
+def cases(small: str | None, large: str | None, batch_size: int, workers: int) -> Iterator[Case]:
+    """Of small images, by default the digits, and of photographs if there are any."""
+    datasets = [(open_dataset(small or "digits"), small_case)] + ([(open_large(Path(large)), large_case)] if large else [])
+    for dataset, case in datasets:
+        batch = min(batch_size, len(dataset.train))
+        per_pass = len(dataset.train) // batch * batch
+        yield case(Work(dataset, batch, workers, max(1, -(-TIMED_IMAGES // per_pass))))

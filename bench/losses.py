@@ -11,7 +11,7 @@ from torch import Tensor
 from stablekd_fast import kernels
 from stablekd_fast.bench import rivals
 from stablekd_fast.bench.core import Case, Contender
-from stablekd_fast.bench.floor import floor_contenders
+from stablekd_fast.bench.floor import FLOOR, floor_contenders
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of loss and gradient, each over its largest magnitude. Autograd that stays in bfloat16 rounds every
@@ -77,9 +77,10 @@ def loss_case(loss: Loss, setting: Setting, extra: tuple[Contender, ...] = ()) -
     if setting.compile:
         contenders += _compiled(loss)
     ours = (loss.student, *loss.arguments)
+    differentiated = _by_autograd(lambda leaf, *_: op(leaf, *loss.arguments, **loss.options), loss)
     contenders += [
-        Contender("stablekd", lambda: fused(*ours, **loss.options)),
-        Contender("stablekd-autograd", _by_autograd(lambda leaf, *_: op(leaf, *loss.arguments, **loss.options), loss)),
+        Contender("stablekd", lambda: fused(*ours, **loss.options), role="ours"),
+        Contender("stablekd-autograd", differentiated, role="ours"),
         *extra,
         *floor_contenders(loss.bytes_read, loss.bytes_written, setting.device, (loss.student, *loss.operands)),
     ]
@@ -91,6 +92,7 @@ def loss_case(loss: Loss, setting: Setting, extra: tuple[Contender, ...] = ()) -
         lambda: _in_float64(loss),
         TOLERANCE[loss.student.dtype],
         {"bytes": loss.bytes_read + loss.bytes_written},
+        FLOOR,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from stablekd_fast import kernels
 from stablekd_fast.bench.core import Case, Contender
 from stablekd_fast.bench.features import BFLOAT, CHANNELS_LAST, FLOAT, Map
-from stablekd_fast.bench.floor import floor_contenders
+from stablekd_fast.bench.floor import FLOOR, floor_contenders
 from stablekd_fast.bench.losses import Setting
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -38,12 +38,12 @@ def _case(features: Map, setting: Setting) -> Case:
     contenders = [Contender("eager", _both(_plain, operands, gradient))]
     if setting.compile:
         contenders.append(Contender("compiled", _both(torch.compile(_plain, dynamic=False), operands, gradient)))
-    contenders.append(Contender("stablekd", _both(_fused, operands, gradient)))
+    contenders.append(Contender("stablekd", _both(_fused, operands, gradient), role="ours"))
     read, written = 5 * x.nbytes, 3 * x.nbytes  # forward x, residual; backward gradient, x, y. y, and both gradients
     contenders += floor_contenders(read, written, setting.device)
     exact = _both(_plain, tuple(tensor.double() for tensor in operands), gradient.double())
     name = f"batch_norm_act {features}"
-    return Case("kernels", name, contenders, "eager", exact, TOLERANCE[features.dtype], {"bytes": read + written})
+    return Case("kernels", name, contenders, "eager", exact, TOLERANCE[features.dtype], {"bytes": read + written}, FLOOR)
 
 
 def _plain(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

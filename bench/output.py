@@ -1,4 +1,4 @@
-"""What a bench leaves behind: a table on the terminal, JSON and CSV files, and comparisons with an earlier file."""
+"""What a bench leaves behind: a table on the terminal, JSON and CSV files."""
 
 from __future__ import annotations
 
@@ -18,28 +18,32 @@ from stablekd_fast.checkpoint import write_atomically
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.report import machine, versions
 from stablekd_fast.report.events import plain
+from stablekd_fast.report.page import flat
 
 REQUIRED = ("bench", "case", "contender", "median_seconds", "spread_seconds", "ratio", "baseline")
+COMPARED = {"ratio_against": "ratio\nnow/then", "speed_against": "speed\nnow/then"}
+"""What a comparison with an earlier file adds to a row, and what it is called in a table."""
 
 
-def write_json(path: Path, rows: Sequence[dict], settings: dict) -> None:
-    """Write rows, machine, versions and settings (with the commit, in a checkout), whole or not at all."""
-    write_document(path, {"rows": rows}, settings)
+def document(content: dict, settings: dict) -> dict:
+    """The content with machine, versions and settings, and with the commit in a checkout."""
+    return {**content, "machine": machine(), "versions": versions(), "settings": {**settings, "commit": commit()}}
 
 
 def write_document(path: Path, content: dict, settings: dict) -> None:
-    """Write the content with machine, versions and settings (with the commit, in a checkout), whole or not at all."""
-    document = {
-        **content,
-        "machine": machine(),
-        "versions": versions(),
-        "settings": {**settings, "commit": commit()},
-    }
-    write_atomically(Path(path), (json.dumps(plain(document), indent=1, allow_nan=False) + "\n").encode())
+    write_json(path, document(content, settings))
 
 
-def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Write the rows, with the columns that any of them has."""
+def write_json(path: Path, found: dict) -> None:
+    """Write a document, whole or not at all."""
+    write_atomically(Path(path), (json.dumps(plain(found), indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_csv(path: Path, found: dict) -> None:
+    """Write a document's rows, with the columns that any of them has. Machine, versions and settings are columns too, the
+    same in every row, so that rows of many files may be put together."""
+    origin = flat({name: found[name] for name in ("machine", "versions", "settings")})
+    rows = [{**row, **origin} for row in plain(found)["rows"]]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
@@ -50,51 +54,76 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
 def read_json(path: Path) -> dict:
     """The document that `write_json` wrote. Raises StableKDError if it is missing or not such a document."""
     try:
-        document = json.loads(Path(path).read_bytes())
-        complete = all(key in row for row in document["rows"] for key in REQUIRED)
+        found = json.loads(Path(path).read_bytes())
+        complete = all(key in row for row in found["rows"] for key in REQUIRED)
     except OSError as error:
         raise StableKDError(f"{path} cannot be read: {error.strerror}. Give the file of an earlier --json.") from error
     except (ValueError, TypeError, KeyError) as error:
         raise StableKDError(f"{path} is no bench file ({error!r}). Give the file of an earlier --json.") from error
     if not complete:
         raise StableKDError(f"{path} has rows without {', '.join(REQUIRED)}. Give the file of an earlier --json.")
-    return document
+    return found
 
 
-def compare(rows: Sequence[dict], earlier: Sequence[dict]) -> list[dict]:
-    """The rows, each with `against`: its earlier median time / its time now; None for a row that is new."""
-    before = {_key(row): row["median_seconds"] for row in earlier}
-    found = ((row, before.get(_key(row))) for row in rows)
-    return [{**row, "against": seconds and seconds / row["median_seconds"]} for row, seconds in found]
-
-
-def below(rows: Sequence[dict], contender: str, ratio: float) -> list[dict]:
-    """The rows of `contender` whose ratio to the baseline is less than `ratio`."""
-    return [row for row in rows if row["contender"] == contender and row["ratio"] < ratio]
+def by_case(rows: Sequence[dict]) -> list[list[dict]]:
+    """The rows of each case, in order of first appearance."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["bench"], row["case"]), []).append(row)
+    return list(found.values())
 
 
 def table(rows: Sequence[dict]) -> Group:
-    """The rows of one case under its name. `earlier` is the time in an earlier file over the time now."""
-    compared = any("against" in row for row in rows)
+    """The rows of one case under its name."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("contender", overflow="fold")
-    for name in ["ratio", "ms", "± ms", "of floor", *(["earlier"] if compared else [])]:
-        shown.add_column(name, justify="right", no_wrap=True, style="bold" if name == "ratio" else "")
-    for row in rows:
-        shown.add_row(*map(Text, _cells(row, compared)))
+    cells = [cells_of(row) for row in rows]
+    for name in dict.fromkeys(name for line in cells for name in line):
+        fold = name in ("contender", "of limit")
+        style = "bold" if name == "ratio" else ""
+        shown.add_column(name, justify="left" if fold else "right", no_wrap=not fold, overflow="fold", style=style)
+    for line in cells:
+        shown.add_row(*map(Text, line.values()))
     return Group(Text(rows[0]["case"], style="bold"), shown)
 
 
-def _cells(row: dict, compared: bool) -> list[str]:
-    share, against = row.get("share_of_floor"), row.get("against")
-    cells = [
-        f"{row['contender']} ({row['variant']})" if row.get("variant") else row["contender"],
-        "baseline" if row["contender"] == row["baseline"] else f"{row['ratio']:.2f}",
-        f"{1e3 * row['median_seconds']:.3g}",
-        f"{1e3 * row['spread_seconds']:.2g}",
-        "" if share is None else f"{100 * share:.0f} %",
-    ]
-    return [*cells, "" if against is None else f"{against:.2f}"] if compared else cells
+def cells_of(row: dict) -> dict[str, str]:
+    """A row as texts by column: the same columns for all rows of a case."""
+    variant = row.get("variant")
+    cells = {
+        "contender": f"{row['contender']} ({variant})" if variant else row["contender"],
+        "ratio": _ratio_text(row),
+        "ms": _milliseconds(row["median_seconds"]),
+        "± ms": _milliseconds(row["spread_seconds"]),
+        "of limit": _limit_text(row),
+    }
+    for key, name in COMPARED.items():
+        if key in row:
+            cells[name] = "" if row[key] is None else f"{row[key]:.2f}"
+    return cells
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _has_own_task(row: dict) -> bool:
+    """Whether the row measures a limit by work of its own: its time stands beside no other."""
+    return row["contender"] == row.get("limit") and "flops" in row
+
+
+def _ratio_text(row: dict) -> str:
+    if _has_own_task(row):
+        return ""
+    return "baseline" if row["contender"] == row["baseline"] else f"{row['ratio']:.2f}"
+
+
+def _limit_text(row: dict) -> str:
+    if _has_own_task(row):
+        return f"{row['gflops_per_second']:.0f} GFLOP/s"
+    if row.get("limit") in (None, row["contender"]):
+        return ""
+    return f"{100 * row['share_of_limit']:.0f} % of {row['limit']}"
 
 
 def commit() -> str | None:
@@ -107,7 +136,3 @@ def commit() -> str | None:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _key(row: dict) -> tuple[str, str, str]:
-    return row["bench"], row["case"], row["contender"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from stablekd_fast.bench.core import pinned
-from stablekd_fast.bench.teacher import Arm, Images, Pair, cached, make_pair, scratch
+from stablekd_fast.bench.core import Measured, pinned, scratch
+from stablekd_fast.bench.teacher import Arm, Images, Pair, cached, make_pair
 from stablekd_fast.blocks import pick_fusion
 from stablekd_fast.data import Dataset
 from stablekd_fast.step import GroupStep, Objectives, load_batch
@@ -38,10 +38,12 @@ class Phases:
             torch.cuda.synchronize(self.device)
 
 
-def profile_steps(folder: Path, images: Images, trace: Path | None) -> dict[str, list[dict]]:
-    """Rows by pair, as `profile_step` gives them. Leaves nothing in `folder`."""
-    with scratch(folder) as own, pinned():
-        return {pair.name: profile_step(pair, dataset, own, trace) for pair, dataset in images.of_pairs()}
+def profile_steps(folder: Path, images: Images, trace: Path | None) -> Measured:
+    """A table for each pair, as `profile_step` gives it. Leaves nothing in `folder`."""
+    with scratch(folder) as own, pinned() as pins:
+        profiles = {pair.name: profile_step(pair, dataset, own, trace) for pair, dataset in images.of_pairs()}
+    tables = {f"{name}: milliseconds per step": rows for name, rows in profiles.items()}
+    return Measured(tables=tables, settings=pins)
 
 
 def profile_step(pair: Pair, dataset: Dataset, folder: Path, trace: Path | None, steps: int = 10) -> list[dict]:

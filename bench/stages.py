@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.assemble import objectives_of
-from stablekd_fast.bench.core import Case, Contender
+from stablekd_fast.bench.core import Case, Contender, Role, measure
 from stablekd_fast.bench.loops import OrdinaryStage
-from stablekd_fast.bench.teacher import Arm, Pair, cached, make_pair, timed
+from stablekd_fast.bench.peak import count_flops, peak, peak_contenders
+from stablekd_fast.bench.teacher import Arm, Pair, cached, make_pair
 from stablekd_fast.blocks import PairedBlocks, pick_fusion
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Batch, Dataset, TrainSource
@@ -34,19 +35,20 @@ class StageBench:
         self.precision, self.folder = precision, folder
 
     def seconds(self, method: str, groups: list[list[int]], batch: int, rounds: int) -> list[dict]:
-        """A row for each way to run the stage, with its images/s. Raises WrongResult if one computes something else."""
-        return timed(self.case(method, groups, batch), rounds)
+        """A row for each way to run the stage, and for the limits. Raises WrongResult if one computes something else."""
+        return measure(self.case(method, groups, batch), rounds)
 
     def case(self, method: str, groups: list[list[int]], batch: int) -> Case:
         reference = self._plain(method, groups, batch, torch.float64)
-        contenders = [Contender(PLAIN, self._plain(method, groups, batch, torch.float32).train)]
+        contenders = [_contender(PLAIN, self._plain(method, groups, batch, torch.float32).train, reference, "fp32")]
         if cpu_has_bf16():
             tuned = self._plain(method, groups, batch, torch.float32, bf16=True, layout=torch.channels_last)
-            contenders.append(Contender(TUNED, tuned.train, tolerance=TOLERANCES["bf16"]))
+            contenders.append(_contender(TUNED, tuned.train, reference, "bf16"))
         for name in (LIVE,) if method == "ce" else (LIVE, CACHE):
             arm = self._engine(method, groups, batch, from_cache=name == CACHE)
-            contenders.append(Contender(name, arm.losses, tolerance=TOLERANCES[self.precision]))
-        contenders = [dataclasses.replace(one, expected=_in_step(reference, one)) for one in contenders]
+            contenders.append(_contender(name, arm.losses, reference, self.precision, role="ours"))
+        for precision in sorted({"fp32", self.precision} | ({"bf16"} if cpu_has_bf16() else set())):
+            contenders += peak_contenders(precision)
         title = f"{method}, {'|'.join(group_name(group) for group in groups)}, batch {batch}"
         return Case("end-to-end", title, contenders, PLAIN, reference.train, TOLERANCES["fp32"], {"images": batch})
 
@@ -82,12 +84,14 @@ class StageBench:
         return paired, source, batches
 
 
-def _in_step(reference: OrdinaryStage, contender: Contender) -> Callable[[], list[Tensor]]:
-    """The reference's losses on the batch that the contender takes next."""
-    own = contender.call.__self__
+def _contender(
+    name: str, call: Callable[[], list[Tensor]], reference: OrdinaryStage, precision: str, *, role: Role = "rival"
+) -> Contender:
+    """Its losses are to be the reference's on the batch that it takes next."""
 
     def expected() -> list[Tensor]:
-        reference.turn = own.turn
+        reference.turn = call.__self__.turn
         return reference.train()
 
-    return expected
+    flops, limit = count_flops(call), peak(precision)
+    return Contender(name, call, expected=expected, tolerance=TOLERANCES[precision], role=role, flops=flops, limit=limit)

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stablekd_fast.bench.core import Case, Contender, pinned
+from stablekd_fast.bench.core import Case, Contender, Measured, Role, measure, pinned, scratch
 from stablekd_fast.bench.loops import Loop, OrdinaryBlockwise, OrdinaryKD, TorchdistillKD
-from stablekd_fast.bench.teacher import Arm, Images, Pair, cached, make_pair, scratch, timed
+from stablekd_fast.bench.peak import count_flops, peak, peak_contenders
+from stablekd_fast.bench.teacher import Arm, Images, Pair, cached, make_pair
 from stablekd_fast.data import Dataset
 from stablekd_fast.emulator import Operation, Recorder
 from stablekd_fast.errors import StableKDError
@@ -27,6 +28,7 @@ from stablekd_fast.teacher import Relay
 TOLERANCE = 1e-4
 """Of losses in float32, compiled or not; bf16 has its own."""
 BF16_TOLERANCE = 5e-2
+OVERHEAD = "the engine beside the operations of its networks and losses"
 EPOCH = 50_000
 """Images, for the statement when compiling has paid for itself."""
 
@@ -108,21 +110,30 @@ class Contest:
 
 
 def step_case(pair: Pair, dataset: Dataset, folder: Path, compiled: bool) -> tuple[Case, dict[str, Arm]]:
-    """All contenders of one pair, and our arms by name."""
+    """All contenders of one pair and the limit of arithmetic; and our arms by name."""
     expected, contest, contenders = Expected(pair, dataset), Contest(pair, dataset, folder), []
     arms = contest.arms(compiled)
     for name, loop in contest.loops().items():
-        contenders.append(Contender(name, loop.train, expected=expected.of(loop), tolerance=_tolerance(name)))
+        contenders.append(_contender(name, loop.train, expected.of(loop), count_flops(loop.train)))
+    flops = {name: count_flops(arms[name].losses) for name in ("ours, relay", "ours, cache")}
     for name, arm in arms.items():
         right = partial(_eager_losses, contest.ours(), arm) if "emulated" in name else expected.of(arm)
-        contenders.append(Contender(name, arm.losses, expected=right, tolerance=_tolerance(name)))
+        contenders.append(_contender(name, arm.losses, right, flops.get(name, flops["ours, cache"]), "ours"))
     alone = Operations(contest.ours())
-    contenders.append(Contender("ours, operations alone", alone.run, expected=expected.of(alone.arm)))
+    contenders.append(_contender("ours, operations alone", alone.run, expected.of(alone.arm), flops["ours, cache"], "limit"))
+    for precision in sorted({_precision(contender.name) for contender in contenders}):
+        contenders += peak_contenders(precision)
     return Case("step", pair.name, contenders, "KD loop", expected.kd.train, TOLERANCE, {"images": pair.batch}), arms
 
 
-def _tolerance(name: str) -> float:
-    return 0.0 if "emulated" in name else BF16_TOLERANCE if "bf16" in name else TOLERANCE
+def _contender(name: str, call: Callable[[], list[Tensor]], expected: Callable, flops: int, role: Role = "rival") -> Contender:
+    tolerance = 0.0 if "emulated" in name else BF16_TOLERANCE if "bf16" in name else TOLERANCE
+    limit = peak(_precision(name))
+    return Contender(name, call, expected=expected, tolerance=tolerance, role=role, flops=flops, limit=limit)
+
+
+def _precision(name: str) -> str:
+    return "bf16" if "bf16" in name else "fp32"
 
 
 def _eager_losses(eager: Arm, other: Arm) -> list[Tensor]:
@@ -201,8 +212,8 @@ def overhead(rows: list[dict]) -> dict:
 
 def run_step(
     folder: Path, images: Images, rounds: int, compiled: bool, show: Callable[[list[dict]], None]
-) -> tuple[dict, dict]:
-    """Rows with images/s, the engine's overhead, the cost of compiling; and the settings. Leaves nothing in `folder`.
+) -> Measured:
+    """Rows, and tables of the engine's overhead and of the cost of compiling. Leaves nothing in `folder`.
 
     Raises StableKDError if torchdistill is not installed.
     """
@@ -212,13 +223,13 @@ def run_step(
         raise StableKDError(
             f"torchdistill, a rival in this bench, cannot be imported ({error}); pip install 'stablekd_fast[bench]'."
         ) from error
-    found = {"rows": [], "overhead": [], "compiling": []}
-    with scratch(folder) as own, pinned() as pins:
+    measured, beside, compiling = Measured(), [], []
+    with scratch(folder) as own, pinned() as measured.settings:
         for pair, dataset in images.of_pairs():
             case, arms = step_case(pair, dataset, own, compiled)
-            rows = timed(case, rounds)
-            show(rows)
-            found["rows"] += rows
-            found["overhead"].append(overhead(rows))
-            found["compiling"] += compile_cost(arms, rows)
-    return found, {"rounds": rounds, **pins}
+            rows = measured.take(partial(measure, case, rounds), show)
+            if rows:
+                beside.append(overhead(rows))
+                compiling += compile_cost(arms, rows)
+    measured.tables = {OVERHEAD: beside, "compiling": compiling}
+    return measured

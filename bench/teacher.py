@@ -3,9 +3,6 @@ by the cache, against students that have their inputs already."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast import models
-from stablekd_fast.bench.core import Case, Contender, measure, pinned
+from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned, scratch
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.cache.columns import Columns
 from stablekd_fast.cache.plan import Kept, Plan
@@ -30,6 +27,7 @@ from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_b
 from stablekd_fast.teacher import Relay, Teacher
 
 LOGITS = "fp32"
+RERUN, ALONE = "prefix run again", "students alone"
 
 
 @dataclass(frozen=True)
@@ -123,13 +121,13 @@ class Arm:
 
 def make_pair(pair: Pair, dataset: Dataset) -> tuple[PairedBlocks, TrainSource, list[Batch]]:
     """Networks with random weights and real images."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     classes = len(dataset.classes)
     networks = [
         models.build(name, classes, pair.size).to(memory_format=torch.channels_last) for name in (pair.teacher, pair.student)
     ]
     source = TrainSource(
-        dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=pair.batch, seed=0, views=1, workers=2
+        dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=pair.batch, seed=SEED, views=1, workers=2
     )
     batches = list(source.batches(0, pair.batches))
     paired = pair_blocks(*networks, batches[0].images[:8])
@@ -153,19 +151,20 @@ def feeding_case(pair: Pair, dataset: Dataset, folder: Path) -> Case:
     """The four ways to feed the blocks of one pair."""
     paired, source, batches = make_pair(pair, dataset)
     arms = {
-        "prefix run again": Arm(paired, Rerun(paired), batches),
+        RERUN: Arm(paired, Rerun(paired), batches),
         "relay": Arm(paired, Relay(paired), batches),
     }
     for codec in ("fp32", "bf16", "int8"):
         name = "cache" if codec == "fp32" else f"cache, {codec}"
         arms[name] = Arm(paired, cached(paired, source, batches, folder / "pair" / str(pair.size), codec), batches)
-    contenders = [
-        Contender(name, arm.train, expected=arm.expected, tolerance={"cache, bf16": 4e-3, "cache, int8": 4e-3}.get(name, 0.0))
-        for name, arm in arms.items()
-    ]
+    rounded = {"cache, bf16": 4e-3, "cache, int8": 4e-3}
+    contenders = []
+    for name, arm in arms.items():
+        role = "rival" if name == RERUN else "ours"
+        contenders.append(Contender(name, arm.train, expected=arm.expected, tolerance=rounded.get(name, 0.0), role=role))
     limit = Arm(paired, Relay(paired), batches)
-    contenders.append(Contender("students alone", limit.students, expected=partial(limit.expected, 0)))
-    return Case("teacher", pair.name, contenders, "prefix run again", limit.expected, 0.0, {"images": pair.batch})
+    contenders.append(Contender(ALONE, limit.students, expected=partial(limit.expected, 0), role="limit"))
+    return Case("teacher", pair.name, contenders, RERUN, limit.expected, 0.0, {"images": pair.batch}, ALONE)
 
 
 def size_case(dataset: Dataset, folder: Path) -> Case:
@@ -175,7 +174,7 @@ def size_case(dataset: Dataset, folder: Path) -> Case:
         pair = Pair(name, SMALL.student, SMALL.size, SMALL.batch)
         paired, source, batches = make_pair(pair, dataset)
         arm = Arm(paired, cached(paired, source, batches, folder / "sizes" / name, "fp32"), batches)
-        contenders.append(Contender(f"cache of {name}", arm.train, expected=arm.expected))
+        contenders.append(Contender(f"cache of {name}", arm.train, expected=arm.expected, role="ours"))
     return Case("teacher", "teachers of two sizes", contenders, "cache of resnet110", contenders[0].expected, 0.0,
                 {"images": SMALL.batch})  # fmt: skip
 
@@ -208,30 +207,9 @@ def cases(folder: Path, images: Images) -> Iterator[Case]:
             yield size_case(dataset, folder)
 
 
-def timed(case: Case, rounds: int) -> list[dict]:
-    """Rows with images/s."""
-    rows = measure(case, rounds)
-    return [{**row, "images_per_second": row["images"] / row["median_seconds"]} for row in rows]
-
-
-@contextlib.contextmanager
-def scratch(folder: Path) -> Iterator[Path]:
-    """A folder for the time of a bench."""
-    own = folder / f".bench-{os.getpid()}"
-    try:
-        yield own
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
-
-
-def run_teacher(
-    folder: Path, images: Images, rounds: int, show: Callable[[list[dict]], None]
-) -> tuple[list[dict], dict]:
-    """Rows with images/s, and the settings. Leaves nothing in `folder`."""
-    found = []
+def run_teacher(folder: Path, images: Images, rounds: int, show: Callable[[list[dict]], None]) -> Measured:
+    """Leaves nothing in `folder`."""
     with scratch(folder) as own, pinned() as pins:
-        for case in cases(own, images):
-            rows = timed(case, rounds)
-            show(rows)
-            found += rows
-    return found, {"rounds": rounds, **pins}
+        measured = measure_cases(cases(own, images), rounds, show)
+    measured.settings = pins
+    return measured

@@ -14,6 +14,9 @@ METHODS = (
     ("#444444", "#bdbdbd"),
 )
 
+BENCH = (METHODS[0], ("#9aa1a8", "#727a83"), ("#636b73", "#a3abb3"), METHODS[1])
+"""Contenders of a bench: ours, rivals, the baseline, and the mark of the limit."""
+
 KNOWN = ("stablekd", "kd", "kd+features", "blocks", "ce")
 """Methods with a colour of their own, in the order of METHODS."""
 

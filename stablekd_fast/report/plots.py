@@ -21,6 +21,8 @@ from stablekd_fast.report.history import History
 WIDTH = 9.0
 """Inches; the page scales the plot to its column."""
 GRID = "#0000ff"
+OURS, RIVAL, BASELINE, LIMIT_COLOUR = range(4)
+"""The series of a bench's plot."""
 STYLE = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "text.parse_math": False,  # a method's name is no formula
@@ -105,6 +107,31 @@ def loss_curves(history: History) -> str:
         axes.set_xlabel("epoch")
         axes.set_ylabel("training loss")
         return _svg(figure, "loss", "block")
+
+
+def timing_bars(rows: list[dict], name: str) -> str:
+    """Median milliseconds of a bench's contenders, a bar each with its spread; a mark where its limit is, if it has one.
+
+    Rows have `label`, `note` (shown beside the bar), `colour` (the index of a series), `median_seconds`, `spread_seconds` and
+    perhaps `limit_seconds`. `name` tells the plots of a page apart.
+    """
+    with _style():
+        figure, axes = _figure(0.75 + 0.3 * len(rows))
+        for place, row in enumerate(rows):
+            median, spread = 1e3 * row["median_seconds"], 1e3 * row["spread_seconds"]
+            axes.barh(place, median, height=0.62, color=series(row["colour"]), alpha=0.85)
+            axes.plot([max(median - spread, 0), median + spread], [place, place], color="black", linewidth=1.4)
+            if row.get("limit_seconds") is not None:
+                limit = 1e3 * row["limit_seconds"]
+                axes.plot([limit, limit], [place - 0.44, place + 0.44], color=series(LIMIT_COLOUR), linewidth=2.6)
+            axes.annotate(row["note"], (median + spread, place), xytext=(6, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlim(0, 1.16e3 * max(row["median_seconds"] + row["spread_seconds"] for row in rows))
+        axes.set_xlabel("milliseconds, median over rounds; less is better")
+        return _svg(figure, name, "bench")
 
 
 def last_block(group: str) -> int:

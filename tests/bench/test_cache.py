@@ -67,9 +67,12 @@ def test_running_the_prefix_again_runs_it_once_per_block(tmp_path, digits):
 
 def test_plans_are_compared_with_what_was_predicted(tmp_path, monkeypatch):
     monkeypatch.setattr("stablekd_fast.bench.plan.TEACHER", "resnet32")
-    rows, settings = run_plan(tmp_path, "digits", lambda row: None, budgets=("0", "10MB"), images=256)
-    assert rows[0]["kept"] == "nothing" and rows[0]["against_relay"] == 1.0
-    assert all(row["predicted_seconds"] > 0 and row["measured_seconds"] > 0 for row in rows)
+    measured = run_plan(tmp_path, "digits", lambda rows: None, budgets=("0", "10MB"), images=256)
+    none, some = measured.rows
+    assert none["kept"] == "nothing" and none["ratio"] == 1.0 and some["baseline"] == none["contender"] == "budget 0"
+    runs = measured.tables["plans and runs"]
+    assert all(run["predicted_seconds"] > 0 and run["measured_seconds"] > 0 for run in runs)
+    assert [run["measured_seconds"] for run in runs] == [none["median_seconds"], some["median_seconds"]]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -80,5 +83,5 @@ def test_the_commands_write_their_files(tmp_path, capsys):
     assert main(["bench", "cache", "--quick", "--rounds", "1", "--directory", str(tmp_path), "--json", str(out)]) == 0
     document = json.loads(out.read_text())
     assert {row["contender"] for row in document["rows"]} >= {"memcpy", "stablekd", "direct reads", "one .pt per sample"}
-    assert document["memory"]["ram_budget"] and document["machine"] and document["versions"]["torch"] == torch.__version__
+    assert document["tables"]["memory"][0]["ram_budget"] and document["machine"] and document["versions"]["torch"] == torch.__version__
     assert isinstance(Rows.make(tmp_path / "x", 4096, 1 << 20).gather(), torch.Tensor)

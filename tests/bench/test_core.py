@@ -6,8 +6,9 @@ from hypothesis import given, strategies as st
 import pytest
 import torch
 
-from stablekd_fast.bench.core import WARM_UP_ROUNDS, Case, Contender, WrongResult, check, measure, pinned
+from stablekd_fast.bench.core import WARM_UP_ROUNDS, Case, Contender, WrongResult, check, measure, measure_cases, pinned, scratch
 from stablekd_fast.bench.floor import floor_contenders, split
+from stablekd_fast.bench.peak import TOLERANCES, peak, peak_contenders
 
 RIGHT = torch.tensor([1.0, -2.0])
 
@@ -92,12 +93,51 @@ def test_a_machine_that_slows_down_between_rounds_changes_no_ratio(machine):
         machine.pace = 1.0 + (len(machine.timed) - 1) // 3
 
     contenders = [machine.contender(name, s) for name, s in (("plain", 3.0), ("ours", 0.75), ("floor", 0.5))]
-    plain, ours, floor = machine.measure(contenders, rounds=5, watch=watch)
+    plain, ours, floor = machine.measure(contenders, rounds=5, watch=watch, limit="floor")
     # Paces of the five rounds after two for warming up: 3, 4, 5, 6, 7; quartiles 4 and 6.
     assert plain["median_seconds"] == pytest.approx(15.0) and plain["spread_seconds"] == pytest.approx(3.0)
     assert ours["median_seconds"] == pytest.approx(3.75)
     assert [row["ratio"] for row in (plain, ours, floor)] == pytest.approx([1.0, 4.0, 6.0])
-    assert [row["share_of_floor"] for row in (plain, ours, floor)] == pytest.approx([1 / 6, 2 / 3, 1.0])
+    assert [row["share_of_limit"] for row in (plain, ours, floor)] == pytest.approx([1 / 6, 2 / 3, 1.0])
+
+
+def test_each_row_says_how_close_it_comes_to_its_own_limit(machine):
+    contenders = [
+        machine.contender("plain", 4.0, flops=100, limit="peak, fp32"),
+        machine.contender("halves", 2.0, flops=100, limit="peak, fp16"),
+        machine.contender("peak, fp32", 1.0, "many small", flops=20, limit="peak, fp32"),
+        machine.contender("peak, fp32", 2.0, "few large", flops=50, limit="peak, fp32"),
+        machine.contender("peak, fp16", 1.0, flops=100, limit="peak, fp16"),
+    ]
+    plain, halves, peak, _ = machine.measure(contenders, extras={"images": 8})
+    assert peak["variant"] == "few large", "the faster one for the same work"
+    assert (plain["limit"], plain["limit_seconds"], plain["share_of_limit"]) == ("peak, fp32", 4.0, 1.0)
+    assert (halves["limit"], halves["limit_seconds"], halves["share_of_limit"]) == ("peak, fp16", 1.0, 0.5)
+    assert plain["gflops_per_second"] == pytest.approx(25e-9) and plain["images_per_second"] == pytest.approx(2.0)
+
+
+def test_a_refused_case_has_no_rows_and_the_others_are_measured(machine):
+    wrong = Case("b", "wrong", [machine.contender("plain", 1, result=2 * RIGHT)], "plain", lambda: RIGHT, 0.0)
+    right = Case("b", "right", [Contender("plain", lambda: RIGHT)], "plain", lambda: RIGHT, 0.0)
+    shown = []
+    measured = measure_cases([wrong, right], 1, shown.append)
+    assert [row["case"] for row in measured.rows] == ["right"] and shown == [measured.rows]
+    assert len(measured.refused) == 1 and "b, wrong: plain is wrong" in measured.refused[0]
+
+
+def test_a_scratch_folder_is_gone_afterwards(tmp_path):
+    with pytest.raises(KeyError), scratch(tmp_path) as own:
+        own.mkdir()
+        (own / "rows").touch()
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_the_peak_is_counted_and_right(precision):
+    product, convolution = peak_contenders(precision)
+    assert product.flops == 2 * 1024**3 and convolution.flops == 2 * 8 * 28 * 28 * 9 * 128 * 128
+    check(Case("bench", "peak", [product, convolution], peak(precision), lambda: RIGHT, 0.0))
 
 
 def test_the_fastest_variant_stands_for_its_name(machine):
@@ -111,7 +151,7 @@ def test_the_fastest_variant_stands_for_its_name(machine):
         ("plain", "fast", 1.0, 8),
         ("ours", "", 2.0, 12),
     ]
-    assert all(row["baseline"] == "plain" and "share_of_floor" not in row for row in rows)
+    assert all(row["baseline"] == "plain" and "limit" not in row for row in rows)
 
 
 def test_short_calls_are_repeated_and_long_ones_not(machine):

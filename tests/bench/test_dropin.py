@@ -11,6 +11,8 @@ pytest.importorskip("torchdistill")
 
 from stablekd_fast.bench import dropin  # noqa: E402
 
+NOISE = dropin.Noise(dropin.QUICK.count, dropin.QUICK.size)
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -28,17 +30,17 @@ def test_losses_agree_in_float64():
 
 
 def test_runs_agree_and_another_objective_is_refused(tmp_path, monkeypatch):
-    case = dropin.torchdistill_case(dropin.QUICK, tmp_path)
+    case = dropin.torchdistill_case(dropin.QUICK, NOISE, tmp_path)
     assert [contender.name for contender in case.contenders] == ["theirs", "stablekd", "stablekd, kept teacher"]
     check(case)
-    kd, dkd = dropin.mdistiller_cases(dropin.QUICK)
+    kd, dkd = dropin.mdistiller_cases(dropin.QUICK, NOISE)
     check(kd)
     with pytest.raises(WrongResult, match="mdistiller KD"):
         check(dataclasses.replace(kd, contenders=dkd.contenders))
 
 
 def test_a_run_begins_anew_each_time():
-    theirs = next(dropin.mdistiller_cases(dropin.QUICK)).contenders[0].call
+    theirs = next(dropin.mdistiller_cases(dropin.QUICK, NOISE)).contenders[0].call
     first, again = theirs(), theirs()
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert first[0][0] != first[0][-1]

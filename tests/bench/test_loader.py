@@ -60,14 +60,19 @@ def test_dalis_own_readers_are_among_them_and_must_show_every_image(photographs)
 
 def test_all_ways_to_make_batches_of_small_images_agree():
     case = small_case(Work(open_dataset("digits"), 16, 1, 1))
-    assert {contender.name for contender in case.contenders} == {"stablekd, resident", "torchvision DataLoader"}
+    assert {contender.name for contender in case.contenders} == {"stablekd, resident", "torchvision DataLoader", "floor"}
     check(case)
+    (own,) = [contender for contender in case.contenders if contender.role == "ours"]
+    wrong = dataclasses.replace(own, call=lambda: own.call().flip(3))
+    with pytest.raises(WrongResult, match="stablekd, resident"):
+        check(dataclasses.replace(case, contenders=[wrong]))
 
 
 def test_the_command_writes_images_per_second(tmp_path):
     assert main(["bench", "loader", "--rounds", "1", "--workers", "1", "--json", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert {row["contender"] for row in rows} == {"stablekd, resident", "torchvision DataLoader"}
+    assert {row["contender"] for row in rows} == {"stablekd, resident", "torchvision DataLoader", "floor"}
+    assert all(row["limit"] == "floor" and 0 < row["share_of_limit"] for row in rows)
     assert all(row["images_per_second"] > 0 and row["images"] >= 960 for row in rows)
 
 

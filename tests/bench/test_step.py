@@ -8,6 +8,7 @@ import torch
 
 from stablekd_fast.bench.core import WrongResult, check, measure
 from stablekd_fast.bench.loops import OrdinaryBlockwise
+from stablekd_fast.bench.peak import count_flops
 from stablekd_fast.bench.profile import profile_step
 from stablekd_fast.bench.step import Contest, Operations, compile_cost, overhead, step_case
 from stablekd_fast.bench.teacher import Pair
@@ -37,8 +38,19 @@ def test_every_contender_gives_the_losses_of_float64_and_is_timed(made):
     assert ("ours, cache, bf16" in names) == cpu_has_bf16()
     assert all(row["median_seconds"] > 0 for row in rows)
     assert set(arms) <= names
+    by_name = {row["contender"]: row for row in rows}
+    assert by_name["ours, cache"]["limit"] == "peak, fp32" and by_name["ours, cache"]["limit_seconds"] > 0
+    assert not cpu_has_bf16() or by_name["ours, cache, bf16"]["limit"] == "peak, bf16"
     beside = overhead([{**row, "median_seconds": 2.0 if row["contender"] == "ours, cache" else 1.0} for row in rows])
     assert beside["step_ms"] == 2000 and beside["operations_ms"] == 1000
+
+
+def test_operations_are_counted(made):
+    flops = {contender.name: contender.flops for contender in made[0].contenders}
+    alone = next(contender for contender in made[0].contenders if contender.name == "ours, operations alone")
+    assert flops["ours, cache"] == count_flops(alone.call), "those of the students, and no others"
+    assert flops["ours, relay"] < flops["blockwise, prefix run again"], "no prefix is run twice"
+    assert flops["KD loop"] == flops["torchdistill KD"] > flops["ours, relay"] - flops["ours, cache"]
 
 
 @pytest.mark.parametrize("name", ["KD loop", "torchdistill KD", "blockwise, prefix run again", "ours, cache"])
