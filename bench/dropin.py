@@ -123,7 +123,7 @@ def _loss_case(name: str, theirs: Term, ours: Term, samples: int, classes: int) 
 
         return call
 
-    contenders = [Contender("theirs", both_passes(theirs)), Contender("stablekd", role="ours", call=both_passes(ours))]
+    contenders = [Contender("theirs", both_passes(theirs)), Contender("stablekd", both_passes(ours), role="ours")]
     return Case("dropin", name, contenders, "theirs", both_passes(theirs, torch.float64), LOSS_TOLERANCE)
 
 
@@ -209,7 +209,7 @@ def torchdistill_case(setting: Setting, images: Images, folder: Path) -> Case:
     theirs = run("KDLoss")
     contenders = [
         Contender("theirs", theirs),
-        Contender("stablekd", role="ours", call=run("FastKDLoss")),
+        Contender("stablekd", run("FastKDLoss"), role="ours"),
         Contender("stablekd, kept teacher", run("FastKDLoss", kept), role="ours"),
     ]
     return Case("dropin", f"torchdistill, {_named(setting)}", contenders, "theirs", theirs, STEPS_TOLERANCE)
@@ -220,7 +220,7 @@ def mdistiller_cases(setting: Setting, images: Images) -> Iterator[Case]:
     _, batches = _batches(setting, images)
     for name, weights in WEIGHTS.items():
         theirs, ours = (_plain_run(setting, batches, term, weights) for term in _terms()[name])
-        contenders = [Contender("theirs", theirs), Contender("stablekd", role="ours", call=ours)]
+        contenders = [Contender("theirs", theirs), Contender("stablekd", ours, role="ours")]
         yield Case("dropin", f"{name}, {_named(setting)}", contenders, "theirs", theirs, STEPS_TOLERANCE)
 
 
