@@ -1,7 +1,8 @@
 """`stablekd bench dropin`: the objectives of torchdistill and mdistiller with their losses and with ours.
 
-torchdistill is the real package. mdistiller is not on PyPI: its formulas stand in `rivals.py`, and a plain loop in its place. Losses
-are checked against float64; runs of fifty steps in float32 against those with the rival's loss, to 1e-5, losses and weights.
+torchdistill is the real package. mdistiller is not on PyPI: its formulas stand in `rivals.py`, and a plain loop in its place.
+Losses are checked against float64; runs of fifty steps in float32 against those with the rival's loss, to 1e-5, losses and
+weights.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from stablekd_fast import kernels, models
 from stablekd_fast.bench import rivals
 from stablekd_fast.bench.core import Case, Contender, Measured, measure_cases, pinned, scratch
-from stablekd_fast.bench.loops import torchdistill_box
+from stablekd_fast.bench.loops import LOGITS, torchdistill_box
 from stablekd_fast.data import open_dataset
 from stablekd_fast.errors import DataError
 from stablekd_fast.integrations.torchdistill import FastKDLoss, SampleViews, SharedBlocks
@@ -90,14 +91,13 @@ def _terms() -> dict[str, tuple[Term, Term]]:
     """The rival's loss and ours, of student's logits, teacher's logits and labels."""
     from torchdistill.losses.mid_level import KDLoss
 
-    place = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
 
     def in_box(loss: nn.Module) -> Term:
         return lambda student, teacher, labels: loss({".": {"output": student}}, {".": {"output": teacher}}, labels)
 
     temperature, alpha, beta = rivals.TEMPERATURE, rivals.DECOUPLED_ALPHA, rivals.DECOUPLED_BETA
     return {
-        "torchdistill KDLoss": (in_box(KDLoss(**place, **OBJECTIVE)), in_box(FastKDLoss(**place, **OBJECTIVE))),
+        "torchdistill KDLoss": (in_box(KDLoss(**LOGITS, **OBJECTIVE)), in_box(FastKDLoss(**LOGITS, **OBJECTIVE))),
         "mdistiller KD": (
             lambda student, teacher, labels: rivals.kd_term(student, teacher),
             lambda student, teacher, labels: kernels.kd_loss(student, teacher, temperature=temperature),
@@ -197,7 +197,8 @@ def torchdistill_case(setting: Setting, images: Images, folder: Path) -> Case:
     def run(key: str, teacher_settings: dict | None = None) -> Run:
         teacher, student = _networks(setting)
         _settle(teacher, batches)
-        box = torchdistill_box(teacher, student, {"key": key, "kwargs": OBJECTIVE}, lr=setting.lr, teacher_settings=teacher_settings)
+        kd = {"key": key, "kwargs": OBJECTIVE}
+        box = torchdistill_box(teacher, student, kd, lr=setting.lr, teacher_settings=teacher_settings)
 
         def step(images: Tensor, labels: Tensor, keys: dict) -> Tensor:
             loss = box.forward_process(images, labels, keys)

@@ -61,7 +61,13 @@ class OrdinaryKD(Loop):
         return [loss.detach()]
 
 
-def torchdistill_box(teacher: nn.Module, student: nn.Module, kd: dict, *, lr: float = 0.0, teacher_settings: dict | None = None):
+LOGITS = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
+"""Where torchdistill's losses find both networks' logits."""
+
+
+def torchdistill_box(
+    teacher: nn.Module, student: nn.Module, kd: dict, *, lr: float = 0.0, teacher_settings: dict | None = None
+):
     """torchdistill's distillation box with one term, `kd` its key and settings besides the places of the logits."""
     from torchdistill.core.distillation import DistillationBox
 
@@ -69,8 +75,7 @@ def torchdistill_box(teacher: nn.Module, student: nn.Module, kd: dict, *, lr: fl
         def setup_data_loaders(self, train_config: dict) -> None:
             """The batches are here already."""
 
-    module = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
-    term = {"criterion": {**kd, "kwargs": {**module, **kd["kwargs"]}}, "weight": 1.0}
+    term = {"criterion": {**kd, "kwargs": {**LOGITS, **kd["kwargs"]}}, "weight": 1.0}
     common = {"forward_proc": "forward_batch_only", "sequential": []}
     settings = {
         "num_epochs": 1,

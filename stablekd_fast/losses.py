@@ -1,7 +1,7 @@
 """Losses as modules, for training loops of one's own: the signatures people use, computed by `stablekd_fast.kernels`.
 
-All give a 0-dim tensor in float32 (float64 for float64 inputs) whatever the inputs' precision, are differentiable twice, and run
-on CPUs and NVIDIA GPUs. None has parameters. Tensors that do not fit raise OperandError, settings ConfigError.
+All give a 0-dim tensor in float32 (float64 for float64 inputs) whatever the inputs' precision, are differentiable twice, and
+run on CPUs and NVIDIA GPUs. None has parameters. Tensors that do not fit raise OperandError, settings ConfigError.
 
 Reductions are torch's: `"batchmean"` divides a sum over all elements by the batch size, `"mean"` by the number of elements,
 `"sum"` by nothing. `"none"` is not supported: the kernels never write the single terms.
@@ -24,8 +24,8 @@ class KLDivWithLogitsLoss(nn.Module):
     """T^2 * KL(target || input) between the softmax distributions of two logits at temperature T.
 
     What `nn.KLDivLoss(reduction)(log_softmax(input / T, 1), softmax(target / T, 1)) * T**2` computes. It takes logits, so
-    take the softmax calls out when it replaces `nn.KLDivLoss`; and its default reduction is `"batchmean"`, the divergence's own,
-    where that of `nn.KLDivLoss` is `"mean"`, which divides by the classes too.
+    take the softmax calls out when it replaces `nn.KLDivLoss`; and its default reduction is `"batchmean"`, the divergence's
+    own, where that of `nn.KLDivLoss` is `"mean"`, which divides by the classes too.
     """
 
     def __init__(self, reduction: Reduction = "batchmean", temperature: float = 1.0) -> None:
@@ -111,8 +111,8 @@ class MSELoss(nn.Module):
     """Mean squared error of features, as `nn.MSELoss`, or on a scale of its own.
 
     `normalize`: None, `"power"` (over the target's mean square), `"channel"` (both standardised by the target's channels) or
-    `"l2"` (samples at unit length), see `kernels.feature_mse`; these are means, so that `"sum"` goes with None only. Shapes must
-    be equal, nothing is broadcast. `channel_axis`: 1 for `[N, C, H, W]`, -1 for tokens `[N, T, C]`.
+    `"l2"` (samples at unit length), see `kernels.feature_mse`; these are means, so that `"sum"` goes with None only. Shapes
+    must be equal, nothing is broadcast. `channel_axis`: 1 for `[N, C, H, W]`, -1 for tokens `[N, T, C]`.
     """
 
     def __init__(

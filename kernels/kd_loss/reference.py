@@ -58,7 +58,8 @@ def kd_loss_with_grad(
     if labels is not None:
         targets = torch.zeros_like(logits)
         if label_smoothing > 0:
-            targets += (label_smoothing / _open_classes(masked).to(logits.dtype))[:, None]  # a number over int64 would be float32
+            # Converted first: a number over int64 is float32.
+            targets += (label_smoothing / _open_classes(masked).to(logits.dtype))[:, None]
             targets.masked_fill_(masked, 0.0)
         targets.scatter_add_(1, labels[:, None], torch.full_like(logits[:, :1], 1 - label_smoothing))
         gradient = alpha * gradient + (1 - alpha) * (torch.softmax(logits, dim=1) - targets)

@@ -81,9 +81,9 @@ class FastFitNet(FitNet):
 class StableKD(Distiller):
     """Blocks that train alone on the teacher's activations, later merged (StableKD: arXiv 2312.13223).
 
-    The networks are cut at the first batch, on whose activations bridges are fitted where widths differ; bridges are part of the
-    state dict, parameters are not added. While the student is decomposed, the logits returned (and the training accuracy) are
-    those of its last block, which reads the teacher's activation.
+    The networks are cut at the first batch, on whose activations bridges are fitted where widths differ; bridges are part of
+    the state dict, parameters are not added. While the student is decomposed, the logits returned (and the training accuracy)
+    are those of its last block, which reads the teacher's activation.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg) -> None:
@@ -118,7 +118,7 @@ class StableKD(Distiller):
     def _pair(self, images: Tensor) -> PairedBlocks:
         if getattr(self, "_is_replica", False):
             raise ConfigError(
-                "StableKD's blocks cannot be copied to several GPUs by DataParallel; run it on one, with CUDA_VISIBLE_DEVICES=0."
+                "StableKD's blocks cannot be copied to several GPUs by DataParallel; run it on one: CUDA_VISIBLE_DEVICES=0."
             )
         if self.paired is None:
             settings = self.settings

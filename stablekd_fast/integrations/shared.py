@@ -21,8 +21,8 @@ class SharedBlocks:
     """What the wrappers of teacher and student share: the networks cut into blocks, and the teacher's outputs for a batch.
 
     Args:
-        cuts: modules after which to cut, in order; (teacher's, student's) where they differ. Wrapped models offer what they give
-            there to `forward_hook` under these names; where widths differ, the teacher's is bridged to the student's.
+        cuts: modules after which to cut, in order; (teacher's, student's) where they differ. Wrapped models offer what they
+            give there to `forward_hook` under these names; where widths differ, the teacher's is bridged to the student's.
         bridge: see `pair_blocks`. Bridges are fitted to the first batch.
         views: the training data, if the teacher's outputs are to be kept.
         directory: where they are kept on disk, by sample and view. They are used again by runs in which all is the same.
@@ -46,8 +46,8 @@ class SharedBlocks:
         self.settings = CacheSettings("all", directory, disk_budget, codecs=[codec], logits=logits) if directory else None
         if directory and views is None:
             raise ConfigError(
-                f"The teacher's outputs are to be kept in {directory}, but random views without keys cannot be found again; give "
-                "the training data as SampleViews, and here views: that object."
+                f"The teacher's outputs are to be kept in {directory}, but random views without keys cannot be found again; "
+                "give the training data as SampleViews, and here views: that object."
             )
         self.teacher: nn.Module | None = None
         self.student: nn.Module | None = None
@@ -90,8 +90,8 @@ class SharedBlocks:
     def _kept(self, images: Tensor, keys: Mapping[str, Tensor] | None) -> dict[int, Tensor]:
         if not keys or not {SAMPLE, VIEW} <= keys.keys():
             raise ConfigError(
-                "The batch came without the keys sample_id and view, so its rows cannot be found; train on SampleViews, and set "
-                "forward_proc: forward_batch_supp_dict for the teacher."
+                "The batch came without the keys sample_id and view, so its rows cannot be found; train on SampleViews, and "
+                "set forward_proc: forward_batch_supp_dict for the teacher."
             )
         count, size = len(images), self.views.source.batch_size
         if count > size:

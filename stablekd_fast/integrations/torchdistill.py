@@ -4,8 +4,8 @@ does so itself:
     dependencies:
       - stablekd_fast.integrations.torchdistill
 
-- Losses. `FastKDLoss` takes the settings of torchdistill's `KDLoss` and gives its values, `FastDKDLoss` is like it; `FastMSELoss`,
-  `FastCosineLoss` and `FastKLDivWithLogitsLoss` are `stablekd_fast.losses`, for its `SimpleLossWrapper`.
+- Losses. `FastKDLoss` takes the settings of torchdistill's `KDLoss` and gives its values, `FastDKDLoss` is like it;
+  `FastMSELoss`, `FastCosineLoss` and `FastKLDivWithLogitsLoss` are `stablekd_fast.losses`, for its `SimpleLossWrapper`.
 - `SampleViews`, a data set whose random views have keys, and the process `begin_view` that names each epoch's.
 - Model wrappers `StableKDTeacher` (in one pass, or from rows by sample and view) and `StableKDStudent` (decomposed or merged),
   which share one `SharedBlocks`.
@@ -81,9 +81,13 @@ class FastKDLoss(_LogitsLoss):
                 "batchmean and label_smoothing. Use torchdistill's KDLoss for others."
             )
         self.divergence = KLDivWithLogitsLoss(reduction, temperature)
-        self.both = KDLoss(temperature, 1 - alpha if beta is None else beta, alpha, label_smoothing=label_smoothing) if alpha else None
+        self.both: KDLoss | None = None
+        if alpha:
+            self.both = KDLoss(temperature, 1 - alpha if beta is None else beta, alpha, label_smoothing=label_smoothing)
 
-    def forward(self, student_io_dict: Mapping, teacher_io_dict: Mapping, targets: Tensor | None = None, *args, **kwargs) -> Tensor:
+    def forward(
+        self, student_io_dict: Mapping, teacher_io_dict: Mapping, targets: Tensor | None = None, *args, **kwargs
+    ) -> Tensor:
         student, teacher = self.logits(student_io_dict, teacher_io_dict)
         if self.both is None or targets is None:
             return self.divergence(student, teacher) / self.divergence.temperature**2
@@ -118,8 +122,8 @@ def begin_view(self, epoch: int | None = None, **kwargs) -> None:
     dataset = self.train_data_loader.dataset
     if epoch is None or not isinstance(dataset, SampleViews):
         raise ConfigError(
-            f"begin_view was called for epoch {epoch} of {type(dataset).__name__}; it needs the epoch's number and the training data "
-            "as SampleViews, with requires_supp: False in train_data_loader."
+            f"begin_view was called for epoch {epoch} of {type(dataset).__name__}; it needs the epoch's number and the "
+            "training data as SampleViews, with requires_supp: False in train_data_loader."
         )
     dataset.set_epoch(epoch)
 
@@ -170,8 +174,8 @@ class StableKDTeacher(_Tapped):
 class StableKDStudent(_Tapped):
     """A student whose groups of blocks train on the teacher's activations, each alone; in evaluation the plain student.
 
-    `groups`: neighbouring blocks that train together, counted from 0, e.g. `[[0], [1], [2]]` and in a later stage `[[0, 1, 2]]`.
-    Its state dict is that of the plain student.
+    `groups`: neighbouring blocks that train together, counted from 0, e.g. `[[0], [1], [2]]`, and `[[0, 1, 2]]` in a later
+    stage. Its state dict is that of the plain student.
     """
 
     def __init__(self, student_model: nn.Module, shared: SharedBlocks, groups: Sequence[Sequence[int]], **kwargs) -> None:
@@ -179,8 +183,8 @@ class StableKDStudent(_Tapped):
         self.student_model, self.shared, self.groups = student_model, shared, groups
         if [k for group in groups for k in group] != list(range(len(shared.cuts) + 1)):
             raise ConfigError(
-                f"groups={groups} were given; {len(shared.cuts)} cuts make the blocks 0 to {len(shared.cuts)}, which must be there "
-                "once each, in order."
+                f"groups={groups} were given; {len(shared.cuts)} cuts make the blocks 0 to {len(shared.cuts)}, which must "
+                "be there once each, in order."
             )
         shared.attach(student=student_model)
 

@@ -24,9 +24,10 @@ class SampleViews(Dataset):
     """Training images in views that have keys: gives (image, label, {`sample_id`, `view`}).
 
     `dataset`: a path or name that `stablekd distill --data` takes, or torchvision's CIFAR10, CIFAR100, ImageFolder and others
-    that have `data` and `targets`, or `samples`, without transforms. Small images are padded by `padding` and cropped, large ones
-    cut at random and scaled to `size`; both are mirrored where `flip`. Epoch e shows view e modulo `views`, by the generator of
-    `stablekd_fast.data.views`. `batch_size` is the loader's. Mean and standard deviation are the data set's own by default.
+    that have `data` and `targets`, or `samples`, without transforms. Small images are padded by `padding` and cropped, large
+    ones cut at random and scaled to `size`; both are mirrored where `flip`. Epoch e shows view e modulo `views`, by the
+    generator of `stablekd_fast.data.views`. `batch_size` is the loader's. Mean and standard deviation are the data set's own
+    by default.
 
     Call `set_epoch` before each epoch.
     """
@@ -52,7 +53,11 @@ class SampleViews(Dataset):
         if mean is None or std is None:
             raise ConfigError("SampleViews was given no mean and std; give three values each, of pixels between 0 and 1.")
         kind = Augmentation("pad_crop", flip, padding) if split.resident else Augmentation("resized_crop", flip, size=size)
-        self.source = TrainSource(split, kind, tuple(mean), tuple(std), batch_size=batch_size, seed=seed, views=views, loader="auto")
+        # DALI would begin a pipeline of its own in every worker of the DataLoader.
+        loader = "resident" if split.resident else "torchvision"
+        self.source = TrainSource(
+            split, kind, tuple(mean), tuple(std), batch_size=batch_size, seed=seed, views=views, loader=loader
+        )
         # Shared, so that workers that outlive an epoch see the next one.
         self._epoch = torch.full((), -1, dtype=torch.int64).share_memory_()
 
@@ -70,7 +75,10 @@ class SampleViews(Dataset):
         """A batch at once, as torch's DataLoader asks for it."""
         epoch = int(self._epoch)
         if epoch < 0:
-            raise ConfigError("No epoch was begun, so views have no number; call set_epoch before each (torchdistill does with pre_epoch_process: begin_view).")
+            raise ConfigError(
+                "No epoch was begun, so views have no number; call set_epoch before each (torchdistill does with "
+                "pre_epoch_process: begin_view)."
+            )
         batch = self.source.batch(np.array(indices), epoch % self.source.views)
         keys = [{SAMPLE: sample, VIEW: batch.view} for sample in batch.sample_ids.tolist()]
         return list(zip(batch.images, batch.labels.tolist(), keys))
@@ -80,8 +88,8 @@ def _split_of(dataset: Dataset, crop_size: int) -> Split:
     """The images of a torchvision data set. Raises ConfigError for others, and for transforms, which would not be applied."""
     if getattr(dataset, "transforms", None) is not None or getattr(dataset, "transform", None) is not None:
         raise ConfigError(
-            f"{type(dataset).__name__} has transforms, whose random choices have no keys; give it none, SampleViews crops, mirrors "
-            "and normalises."
+            f"{type(dataset).__name__} has transforms, whose random choices have no keys; give it none, SampleViews "
+            "crops, mirrors and normalises."
         )
     pixels, samples = getattr(dataset, "data", None), getattr(dataset, "samples", None)
     if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 4:
@@ -90,6 +98,6 @@ def _split_of(dataset: Dataset, crop_size: int) -> Split:
         paths, labels = zip(*samples)
         return Split(torch.tensor(labels), files=ImageFiles(FileRecords([Path(path) for path in paths]), crop_size))
     raise ConfigError(
-        f"{type(dataset).__name__} has neither `data` uint8 [N, H, W, 3] with `targets`, nor `samples` of (path, label); give such a "
-        "data set, or a path that stablekd distill takes."
+        f"{type(dataset).__name__} has neither `data` uint8 [N, H, W, 3] with `targets`, nor `samples` of (path, label); "
+        "give such a data set, or a path that stablekd distill takes."
     )

@@ -16,7 +16,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def run(tmp_path):
-    """Without the checkout's root on the path: its folder `kernels` hides a package of that name, which transformers looks for."""
+    """Without the checkout's root on the path: its folder `kernels` hides a package of that name, which transformers looks
+    for."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "stablekd_fast").symlink_to(Path(stablekd_fast.__file__).parent)
     others = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path and not Path(path, "csrc").exists()]
@@ -24,7 +25,11 @@ def run(tmp_path):
 
     def call(script: str, *words: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", EXAMPLES / script, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+            [sys.executable, "-W", "ignore", EXAMPLES / script, *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -43,7 +48,7 @@ def test_lightning(run):
 
 def test_huggingface_trainer(run):
     pytest.importorskip("accelerate")
-    if not any(Path(path, "transformers").is_dir() for path in sys.path):  # importing it here is slow, and may find our `kernels`
+    if not any(Path(path, "transformers").is_dir() for path in sys.path):  # an import may find our `kernels`
         pytest.skip("transformers is not installed")
     assert "global_step=3" in run("huggingface_trainer.py", "3")
 

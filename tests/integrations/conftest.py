@@ -13,7 +13,8 @@ class SmallNet(nn.Module):
         for number, (width, stride) in enumerate(zip(widths, (1, 2, 2)), start=1):
             layers = []
             for place in range(depth):
-                layers += [nn.Conv2d(inside, width, 3, stride if place == 0 else 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                convolution = nn.Conv2d(inside, width, 3, stride if place == 0 else 1, 1, bias=False)
+                layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
                 inside = width
             self.add_module(f"layer{number}", nn.Sequential(*layers))
         self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(inside, classes)

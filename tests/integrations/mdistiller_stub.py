@@ -1,7 +1,8 @@
 """A stand-in for mdistiller, which is not on PyPI: the parts that a distiller meets, written after its contract in own words.
 
-- `Distiller(student, teacher)` calls `forward_train(image=, target=, epoch=)` in training, which gives (logits, dict of losses),
-  and in evaluation gives the student's logits; its teacher stays in evaluation mode. Models give (logits, dict of features).
+- `Distiller(student, teacher)` calls `forward_train(image=, target=, epoch=)` in training, which gives (logits, dict of
+  losses), and in evaluation gives the student's logits; its teacher stays in evaluation mode. Models give (logits, dict of
+  features).
 - `distiller_dict` maps `DISTILLER.TYPE` to a class that is made as `(student, teacher, cfg)`.
 - `CFG` is a tree of settings (yacs) that refuses names which it does not have.
 - The trainer (`train` below) takes SGD over `get_learnable_parameters()`, adds up the means of all losses, and counts epochs
@@ -120,7 +121,8 @@ class FitNet(Distiller):
         own = cfg.FITNET
         self.ce_loss_weight, self.feat_loss_weight, self.hint_layer = own.LOSS.CE_WEIGHT, own.LOSS.FEAT_WEIGHT, own.HINT_LAYER
         with torch.no_grad():
-            shapes = [model(torch.randn(1, 3, *own.INPUT_SIZE))[1]["feats"][self.hint_layer].shape for model in (student, teacher)]
+            features = [model(torch.randn(1, 3, *own.INPUT_SIZE))[1]["feats"] for model in (student, teacher)]
+        shapes = [values[self.hint_layer].shape for values in features]
         self.conv_reg = nn.Sequential(nn.Conv2d(shapes[0][1], shapes[1][1], 1), nn.BatchNorm2d(shapes[1][1]), nn.ReLU())
 
     def get_learnable_parameters(self):

@@ -36,7 +36,7 @@ class Stage(nn.Sequential):
 
 
 class Network(nn.Module):
-    """In mdistiller's manner: features beside the logits, one of them by a second use of a layer, and a branch on the image size."""
+    """In mdistiller's manner: features beside the logits, one by a second use of a layer, and a branch on the image size."""
 
     def __init__(self, small_net, depth: int, seed: int, widths: tuple[int, ...]) -> None:
         super().__init__()

@@ -70,7 +70,10 @@ def wrapped(shared, groups, forward_proc="forward_batch_only"):
             "auxiliary_model_wrapper": {"key": "StableKDTeacher", "kwargs": {"shared": shared}},
             **hooks,
         },
-        "student": {"auxiliary_model_wrapper": {"key": "StableKDStudent", "kwargs": {"shared": shared, "groups": groups}}, **hooks},
+        "student": {
+            "auxiliary_model_wrapper": {"key": "StableKDStudent", "kwargs": {"shared": shared, "groups": groups}},
+            **hooks,
+        },
     }
 
 
@@ -131,13 +134,13 @@ def test_the_dkd_loss_takes_logits_where_torchdistill_has_them(random_batch):
     assert float(loss) == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 1.0, "alpha": 0.5}, {"temperature": 4.0, "alpha": 0.9}], ids=["ilsvrc2012", "cifar10"])
-def test_fifty_steps_of_torchdistills_sample_objectives_are_the_same(settings, small_net, settled, random_batch):
+@pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.5), (4.0, 0.9)], ids=["ilsvrc2012", "cifar10"])
+def test_fifty_steps_of_torchdistills_sample_objectives_are_the_same(temperature, alpha, small_net, settled, random_batch):
     """The objectives of its sample configs, in float32. Losses and weights differ by roundings that training carries on."""
     results, teacher = [], settled(small_net(2, 0))
     for key in ("KDLoss", "FastKDLoss"):
         student = small_net(1, 1)
-        box = make_box(stage({"kd": kd_term(key, **settings)}, lr=0.01), teacher, student)
+        box = make_box(stage({"kd": kd_term(key, temperature=temperature, alpha=alpha)}, lr=0.01), teacher, student)
         box.pre_epoch_process()
         teacher.eval()
         losses = []
@@ -266,7 +269,8 @@ def test_data_without_keys_are_refused(tmp_path, small_net, settled, random_batc
     with pytest.raises(ConfigError, match="No epoch was begun"):
         make_views()[0]
     shared = SharedBlocks(CUTS, views=make_views(), directory=str(tmp_path))
-    box = make_box(stage(STABLEKD_TERMS, **wrapped(shared, APART, "forward_batch_supp_dict")), settled(small_net(2, 0)), small_net(1, 1))
+    config = stage(STABLEKD_TERMS, **wrapped(shared, APART, "forward_batch_supp_dict"))
+    box = make_box(config, settled(small_net(2, 0)), small_net(1, 1))
     box.student_model.train()
     with pytest.raises(ConfigError, match="without the keys sample_id and view"):
         box.forward_process(*random_batch(0), {})
@@ -313,7 +317,7 @@ def test_rows_of_another_teacher_are_refused(tmp_path, small_net, settled):
 def test_stages_decompose_and_merge(tmp_path, small_net, settled):
     views, teacher, student = make_views(), settled(small_net(2, 0)), small_net(1, 1)
     shared = SharedBlocks(CUTS, views=views, directory=str(tmp_path))
-    config = {"stage1": {**views_stage(shared), "num_epochs": 2}, "stage2": {**views_stage(shared, MERGED, lr=0.005), "num_epochs": 1}}
+    config = {"stage1": {**views_stage(shared), "num_epochs": 2}, "stage2": views_stage(shared, MERGED, lr=0.005)}
     box = make_box(config, teacher, student, {"train": views})
     paired, losses = None, []
     for epoch in range(3):
