@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 
 from stablekd_fast.assemble import objectives_of
+from stablekd_fast.blocks.pair import Cut
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset
 from stablekd_fast.diagnose.probe import Probe, probe_inputs
+from stablekd_fast.diagnose.settings import ARMS, END_TO_END, NOT_USED, Probing
 from stablekd_fast.distiller import Distiller
 from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.memory import watched
@@ -20,45 +21,14 @@ from stablekd_fast.schedule import Optimizer, PlannedStage, Stage
 from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
-END_TO_END, DECOMPOSED = ARMS = ("end to end", "decomposed")
-
-
-@dataclass
-class Probing:
-    """How long to train, and how often and on how much to look."""
-
-    steps: int = 200
-    """Of each training. The learning rate goes through its whole cycle in them."""
-    seeds: int = 3
-    """Trainings of each arm; what is between them makes the intervals."""
-    probes: int = 10
-    """Steps that are looked at, evenly spread."""
-    probe_batches: int = 8
-    """Batches on which gradients are compared; they are not trained on in the meantime."""
-
-    def __post_init__(self) -> None:
-        for name, least, why in (
-            ("steps", 1, "a training has"),
-            ("seeds", 2, "an interval over seeds needs"),
-            ("probes", 2, "a change from probe to probe needs"),
-            ("probe_batches", 2, "noise between batches needs"),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} was given; {why} at least {least}.")
-        if self.probes > self.steps:
-            raise ConfigError(f"probes={self.probes} was given, but there are {self.steps} steps; give fewer probes or more steps.")
-
-    @property
-    def at(self) -> list[int]:
-        """The steps that are looked at: the middles of equal parts of the training."""
-        return [(2 * i + 1) * self.steps // (2 * self.probes) for i in range(self.probes)]
-
 
 @dataclass(frozen=True)
 class Measured:
     """Rows by arm, seed and step: of blocks, and of cuts between blocks that train together."""
 
-    cuts: list[str]
+    cuts: list[Cut]
+    precision: str
+    """In which the students trained."""
     blocks: list[dict]
     between: list[dict]
 
@@ -70,17 +40,16 @@ def measure(config: DistillConfig, probing: Probing, *, progress: bool = True, d
     """
     blocks: list[dict] = []
     between: list[dict] = []
-    names: list[str] = []
+    used = DistillConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_USED})
     for seed in range(config.seed, config.seed + probing.seeds):
-        parts = Distiller(replace(config, seed=seed), dataset=dataset)
+        parts = Distiller(replace(used, seed=seed), dataset=dataset)
         dataset = parts.dataset
-        names = [cut.name for cut in parts.paired.cuts]
         twin = Twin(parts, probing)
         for arm in ARMS:
             own, cuts = twin.train(arm, progress)
             blocks += [{"arm": arm, "seed": seed, **row} for row in own]
             between += [{"arm": arm, "seed": seed, **row} for row in cuts]
-    return Measured(names, blocks, between)
+    return Measured(parts.paired.cuts, parts.paired.precision.name, blocks, between)
 
 
 class Twin:

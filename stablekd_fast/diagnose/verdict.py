@@ -1,0 +1,120 @@
+"""What the figures say, in words."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from typing import Literal
+
+from stablekd_fast.blocks.pair import Cut
+from stablekd_fast.diagnose.summary import SETTLED, Interval, Summary
+
+WEAK_CUT = 0.5
+"""A cut is not needed if it surely takes away less than this part of what the strongest one does."""
+
+Answer = Literal["yes", "no", "unclear"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`helps` in one word, and sentences that give the reasons with their figures."""
+
+    helps: Answer
+    why: list[str]
+    cuts: str
+    how_long: str
+
+    @property
+    def headline(self) -> str:
+        return {
+            "yes": "Decomposition should help this pair.",
+            "no": "Decomposition should not help this pair.",
+            "unclear": "These figures do not settle whether decomposition helps this pair.",
+        }[self.helps]
+
+
+def judge(summary: Summary, cuts: list[Cut], steps: int) -> Verdict:
+    """A verdict on trainings of `steps` steps.
+
+    Yes, if the gap is above zero and one of signal-to-noise ratio and composed loss is surely better decomposed while the
+    other is not surely worse. No, if the gap is not, or one of the two is surely worse while the other is not surely better.
+    Surely: the 95% interval over seeds says so.
+    """
+    entangled = summary.gap is not None and summary.gap.low > 0
+    signs = [_side(summary.snr_gain), -_side(summary.loss_ratio)]
+    if not entangled or (min(signs) < 0 and max(signs) <= 0):
+        helps: Answer = "no"
+    else:
+        helps = "yes" if min(signs) >= 0 and max(signs) > 0 else "unclear"
+    why = [_entanglement(summary), _noise(summary.snr_gain), _loss(summary.loss_ratio, steps)]
+    return Verdict(helps, why, _which_cuts(summary, cuts), _how_long(summary.settled, steps))
+
+
+def _side(ratio: Interval | None) -> int:
+    """1 if a ratio is surely above 1, -1 if surely below, 0 if neither."""
+    if ratio is None:
+        return 0
+    return (ratio.low > 1) - (ratio.high < 1)
+
+
+def _entanglement(summary: Summary) -> str:
+    gap, share = summary.gap, summary.others_share
+    if gap is None:
+        return "The entanglement gap could not be measured: a gradient was zero."
+    text = (
+        f"Entanglement gap {_range(gap)}: end to end, one step of the other blocks changes a block's gradient by {gap.mean:.0%} of "
+        "its length; decomposed, by nothing."
+    )
+    if gap.low <= 0:
+        return f"{text} The interval includes zero: there may be nothing to take away."
+    return text if share is None else f"{text} That is {share.mean:.0%} of all change, the rest being the block's own step."
+
+
+def _noise(gain: Interval | None) -> str:
+    if gain is None:
+        return "Signal-to-noise ratios could not be compared: some gradient had no signal above its noise. Try more --probe-batches."
+    word = {1: "cleaner", -1: "noisier", 0: "neither surely cleaner nor noisier"}[_side(gain)]
+    return f"Gradients of decomposed blocks are {word}: signal-to-noise ratio {_range(gain, '×')} that of end to end."
+
+
+def _loss(ratio: Interval | None, steps: int) -> str:
+    if ratio is None:
+        return "The composed student's losses could not be compared."
+    word = {1: "higher", -1: "lower", 0: "neither surely lower nor higher"}[_side(ratio)]
+    return (
+        f"After {steps} steps the loss that end-to-end training works on is {word} in the student composed of blocks trained alone, "
+        f"before any merge: {_range(ratio, '×')}."
+    )
+
+
+def _which_cuts(summary: Summary, cuts: list[Cut]) -> str:
+    weak = [row["against_strongest"] is not None and row["against_strongest"].high < WEAK_CUT for row in summary.cuts]
+    if not any(weak):
+        return f"Cuts: keep {'all' if len(cuts) > 1 else 'it'}; none surely takes away less than half as much as the strongest."
+    kept = [cut.teacher if cut.teacher == cut.student else [cut.teacher, cut.student] for cut, out in zip(cuts, weak) if not out]
+    dropped = ", ".join(
+        f"{row['cut']} ({_range(row['against_strongest'], '×')} the strongest)" for row, out in zip(summary.cuts, weak) if out
+    )
+    return (
+        f"Cuts: little entanglement crosses {dropped}; the blocks on its two sides can train as one: --cuts '{json.dumps(kept)}'."
+    )
+
+
+def _how_long(settled: tuple[int | None, ...], steps: int) -> str:
+    known = [step for step in settled if step is not None]
+    if len(known) < len(settled):
+        return (
+            f"How long: in {len(settled) - len(known)} of {len(settled)} seeds the composed student's loss did not fall while the "
+            "blocks trained alone. Merge early, or cut less."
+        )
+    middle = statistics.median(known) / steps
+    spread = f"seeds: {min(known)} to {max(known)} of {steps} steps"
+    return (
+        f"How long: the composed student's loss had all but {SETTLED:.0%} of its fall behind it after {middle:.0%} of the steps "
+        f"({spread}), while the learning rate fell to zero. Merge no earlier than that; in a longer run, at about that share."
+    )
+
+
+def _range(value: Interval, sign: str = "") -> str:
+    return f"{sign}{value.mean:.3g} (95% interval {value.low:.3g} to {value.high:.3g})"
