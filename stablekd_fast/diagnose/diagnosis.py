@@ -29,7 +29,7 @@ def diagnose(
     config: DistillConfig, probing: Probing | None = None, *, out: str | Path = "runs/diagnose", progress: bool = True,
     dataset: Dataset | None = None,
 ) -> Diagnosis:  # fmt: skip
-    """Train a pair shortly in both ways, look at its blocks on the way, and write `diagnose.json` and `report.html` to `out`.
+    """Train a pair shortly in both ways, look at its blocks on the way, and write `diagnose.json`, `report.html` and `gap.svg` to `out`.
 
     Raises ConfigError, DataError, ModelError or CutError if the parts do not fit or `out` holds a diagnosis already, and
     TrainingError if a loss is not finite.
@@ -55,5 +55,5 @@ def diagnose(
         }
     )
     write_atomically(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
-    write_diagnosis(Path(out) / "report.html", document)
+    write_diagnosis(Path(out), document)
     return Diagnosis(measured, summary, verdict)

@@ -13,6 +13,9 @@ from stablekd_fast.diagnose.summary import SETTLED, Interval, Summary
 WEAK_CUT = 0.5
 """A cut is not needed if it surely takes away less than this part of what the strongest one does."""
 
+NEGLIGIBLE = 0.05
+"""A gap below this part of a gradient's length leaves little to take away."""
+
 Answer = Literal["yes", "no", "unclear"]
 
 
@@ -37,16 +40,17 @@ class Verdict:
 def judge(summary: Summary, cuts: list[Cut], steps: int) -> Verdict:
     """A verdict on trainings of `steps` steps.
 
-    Yes, if the gap is above zero and one of signal-to-noise ratio and composed loss is surely better decomposed while the
-    other is not surely worse. No, if the gap is not, or one of the two is surely worse while the other is not surely better.
-    Surely: the 95% interval over seeds says so.
+    No, if the gap is surely negligible, or one of signal-to-noise ratio and composed loss is surely worse decomposed while the
+    other is not surely better. Yes, if the gap is surely above zero and one of the two is surely better while the other is not
+    surely worse. Surely: the 95% interval over seeds says so.
     """
-    entangled = summary.gap is not None and summary.gap.low > 0
-    signs = [_side(summary.snr_gain), -_side(summary.loss_ratio)]
-    if not entangled or (min(signs) < 0 and max(signs) <= 0):
+    gap, signs = summary.gap, [_side(summary.snr_gain), -_side(summary.loss_ratio)]
+    if gap is not None and gap.high < NEGLIGIBLE or min(signs) < 0 and max(signs) <= 0:
         helps: Answer = "no"
+    elif gap is not None and gap.low > 0 and min(signs) >= 0 and max(signs) > 0:
+        helps = "yes"
     else:
-        helps = "yes" if min(signs) >= 0 and max(signs) > 0 else "unclear"
+        helps = "unclear"
     why = [_entanglement(summary), _noise(summary.snr_gain), _loss(summary.loss_ratio, steps)]
     return Verdict(helps, why, _which_cuts(summary, cuts), _how_long(summary.settled, steps))
 
@@ -66,8 +70,10 @@ def _entanglement(summary: Summary) -> str:
         f"Entanglement gap {_range(gap)}: end to end, one step of the other blocks changes a block's gradient by {gap.mean:.0%} of "
         "its length; decomposed, by nothing."
     )
+    if gap.high < NEGLIGIBLE:
+        return f"{text} There is little to take away."
     if gap.low <= 0:
-        return f"{text} The interval includes zero: there may be nothing to take away."
+        return f"{text} The interval includes zero; try more --seeds."
     return text if share is None else f"{text} That is {share.mean:.0%} of all change, the rest being the block's own step."
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stablekd_fast.checkpoint import write_atomically
 from stablekd_fast.report import palette
+from stablekd_fast.report.diagnosis_plots import course, gap_dots, losses, standalone
 from stablekd_fast.report.html import (
     PAGE,
     _chip,
@@ -23,9 +24,10 @@ from stablekd_fast.report.style import STYLE_SHEET
 
 PANELS = {
     "entanglement": "entanglement",
-    "signal_share": "signal share of the gradient",
-    "cosine": "cosine of consecutive gradients",
-    "drift": "drift of the block's input",
+    "signal_share": "signal share",
+    "cosine": "cosine, step to step",
+    "curvature": "curvature",
+    "drift": "drift of the input",
 }
 MEASURES = {
     "entanglement": "entanglement",
@@ -37,20 +39,24 @@ MEASURES = {
 }
 
 
-def write_diagnosis(path: Path, document: dict) -> None:
-    """Write the page of a `diagnose.json` to `path`, whole or not at all. Raises TrainingError if it cannot be written."""
-    blocks = [row["block"] + 1 for row in document["summary"]["blocks"]]
-    title = f"Diagnosis: {document['pair']}"
+def write_diagnosis(out: Path, document: dict) -> None:
+    """Write the page of a `diagnose.json`, and its first plot by itself, as `report.html` and `gap.svg` to the directory `out`.
+
+    Raises TrainingError if they cannot be written.
+    """
+    title, arms = f"Diagnosis: {document['pair']}", palette.method_colours(["kd+features", "stablekd"])
     body = [_verdict(document), _gap(document), _by_block(document), _cuts(document), _course(document), _losses(document)]
     body.append(_section("Settings", "", _pairs({key: _value(value) for key, value in _flat(document["settings"]).items()})))
     origin = _pairs({key: _value(value) for part in ("machine", "versions") for key, value in document[part].items()})
     page = PAGE.format(
         title=escape(title),
         style=STYLE_SHEET.strip(),
-        colours=_colour_variables(palette.method_colours(["kd+features", "stablekd"]), palette.block_colours(len(blocks))),
+        colours=_colour_variables(arms, palette.block_colours(len(document["summary"]["blocks"]))),
         body="\n".join([*body, _section("Where it ran", "", origin)]),
     )
-    write_atomically(path, page.encode())
+    write_atomically(out / "report.html", page.encode())
+    plot = gap_dots(document["summary"], document["arms"])
+    write_atomically(out / "gap.svg", standalone(plot, [light for light, _ in arms]).encode())
 
 
 def interval_text(value: dict | None) -> str:
@@ -64,8 +70,6 @@ def _verdict(document: dict) -> str:
 
 
 def _gap(document: dict) -> str:
-    from stablekd_fast.report.diagnosis_plots import gap_dots
-
     notes = (
         "How much of a block's gradient one step of all other blocks changes, as a part of the gradient's length. A dot per seed, "
         "a bar at the mean, a line for the 95% interval (Student's t)."
@@ -101,8 +105,6 @@ def _cuts(document: dict) -> str:
 
 
 def _course(document: dict) -> str:
-    from stablekd_fast.report.diagnosis_plots import course
-
     chips = [(f"--block-{row['block']}", f"block {row['block'] + 1}") for row in document["summary"]["blocks"]]
     notes = "Mean over seeds. Solid: end to end. Dashed: decomposed."
     panels = "".join(_figure(course(document["blocks"], document["arms"], name, label)) for name, label in PANELS.items())
@@ -110,8 +112,6 @@ def _course(document: dict) -> str:
 
 
 def _losses(document: dict) -> str:
-    from stablekd_fast.report.diagnosis_plots import losses
-
     notes = (
         "The loss that end-to-end training works on, summed over blocks: thin lines for seeds, bold for their mean. Dashed: the "
         "decomposed blocks fed by the teacher, as they train. The distance from there up is what merging has to close."

@@ -36,6 +36,8 @@ def course(rows: list[dict], arms: list[str], measure: str, label: str) -> str:
             for block in sorted({row["block"] for row in rows}):
                 own = [row for row in rows if row["arm"] == arm and row["block"] == block]
                 _line(axes, _means(own, measure), color=series(block), linewidth=1.8, linestyle=style)
+        if measure == "curvature":  # blocks differ by orders of magnitude, and it may be negative
+            axes.set_yscale("symlog", linthresh=0.01)
         axes.set_xlim(left=0)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
@@ -60,6 +62,14 @@ def losses(rows: list[dict], arms: list[str]) -> str:
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         return _svg(figure, "losses", "method")
+
+
+def standalone(svg: str, colours: list[str]) -> str:
+    """A plot of a page as a file of its own, on a light ground; `colours` are those of its series."""
+    for index, colour in enumerate(colours):
+        svg = svg.replace(f"var(--method-{index})", colour)
+    svg = svg.replace("var(--grid)", "#e6e8eb").replace("currentColor", "#1d2125")
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: #fcfcfb; font-family: sans-serif" ', 1)
 
 
 def _interval(axes: Axes, value: dict | None, place: float, colour: str) -> None:
