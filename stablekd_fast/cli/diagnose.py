@@ -25,7 +25,8 @@ def run(options) -> int:
     out = values.pop("out")
     probing = Probing(**{field.name: values.pop(field.name) for field in dataclasses.fields(Probing)})
     found = diagnose(DistillConfig(**values), probing, out=out)
-    print_rows("blocks: mean over steps [95% interval over seeds], or end to end / decomposed", [_row(block) for block in found.summary.blocks])
+    title = "blocks: mean over steps [95% interval over seeds], or end to end / decomposed"
+    print_rows(title, [_row(block) for block in found.summary.blocks])
     print_rows("cuts", [{name: _text(value) for name, value in row.items()} for row in found.summary.cuts])
     console.print(f"[bold]{found.verdict.headline}[/bold]")
     for sentence in (*found.verdict.why, found.verdict.cuts, found.verdict.how_long):

@@ -18,6 +18,7 @@ from stablekd_fast.report import machine, versions
 from stablekd_fast.report.diagnosis import write_diagnosis
 from stablekd_fast.report.events import plain
 
+
 @dataclass(frozen=True)
 class Diagnosis:
     measured: Measured
@@ -29,7 +30,9 @@ def diagnose(
     config: DistillConfig, probing: Probing | None = None, *, out: str | Path = "runs/diagnose", progress: bool = True,
     dataset: Dataset | None = None,
 ) -> Diagnosis:  # fmt: skip
-    """Train a pair shortly in both ways, look at its blocks on the way, and write `diagnose.json`, `report.html` and `gap.svg` to `out`.
+    """Train a pair shortly in both ways and look at its blocks on the way.
+
+    Writes `diagnose.json`, `report.html` and `gap.svg` to `out`.
 
     Raises ConfigError, DataError, ModelError or CutError if the parts do not fit or `out` holds a diagnosis already, and
     TrainingError if a loss is not finite.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from stablekd_fast.errors import ConfigError
 
 NOT_USED = {
-    "method", "recipe", "stages", "epochs", "ema", "cache", "capture", "evaluate_every", "checkpoint_every", "log_every", "resume",
-    "out", "bn_images",
+    "method", "recipe", "stages", "epochs", "ema", "cache", "capture", "evaluate_every", "checkpoint_every", "log_every",
+    "resume", "out", "bn_images",
 }  # fmt: skip
 """Settings of a distillation that a diagnosis has no use for."""
 
@@ -38,7 +38,7 @@ class Probing:
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; {why} at least {least}.")
         if self.probes > self.steps:
-            raise ConfigError(f"probes={self.probes} was given, but there are {self.steps} steps; give fewer probes or more steps.")
+            raise ConfigError(f"probes={self.probes} was given, but there are {self.steps} steps; give fewer.")
 
     @property
     def at(self) -> list[int]:

@@ -147,10 +147,12 @@ def _block(table: Table, block: int) -> dict:
 
 def _cuts(measured: Measured, table: Table) -> list[dict]:
     seeds, cuts = table.seeds, range(len(measured.cuts))
-    taken = [
-        [statistics.fmean(r["entanglement"] for r in measured.between if r["cut"] == cut and r["seed"] == seed) for seed in seeds]
-        for cut in cuts
-    ]
+
+    def of(cut: int, seed: int) -> float:
+        rows = (row for row in measured.between if row["cut"] == cut and row["seed"] == seed)
+        return statistics.fmean(row["entanglement"] for row in rows)
+
+    taken = [[of(cut, seed) for seed in seeds] for cut in cuts]
     strongest = max(taken, key=statistics.fmean)
     rows = []
     for cut, values in zip(cuts, taken):

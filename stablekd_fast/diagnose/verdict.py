@@ -67,8 +67,8 @@ def _entanglement(summary: Summary) -> str:
     if gap is None:
         return "The entanglement gap could not be measured: a gradient was zero."
     text = (
-        f"Entanglement gap {_range(gap)}: end to end, one step of the other blocks changes a block's gradient by {gap.mean:.0%} of "
-        "its length; decomposed, by nothing."
+        f"Entanglement gap {_range(gap)}: end to end, one step of the other blocks changes a block's gradient by "
+        f"{gap.mean:.0%} of its length; decomposed, by nothing."
     )
     if gap.high < NEGLIGIBLE:
         return f"{text} There is little to take away."
@@ -79,7 +79,7 @@ def _entanglement(summary: Summary) -> str:
 
 def _noise(gain: Interval | None) -> str:
     if gain is None:
-        return "Signal-to-noise ratios could not be compared: some gradient had no signal above its noise. Try more --probe-batches."
+        return "Signal-to-noise ratios could not be compared: a gradient showed no signal. Try more --probe-batches."
     word = {1: "cleaner", -1: "noisier", 0: "neither surely cleaner nor noisier"}[_side(gain)]
     return f"Gradients of decomposed blocks are {word}: signal-to-noise ratio {_range(gain, '×')} that of end to end."
 
@@ -89,8 +89,8 @@ def _loss(ratio: Interval | None, steps: int) -> str:
         return "The composed student's losses could not be compared."
     word = {1: "higher", -1: "lower", 0: "neither surely lower nor higher"}[_side(ratio)]
     return (
-        f"After {steps} steps the loss that end-to-end training works on is {word} in the student composed of blocks trained alone, "
-        f"before any merge: {_range(ratio, '×')}."
+        f"After {steps} steps the loss that end-to-end training works on is {word} in the student composed of blocks "
+        f"trained alone, before any merge: {_range(ratio, '×')}."
     )
 
 
@@ -98,12 +98,13 @@ def _which_cuts(summary: Summary, cuts: list[Cut]) -> str:
     weak = [row["against_strongest"] is not None and row["against_strongest"].high < WEAK_CUT for row in summary.cuts]
     if not any(weak):
         return f"Cuts: keep {'all' if len(cuts) > 1 else 'it'}; none surely takes away less than half as much as the strongest."
-    kept = [cut.teacher if cut.teacher == cut.student else [cut.teacher, cut.student] for cut, out in zip(cuts, weak) if not out]
+    both = [cut.teacher if cut.teacher == cut.student else [cut.teacher, cut.student] for cut in cuts]
+    kept = json.dumps([names for names, out in zip(both, weak) if not out])
     dropped = ", ".join(
         f"{row['cut']} ({_range(row['against_strongest'], '×')} the strongest)" for row, out in zip(summary.cuts, weak) if out
     )
     return (
-        f"Cuts: little entanglement crosses {dropped}; the blocks on its two sides can train as one: --cuts '{json.dumps(kept)}'."
+        f"Cuts: little entanglement crosses {dropped}; the blocks on its two sides can train as one: --cuts '{kept}'."
     )
 
 
@@ -111,14 +112,15 @@ def _how_long(settled: tuple[int | None, ...], steps: int) -> str:
     known = [step for step in settled if step is not None]
     if len(known) < len(settled):
         return (
-            f"How long: in {len(settled) - len(known)} of {len(settled)} seeds the composed student's loss did not fall while the "
-            "blocks trained alone. Merge early, or cut less."
+            f"How long: in {len(settled) - len(known)} of {len(settled)} seeds the composed student's loss did not fall while "
+            "the blocks trained alone. Merge early, or cut less."
         )
     middle = statistics.median(known) / steps
     spread = f"seeds: {min(known)} to {max(known)} of {steps} steps"
     return (
-        f"How long: the composed student's loss had all but {SETTLED:.0%} of its fall behind it after {middle:.0%} of the steps "
-        f"({spread}), while the learning rate fell to zero. Merge no earlier than that; in a longer run, at about that share."
+        f"How long: the composed student's loss had all but {SETTLED:.0%} of its fall behind it after {middle:.0%} of the "
+        f"steps ({spread}), while the learning rate fell to zero. Merge no earlier than that; in a longer run, at about that "
+        "share."
     )
 
 

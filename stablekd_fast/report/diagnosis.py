@@ -71,8 +71,8 @@ def _verdict(document: dict) -> str:
 
 def _gap(document: dict) -> str:
     notes = (
-        "How much of a block's gradient one step of all other blocks changes, as a part of the gradient's length. A dot per seed, "
-        "a bar at the mean, a line for the 95% interval (Student's t)."
+        "How much of a block's gradient one step of all other blocks changes, as a part of the gradient's length. A dot per "
+        "seed, a bar at the mean, a line for the 95% interval (Student's t)."
     )
     return _section("The entanglement gap", notes, _arms(document) + _figure(gap_dots(document["summary"], document["arms"])))
 
@@ -85,8 +85,9 @@ def _by_block(document: dict) -> str:
             gain = interval_text(block["snr_gain"]) if arm == document["arms"][-1] else ""
             rows.append([str(block["block"] + 1), _chip(variable, arm), *cells, gain])
     notes = (
-        "Mean over the steps looked at (curvature: median), with its 95% interval over seeds. SNR: of the gradient of one batch. SNR "
-        "falls as a block nears its optimum, whatever trains it: the last block, copied from the teacher, is near it from the start."
+        "Mean over the steps looked at (curvature: median), with its 95% interval over seeds. SNR: of the gradient of one "
+        "batch. It falls as a block nears its optimum, whatever trains it: the last block, where it is copied from the teacher, "
+        "is near it from the start."
     )
     return _section("Blocks", notes, _table(["block", "trained", *MEASURES.values(), "SNR gain"], rows))
 
@@ -98,8 +99,8 @@ def _cuts(document: dict) -> str:
     ]
     notes = (
         "Entanglement that a cut takes away by itself: change of a block's gradient by the steps of the blocks beyond it, mean "
-        "over blocks. Exposure: what the cut costs, the loss of the block behind it when the student feeds it over that when the "
-        "teacher does, at the last look."
+        "over blocks. Exposure: what the cut costs, the loss of the block behind it when the student feeds it over that when "
+        "the teacher does, at the last look."
     )
     return _section("Cuts", notes, _table(["cut", "entanglement", "against the strongest", "exposure"], rows, numbers=True))
 
@@ -113,10 +114,11 @@ def _course(document: dict) -> str:
 
 def _losses(document: dict) -> str:
     notes = (
-        "The loss that end-to-end training works on, summed over blocks: thin lines for seeds, bold for their mean. Dashed: the "
-        "decomposed blocks fed by the teacher, as they train. The distance from there up is what merging has to close."
+        "The loss that end-to-end training works on, summed over blocks: thin lines for seeds, bold for their mean. Dashed: "
+        "the decomposed blocks fed by the teacher, as they train. The distance from there up is what merging has to close."
     )
-    return _section("Loss of the composed student", notes, _arms(document) + _figure(losses(document["blocks"], document["arms"])))
+    figure = _figure(losses(document["blocks"], document["arms"]))
+    return _section("Loss of the composed student", notes, _arms(document) + figure)
 
 
 def _arms(document: dict) -> str:

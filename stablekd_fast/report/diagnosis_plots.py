@@ -69,7 +69,8 @@ def standalone(svg: str, colours: list[str]) -> str:
     for index, colour in enumerate(colours):
         svg = svg.replace(f"var(--method-{index})", colour)
     svg = svg.replace("var(--grid)", "#e6e8eb").replace("currentColor", "#1d2125")
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: #fcfcfb; font-family: sans-serif" ', 1)
+    attributes = 'xmlns="http://www.w3.org/2000/svg" style="background: #fcfcfb; font-family: sans-serif"'
+    return svg.replace("<svg ", f"<svg {attributes} ", 1)
 
 
 def _interval(axes: Axes, value: dict | None, place: float, colour: str) -> None:
@@ -91,5 +92,6 @@ def _means(rows: list[dict], measure: str) -> list[tuple[int, float]]:
 
 def _sums(rows: list[dict], measure: str) -> list[tuple[int, float]]:
     """(step, sum over blocks of the mean over seeds)."""
-    curves = [_means([row for row in rows if row["block"] == block], measure) for block in sorted({row["block"] for row in rows})]
+    blocks = sorted({row["block"] for row in rows})
+    curves = [_means([row for row in rows if row["block"] == block], measure) for block in blocks]
     return [(at[0][0], sum(value for _, value in at)) for at in zip(*curves)]

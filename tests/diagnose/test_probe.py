@@ -155,7 +155,7 @@ def test_probe_batches_begin_epochs_after_the_training(twin):
         ({"seeds": 1}, "an interval over seeds needs at least 2"),
         ({"probes": 1}, "needs at least 2"),
         ({"probe_batches": 1}, "noise between batches needs at least 2"),
-        ({"steps": 5, "probes": 6}, "fewer probes or more steps"),
+        ({"steps": 5, "probes": 6}, "give fewer"),
     ],
 )
 def test_bad_settings_are_refused(settings, said):
