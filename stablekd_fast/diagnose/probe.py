@@ -62,20 +62,20 @@ class Probe:
     def weights(self) -> Weights:
         return [[parameter.detach().clone() for parameter in block] for block in self.parameters]
 
-    def look(self, number: int, before: Weights) -> tuple[list[dict], list[dict]]:
+    def look(self, turn: int, before: Weights) -> tuple[list[dict], list[dict]]:
         """Measure the step that led from the weights `before` to the present ones: a row per block, a row per cut in a group.
 
-        `number` counts the steps looked at; the change of gradients is seen on the probe batch whose turn it is.
+        Gradients change on the probe batch whose turn it is: `turn` counts the steps looked at.
         """
         after = self.weights()
         with self._untouched(after):
-            self._put(before, after, ())
+            self._put(before)
             blocks = [signal | loss for signal, loss in zip(self._signals(), self._losses())]
             for row, drift in zip(blocks, self._drift()):
                 row["drift"] = drift
             cuts = []
             for group in self.groups:
-                changes, own_cuts = self._changes(group, number % len(self.inputs), before, after)
+                changes, own_cuts = self._changes(group, turn % len(self.inputs), before, after)
                 for k, row in changes.items():
                     blocks[k] |= row
                 cuts += own_cuts
@@ -88,12 +88,11 @@ class Probe:
             try:
                 yield
             finally:
-                self._put(weights, weights, ())
+                self._put(weights)
 
-    def _put(self, before: Weights, after: Weights, updated: Collection[int]) -> None:
-        """Give the blocks `updated` their weights after the step, all others those before it."""
-        for k, parameters in enumerate(self.parameters):
-            for parameter, value in zip(parameters, (after if k in updated else before)[k]):
+    def _put(self, weights: Weights) -> None:
+        for parameters, values in zip(self.parameters, weights):
+            for parameter, value in zip(parameters, values):
                 parameter.copy_(value)
 
     def _gradients(self, group: GroupStep, batch: int) -> dict[int, list[Tensor]]:
@@ -157,7 +156,8 @@ class Probe:
         """How the group's gradients change in a step, by block, and by what of it each cut inside the group would take away."""
 
         def moved(updated: Collection[int]) -> dict[int, list[Tensor]]:
-            self._put(before, after, updated)
+            """Gradients where only these blocks have made their step."""
+            self._put([after[k] if k in updated else before[k] for k in range(len(before))])
             return self._gradients(group, batch)
 
         old, new = moved(()), moved(range(len(self.parameters)))
@@ -171,7 +171,7 @@ class Probe:
                 "curvature": curvature(difference(after[k], before[k]), old[k], new[k]),
             }
         for cut in group.group[:-1]:
-            sides = [[k for k in range(len(self.parameters)) if (k <= cut) == first] for first in (True, False)]
+            sides = range(cut + 1), range(cut + 1, len(self.parameters))
             apart = {k: gradient for side in sides for k, gradient in moved(side).items() if k in side}
             taken = [relative_change(new[k], apart[k], old[k]) for k in group.group]
             cuts.append({"cut": cut, "entanglement": sum(taken) / len(taken)})
