@@ -119,8 +119,8 @@ def _how_long(settled: tuple[int | None, ...], steps: int) -> str:
     spread = f"seeds: {min(known)} to {max(known)} of {steps} steps"
     return (
         f"How long: the composed student's loss had all but {SETTLED:.0%} of its fall behind it after {middle:.0%} of the "
-        f"steps ({spread}), while the learning rate fell to zero. Merge no earlier than that; in a longer run, at about that "
-        "share."
+        f"steps ({spread}), while the learning rate fell to zero. Training blocks alone for longer does little for the whole "
+        "student: merge no later than at that share of a run."
     )
 
 

@@ -74,7 +74,7 @@ def _gap(document: dict) -> str:
         "How much of a block's gradient one step of all other blocks changes, as a part of the gradient's length. A dot per "
         "seed, a bar at the mean, a line for the 95% interval (Student's t)."
     )
-    return _section("The entanglement gap", notes, _arms(document) + _figure(gap_dots(document["summary"], document["arms"])))
+    return _section("The entanglement gap", notes, _figure(gap_dots(document["summary"], document["arms"])))
 
 
 def _by_block(document: dict) -> str:

@@ -6,6 +6,8 @@ import math
 import statistics
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
 from stablekd_fast.report.plots import _figure, _line, _logarithmic, _style, _svg, series
 
@@ -14,7 +16,7 @@ def gap_dots(summary: dict, arms: list[str]) -> str:
     """Entanglement by block and arm, and the gap over all blocks: dots for seeds, bars for means, lines for intervals."""
     names = [f"block {row['block'] + 1}" for row in summary["blocks"]] + ["gap, all blocks"]
     with _style():
-        figure, axes = _figure(0.8 + 0.42 * len(names))
+        figure, axes = _figure(1.1 + 0.42 * len(names))
         for place, row in enumerate(summary["blocks"]):
             for arm, name in enumerate(arms):
                 _interval(axes, row[name]["entanglement"], place + 0.3 * arm - 0.15, series(arm))
@@ -24,6 +26,8 @@ def gap_dots(summary: dict, arms: list[str]) -> str:
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
+        handles = [Line2D([], [], color=series(arm), linewidth=2.8, label=name) for arm, name in enumerate(arms)]
+        axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         axes.set_xlabel("change of the gradient by the other blocks' step / its length")
         return _svg(figure, "gap", "method")
 
@@ -38,6 +42,7 @@ def course(rows: list[dict], arms: list[str], measure: str, label: str) -> str:
                 _line(axes, _means(own, measure), color=series(block), linewidth=1.8, linestyle=style)
         if measure == "curvature":  # blocks differ by orders of magnitude, and it may be negative
             axes.set_yscale("symlog", linthresh=0.01)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlim(left=0)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
