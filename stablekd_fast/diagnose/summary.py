@@ -66,7 +66,7 @@ class Summary:
     blocks: list[dict]
     """Intervals of each block, by measure and arm."""
     cuts: list[dict]
-    """`entanglement` that a cut takes away, that `against_strongest` cut's, and the `exposure` at the block behind it."""
+    """`entanglement` that a cut takes away, and the `exposure` at the block behind it."""
     settled: tuple[int | None, ...]
     """By seed, the step from which the decomposed, composed student's loss had no more than `SETTLED` of its fall left; None
     where it never fell."""
@@ -146,25 +146,15 @@ def _block(table: Table, block: int) -> dict:
 
 
 def _cuts(measured: Measured, table: Table) -> list[dict]:
-    seeds, cuts = table.seeds, range(len(measured.cuts))
-
-    def of(cut: int, seed: int) -> float:
-        rows = (row for row in measured.between if row["cut"] == cut and row["seed"] == seed)
-        return statistics.fmean(row["entanglement"] for row in rows)
-
-    taken = [[of(cut, seed) for seed in seeds] for cut in cuts]
-    strongest = max(taken, key=statistics.fmean)
     rows = []
-    for cut, values in zip(cuts, taken):
-        fed, composed = (table.curves(name, DECOMPOSED, [cut + 1]) for name in ("loss", "composed_loss"))
-        rows.append(
-            {
-                "cut": measured.cuts[cut].name,
-                "entanglement": interval(values),
-                "against_strongest": interval([a / b if b else math.nan for a, b in zip(values, strongest)]),
-                "exposure": ratio_interval([c[-1][1] / f[-1][1] if f[-1][1] else math.nan for c, f in zip(composed, fed)]),
-            }
-        )
+    for index, cut in enumerate(measured.cuts):
+        taken = [
+            statistics.fmean(row["entanglement"] for row in measured.between if row["cut"] == index and row["seed"] == seed)
+            for seed in table.seeds
+        ]
+        fed, composed = (table.curves(name, DECOMPOSED, [index + 1]) for name in ("loss", "composed_loss"))
+        exposure = [c[-1][1] / f[-1][1] if f[-1][1] else math.nan for c, f in zip(composed, fed)]
+        rows.append({"cut": cut.name, "entanglement": interval(taken), "exposure": ratio_interval(exposure)})
     return rows
 
 

@@ -10,11 +10,8 @@ from typing import Literal
 from stablekd_fast.blocks.pair import Cut
 from stablekd_fast.diagnose.summary import SETTLED, Interval, Summary
 
-WEAK_CUT = 0.5
-"""A cut is not needed if it surely takes away less than this part of what the strongest one does."""
-
 NEGLIGIBLE = 0.05
-"""A gap below this part of a gradient's length leaves little to take away."""
+"""Entanglement below this part of a gradient's length leaves little to take away."""
 
 Answer = Literal["yes", "no", "unclear"]
 
@@ -95,17 +92,16 @@ def _loss(ratio: Interval | None, steps: int) -> str:
 
 
 def _which_cuts(summary: Summary, cuts: list[Cut]) -> str:
-    weak = [row["against_strongest"] is not None and row["against_strongest"].high < WEAK_CUT for row in summary.cuts]
+    weak = [row["entanglement"] is not None and row["entanglement"].high < NEGLIGIBLE for row in summary.cuts]
     if not any(weak):
-        return f"Cuts: keep {'all' if len(cuts) > 1 else 'it'}; none surely takes away less than half as much as the strongest."
+        kept = "all" if len(cuts) > 1 else "it"
+        return f"Cuts: keep {kept}; none surely takes away less than {NEGLIGIBLE:.0%} of a gradient's length."
+    crossed = ", ".join(f"{row['cut']}: {_range(row['entanglement'])}" for row, out in zip(summary.cuts, weak) if out)
     both = [cut.teacher if cut.teacher == cut.student else [cut.teacher, cut.student] for cut in cuts]
-    kept = json.dumps([names for names, out in zip(both, weak) if not out])
-    dropped = ", ".join(
-        f"{row['cut']} ({_range(row['against_strongest'], '×')} the strongest)" for row, out in zip(summary.cuts, weak) if out
-    )
-    return (
-        f"Cuts: little entanglement crosses {dropped}; the blocks on its two sides can train as one: --cuts '{kept}'."
-    )
+    kept = [names for names, out in zip(both, weak) if not out]
+    if not kept:
+        return f"Cuts: hardly any entanglement crosses them ({crossed})."
+    return f"Cuts: hardly any entanglement crosses {crossed}. Compare all cuts with --cuts '{json.dumps(kept)}'."
 
 
 def _how_long(settled: tuple[int | None, ...], steps: int) -> str:

@@ -86,15 +86,15 @@ def _by_block(document: dict) -> str:
             rows.append([str(block["block"] + 1), _chip(variable, arm), *cells, gain])
     notes = (
         "Mean over the steps looked at (curvature: median), with its 95% interval over seeds. SNR: of the gradient of one "
-        "batch. It falls as a block nears its optimum, whatever trains it: the last block, where it is copied from the teacher, "
-        "is near it from the start."
+        "batch. It falls as a block nears its optimum, whatever trains it: the last block, where it is copied from the "
+        "teacher, is near it from the start."
     )
     return _section("Blocks", notes, _table(["block", "trained", *MEASURES.values(), "SNR gain"], rows))
 
 
 def _cuts(document: dict) -> str:
     rows = [
-        [escape(cut["cut"]), *(interval_text(cut[name]) for name in ("entanglement", "against_strongest", "exposure"))]
+        [escape(cut["cut"]), interval_text(cut["entanglement"]), interval_text(cut["exposure"])]
         for cut in document["summary"]["cuts"]
     ]
     notes = (
@@ -102,7 +102,7 @@ def _cuts(document: dict) -> str:
         "over blocks. Exposure: what the cut costs, the loss of the block behind it when the student feeds it over that when "
         "the teacher does, at the last look."
     )
-    return _section("Cuts", notes, _table(["cut", "entanglement", "against the strongest", "exposure"], rows, numbers=True))
+    return _section("Cuts", notes, _table(["cut", "entanglement", "exposure"], rows, numbers=True))
 
 
 def _course(document: dict) -> str:

@@ -16,10 +16,10 @@ CUTS = [Cut("layer1", "layer1", (8,), (8,)), Cut("features.3", "layer2", (8,), (
 SEEDS, STEPS = 4, [5, 15, 25, 35]
 
 
-def planted(entanglement=0.4, gain=2.0, composed=0.8, weak_cut=1.0, exposure=3.0, spread=0.02, fall=0.5) -> Measured:
+def planted(entanglement=0.4, gain=2.0, composed=0.8, taken=0.3, weak_cut=1.0, exposure=3.0, spread=0.02, fall=0.5) -> Measured:
     """Rows of three blocks: signal-to-noise 0.25 end to end, `gain` times that decomposed; the composed student's losses are
-    `composed` times those of end to end, and from look to look `fall` times what they were; the second cut takes away
-    `weak_cut` of what the first does.
+    `composed` times those of end to end, and from look to look `fall` times what they were; the first cut takes away `taken`,
+    the second `weak_cut` of that.
     """
     blocks, between = [], []
     for seed in range(SEEDS):
@@ -34,7 +34,7 @@ def planted(entanglement=0.4, gain=2.0, composed=0.8, weak_cut=1.0, exposure=3.0
                 losses = {"composed_loss": loss * fall**look, "loss": loss * fall**look / exposure}
                 blocks += [{"block": k, **row, **losses} for k in range(3)]
             for cut, share in enumerate((1.0, weak_cut)):
-                between.append({"arm": END_TO_END, "seed": seed, "step": step, "cut": cut, "entanglement": 0.3 * share * off})
+                between.append({"arm": END_TO_END, "seed": seed, "step": step, "cut": cut, "entanglement": taken * share * off})
     return Measured(CUTS, "fp32", blocks, between)
 
 
@@ -115,10 +115,13 @@ def test_sentences_carry_the_figures():
 
 def test_weak_cuts_are_named_and_the_rest_can_be_pasted():
     assert "keep all" in verdict_on(weak_cut=0.9).cuts
-    said = verdict_on(weak_cut=0.2).cuts
-    assert "crosses features.3/layer2 (×0.2" in said and """--cuts '["layer1"]'""" in said
-    measured = planted(weak_cut=5.0)
+    said = verdict_on(weak_cut=0.1).cuts  # of 0.3
+    assert "crosses features.3/layer2: 0.03 (95%" in said and """--cuts '["layer1"]'""" in said
+    measured = planted()
+    for row in measured.between:
+        row["entanglement"] *= 0.1 if row["cut"] == 0 else 1.0
     assert """--cuts '[["features.3", "layer2"]]'""" in judge(summarise(measured), CUTS, 40).cuts
+    assert "--cuts" not in verdict_on(weak_cut=0.0, taken=0.01).cuts
 
 
 def test_how_long_is_where_the_loss_settles():
