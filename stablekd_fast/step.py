@@ -199,6 +199,11 @@ class GroupStep:
         with self.paired.precision.applied(self.device):
             return self._compute(own_entry if entry is None else entry, targets, labels, {})
 
+    def entry(self) -> Tensor:
+        """What feeds the group: images, or the teacher's activation before it."""
+        first = self.group[0]
+        return self.inputs[IMAGES] if first == 0 else self.inputs[output_key(first - 1)]
+
     def backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
         if self.loss_scale is not None:
             gradients = self.loss_scale.applied(gradients)
@@ -250,11 +255,10 @@ class GroupStep:
 
     def _tensors(self) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
         """Entry, teacher outputs to be aligned to, labels: from the inputs."""
-        first, head = self.group[0], len(self.paired.cuts)
-        entry = self.inputs[IMAGES] if first == 0 else self.inputs[output_key(first - 1)]
+        head = len(self.paired.cuts)
         wanted = self.aligned | ({head} & set(self.group) if self.objectives.use_teacher_logits else set())
         labels = self.inputs[LABELS] if self.objectives.use_labels and head in self.group else None
-        return entry, {k: self.inputs[output_key(k)] for k in sorted(wanted)}, labels
+        return self.entry(), {k: self.inputs[output_key(k)] for k in sorted(wanted)}, labels
 
     def _of_whole_batch(self, targets: dict[int, Tensor]) -> dict[int, Tensor]:
         """What losses of parts need to add up to that of the whole batch; nothing where there are no parts."""

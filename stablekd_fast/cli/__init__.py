@@ -11,7 +11,7 @@ from pathlib import Path
 import jsonargparse
 
 from stablekd_fast import __version__
-from stablekd_fast.cli import bench, cache
+from stablekd_fast.cli import bench, cache, diagnose
 from stablekd_fast.cli.show import console, fields_of, print_rows
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
@@ -120,6 +120,7 @@ RUN = {
     "distill": _distill,
     "evaluate": _evaluate,
     "plan": _plan,
+    "diagnose": diagnose.run,
     "cache": cache.run,
     "bench": bench.run,
     "info": _info,
@@ -150,6 +151,8 @@ def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.Argum
 
     commands["plan"].add_class_arguments(PairPlan)
 
+    diagnose.add_arguments(commands["diagnose"])
+
     info = commands["info"]
     info.add_argument("--selftest", action="store_true", help="check the essential claims; exit code 1 if one fails")
     info.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="of the self-test")
@@ -159,6 +162,7 @@ def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.Argum
         "distill": "distil a student (or train a teacher with --method ce)",
         "evaluate": "top-1 and top-5 of a checkpoint",
         "plan": "show how a pair is cut into blocks, and what of the teacher is worth keeping",
+        "diagnose": "measure whether decomposition should help a pair, which cuts, and for how long",
         "cache": "look after the teacher's stored outputs",
         "bench": "measure speed against rivals",
         "info": "machine, versions, and which implementation serves each operator",

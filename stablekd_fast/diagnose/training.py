@@ -1,0 +1,113 @@
+"""The same short training twice, end to end and decomposed, looked at on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from rich.progress import track
+from torch import nn
+
+from stablekd_fast.assemble import objectives_of
+from stablekd_fast.blocks.pair import Cut
+from stablekd_fast.config import DistillConfig
+from stablekd_fast.data import Dataset
+from stablekd_fast.diagnose.probe import Probe, probe_inputs
+from stablekd_fast.diagnose.settings import ARMS, END_TO_END, NOT_USED, Probing
+from stablekd_fast.distiller import Distiller
+from stablekd_fast.errors import ConfigError, TrainingError
+from stablekd_fast.memory import watched
+from stablekd_fast.schedule import Optimizer, PlannedStage, Stage
+from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.teacher import Relay
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows by arm, seed and step: of blocks, and of cuts between blocks that train together."""
+
+    cuts: list[Cut]
+    precision: str
+    """In which the students trained."""
+    blocks: list[dict]
+    between: list[dict]
+
+
+def measure(config: DistillConfig, probing: Probing, *, progress: bool = True, dataset: Dataset | None = None) -> Measured:
+    """Train both arms for every seed from `config.seed` on, and look at them.
+
+    Raises ConfigError, DataError, ModelError or CutError if the parts do not fit, TrainingError if a loss is not finite.
+    """
+    blocks: list[dict] = []
+    between: list[dict] = []
+    used = DistillConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_USED})
+    for seed in range(config.seed, config.seed + probing.seeds):
+        parts = Distiller(replace(used, seed=seed), dataset=dataset)
+        dataset = parts.dataset
+        twin = Twin(parts, probing)
+        for arm in ARMS:
+            own, cuts = twin.train(arm, progress)
+            blocks += [{"arm": arm, "seed": seed, **row} for row in own]
+            between += [{"arm": arm, "seed": seed, **row} for row in cuts]
+    return Measured(parts.paired.cuts, parts.paired.precision.name, blocks, between)
+
+
+class Twin:
+    """Both arms of one seed: the same first weights, batches, optimizer and probe batches."""
+
+    def __init__(self, parts: Distiller, probing: Probing) -> None:
+        if len(parts.paired) < 2:
+            raise ConfigError("The pair has one block; entanglement is between blocks. Give --cuts or --blocks.")
+        self.parts, self.probing, self.objectives = parts, probing, objectives_of(parts.config)
+        self.first = {name: value.clone() for name, value in parts.paired.student.state_dict().items()}
+        # One batch from each of the epochs after the training: drawn independently, in views of their own.
+        per_epoch = parts.source.steps_per_epoch
+        epoch = -(-probing.steps // per_epoch)
+        starts = [(epoch + i) * per_epoch for i in range(probing.probe_batches)]
+        batches = (next(parts.source.batches(start, start + 1)) for start in starts)
+        self.inputs = probe_inputs(parts.paired, self.objectives, batches, parts.device)
+
+    def groups(self, arm: str) -> list[list[int]]:
+        blocks = list(range(len(self.parts.paired)))
+        return [blocks] if arm == END_TO_END else [[block] for block in blocks]
+
+    def train(self, arm: str, progress: bool = False, look: bool = True) -> tuple[list[dict], list[dict]]:
+        """Rows of blocks and of cuts; none without a `look`."""
+        parts, probing = self.parts, self.probing
+        stage = Stage(self.groups(arm), steps=probing.steps, optimizer=parts.config.optimizer or Optimizer())
+        steps, inputs = self._begin(stage)
+        probe = Probe(parts.paired, stage.groups, self.objectives, self.inputs)
+        wanted, teacher = self.objectives.teacher_outputs(stage.groups, len(parts.paired.cuts)), Relay(parts.paired)
+        batches = enumerate(parts.source.batches(0, probing.steps))
+        shown = f"seed {parts.config.seed}, {arm}"
+        blocks, cuts = [], []
+        for number, batch in track(batches, shown, probing.steps, disable=not progress, transient=True):
+            before = probe.weights() if look and number in probing.at else None
+            with watched(lambda: shown, parts.config.batch_size):
+                load_batch(inputs, teacher, wanted, batch)
+                for step in steps:
+                    step.run()
+                if before is not None:
+                    seen = probe.look(probing.at.index(number), before)
+                    for rows, new in zip((blocks, cuts), seen):
+                        rows += [{"step": number, **row} for row in new]
+        self._check(steps, arm)
+        return blocks, cuts
+
+    def _begin(self, stage: Stage) -> tuple[list[GroupStep], StageInputs]:
+        paired, device = self.parts.paired, self.parts.device
+        paired.student.load_state_dict(self.first)
+        nn.ModuleList([paired.student, *paired.student_blocks]).train()
+        torch.manual_seed(self.parts.config.seed)
+        inputs = StageInputs(device)
+        rates = Rates.of_stage(PlannedStage(stage, 0, self.probing.steps), None, device)
+        steps = [GroupStep(paired, group, self.objectives, stage.optimizer, inputs, rates=rates) for group in stage.groups]
+        return steps, inputs
+
+    def _check(self, steps: list[GroupStep], arm: str) -> None:
+        for step in steps:
+            if step.first_bad.item() >= 0:
+                raise TrainingError(
+                    f"The loss of blocks {step.name} trained {arm} is not finite at step {step.first_bad.item()}. Lower the "
+                    "learning rate (--optimizer.lr) or lengthen its warm-up (--optimizer.warmup)."
+                )
