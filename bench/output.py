@@ -41,7 +41,9 @@ def write_json(path: Path, found: dict) -> None:
 
 def write_csv(path: Path, found: dict) -> None:
     """Write a document's rows, with the columns that any of them has. Machine, versions and settings are columns too, the
-    same in every row, so that rows of many files may be put together."""
+    same in every row, so that rows of many files may be put together. Raises StableKDError if there are no rows."""
+    if not found["rows"]:
+        raise StableKDError(f"There are no rows for {path}; what this command finds goes to --json and --html.")
     origin = flat({name: found[name] for name in ("machine", "versions", "settings")})
     rows = [{**row, **origin} for row in plain(found)["rows"]]
     text = io.StringIO()

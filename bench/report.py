@@ -26,8 +26,8 @@ def write_bench_report(path: Path, found: dict, warnings: Sequence[str] = ()) ->
         *(_further(title, rows) for title, rows in found.get("tables", {}).items() if rows),
         page.origin({name: [found.get(name, {})] for name in ("settings", "machine", "versions")}),
     ]
-    title = " and ".join(dict.fromkeys(f"stablekd bench {rows[0]['bench']}" for rows in cases)) or "stablekd bench"
-    page.write_page(path, title, sections, {"bench": list(palette.BENCH)})
+    command = found.get("settings", {}).get("command") or f"stablekd bench {' '.join(rows[0]['bench'] for rows in cases[:1])}"
+    page.write_page(path, " ".join(command.split()[:3]), sections, {"bench": list(palette.BENCH)})
 
 
 def _head(found: dict, warnings: Sequence[str]) -> str:
@@ -105,4 +105,4 @@ def _bar(row: dict) -> dict:
 def _further(title: str, rows: Sequence[dict]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[page.value(row.get(name)) for name in names] for row in rows]
-    return page.section(title.capitalize(), "", page.table([name.replace("_", " ") for name in names], cells, numbers=True))
+    return page.section(title[:1].upper() + title[1:], "", page.table([name.replace("_", " ") for name in names], cells, numbers=True))

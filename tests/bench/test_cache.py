@@ -43,6 +43,12 @@ def test_rows_from_disk_and_memory_over_an_epoch(tmp_path):
     assert memory["bytes_read"] == 16 << 20 and memory["resident_growth"] < 8 << 20
 
 
+def test_wrong_bytes_from_disk_show_no_speed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Rows, "gather", lambda self: self.store.gather(self.next(), self.out)[0] + 1)
+    with pytest.raises(WrongResult, match="stablekd read other bytes"):
+        disk_rows(tmp_path, 8 << 20, 2)
+
+
 def test_every_way_to_feed_the_blocks_is_checked(tmp_path, digits):
     case = feeding_case(Pair("resnet32", "resnet20", 8, 16, batches=2), digits, tmp_path)
     rows = {row["contender"]: row for row in measure(case, 2)}

@@ -143,6 +143,15 @@ def test_a_file_that_is_no_bench_file_is_refused(content, tmp_path, capsys):
     assert "Give the file of an earlier --json" in capsys.readouterr().err
 
 
+def test_tables_without_rows_make_a_page_and_no_csv(found, tmp_path):
+    found["rows"] = []
+    write_bench_report(tmp_path / "page.html", found)
+    assert "first step seconds" in (tmp_path / "page.html").read_text()
+    with pytest.raises(StableKDError, match="There are no rows"):
+        write_csv(tmp_path / "rows.csv", found)
+    assert not (tmp_path / "rows.csv").exists()
+
+
 def test_rows_of_a_case_stay_together(rows):
     other = {**rows[0], "case": "another"}
     assert by_case([rows[0], other, rows[1]]) == [[rows[0], rows[1]], [other]]

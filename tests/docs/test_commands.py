@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-TRAINING = {"subset": "96", "validation": "32", "batch-size": "32", "epochs": "1", "bn-images": "32"}
+TRAINING = {"subset": "96", "validation": "32", "batch-size": "32", "epochs": "1", "bn-images": "32", "precision": "fp32"}
 SHORT = {
     "distill": TRAINING,
     "cache build": TRAINING,
@@ -62,7 +62,10 @@ def page_folder(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench_teacher, "SMALL", bench_teacher.Pair("resnet32", "resnet20", 8, 16, batches=2))
-    return tmp_path
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
