@@ -6,21 +6,8 @@ from html import escape
 from pathlib import Path
 
 from stablekd_fast.checkpoint import write_atomically
-from stablekd_fast.report import palette
+from stablekd_fast.report import page, palette
 from stablekd_fast.report.diagnosis_plots import course, gap_dots, losses, standalone
-from stablekd_fast.report.html import (
-    PAGE,
-    _chip,
-    _colour_variables,
-    _figure,
-    _flat,
-    _legend,
-    _pairs,
-    _section,
-    _table,
-    _value,
-)
-from stablekd_fast.report.style import STYLE_SHEET
 
 PANELS = {
     "entanglement": "entanglement",
@@ -44,17 +31,20 @@ def write_diagnosis(out: Path, document: dict) -> None:
 
     Raises TrainingError if they cannot be written.
     """
-    title, arms = f"Diagnosis: {document['pair']}", palette.method_colours(["kd+features", "stablekd"])
-    body = [_verdict(document), _gap(document), _by_block(document), _cuts(document), _course(document), _losses(document)]
-    body.append(_section("Settings", "", _pairs({key: _value(value) for key, value in _flat(document["settings"]).items()})))
-    origin = _pairs({key: _value(value) for part in ("machine", "versions") for key, value in document[part].items()})
-    page = PAGE.format(
-        title=escape(title),
-        style=STYLE_SHEET.strip(),
-        colours=_colour_variables(arms, palette.block_colours(len(document["summary"]["blocks"]))),
-        body="\n".join([*body, _section("Where it ran", "", origin)]),
-    )
-    write_atomically(out / "report.html", page.encode())
+    arms = palette.method_colours(["kd+features", "stablekd"])
+    settings = page.pairs({key: page.value(value) for key, value in page.flat(document["settings"]).items()})
+    sections = [
+        _verdict(document),
+        _gap(document),
+        _by_block(document),
+        _cuts(document),
+        _course(document),
+        _losses(document),
+        page.section("Settings", "", settings),
+        page.origin({part: [document[part]] for part in ("machine", "versions")}),
+    ]
+    colours = {"method": arms, "block": palette.block_colours(len(document["summary"]["blocks"]))}
+    page.write_page(out / "report.html", f"Diagnosis: {document['pair']}", sections, colours)
     plot = gap_dots(document["summary"], document["arms"])
     write_atomically(out / "gap.svg", standalone(plot, [light for light, _ in arms]).encode())
 
@@ -74,7 +64,7 @@ def _gap(document: dict) -> str:
         "How much of a block's gradient one step of all other blocks changes, as a part of the gradient's length. A dot per "
         "seed, a bar at the mean, a line for the 95% interval (Student's t)."
     )
-    return _section("The entanglement gap", notes, _figure(gap_dots(document["summary"], document["arms"])))
+    return page.section("The entanglement gap", notes, page.figure(gap_dots(document["summary"], document["arms"])))
 
 
 def _by_block(document: dict) -> str:
@@ -83,13 +73,13 @@ def _by_block(document: dict) -> str:
         for arm, variable in zip(document["arms"], ("--method-0", "--method-1")):
             cells = [interval_text(block[arm][measure]) for measure in MEASURES]
             gain = interval_text(block["snr_gain"]) if arm == document["arms"][-1] else ""
-            rows.append([str(block["block"] + 1), _chip(variable, arm), *cells, gain])
+            rows.append([str(block["block"] + 1), page.chip(variable, arm), *cells, gain])
     notes = (
         "Mean over the steps looked at (curvature: median), with its 95% interval over seeds. SNR: of the gradient of one "
         "batch. It falls as a block nears its optimum, whatever trains it: the last block, where it is copied from the "
         "teacher, is near it from the start."
     )
-    return _section("Blocks", notes, _table(["block", "trained", *MEASURES.values(), "SNR gain"], rows))
+    return page.section("Blocks", notes, page.table(["block", "trained", *MEASURES.values(), "SNR gain"], rows))
 
 
 def _cuts(document: dict) -> str:
@@ -102,14 +92,14 @@ def _cuts(document: dict) -> str:
         "over blocks. Exposure: what the cut costs, the loss of the block behind it when the student feeds it over that when "
         "the teacher does, at the last look."
     )
-    return _section("Cuts", notes, _table(["cut", "entanglement", "exposure"], rows, numbers=True))
+    return page.section("Cuts", notes, page.table(["cut", "entanglement", "exposure"], rows, numbers=True))
 
 
 def _course(document: dict) -> str:
     chips = [(f"--block-{row['block']}", f"block {row['block'] + 1}") for row in document["summary"]["blocks"]]
     notes = "Mean over seeds. Solid: end to end. Dashed: decomposed."
-    panels = "".join(_figure(course(document["blocks"], document["arms"], name, label)) for name, label in PANELS.items())
-    return _section("Over the training", notes, _legend(chips) + panels)
+    panels = "".join(page.figure(course(document["blocks"], document["arms"], name, label)) for name, label in PANELS.items())
+    return page.section("Over the training", notes, page.legend(chips) + panels)
 
 
 def _losses(document: dict) -> str:
@@ -117,9 +107,9 @@ def _losses(document: dict) -> str:
         "The loss that end-to-end training works on, summed over blocks: thin lines for seeds, bold for their mean. Dashed: "
         "the decomposed blocks fed by the teacher, as they train. The distance from there up is what merging has to close."
     )
-    figure = _figure(losses(document["blocks"], document["arms"]))
-    return _section("Loss of the composed student", notes, _arms(document) + figure)
+    plot = page.figure(losses(document["blocks"], document["arms"]))
+    return page.section("Loss of the composed student", notes, _arms(document) + plot)
 
 
 def _arms(document: dict) -> str:
-    return _legend([(f"--method-{i}", arm) for i, arm in enumerate(document["arms"])])
+    return page.legend([(f"--method-{i}", arm) for i, arm in enumerate(document["arms"])])

@@ -9,14 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from stablekd_fast.report.plots import _figure, _line, _logarithmic, _style, _svg, series
+from stablekd_fast.report.plots import as_svg, draw_line, in_our_style, logarithmic, new_figure, series
 
 
 def gap_dots(summary: dict, arms: list[str]) -> str:
     """Entanglement by block and arm, and the gap over all blocks: dots for seeds, bars for means, lines for intervals."""
     names = [f"block {row['block'] + 1}" for row in summary["blocks"]] + ["gap, all blocks"]
-    with _style():
-        figure, axes = _figure(1.1 + 0.42 * len(names))
+    with in_our_style():
+        figure, axes = new_figure(1.1 + 0.42 * len(names))
         for place, row in enumerate(summary["blocks"]):
             for arm, name in enumerate(arms):
                 _interval(axes, row[name]["entanglement"], place + 0.3 * arm - 0.15, series(arm))
@@ -29,44 +29,44 @@ def gap_dots(summary: dict, arms: list[str]) -> str:
         handles = [Line2D([], [], color=series(arm), linewidth=2.8, label=name) for arm, name in enumerate(arms)]
         axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         axes.set_xlabel("change of the gradient by the other blocks' step / its length")
-        return _svg(figure, "gap", "method")
+        return as_svg(figure, "gap", "method")
 
 
 def course(rows: list[dict], arms: list[str], measure: str, label: str) -> str:
     """A measure over steps by block, mean over seeds: solid end to end, dashed decomposed."""
-    with _style():
-        figure, axes = _figure(2.9)
+    with in_our_style():
+        figure, axes = new_figure(2.9)
         for arm, style in zip(arms, ("-", (0, (4, 3)))):
             for block in sorted({row["block"] for row in rows}):
                 own = [row for row in rows if row["arm"] == arm and row["block"] == block]
-                _line(axes, _means(own, measure), color=series(block), linewidth=1.8, linestyle=style)
+                draw_line(axes, _means(own, measure), color=series(block), linewidth=1.8, linestyle=style)
         if measure == "curvature":  # blocks differ by orders of magnitude, and it may be negative
             axes.set_yscale("symlog", linthresh=0.01)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlim(left=0)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
-        return _svg(figure, measure, "block")
+        return as_svg(figure, measure, "block")
 
 
 def losses(rows: list[dict], arms: list[str]) -> str:
     """The composed student's whole loss over steps by arm, and that of the decomposed blocks as they train."""
     shared = {row["block"] for row in rows if row["arm"] == arms[0] and row["composed_loss"] is not None}
     rows = [row for row in rows if row["block"] in shared]
-    with _style():
-        figure, axes = _figure(3.6)
+    with in_our_style():
+        figure, axes = new_figure(3.6)
         for index, arm in enumerate(arms):
             own = [row for row in rows if row["arm"] == arm]
             for seed in sorted({row["seed"] for row in own}):
                 of_seed = [row for row in own if row["seed"] == seed]
-                _line(axes, _sums(of_seed, "composed_loss"), color=series(index), linewidth=0.9, alpha=0.5)
-            _line(axes, _sums(own, "composed_loss"), color=series(index), linewidth=2.6)
-        _line(axes, _sums(own, "loss"), color=series(1), linewidth=1.8, linestyle=(0, (4, 3)))
-        _logarithmic(axes)
+                draw_line(axes, _sums(of_seed, "composed_loss"), color=series(index), linewidth=0.9, alpha=0.5)
+            draw_line(axes, _sums(own, "composed_loss"), color=series(index), linewidth=2.6)
+        draw_line(axes, _sums(own, "loss"), color=series(1), linewidth=1.8, linestyle=(0, (4, 3)))
+        logarithmic(axes)
         axes.set_xlim(left=0)
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
-        return _svg(figure, "losses", "method")
+        return as_svg(figure, "losses", "method")
 
 
 def standalone(svg: str, colours: list[str]) -> str:

@@ -45,8 +45,8 @@ def series(index: int) -> str:
 
 def accuracy_dots(accuracies: dict[str, list[float]]) -> str:
     """Test accuracy of every run by method: a dot per run, a bar at the mean, a line of one standard deviation."""
-    with _style():
-        figure, axes = _figure(0.75 + 0.36 * len(accuracies))
+    with in_our_style():
+        figure, axes = new_figure(0.75 + 0.36 * len(accuracies))
         for row, values in enumerate(accuracies.values()):
             colour, mean = series(row), statistics.fmean(values)
             if len(values) > 1:
@@ -62,13 +62,13 @@ def accuracy_dots(accuracies: dict[str, list[float]]) -> str:
         axes.margins(x=0.08)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("accuracy on the test split")
-        return _svg(figure, "dots", "method")
+        return as_svg(figure, "dots", "method")
 
 
 def accuracy_curves(histories: list[History], methods: list[str], split: str) -> str:
     """Accuracy over epochs: a thin line per run, a bold one for each method's mean, dashed lines at its merges."""
-    with _style():
-        figure, axes = _figure(4.2)
+    with in_our_style():
+        figure, axes = new_figure(4.2)
         for index, method in enumerate(methods):
             colour = series(index)
             own = [history for history in histories if history.method == method]
@@ -76,14 +76,14 @@ def accuracy_curves(histories: list[History], methods: list[str], split: str) ->
                 axes.axvline(epoch, color=colour, linewidth=1.1, linestyle=(0, (5, 4)), alpha=0.75)
             curves = [history.accuracy(split) for history in own if history.accuracy(split)]
             for curve in curves:
-                _line(axes, curve, color=colour, linewidth=0.9, alpha=0.5)
+                draw_line(axes, curve, color=colour, linewidth=0.9, alpha=0.5)
             mean = mean_curve(curves)
-            _line(axes, mean, color=colour, linewidth=2.6, marker="o" if len(mean) < 2 else None)
+            draw_line(axes, mean, color=colour, linewidth=2.6, marker="o" if len(mean) < 2 else None)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlim(left=0)
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"{split} accuracy")
-        return _svg(figure, "accuracy", "method")
+        return as_svg(figure, "accuracy", "method")
 
 
 def mean_curve(curves: list[list[tuple[float, float | None]]]) -> list[tuple[float, float]]:
@@ -96,17 +96,17 @@ def mean_curve(curves: list[list[tuple[float, float | None]]]) -> list[tuple[flo
 def loss_curves(history: History) -> str:
     """Loss of every group over epochs, in the colour of the group's last block; dashed lines and names for stages."""
     curves = history.losses()
-    with _style():
-        figure, axes = _figure(4.4)
+    with in_our_style():
+        figure, axes = new_figure(4.4)
         for (_, group), curve in curves.items():
-            _line(axes, curve, color=series(last_block(group)), linewidth=1.8)
+            draw_line(axes, curve, color=series(last_block(group)), linewidth=1.8)
         if all(loss > 0 for curve in curves.values() for _, loss in curve if loss is not None):
-            _logarithmic(axes)
+            logarithmic(axes)
         axes.set_xlim(left=0)
         _mark_stages(axes, history)
         axes.set_xlabel("epoch")
         axes.set_ylabel("training loss")
-        return _svg(figure, "loss", "block")
+        return as_svg(figure, "loss", "block")
 
 
 def timing_bars(rows: list[dict], name: str) -> str:
@@ -115,8 +115,8 @@ def timing_bars(rows: list[dict], name: str) -> str:
     Rows have `label`, `note` (shown beside the bar), `colour` (the index of a series), `median_seconds`, `spread_seconds` and
     perhaps `limit_seconds`. `name` tells the plots of a page apart.
     """
-    with _style():
-        figure, axes = _figure(0.75 + 0.3 * len(rows))
+    with in_our_style():
+        figure, axes = new_figure(0.75 + 0.3 * len(rows))
         for place, row in enumerate(rows):
             median, spread = 1e3 * row["median_seconds"], 1e3 * row["spread_seconds"]
             axes.barh(place, median, height=0.62, color=series(row["colour"]), alpha=0.85)
@@ -131,7 +131,7 @@ def timing_bars(rows: list[dict], name: str) -> str:
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, 1.16e3 * max(row["median_seconds"] + row["spread_seconds"] for row in rows))
         axes.set_xlabel("milliseconds, median over rounds; less is better")
-        return _svg(figure, name, "bench")
+        return as_svg(figure, name, "bench")
 
 
 def last_block(group: str) -> int:
@@ -153,7 +153,7 @@ def _mark_stages(axes: Axes, history: History) -> None:
                 )  # fmt: skip
 
 
-def _logarithmic(axes: Axes) -> None:
+def logarithmic(axes: Axes) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 500 else (1.0,)))
@@ -161,12 +161,12 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _line(axes: Axes, points: list[tuple[float, float | None]], **style) -> None:
+def draw_line(axes: Axes, points: list[tuple[float, float | None]], **style) -> None:
     values = [math.nan if value is None else value for _, value in points]
     axes.plot([epoch for epoch, _ in points], values, **style)
 
 
-def _style():
+def in_our_style():
     """matplotlib's defaults with our style on top, whatever the process uses elsewhere; undone on leaving."""
     return matplotlib.rc_context({**_defaults(), **STYLE})
 
@@ -176,12 +176,12 @@ def _defaults() -> dict:
     return {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def new_figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure((WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _svg(figure: Figure, name: str, family: str) -> str:
+def as_svg(figure: Figure, name: str, family: str) -> str:
     """An `<svg>` element for a page: ids carry `name`, as all of a page share them; colours are `var(--family-i)`."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
