@@ -39,7 +39,7 @@ def _head(found: dict, warnings: Sequence[str]) -> str:
     html += f'<p class="note">{escape(", ".join(text for text in where if text))}</p>'
     if warnings:
         items = "".join(f"<li>{escape(text)}</li>" for text in warnings)
-        html += f'<p class="note">The earlier run differs; ratios stand, times do not compare:</p><ul class="note">{items}</ul>'
+        html += f'<p class="note">The earlier run differs. Ratios were taken within each run; times do not compare:</p><ul class="note">{items}</ul>'
     return html
 
 
