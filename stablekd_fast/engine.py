@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -146,14 +147,16 @@ class Engine:
                 continue
             stage = self._enter(index, planned)
             try:
-                for batch in self._batches(stage):
-                    self._train_step(stage, batch)
-                    self._after_step(stage)
+                with closing(self._batches(stage)) as batches:  # a run that fails ends its decoders' threads at once
+                    for batch in batches:
+                        self._train_step(stage, batch)
+                        self._after_step(stage)
                 if stage.teacher is not self.teacher:
                     stage.teacher.close()
             finally:
                 if stage.runner is not None:
                     stage.runner.close()
+                    stage.runner = None  # its bodies refer to the stage, which would live until the next garbage collection
             self._leave(stage)
 
     def composed_student(self) -> nn.Module:
