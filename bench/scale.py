@@ -94,7 +94,7 @@ def _rows(speeds: dict[tuple[int, int], list[float]], ranks: Sequence[int]) -> I
 def _start(ranks: int, words: list[str]) -> None:
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *launcher, "-m", "stablekd_fast", *words]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise StableKDError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 

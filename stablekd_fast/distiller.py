@@ -147,6 +147,7 @@ class Distiller:
         if self.ranks.is_first:
             write_results(out / "results.json", [asdict(result)])
             write_run_report(out)
+        self.ranks.finish()
         return result
 
     def build_cache(self) -> dict[str, int]:
@@ -159,7 +160,7 @@ class Distiller:
                     engine.teacher.outputs(wanted, engine.to_device(batch.images), batch)
             if not wanted:
                 return {}
-            self.ranks.gather(None)  # all have stored their part
+            self.ranks.finish()
             engine.teacher.fill(wanted)
             return engine.teacher.report()["rows"]
 
@@ -172,7 +173,6 @@ class Distiller:
             engine.teacher.close()
             if self.source.crops is not None and self.source.crops.stored is not None:
                 self.source.crops.stored.close()
-            self.ranks.leave()
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
         student = engine.composed_student()

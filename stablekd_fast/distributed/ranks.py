@@ -6,8 +6,10 @@ one, for which every exchange is nothing.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import functools
 import json
 import os
 import time
@@ -38,7 +40,6 @@ class Ranks:
     size: int = 1
     timeout: float = 600.0
     """Seconds that an exchange may take."""
-    backend: str = "none"
     where: Callable[[], str] = field(default=lambda: "the start")
     """Says where in the run this rank is, for the error of an exchange that fails."""
     gradient_bytes: int = 0
@@ -162,10 +163,9 @@ class Ranks:
         place, when = json.loads(self._store.get(key))
         return f"{place}, {time.time() - when:.0f} s ago"
 
-    def leave(self) -> None:
-        """Let go of the other processes."""
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    def finish(self) -> None:
+        """Wait until all are done, files and all: torchrun ends the others when one process ends in an error."""
+        self.gather(None)
 
 
 def join(device: torch.device, timeout: float) -> Ranks:
@@ -175,21 +175,29 @@ def join(device: torch.device, timeout: float) -> Ranks:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks()
-    limit, store = datetime.timedelta(seconds=timeout), None
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-            store = dist.PrefixStore(f"try{os.environ.get(RESTARTS, 0)}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-        except (RuntimeError, ValueError, dist.DistError) as error:
-            raise ConfigError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, but they cannot meet ({error}). Start them with "
-                "torchrun --nproc-per-node N -m stablekd_fast ..., or unset WORLD_SIZE to run alone."
-            ) from error
-    return Ranks(dist.get_rank(), dist.get_world_size(), timeout, backend, _store=store)
+    store = _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout))
+    return Ranks(dist.get_rank(), dist.get_world_size(), timeout, _store=store)
+
+
+@functools.cache
+def _meet(backend: str, limit: datetime.timedelta):
+    """The store through which the processes met; None where the caller had made the process group. Once per process, for all
+    of its runs."""
+    if dist.is_initialized():
+        return None
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(f"try{os.environ.get(RESTARTS, 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    except (RuntimeError, ValueError, dist.DistError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, but they cannot meet ({error}). Start them with "
+            "torchrun --nproc-per-node N -m stablekd_fast ..., or unset WORLD_SIZE to run alone."
+        ) from error
+    atexit.register(dist.destroy_process_group)
+    return store
 
 
 def average(ranks: Ranks, group, count: int, tensors: Sequence[Tensor]) -> None:

@@ -70,7 +70,7 @@ def data_axis() -> None:
             found = compare_parts(ranks, dtype, norms, steps)
             if ranks.is_first:
                 print("APART", dtype, norms, *found)
-    ranks.leave()
+    ranks.finish()
 
 
 def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[float]:
