@@ -6,6 +6,7 @@ from stablekd_fast.checkpoint import save_tensors
 from stablekd_fast.errors import StableKDError
 
 
+@pytest.mark.slow
 def test_speeds_of_one_and_two_ranks_in_small(tmp_path):
     weights = tmp_path / "teacher.safetensors"
     save_tensors(weights, models.build("resnet20", 10, 8).state_dict(), {})

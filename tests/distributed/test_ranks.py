@@ -52,7 +52,7 @@ def test_ranks_fill_one_cache_that_any_number_of_ranks_can_use(launch, tmp_path)
         assert_same_bits(tmp_path / "on2", out)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks):
     """With batch norms synchronised or frozen. In float32 trajectories part by themselves: one step."""
     torchrun, _, _, finished = launch
