@@ -65,6 +65,22 @@ def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks):
         assert max(apart, statistics) <= bound and losses <= 1e-5, (dtype, norms, numbers)  # losses are kept in float32
 
 
+def test_a_run_goes_on_with_another_number_of_ranks(launch, tmp_path):
+    """Two ranks that are lost, then one, which is lost as well, then four; blocks alone, whose bits do not depend on ranks."""
+    torchrun, alone, _, finished = launch
+    finished(alone("train", tmp_path / "whole", "blocks"))
+    job, lost = torchrun(2, "train", tmp_path / "broken", "blocks"), tmp_path / "broken" / "events.jsonl"
+    wait_for_steps(job, lost, 10)
+    job.terminate()  # torchrun ends its processes with itself
+    job.communicate()
+    job = alone("resume", tmp_path / "broken")
+    wait_for_steps(job, lost, 30)
+    job.kill()
+    job.communicate()
+    finished(torchrun(4, "resume", tmp_path / "broken"))
+    assert_same_bits(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_merged_stages_divide_images(launch, tmp_path):
     torchrun, _, _, finished = launch
     finished(torchrun(2, "stablekd", tmp_path / "out", "blocks"))
@@ -96,6 +112,18 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(launch, tmp_path):
         hanging.kill()
         hanging.communicate()
     assert "Missing: rank 1, last heard of at step " in output, output
+
+
+def wait_for_steps(process, log: Path, step: int) -> None:
+    """Until the training of so many steps was logged."""
+    while last_step(log) < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def last_step(log: Path) -> int:
+    lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+    return max((event["step"] for event in map(json.loads, lines) if event["kind"] == "train"), default=0)
 
 
 def kill_a_rank(process, after: float, out: Path) -> None:

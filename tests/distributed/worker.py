@@ -134,6 +134,7 @@ def _running(student) -> list[torch.Tensor]:
 
 TASKS = {
     "train": lambda out, parallel: train(out, parallel=parallel),
+    "resume": lambda out: train(out, parallel="blocks", resume=True),
     "stablekd": lambda out, parallel: train(out, parallel=parallel, method="stablekd"),
     "cached": cached,
     "different": different,
