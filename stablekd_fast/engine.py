@@ -28,6 +28,7 @@ from stablekd_fast.report import Recorder
 from stablekd_fast.schedule import PlannedStage
 from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Teacher
+from stablekd_fast.together import Together
 
 PROBE_BATCHES = 4
 """Training batches on which exposure and the loss at a merge are measured."""
@@ -68,10 +69,7 @@ class StageRun:
 
     index: int
     planned: PlannedStage
-    steps: list[GroupStep]
-    """Of all groups."""
-    own: list[GroupStep]
-    """Those that are trained in this process."""
+    together: Together
     wanted: set[int]
     """The teacher's outputs that the own steps read."""
     source: TrainSource | StreamSource
@@ -79,10 +77,6 @@ class StageRun:
     teacher: Teacher
     entered_at: int
     entered_seconds: float
-    entered_bytes: tuple[int, int]
-    """Handed to other processes before: of gradients, and others."""
-    idle: float = 0.0
-    """Seconds that this process has waited for others."""
     runner: Runner | None = None
     """Made with the first batch, when the inputs are laid out."""
     unread: int = 0
@@ -90,6 +84,16 @@ class StageRun:
     reading: Reading | None = None
     current: str = "the teacher"
     """What runs now, for a report of memory that ran out."""
+
+    @property
+    def steps(self) -> list[GroupStep]:
+        """Of all groups."""
+        return self.together.steps
+
+    @property
+    def own(self) -> list[GroupStep]:
+        """Those that are trained in this process."""
+        return self.together.own
 
     @property
     def names(self) -> list[str]:
@@ -185,15 +189,15 @@ class Engine:
             yield batch
 
     def _train_step(self, stage: StageRun, batch: Batch) -> None:
-        start, waited = time.perf_counter(), self.ranks.waited
-        with watched(lambda: f"stage {stage.planned.stage.name}, {stage.current}", len(batch.labels)):
+        start = time.perf_counter()
+        memory = watched(lambda: f"stage {stage.planned.stage.name}, {stage.current}", len(batch.labels))
+        with memory, stage.together.training():
             stage.current = "the teacher"
             load_batch(stage.own[0].inputs, stage.teacher, stage.wanted, batch)
             if stage.runner is None:
                 stage.runner = self._runner(stage)
             stage.runner.run()
         stage.unread += 1
-        stage.idle += self.ranks.waited - waited
         self.progress.step += 1
         self.progress.train_seconds += time.perf_counter() - start
 
@@ -217,7 +221,7 @@ class Engine:
         if at % self.log_every == 0 or evaluates or saves or at == last:
             self._read_losses(stage)
         if evaluates or saves or at == last:
-            self._gather(stage)
+            stage.together.gather()
         if evaluates or saves or at == last:
             self._log(stage)
         if evaluates or at == self.stages[-1].last:
@@ -229,20 +233,17 @@ class Engine:
 
     def _enter(self, index: int, planned: PlannedStage) -> StageRun:
         layout, settings = self._layout(index), planned.stage
-        steps = self._steps(planned, layout)
+        together = Together(self.ranks, layout, self._steps(planned, layout))
         nn.ModuleList([self.paired.student, *self.paired.student_blocks]).train()
-        own = [steps[group] for group in layout.groups_of(self.ranks.rank)]
         stage = StageRun(
             index=index,
             planned=planned,
-            steps=steps,
-            own=own,
-            wanted=self.objectives.teacher_outputs([step.group for step in own], len(self.paired.cuts)),
+            together=together,
+            wanted=self.objectives.teacher_outputs([step.group for step in together.own], len(self.paired.cuts)),
             source=self.stream.part(layout.part_of(self.ranks.rank), layout.data),
             teacher=self._teacher(layout, settings.groups),
             entered_at=self.progress.step,
             entered_seconds=self.progress.seconds,
-            entered_bytes=(self.ranks.gradient_bytes, self.ranks.other_bytes),
         )
         if self.ranks.size > 1:
             self.ranks.where = lambda: f"step {self.progress.step}, stage {settings.name}"
@@ -270,15 +271,8 @@ class Engine:
         return TeacherPart(self.paired, layout, groups, self.ranks) if layout.relays else self.teacher
 
     def _fill(self, stage: StageRun) -> None:
-        """Share the filling of the cache: an output that two places read is stored by the first of them."""
-        layout, cut_count = self._layout(stage.index), len(self.paired.cuts)
-        read_before = {
-            output
-            for step, place in zip(stage.steps, layout.places)
-            if place < layout.block_of(self.ranks.rank)
-            for output in self.objectives.teacher_outputs([step.group], cut_count)
-        }
-        self.teacher.fill(stage.wanted - read_before)
+        """Fill the cache together with the other ranks."""
+        self.teacher.fill(stage.together.stores(len(self.paired.cuts)))
         if self.source.crops is not None and self.source.crops.stored is not None:
             self.source.crops.stored.refresh()
 
@@ -334,7 +328,15 @@ class Engine:
 
     def _leave(self, stage: StageRun) -> None:
         if self.ranks.size > 1:
-            self._report_ranks(stage)
+            done, seconds = self.progress.step - stage.entered_at, self.progress.seconds - stage.entered_seconds
+            layout = stage.together.layout
+            self.recorder.emit(
+                "ranks",
+                step=self.progress.step,
+                stage=stage.index,
+                mesh={"blocks": layout.blocks, "data": layout.data},
+                ranks=stage.together.report(max(done, 1), seconds),
+            )
         if self.progress.merge and self.progress.merge.stage == stage.index:
             report = self.progress.merge.report()
             self.recorder.emit("merge", **{**report, "merge_step": report["step"], "step": stage.planned.last})
@@ -351,46 +353,6 @@ class Engine:
         """With images as steps read them; the composed student computes in float32."""
         return (dataclasses.replace(batch, images=batch.images.to(self.image_dtype)) for batch in batches)
 
-    # Several processes.
-
-    def _gather(self, stage: StageRun) -> None:
-        """After it every rank holds every group as its owner does, and the first one's random state."""
-        if self.ranks.size == 1:
-            return
-        layout, random = self._layout(stage.index), torch.get_rng_state()
-        for number, step in enumerate(stage.steps):
-            self.ranks.share(step.state(), layout.owner(number))
-        self.ranks.share([random], 0)
-        torch.set_rng_state(random)
-
-    def _share_losses(self, stage: StageRun) -> None:
-        """After it every rank knows the losses of all groups."""
-        if self.ranks.size == 1:
-            return
-        layout, start, waited = self._layout(stage.index), time.perf_counter(), self.ranks.waited
-        for number, step in enumerate(stage.steps):
-            self.ranks.share([step.losses, step.first_bad], layout.owner(number))
-        self.ranks.say_where()
-        self.progress.train_seconds += time.perf_counter() - start
-        stage.idle += self.ranks.waited - waited
-
-    def _report_ranks(self, stage: StageRun) -> None:
-        """What each rank did in this stage, as predicted and as measured."""
-        layout, done = self._layout(stage.index), max(self.progress.step - stage.entered_at, 1)
-        spent, before = self.progress.seconds - stage.entered_seconds, stage.entered_bytes
-        mine = {
-            "rank": self.ranks.rank,
-            "groups": [step.name for step in stage.own],
-            "predicted_ms": 1e3 * layout.seconds[layout.block_of(self.ranks.rank)] if layout.seconds else None,
-            "measured_ms": 1e3 * (spent - stage.idle) / done,
-            "idle_share": stage.idle / spent if spent else 0.0,
-            "gradient_bytes": (self.ranks.gradient_bytes - before[0]) / done,
-            "other_bytes": (self.ranks.other_bytes - before[1]) / done,
-        }
-        rows = self.ranks.gather(mine)
-        mesh = {"blocks": layout.blocks, "data": layout.data}
-        self.recorder.emit("ranks", step=self.progress.step, stage=stage.index, mesh=mesh, ranks=rows)
-
     # Looking at the run.
 
     def _read_losses(self, stage: StageRun) -> None:
@@ -399,7 +361,7 @@ class Engine:
             self._log(stage)
         if not stage.unread:
             return
-        self._share_losses(stage)
+        self.progress.train_seconds += stage.together.share_losses()
         images = self.source.batch_size * (self.progress.step - stage.entered_at)
         position = self.progress.step - stage.planned.first
         event = {
