@@ -43,7 +43,7 @@ class Ranks:
     where: Callable[[], str] = field(default=lambda: "the start")
     """Says where in the run this rank is, for the error of an exchange that fails."""
     gradient_bytes: int = 0
-    """Handed to all-reduces of gradients so far."""
+    """Handed to all-reduces of gradients so far; those inside a captured step count once, when it is captured."""
     other_bytes: int = 0
     waited: float = 0.0
     """Seconds spent in exchanges, those of others' lateness among them."""
