@@ -28,6 +28,8 @@ RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _SETTLING_SECONDS = 3.0
 """After one exchange failed: until the others have said that theirs did too."""
 
+_PARTING_SECONDS = 0.5
+
 
 @dataclass
 class Ranks:
@@ -196,8 +198,16 @@ def _meet(backend: str, limit: datetime.timedelta):
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, but they cannot meet ({error}). Start them with "
             "torchrun --nproc-per-node N -m stablekd_fast ..., or unset WORLD_SIZE to run alone."
         ) from error
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_part)
     return store
+
+
+def _part() -> None:
+    """Gloo's threads may hold the tensors of the last exchange a little longer, and need Python to let go of them: an interpreter
+    that has gone meanwhile would abort the process."""
+    time.sleep(_PARTING_SECONDS)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def average(ranks: Ranks, group, count: int, tensors: Sequence[Tensor]) -> None:

@@ -133,9 +133,16 @@ def kill_a_rank(process, after: float, out: Path) -> None:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     time.sleep(after)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [int(child) for child in children if b"worker.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    while not (workers := workers_of(process.pid)):  # torchrun may just be starting them anew
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
     os.kill(workers[-1], signal.SIGKILL)
+
+
+def workers_of(agent: int) -> list[int]:
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    lines = {int(child): Path(f"/proc/{child}/cmdline") for child in children}
+    return [child for child, line in lines.items() if line.exists() and b"worker.py" in line.read_bytes()]
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
