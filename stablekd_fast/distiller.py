@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from stablekd_fast.cache.teacher import CachedTeacher
 from stablekd_fast.capture import pick_capture
 from stablekd_fast.checkpoint import load_metadata, save_tensors
 from stablekd_fast.config import DistillConfig, identity
-from stablekd_fast.data import Dataset, open_dataset
+from stablekd_fast.data import Dataset, EvalSource, Split, open_dataset
 from stablekd_fast.distributed import Layout, best_layout, join
 from stablekd_fast.divide import measured_groups, measured_images, measured_reduce
 from stablekd_fast.engine import Engine
@@ -111,7 +112,7 @@ class Distiller:
         self.cache = cache_settings(config)
         if config.cache.images and not train.resident:
             self.source.crops.stored = ImageColumn(self.source, config.cache, views_shown(config.views, config.epochs))
-        self.validation = eval_source(self.dataset, held_out, config) if held_out is not None else None
+        self.validation = self._evaluated(held_out) if held_out is not None else None
         self.capture = pick_capture(config.capture, self.device)
         self.plan = Plan()
         self.costs: Costs | None = None
@@ -155,11 +156,11 @@ class Distiller:
         engine = self._engine()
         with self._closing(engine):
             wanted, source = self.plan.kept.keys(), self.source.part(self.ranks.rank, self.ranks.size)
-            for view in range(views_shown(self.source.views, engine.stages[-1].last / self.source.steps_per_epoch) if wanted else 0):
-                for batch in engine.teacher.ahead(source.whole_view(view), wanted):
-                    engine.teacher.outputs(wanted, engine.to_device(batch.images), batch)
             if not wanted:
                 return {}
+            for view in range(views_shown(self.source.views, engine.stages[-1].last / self.source.steps_per_epoch)):
+                for batch in engine.teacher.ahead(source.whole_view(view), wanted):
+                    engine.teacher.outputs(wanted, engine.to_device(batch.images), batch)
             self.ranks.finish()
             engine.teacher.fill(wanted)
             return engine.teacher.report()["rows"]
@@ -176,8 +177,7 @@ class Distiller:
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
         student = engine.composed_student()
-        test = eval_source(self.dataset, self.dataset.test, self.config, self.ranks.rank, self.ranks.size)
-        metrics = evaluate(student, test.batches(), engine.to_device, self.ranks.sum)
+        metrics = evaluate(student, self._evaluated(self.dataset.test).batches(), engine.to_device, self.ranks.sum)
         engine.emit_evaluation("test", metrics)
         skipped = [[str(path), reason] for split in self.splits for path, reason in split.skipped]
         if skipped:
@@ -239,7 +239,7 @@ class Distiller:
         """How the ranks divide each stage. A run that goes on with as many ranks goes on with its own."""
         if self.ranks.size == 1:
             return []
-        size, kept = self._metadata().get("layouts", [0, []]) if self.resume else (0, [])
+        size, kept = self._metadata.get("layouts", [0, []]) if self.resume else (0, [])
         if size == self.ranks.size:
             return [Layout.from_plain(values) for values in kept]
         batch, groupings = next(self.source.batches(0, 1)), [stage.stage.groups for stage in planned]
@@ -249,6 +249,11 @@ class Distiller:
         how["image_seconds"] = measured_images(self.source, self.ranks)
         return [best_layout(groups, self.ranks.size, self.config.batch_size, reduce, **how) for groups in costs]
 
+    def _evaluated(self, split: Split) -> EvalSource:
+        """This rank's share of the images."""
+        return eval_source(self.dataset, split, self.config, self.ranks.rank, self.ranks.size)
+
+    @cached_property
     def _metadata(self) -> dict:
         """Of the checkpoint that the run goes on from."""
         return self.ranks.from_first(lambda: load_metadata(self.checkpoint))
@@ -265,7 +270,7 @@ class Distiller:
         """A resumed run goes on with the plan that it began with."""
         examples = planner.examples() if self.cache.keeps_rows else {}
         if self.resume:
-            self.plan = Plan.from_plain(self._metadata().get("plan", []))
+            self.plan = Plan.from_plain(self._metadata.get("plan", []))
         else:
             self.plan, self.costs = self.ranks.from_first(lambda: planner.plan(examples))
         live = LiveTeacher(self.paired, self.capture, fall_back=self.config.capture == "auto")
@@ -278,7 +283,7 @@ class Distiller:
         """A resumed run goes on in the precision that it began with."""
         name = self.config.precision
         if name == "auto" and self.resume:
-            name = self._metadata().get("precision", name)
+            name = self._metadata.get("precision", name)
 
         def trial(precision: Precision) -> float:
             images = self._first_images()

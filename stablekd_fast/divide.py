@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -48,14 +49,15 @@ def _cost(paired: PairedBlocks, group: list[int], told: list, sizes: tuple[int, 
     name = group_name(group)
     student = [statistics.mean(one[0][which][name] for one in told) for which in (0, 1)]
     teacher = [statistics.mean(sum(one[1][which][block] for block in group) for one in told) for which in (0, 1)]
-    gradients = sum(parameter.nbytes for parameter in named_parameters_of(paired, group).values())
-    return GroupCost(linear(*zip(sizes, student)), linear(*zip(sizes, teacher)), gradients)
+    return GroupCost(linear(*zip(sizes, student)), linear(*zip(sizes, teacher)), _gradient_bytes(paired, group))
+
+
+def _gradient_bytes(paired: PairedBlocks, group: list[int]) -> int:
+    return sum(parameter.nbytes for parameter in named_parameters_of(paired, group).values())
 
 
 def measured_reduce(ranks: Ranks, device: torch.device) -> ReduceCost:
-    """Of an all-reduce over all ranks: the time of a small and of a large one."""
-    if ranks.size == 1:
-        return ReduceCost()
+    """Of an all-reduce over all ranks, two at least: the time of a small and of a large one."""
     times = []
     for size in _SIZES:
         values, taken = torch.zeros(size // 4, device=device), []
@@ -64,7 +66,7 @@ def measured_reduce(ranks: Ranks, device: torch.device) -> ReduceCost:
             float(ranks.sum(values)[0])  # waits for a GPU
             taken.append(time.perf_counter() - start)
         times.append(statistics.median(taken))
-    sent = [size * 2 * (ranks.size - 1) / ranks.size for size in _SIZES]
+    sent = [ReduceCost.sent(size, ranks.size) for size in _SIZES]
     per_byte = max((times[1] - times[0]) / (sent[1] - sent[0]), 0.0)
     both = ranks.gather([max(times[0] - per_byte * sent[0], 0.0), per_byte])
     return ReduceCost(*(statistics.mean(values) for values in zip(*both)))
@@ -87,17 +89,14 @@ def predicted_scaling(
     The batch is the same for all of them. `relays`: the teacher runs; otherwise all its outputs come from a cache. Numbers of
     ranks that cannot divide the batch are left out.
     """
-    gradients = [sum(parameter.nbytes for parameter in named_parameters_of(paired, [k]).values()) for k in range(len(paired))]
+    stage_costs = _predicted(device, paired, stages)
     rows, alone, image_seconds = [], None, 1 / device.images_per_second
     for count in counts:
         try:
             layouts = [
-                best_layout(
-                    [_predicted(device, paired, group, gradients) for group in planned.stage.groups],
-                    count, batch, device.reduce(count), relays=relays, image_seconds=image_seconds,
-                )
-                for planned in stages
-            ]  # fmt: skip
+                best_layout(costs, count, batch, device.reduce(count), relays=relays, image_seconds=image_seconds)
+                for costs in stage_costs
+            ]
         except ConfigError:
             continue
         steps = [max(*at.seconds, batch / at.data * image_seconds) for at in layouts]
@@ -115,13 +114,15 @@ def predicted_scaling(
     return rows
 
 
-def _predicted(device: Profile, paired: PairedBlocks, group: list[int], gradients: Sequence[int]) -> GroupCost:
-    def student(images: float) -> float:
-        costs = predicted_blocks(device, paired, images)[1]
-        return sum(costs[group_name([k])] for k in group)
+def _predicted(device: Profile, paired: PairedBlocks, stages: Sequence[PlannedStage]) -> list[list[GroupCost]]:
+    """Of each stage's groups. Blocks are predicted once for each number of images."""
+    blocks = functools.cache(lambda images: predicted_blocks(device, paired, images))
 
-    def teacher(images: float) -> float:
-        costs = predicted_blocks(device, paired, images)[0]
-        return sum(costs[k] for k in group)
+    def cost(group: list[int]) -> GroupCost:
+        return GroupCost(
+            student=lambda images: sum(blocks(images)[1][group_name([k])] for k in group),
+            teacher=lambda images: sum(blocks(images)[0][k] for k in group),
+            gradient_bytes=_gradient_bytes(paired, group),
+        )
 
-    return GroupCost(student, teacher, sum(gradients[k] for k in group))
+    return [[cost(group) for group in planned.stage.groups] for planned in stages]

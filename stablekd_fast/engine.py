@@ -222,7 +222,6 @@ class Engine:
             self._read_losses(stage)
         if evaluates or saves or at == last:
             stage.together.gather()
-        if evaluates or saves or at == last:
             self._log(stage)
         if evaluates or at == self.stages[-1].last:
             self._validate()

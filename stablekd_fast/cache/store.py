@@ -175,7 +175,7 @@ class RowStore:
         with self._mutex, self._alone():
             self.manifest.shards = Manifest.load(self.folder).shards
             known = {shard.path.name.lstrip("."): number for number, shard in enumerate(self._shards)}
-            for path in sorted([*self.folder.glob(f".shard-*{SUFFIX}"), *self.folder.glob(f"shard-*{SUFFIX}")]):
+            for path in self._shard_files():
                 number = known.get(path.name.lstrip("."))
                 if number is not None:
                     self._reread(number, path)
@@ -262,9 +262,13 @@ class RowStore:
         shard.used = int((shard.keys >= 0).sum())
         return shard
 
+    def _shard_files(self) -> list[Path]:
+        """Those that are being written, and the finished ones."""
+        return sorted([*self.folder.glob(f".shard-*{SUFFIX}"), *self.folder.glob(f"shard-*{SUFFIX}")])
+
     def _take_up(self) -> None:
         """Go on with the shards that dead writers left: half-filled ones, and one renamed but not entered."""
-        for path in sorted([*self.folder.glob(f".shard-*{SUFFIX}"), *self.folder.glob(f"shard-*{SUFFIX}")]):
+        for path in self._shard_files():
             if path.name in self.manifest.shards:
                 continue
             rows = rows_in(path)

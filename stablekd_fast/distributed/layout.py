@@ -84,9 +84,13 @@ class ReduceCost:
     latency: float = 0.0
     per_byte: float = 0.0
 
+    @staticmethod
+    def sent(size: int, ranks: int) -> float:
+        """Bytes that a rank sends, as a ring does it: twice its data, less its own share."""
+        return size * 2 * (ranks - 1) / ranks
+
     def seconds(self, size: int, ranks: int) -> float:
-        """As a ring does it: each rank sends twice its data, less its own share."""
-        return 0.0 if ranks == 1 else self.latency + self.per_byte * size * 2 * (ranks - 1) / ranks
+        return 0.0 if ranks == 1 else self.latency + self.per_byte * self.sent(size, ranks)
 
 
 def linear(small: tuple[float, float], large: tuple[float, float]) -> Callable[[float], float]:
