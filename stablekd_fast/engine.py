@@ -99,6 +99,10 @@ class StageRun:
     def names(self) -> list[str]:
         return [step.name for step in self.steps]
 
+    def needs_images(self, sample_ids: Tensor, view: int) -> bool:
+        """Whether the images of these samples in this view are needed here: by a group that begins with them, or the teacher."""
+        return any(step.group[0] == 0 for step in self.own) or self.teacher.needs_images(self.wanted, sample_ids, view)
+
 
 @dataclass
 class Engine:
@@ -179,7 +183,8 @@ class Engine:
 
     def _batches(self, stage: StageRun) -> Iterator[Batch]:
         first = max(self.progress.step, stage.planned.first)
-        source = stage.teacher.ahead(stage.source.batches(first, stage.planned.last, self.image_dtype), stage.wanted)
+        batches = stage.source.batches(first, stage.planned.last, self.image_dtype, stage.needs_images)
+        source = stage.teacher.ahead(batches, stage.wanted)
         while True:
             start = time.perf_counter()
             batch = next(source, None)
@@ -267,7 +272,7 @@ class Engine:
 
     def _teacher(self, layout: Layout, groups: list[list[int]]) -> Teacher:
         """In training; what is measured in between asks the whole teacher."""
-        return TeacherPart(self.paired, layout, groups, self.ranks) if layout.relays else self.teacher
+        return TeacherPart(self.paired, layout, groups, self.ranks, self.device) if layout.relays else self.teacher
 
     def _fill(self, stage: StageRun) -> None:
         """Fill the cache together with the other ranks."""

@@ -19,8 +19,11 @@ from stablekd_fast.data import Batch
 class Teacher(Protocol):
     """Serves the outputs that the steps of a stage want."""
 
-    def outputs(self, wanted: Collection[int], images: Tensor, batch: Batch | None = None) -> dict[int, Tensor]:
+    def outputs(self, wanted: Collection[int], images: Tensor | None, batch: Batch | None = None) -> dict[int, Tensor]:
         """The wanted outputs on `images` `[N, C, H, W]`, which are those of `batch` on the device."""
+
+    def needs_images(self, wanted: Collection[int], sample_ids: Tensor, view: int) -> bool:
+        """Whether `outputs` will need the images of these samples, int64 `[N]`, in this view."""
 
     def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
         """The same batches; what can be read for the next one while this one trains is read meanwhile."""
@@ -86,8 +89,11 @@ class Relay:
     def __init__(self, paired: PairedBlocks, live: LiveTeacher | None = None) -> None:
         self.live = live or LiveTeacher(paired)
 
-    def outputs(self, wanted: Collection[int], images: Tensor, batch: Batch | None = None) -> dict[int, Tensor]:
+    def outputs(self, wanted: Collection[int], images: Tensor | None, batch: Batch | None = None) -> dict[int, Tensor]:
         return self.live.outputs(images, wanted) if wanted else {}
+
+    def needs_images(self, wanted: Collection[int], sample_ids: Tensor, view: int) -> bool:
+        return bool(wanted)
 
     def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
         return iter(batches)

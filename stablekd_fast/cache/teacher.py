@@ -70,8 +70,8 @@ class CachedTeacher:
         self._fills: Collection[int] = columns.keys()
         self._reading: _Reading | None = None
 
-    def rows_of(self, batch: Batch) -> Tensor:
-        return batch.view * self.samples + batch.sample_ids
+    def row_numbers(self, sample_ids: Tensor, view: int) -> Tensor:
+        return view * self.samples + sample_ids
 
     def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
         """While a batch is in use, the rows of the next one are read."""
@@ -85,12 +85,16 @@ class CachedTeacher:
             self._reading = following
             yield following.batch
 
-    def outputs(self, wanted: Collection[int], images: Tensor, batch: Batch) -> dict[int, Tensor]:
+    def needs_images(self, wanted: Collection[int], sample_ids: Tensor, view: int) -> bool:
+        rows = self.row_numbers(sample_ids, view)
+        return not all(k in self.columns and self._complete(k, rows) for k in wanted)
+
+    def outputs(self, wanted: Collection[int], images: Tensor | None, batch: Batch) -> dict[int, Tensor]:
         """The wanted outputs for `batch`, whose images on the device are `images`."""
         reading, self._reading = self._reading, None
         if reading is None or reading.batch is not batch:
             reading = self._begin(batch, wanted)
-        rows, found = self.rows_of(batch), {}
+        rows, found = self.row_numbers(batch.sample_ids, batch.view), {}
         for k in wanted:
             if k in self.columns and (k in reading.columns or self._complete(k, rows)):
                 found[k] = self._stored(k, rows, reading)
@@ -119,7 +123,7 @@ class CachedTeacher:
             column.rows.close()
 
     def _begin(self, batch: Batch, wanted: Collection[int]) -> _Reading:
-        rows, started = self.rows_of(batch), {}
+        rows, started = self.row_numbers(batch.sample_ids, batch.view), {}
         for k in wanted:
             column = self.columns.get(k)
             if column is not None and column.on_disk and self._complete(k, rows):

@@ -1,7 +1,7 @@
 """Sources of batches. Order and views are pure functions of the seed and the step."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice, tee
@@ -31,13 +31,17 @@ _NO_MEAN, _NO_STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
 @dataclass(frozen=True)
 class Batch:
     """`sample_ids` int64 `[N]`, `view` (-1: unchanged images; None: crops that have no name), `images` `[N, 3, H, W]`
-    normalised, float32 unless asked for otherwise, and channels last in memory, `labels` int64 `[N]`, or probabilities float32
-    `[N, classes]` of mixed images."""
+    normalised, float32 unless asked for otherwise, and channels last in memory (None where nobody needs them), `labels` int64
+    `[N]`, or probabilities float32 `[N, classes]` of mixed images."""
 
     sample_ids: torch.Tensor
     view: int | None
-    images: torch.Tensor
+    images: torch.Tensor | None
     labels: torch.Tensor
+
+
+Needed = Callable[[torch.Tensor, int], bool]
+"""Whether the images of these samples, int64 `[N]`, are needed in this view."""
 
 
 class TrainSource:
@@ -116,13 +120,16 @@ class TrainSource:
         """Full batches in one epoch."""
         return len(self.split) // self.batch_size
 
-    def batches(self, start_step: int, stop_step: int, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
+    def batches(
+        self, start_step: int, stop_step: int, dtype: torch.dtype = torch.float32, needed: Needed | None = None
+    ) -> Iterator[Batch]:
         """Batches of steps start..stop-1, counted from the beginning of training; images in `dtype`, rounded once.
 
-        Wherever it starts, step `s` yields the same batch. Raises `DataError` at a bad image unless
-        such images are skipped.
+        Wherever it starts, step `s` yields the same batch. Where `needed` says no, its images are not made, unless they are
+        mixed: labels depend on them. Raises `DataError` at a bad image unless such images are skipped.
         """
-        return self._batches(((self.positions(step), self._view(step)) for step in range(start_step, stop_step)), dtype)
+        jobs = ((self.positions(step), self._view(step)) for step in range(start_step, stop_step))
+        return self._batches(jobs, dtype, None if self.augmentation.mix else needed)
 
     def batch(self, positions: np.ndarray, view: int) -> Batch:
         """One view of the images at `positions` of the split, int64 `[N]`, in that order."""
@@ -134,10 +141,17 @@ class TrainSource:
         positions = np.resize(np.arange(len(self.split)), (full, self.batch_size))
         return self._batches((self._own(chunk), view) for chunk in positions)
 
-    def _batches(self, jobs: Iterator[Job], dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
-        if self.split.resident:
-            return (self._resident_batch(positions, view, dtype) for positions, view in jobs)
-        return self._decoded_batches(jobs, dtype)
+    def _batches(
+        self, jobs: Iterator[Job], dtype: torch.dtype = torch.float32, needed: Needed | None = None
+    ) -> Iterator[Batch]:
+        make = self._resident_batches if self.split.resident else self._decoded_batches
+        if needed is None:
+            yield from make(jobs, dtype)
+            return
+        jobs, ahead = tee((job, needed(self.split.sample_ids[torch.from_numpy(job[0])], job[1])) for job in jobs)
+        with closing(make((job for job, makes in ahead if makes), dtype)) as made:
+            for job, makes in jobs:
+                yield next(made) if makes else self._batch(*job, None)
 
     def _view(self, step: int) -> int:
         epoch = step // self.steps_per_epoch
@@ -159,8 +173,12 @@ class TrainSource:
         if self.split.resident and self._resident is None:
             self._resident = self.split.images.to(self.device)
 
-    def _resident_batch(self, positions: np.ndarray, view: int, dtype: torch.dtype) -> Batch:
+    def _resident_batches(self, jobs: Iterator[Job], dtype: torch.dtype) -> Iterator[Batch]:
         self._keep_resident()
+        for positions, view in jobs:
+            yield self._resident_batch(positions, view, dtype)
+
+    def _resident_batch(self, positions: np.ndarray, view: int, dtype: torch.dtype) -> Batch:
         if not self._alters:
             return self._batch(positions, view, self._cropped(positions, view, self.mean, self.std, dtype))
         images = self._as_uint8(self._cropped(positions, view))
@@ -253,7 +271,9 @@ class TrainSource:
         own, other = (F.one_hot(self.split.labels[torch.from_numpy(p)], self.classes).float() for p in (positions, partners))
         return shares * own + (1 - shares) * other
 
-    def _batch(self, positions: np.ndarray, view: int, images: torch.Tensor, labels: torch.Tensor | None = None) -> Batch:
+    def _batch(
+        self, positions: np.ndarray, view: int, images: torch.Tensor | None, labels: torch.Tensor | None = None
+    ) -> Batch:
         rows = torch.from_numpy(positions)
         return Batch(self.split.sample_ids[rows], view, images, self.split.labels[rows] if labels is None else labels)
 

@@ -8,7 +8,7 @@ import torch
 
 from stablekd_fast.data.dali import ReaderPipeline, can_stream, require_dali
 from stablekd_fast.data.loaders import STREAM, Loader
-from stablekd_fast.data.source import Batch, TrainSource, normalised
+from stablekd_fast.data.source import Batch, Needed, TrainSource, normalised
 from stablekd_fast.data.views import Stream, below, counter_hash, epoch_order
 from stablekd_fast.errors import ConfigError
 
@@ -41,8 +41,11 @@ class StreamSource:
         """The same stream for one of `ranks` processes."""
         return StreamSource(self.source.part(rank, ranks))
 
-    def batches(self, start_step: int, stop_step: int, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
-        """As many batches as there are steps from `start_step` to `stop_step` - 1, with images in `dtype`.
+    def batches(
+        self, start_step: int, stop_step: int, dtype: torch.dtype = torch.float32, needed: Needed | None = None
+    ) -> Iterator[Batch]:
+        """As many batches as there are steps from `start_step` to `stop_step` - 1, with images in `dtype`, whether they are
+        `needed` or not: without names nobody can tell.
 
         A stream cannot be entered in its midst: each call begins a new pass, in an order that seed and `start_step` decide.
         Raises DataError at a bad image.

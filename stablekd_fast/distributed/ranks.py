@@ -12,6 +12,7 @@ import datetime
 import functools
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -173,14 +174,36 @@ class Ranks:
 def join(device: torch.device, timeout: float) -> Ranks:
     """Meet the other processes that torchrun has started; without it, one rank alone.
 
-    NCCL serves tensors on GPUs, Gloo those on CPUs. Raises ConfigError if the processes cannot meet.
+    NCCL serves tensors on GPUs, Gloo those on CPUs; ranks that train on the same cores divide them. Raises ConfigError if the processes cannot meet.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout))
-    return Ranks(dist.get_rank(), dist.get_world_size(), timeout, _store=store)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), timeout, _store=store)
+    if device.type == "cpu":
+        _divide_cores(ranks)
+    return ranks
+
+
+def _divide_cores(ranks: Ranks) -> None:
+    """Bind this process to its share of the cores that it may use, if others may use the same ones and there are enough for all.
+
+    Otherwise each rank's threads that read rows or decode images push the other's training from core to core.
+    """
+    if not hasattr(os, "sched_setaffinity"):  # Linux only
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    here = [os.environ.get("GROUP_RANK"), platform.node(), cores]
+    sharing = [rank for rank, there in enumerate(ranks.gather(here)) if there == here]
+    if len(sharing) < 2 or len(cores) < len(sharing):
+        return
+    place = sharing.index(ranks.rank)
+    first, last = (len(cores) * at // len(sharing) for at in (place, place + 1))
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread), cores[first:last])
 
 
 @functools.cache

@@ -22,10 +22,10 @@ class TeacherPart:
     """The teacher's blocks `first` to `last`, those of this rank's groups. What enters comes from the rank before, what leaves
     goes to the rank behind, while both go on training."""
 
-    def __init__(self, paired: PairedBlocks, layout: Layout, groups: list[list[int]], ranks: Ranks) -> None:
+    def __init__(self, paired: PairedBlocks, layout: Layout, groups: list[list[int]], ranks: Ranks, device: torch.device) -> None:
         own = [groups[number] for number in layout.groups_of(ranks.rank)]
         place = layout.block_of(ranks.rank)
-        self.paired, self.ranks = paired, ranks
+        self.paired, self.ranks, self.device = paired, ranks, device
         self.first, self.last = own[0][0], own[-1][-1]
         self.before = ranks.rank - layout.data if place > 0 else None
         self.behind = ranks.rank + layout.data if place < layout.blocks - 1 else None
@@ -35,11 +35,11 @@ class TeacherPart:
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
     @torch.no_grad()
-    def outputs(self, wanted: Collection[int], images: Tensor, batch: Batch | None = None) -> dict[int, Tensor]:
+    def outputs(self, wanted: Collection[int], images: Tensor | None, batch: Batch) -> dict[int, Tensor]:
         """The wanted outputs, all of which are this part's own or the one that enters it."""
         found: dict[int, Tensor] = {}
-        x = images if self.before is None else self._receive(len(images), images.device)
-        with self.paired.precision.applied(images.device):
+        x = images if self.before is None else self._receive(len(batch.labels))
+        with self.paired.precision.applied(x.device):
             if self.before is not None:
                 found[self.first - 1] = self._bridged(self.first - 1, x)
             for k in range(self.first, self.last + 1):
@@ -48,6 +48,9 @@ class TeacherPart:
         if self.behind is not None:
             self._send(x)
         return {k: found[k] for k in wanted}
+
+    def needs_images(self, wanted: Collection[int], sample_ids: Tensor, view: int) -> bool:
+        return self.before is None
 
     def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
         return iter(batches)
@@ -75,13 +78,13 @@ class TeacherPart:
         self.ranks.other_bytes += dense.nbytes
         self._sent.append((dist.isend(dense, self.behind), dense))
 
-    def _receive(self, count: int, device: torch.device) -> Tensor:
+    def _receive(self, count: int) -> Tensor:
         with self.ranks.meeting(f"rank {self.before} hands over the teacher's activation"):
             if self._entry is None:
                 told: list = [None]
                 dist.recv_object_list(told, self.before)
                 shape, dtype, self._channels_last = told[0]
-                self._entry = torch.empty((count, *shape), dtype=dtype, device=device)
+                self._entry = torch.empty((count, *shape), dtype=dtype, device=self.device)
             dist.recv(self._entry, self.before)
         return self._entry.permute(0, 3, 1, 2) if self._channels_last else self._entry
 

@@ -67,6 +67,11 @@ def test_mixup_is_the_rounded_mean_of_two_views(kind, alpha, write_large_tree):
             torch.testing.assert_close(label, (share * own + (1 - share) * other).float())
 
 
+def test_mixed_images_are_always_made_as_labels_depend_on_them():
+    batches = resident_source(mix="cutmix").batches(0, 3, needed=lambda *_: False)
+    assert all(batch.images is not None for batch in batches)
+
+
 @pytest.mark.parametrize("kind", ["resident", "large"])
 def test_cutmix_pastes_a_box_and_labels_by_its_area(kind, write_large_tree):
     make = sources(kind, write_large_tree)

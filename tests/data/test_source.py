@@ -149,6 +149,31 @@ def test_ranks_of_large_images(large_source, write_large_tree):
         assert torch.equal(torch.cat([part.images for part in own]), whole.images)
 
 
+def every_other(ids: torch.Tensor, view: int) -> bool:
+    return int(ids.sum()) % 2 == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_nobody_needs_are_left_out(large_source, workers):
+    for source, stop in ((small_source(), 12), (large_source(workers=workers), 7)):
+        batches = list(source.batches(1, stop, needed=every_other))
+        assert 0 < sum(batch.images is None for batch in batches) < len(batches)
+        for whole, batch in zip(source.batches(1, stop), batches, strict=True):
+            assert (batch.images is not None) == every_other(whole.sample_ids, whole.view)
+            images = whole.images if batch.images is None else batch.images
+            assert_same([whole], [dataclasses.replace(batch, images=images)])
+
+
+def test_files_that_nobody_needs_are_not_read(large_source, write_large_tree):
+    root = write_large_tree()
+    source = large_source(root=root)
+    for file in (root / "train").rglob("*.JPEG"):
+        file.write_bytes(b"")
+    assert len(list(source.batches(0, 3, needed=lambda *_: False))) == 3
+    with pytest.raises(DataError):
+        next(source.batches(0, 3))
+
+
 def test_the_seed_changes_order_and_views():
     (first,), (second,) = small_source(seed=0).batches(0, 1), small_source(seed=1).batches(0, 1)
     assert not torch.equal(first.sample_ids, second.sample_ids)

@@ -52,6 +52,34 @@ def test_ranks_fill_one_cache_that_any_number_of_ranks_can_use(launch, tmp_path)
         assert_same_bits(tmp_path / "on2", out)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_images_are_made_where_they_are_needed(launch, tmp_path, cached):
+    """By the rank that trains the first block; the teacher's outputs come from rows, or from that rank."""
+    torchrun, _, _, finished = launch
+    rows = tmp_path / "rows" if cached else ""
+    if cached:
+        finished(torchrun(2, "counted", tmp_path / "filling", rows))
+    output = finished(torchrun(2, "counted", tmp_path / "out", rows))
+    made = [int(line.split()[2]) for line in sorted(output.splitlines()) if line.startswith("MADE")]
+    (report,) = events(tmp_path / "out", "ranks")
+    first = ["1" in row["groups"] for row in report["ranks"]].index(True)
+    assert made[first] >= 60 and made[1 - first] < 20, "60 steps; a few batches for the student's batch norms, and for exposure"
+
+
+def test_ranks_divide_the_cores_that_they_share(launch):
+    torchrun, _, by_hand, finished = launch
+    found = {}
+    for line in "".join(process.communicate(timeout=120)[0] for process in by_hand(2, "cores")).splitlines():
+        if line.startswith("CORES"):
+            rank, *cores = line.split()[1:]
+            found[int(rank)] = [set(side.split()) for side in " ".join(cores).split("->")]
+    (all_cores, first), (_, second) = found[0], found[1]
+    if len(all_cores) == 1:
+        assert first == second == all_cores
+    else:
+        assert first and second and not first & second and first | second == all_cores
+
+
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks):
     """With batch norms synchronised or frozen. In float32 trajectories part by themselves: one step."""

@@ -14,8 +14,10 @@ from conftest import random_batch, settled, small_net
 
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.data import open_dataset
+from stablekd_fast.data import TrainSource, open_dataset
 from stablekd_fast.distiller import Distiller
+from stablekd_fast.distributed import join
+from stablekd_fast.engine import Engine
 
 RANK, CPU = int(os.environ.get("RANK", 0)), torch.device("cpu")
 BASE = DistillConfig(
@@ -36,6 +38,31 @@ def train(out: str, **settings) -> None:
 
 def cached(out: str, directory: str) -> None:
     train(out, parallel="blocks", cache=CacheSettings(plan="all", directory=directory, codecs=["int8"], logits="fp16"))
+
+
+def counted(out: str, directory: str) -> None:
+    """Print how many batches of images this rank made while it trained."""
+    made, count = TrainSource._resident_batch, 0
+
+    def counting(*arguments):
+        nonlocal count
+        count += 1
+        return made(*arguments)
+
+    def train_step(engine, *arguments, step=Engine._train_step):
+        TrainSource._resident_batch = counting  # what was made before was measured with
+        step(engine, *arguments)
+
+    Engine._train_step = train_step
+    rows = CacheSettings(plan="all", directory=directory) if directory else CacheSettings()
+    train(out, parallel="blocks", cache=rows, validation=0, evaluate_every=0)
+    print("MADE", RANK, count)
+
+
+def cores() -> None:
+    before = os.sched_getaffinity(0)
+    join(CPU, 60).finish()
+    print("CORES", RANK, *sorted(before), "->", *sorted(os.sched_getaffinity(0)))
 
 
 def different(out: str) -> None:
@@ -62,8 +89,6 @@ def hanging(out: str) -> None:
 def data_axis() -> None:
     """Print, in float64 over 20 steps and in float32 over one, how far training on parts of batches is from training on whole
     ones."""
-    from stablekd_fast.distributed import join
-
     ranks = join(CPU, 60)
     for dtype, steps in ((torch.float64, 20), (torch.float32, 1)):
         for norms in ("synced", "frozen"):
@@ -137,6 +162,8 @@ TASKS = {
     "resume": lambda out: train(out, parallel="blocks", resume=True),
     "stablekd": lambda out, parallel: train(out, parallel=parallel, method="stablekd"),
     "cached": cached,
+    "counted": counted,
+    "cores": cores,
     "different": different,
     "hanging": hanging,
     "data": data_axis,
