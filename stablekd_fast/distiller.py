@@ -231,11 +231,11 @@ class Distiller:
             parts=config.accumulate,
             sync_norms=config.sync_norms,
             ranks=self.ranks,
-            layouts=self._layouts(planned, objectives, relays=isinstance(teacher, Relay)),
+            layouts=self._layouts(planned, objectives, teacher),
             image_dtype=self.image_dtype,
         )
 
-    def _layouts(self, planned: list[PlannedStage], objectives: Objectives, *, relays: bool) -> list[Layout]:
+    def _layouts(self, planned: list[PlannedStage], objectives: Objectives, teacher: Teacher) -> list[Layout]:
         """How the ranks divide each stage. A run that goes on with as many ranks goes on with its own."""
         if self.ranks.size == 1:
             return []
@@ -243,9 +243,10 @@ class Distiller:
         if size == self.ranks.size:
             return [Layout.from_plain(values) for values in kept]
         batch, groupings = next(self.source.batches(0, 1)), [stage.stage.groups for stage in planned]
-        costs = measured_groups(self.paired, objectives, groupings, batch, self.ranks, self.device)
+        columns = teacher.columns if isinstance(teacher, CachedTeacher) else {}
+        costs = measured_groups(self.paired, objectives, groupings, batch, columns, self.ranks, self.device)
         reduce = measured_reduce(self.ranks, self.device)
-        how = {"relays": relays, "axis": self.config.parallel, "accumulate": self.config.accumulate}
+        how = {"relays": isinstance(teacher, Relay), "axis": self.config.parallel, "accumulate": self.config.accumulate}
         how["image_seconds"] = measured_images(self.source, self.ranks)
         return [best_layout(groups, self.ranks.size, self.config.batch_size, reduce, **how) for groups in costs]
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from stablekd_fast.blocks import PairedBlocks
-from stablekd_fast.cache.measure import measure_students, measure_teacher
+from stablekd_fast.cache.measure import REPEATS, measure_students, measure_teacher, seconds
 from stablekd_fast.cache.profiles import Profile, predicted_blocks
+from stablekd_fast.cache.teacher import Column
 from stablekd_fast.data import Batch, TrainSource
 from stablekd_fast.distributed import GroupCost, Ranks, ReduceCost, best_layout, linear
 from stablekd_fast.errors import ConfigError
@@ -23,6 +25,8 @@ _SIZES = (1 << 12, 1 << 22)
 _REPEATS = 5
 _LOADED = 4
 """Batches."""
+_PROBED_BYTES = 64 << 20
+"""More than a processor's caches hold."""
 
 
 def measured_groups(
@@ -30,10 +34,11 @@ def measured_groups(
     objectives: Objectives,
     groupings: Sequence[list[list[int]]],
     batch: Batch,
+    columns: Mapping[int, Column],
     ranks: Ranks,
     device: torch.device,
 ) -> list[list[GroupCost]]:
-    """Costs of each stage's groups, measured by all ranks at the same time and averaged over them."""
+    """Costs of each stage's groups, measured by all ranks at the same time and averaged over them. `columns`: what is cached."""
     count = len(batch.labels)
     part = max(count // ranks.size, min(2, count))  # batch norm needs two images
     students, teachers = [], []
@@ -41,15 +46,51 @@ def measured_groups(
         images = dataclasses.replace(batch, images=batch.images[:size], labels=batch.labels[:size], sample_ids=batch.sample_ids[:size])
         students.append(measure_students(paired, objectives, groupings, images, device))
         teachers.append(measure_teacher(paired, images.images.to(device)) if paired.cuts else [0.0] * len(paired))
-    told = ranks.gather([students, teachers])
-    return [[_cost(paired, group, told, (part, count)) for group in groups] for groups in groupings]
+    told = ranks.gather([students, teachers, measured_feeds(columns, count, device)])
+
+    def cost(group: list[int]) -> GroupCost:
+        name = group_name(group)
+        student = [statistics.mean(one[0][which][name] for one in told) for which in (0, 1)]
+        teacher = [statistics.mean(sum(one[1][which][block] for block in group) for one in told) for which in (0, 1)]
+        read = objectives.teacher_outputs([group], len(paired.cuts)) & told[0][2].keys()
+        feeds = {output: statistics.mean(one[2][output] for one in told) for output in read}
+        sizes = (part, count)
+        return GroupCost(linear(*zip(sizes, student)), linear(*zip(sizes, teacher)), _gradient_bytes(paired, group), feeds)
+
+    return [[cost(group) for group in groups] for groups in groupings]
 
 
-def _cost(paired: PairedBlocks, group: list[int], told: list, sizes: tuple[int, int]) -> GroupCost:
-    name = group_name(group)
-    student = [statistics.mean(one[0][which][name] for one in told) for which in (0, 1)]
-    teacher = [statistics.mean(sum(one[1][which][block] for block in group) for one in told) for which in (0, 1)]
-    return GroupCost(linear(*zip(sizes, student)), linear(*zip(sizes, teacher)), _gradient_bytes(paired, group))
+def measured_feeds(columns: Mapping[int, Column], count: int, device: torch.device) -> dict[int, float]:
+    """Seconds per image that a rank's training loses to reading and decoding a row of each column, in batches of `count`.
+
+    None where the rows come beside it: to a GPU, or by cores that training leaves free. Measured on Linux only.
+    """
+    if device.type != "cpu" or not hasattr(os, "memfd_create") or len(os.sched_getaffinity(0)) > torch.get_num_threads():
+        return {}
+    feeds = {}
+    for output, column in columns.items():
+        form = column.format
+        parts = [torch.zeros((count, *part.shape), dtype=part.dtype) for part in form.parts]
+        taken = seconds(lambda: form.decode(parts), device) + _seconds_of_reading(form.row_bytes, count)
+        feeds[output] = taken / count
+    return feeds
+
+
+def _seconds_of_reading(size: int, count: int) -> float:
+    """For `count` rows of `size` bytes out of files that lie in main memory, and for a copy of them."""
+    rows = max(_PROBED_BYTES // size, count)
+    turns = iter(torch.randint(rows, (REPEATS + 1, count)).tolist())
+    with open(os.memfd_create("rows"), "r+b", buffering=0) as file:
+        file.write(bytes(rows * size))
+        out = torch.empty(count, size, dtype=torch.uint8)
+        places = [memoryview(row) for row in out.numpy()]
+
+        def read() -> None:
+            for row, place in zip(next(turns), places):
+                os.preadv(file.fileno(), [place], row * size)
+            out.clone()
+
+        return seconds(read, out.device)
 
 
 def _gradient_bytes(paired: PairedBlocks, group: list[int]) -> int:

@@ -7,8 +7,8 @@ gradients. A step of the stage takes as long as its busiest rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -75,6 +75,8 @@ class GroupCost:
     student: Callable[[float], float]
     teacher: Callable[[float], float]
     gradient_bytes: int
+    feeds: Mapping[int, float] = field(default_factory=dict)
+    """Seconds per image for each of the teacher's outputs that is read for it. A rank reads one once for all of its groups."""
 
 
 @dataclass(frozen=True)
@@ -140,23 +142,36 @@ def _on_mesh(groups: Sequence[GroupCost], blocks: int, data: int, batch: int, re
         group.student(images) + (group.teacher(images) if relays else 0.0) + reduce.seconds(group.gradient_bytes, data)
         for group in groups
     ]
-    places = assign(own, blocks, neighbours=relays)
-    loads = [sum(cost for cost, place in zip(own, places) if place == block) for block in range(blocks)]
-    return Layout(blocks, data, tuple(places), tuple(loads), relays and blocks > 1)
+    feeds = [{} if relays else {output: cost * images for output, cost in group.feeds.items()} for group in groups]
+    places = assign(own, blocks, feeds, neighbours=relays)
+    return Layout(blocks, data, tuple(places), tuple(_loads(own, feeds, places, blocks)), relays and blocks > 1)
 
 
-def assign(costs: Sequence[float], places: int, *, neighbours: bool = False) -> list[int]:
+def assign(
+    costs: Sequence[float], places: int, feeds: Sequence[Mapping[int, float]] | None = None, *, neighbours: bool = False
+) -> list[int]:
     """For each group the place that trains it, so that the busiest place has least to do, and none has nothing.
 
-    With `neighbours` each place gets a run of groups in order; that minimum is exact. Without, it is exact for up to 16
-    groups; beyond, the longest groups are given out first, each to the place that has least (Graham 1969: at most 4/3 of
-    the minimum).
+    `feeds`: for each group what it costs to read what it is fed with; a place pays once for what several of its groups read.
+    With `neighbours` each place gets a run of groups in order, without feeds; that minimum is exact. Otherwise it is exact for
+    up to 16 groups; beyond, the longest groups are given out first, each to the place that has least (Graham 1969: at most 4/3
+    of the minimum, feeds apart).
     """
     if not 1 <= places <= len(costs):
         raise ValueError(f"{len(costs)} groups cannot fill {places} places.")
     if neighbours:
         return _runs(costs, places)
-    return _Search(costs, places).best() if len(costs) <= _EXACT_GROUPS else _longest_first(costs, places)
+    feeds = feeds or [{}] * len(costs)
+    return _Search(costs, feeds, places).best() if len(costs) <= _EXACT_GROUPS else _longest_first(costs, feeds, places)
+
+
+def _loads(costs: Sequence[float], feeds: Sequence[Mapping[int, float]], chosen: Sequence[int], places: int) -> list[float]:
+    loads = []
+    for place in range(places):
+        own = [group for group, at in enumerate(chosen) if at == place]
+        fed = {output: cost for group in own for output, cost in feeds[group].items()}
+        loads.append(sum(costs[group] for group in own) + sum(fed.values()))
+    return loads
 
 
 def _runs(costs: Sequence[float], places: int) -> list[int]:
@@ -173,31 +188,33 @@ def _runs(costs: Sequence[float], places: int) -> list[int]:
     return [place for place, length in enumerate(best[places, len(costs)][1]) for _ in range(length)]
 
 
-def _longest_first(costs: Sequence[float], places: int) -> list[int]:
+def _longest_first(costs: Sequence[float], feeds: Sequence[Mapping[int, float]], places: int) -> list[int]:
+    whole = [cost + sum(fed.values()) for cost, fed in zip(costs, feeds)]
     loads, chosen = [0.0] * places, [0] * len(costs)
-    left = sorted(range(len(costs)), key=lambda group: -costs[group])
+    left = sorted(range(len(costs)), key=lambda group: -whole[group])
     for number, group in enumerate(left):
         place = number if number < places else loads.index(min(loads))
         chosen[group] = place
-        loads[place] += costs[group]
+        loads[place] += whole[group]
     return chosen
 
 
 class _Search:
     """Branch and bound: longest groups first, equal places once, branches dropped that cannot beat the best known."""
 
-    def __init__(self, costs: Sequence[float], places: int) -> None:
-        self.costs, self.places = costs, places
+    def __init__(self, costs: Sequence[float], feeds: Sequence[Mapping[int, float]], places: int) -> None:
+        self.costs, self.feeds, self.places = costs, feeds, places
         self.order = sorted(range(len(costs)), key=lambda group: -costs[group])
-        self.floor = max(max(costs), sum(costs) / places)
-        self.chosen = _longest_first(costs, places)
-        self.known = max(self._loads(self.chosen))
+        once = sum({output: cost for fed in feeds for output, cost in fed.items()}.values())
+        self.floor = max(max(costs), (sum(costs) + once) / places)
+        self.chosen = _longest_first(costs, feeds, places)
+        self.known = max(_loads(costs, feeds, self.chosen, places))
 
     def best(self) -> list[int]:
-        self._extend(0, [0.0] * self.places, [0] * len(self.costs))
+        self._extend(0, [0.0] * self.places, [frozenset()] * self.places, [0] * len(self.costs))
         return self.chosen
 
-    def _extend(self, depth: int, loads: list[float], chosen: list[int]) -> None:
+    def _extend(self, depth: int, loads: list[float], held: list[frozenset[int]], chosen: list[int]) -> None:
         if self.known <= self.floor * (1 + 1e-12):
             return
         if depth == len(self.order):
@@ -206,14 +223,12 @@ class _Search:
         group, tried = self.order[depth], set()
         empty = loads.count(0.0)
         for place in range(self.places):
-            before = loads[place]
-            load = before + self.costs[group]
-            if load >= self.known or before in tried or (before and len(self.order) - depth <= empty):
+            before = loads[place], held[place]
+            fresh = sum(cost for output, cost in self.feeds[group].items() if output not in held[place])
+            load = loads[place] + self.costs[group] + fresh
+            if load >= self.known or before in tried or (loads[place] and len(self.order) - depth <= empty):
                 continue  # the last groups are needed for places that have none
             tried.add(before)
-            loads[place], chosen[group] = load, place
-            self._extend(depth + 1, loads, chosen)
-            loads[place] = before
-
-    def _loads(self, chosen: list[int]) -> list[float]:
-        return [sum(cost for cost, at in zip(self.costs, chosen) if at == place) for place in range(self.places)]
+            loads[place], held[place], chosen[group] = load, held[place].union(self.feeds[group]), place
+            self._extend(depth + 1, loads, held, chosen)
+            loads[place], held[place] = before

@@ -1,5 +1,6 @@
 """Who trains what, compared with trying everything."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,13 +10,31 @@ from hypothesis import strategies as st
 from stablekd_fast.distributed import GroupCost, Layout, ReduceCost, assign, best_layout, linear
 from stablekd_fast.errors import ConfigError
 
-costs_and_places = st.lists(st.floats(0.01, 10) | st.sampled_from([1.0, 2.0]), min_size=1, max_size=7).flatmap(
+seconds = st.floats(0.01, 10) | st.sampled_from([1.0, 2.0])
+costs_and_places = st.lists(seconds, min_size=1, max_size=7).flatmap(
     lambda costs: st.tuples(st.just(costs), st.integers(1, min(len(costs), 4)))
 )
 
 
-def busiest(costs, chosen, places):
-    return max(sum(cost for cost, place in zip(costs, chosen) if place == number) for number in range(places))
+def busiest(costs, chosen, places, feeds=None):
+    """What groups of one place read in common counts once."""
+    loads = []
+    for number in range(places):
+        own = [group for group, place in enumerate(chosen) if place == number]
+        fed = {output: cost for group in own for output, cost in feeds[group].items()} if feeds else {}
+        loads.append(sum(costs[group] for group in own) + sum(fed.values()))
+    return max(loads)
+
+
+@given(costs_and_places, st.lists(seconds, min_size=8, max_size=8))
+def test_no_assignment_with_what_is_read_is_better(given, reading):
+    """Group `k` reads the outputs `k - 1` and `k`, as blocks do."""
+    costs, places = given
+    feeds = [{output: reading[output] for output in (k - 1, k) if output >= 0} for k in range(len(costs))]
+    tried = [c for c in itertools.product(range(places), repeat=len(costs)) if len(set(c)) == places]
+    found = assign(costs, places, feeds)
+    assert tuple(found) in tried
+    assert busiest(costs, found, places, feeds) == pytest.approx(min(busiest(costs, c, places, feeds) for c in tried))
 
 
 @pytest.mark.parametrize("neighbours", [False, True])
@@ -58,6 +77,13 @@ def test_a_passed_on_teacher_keeps_neighbours_together_and_its_blocks_count():
     found = best_layout(groups, 2, 1, ReduceCost(), relays=True, axis="blocks")
     assert found.places == (0, 0, 1, 1) and found.seconds == (5.0, 5.0) and found.relays
     assert best_layout(groups, 2, 1, ReduceCost(), axis="blocks").seconds == (4.0, 3.0)
+
+
+def test_what_two_groups_read_is_read_once_by_one_rank():
+    groups = [dataclasses.replace(group(1.0), feeds=feeds) for feeds in ({0: 1.0}, {0: 1.0, 1: 0.5}, {1: 0.5, 2: 0.1}, {2: 0.1})]
+    found = best_layout(groups, 2, 2, ReduceCost(), axis="blocks")
+    assert found.places == (0, 0, 1, 1) and found.seconds == (2 * (2 + 1.5), 2 * (2 + 0.6))
+    assert best_layout(groups, 2, 2, ReduceCost(), axis="blocks", relays=True).seconds == (4.0, 4.0), "nothing is read"
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
