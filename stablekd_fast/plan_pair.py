@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
-from stablekd_fast.errors import ConfigError
-from stablekd_fast.schedule import PlannedStage, method_stages, plan_stages
+from stablekd_fast.errors import ConfigError, CutError
+from stablekd_fast.schedule import PlannedStage, group_name, method_stages, plan_stages
+
+if TYPE_CHECKING:
+    from stablekd_fast.cache.profiles import Profile
+    from stablekd_fast.data import Batch
 
 THIS_MACHINE = "this-machine"
+_MOST_BLOCKS = 12
 
 
 @dataclass
@@ -43,7 +49,8 @@ class PairPlan:
     device_profile: str = THIS_MACHINE
     """`this-machine` is measured; a100, h100 or a JSON file of published speeds gives predictions."""
     ranks: int | None = None
-    """Processes that share the run: show how they would divide it, and how it would scale. Needs a profile."""
+    """Processes that share the run: show how evenly they could divide other numbers of blocks and, with a profile, how the run
+    would scale."""
     directory: str | None = None
     """Where this machine's disk is measured; the folder for temporary files by default."""
 
@@ -53,11 +60,6 @@ class PairPlan:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must be greater than 0.")
         if self.ranks is not None and self.ranks < 1:
             raise ConfigError(f"ranks={self.ranks} was given; it must be at least 1.")
-        if self.ranks is not None and self.device_profile == THIS_MACHINE:
-            raise ConfigError(
-                "ranks was given, but no --device-profile with the speed of links between devices; give a100, h100 or a JSON file. "
-                "A run under torchrun measures its ranks when it starts, and prints what it found."
-            )
         if self.batch_size > self.images:
             raise ConfigError(f"A batch of {self.batch_size} does not fit {self.images} images.")
 
@@ -77,8 +79,8 @@ class PairPlan:
             logits=self.logits,
         )
 
-    def paired(self):
-        """The networks with random weights, cut into blocks."""
+    def paired(self, blocks: int | None = None):
+        """The networks with random weights, cut into blocks: as asked for, or into so many."""
         import torch
 
         from stablekd_fast import models
@@ -87,7 +89,8 @@ class PairPlan:
         sides = [models.build(name, self.classes, self.image_size) for name in (self.teacher, self.student)]
         sides = [side.to(memory_format=torch.channels_last) for side in sides]
         example = torch.randn(2, 3, self.image_size, self.image_size)
-        paired = pair_blocks(*sides, example, self.cuts or "auto", self.blocks, bridge=self.bridge)
+        cuts = "auto" if blocks or not self.cuts else self.cuts
+        paired = pair_blocks(*sides, example, cuts, blocks or self.blocks, bridge=self.bridge)
         torch.nn.ModuleList([paired.teacher, *paired.teacher_blocks]).eval()
         return paired
 
@@ -123,18 +126,55 @@ def plan_pair(asked: PairPlan, paired) -> PairPlanned:
 
 
 def plan_ranks(asked: PairPlan, paired) -> dict[str, list[dict]]:
-    """How a run scales to 64 ranks with one global batch, by title of a table. Predicted, not measured."""
+    """How ranks could divide the run, by title of a table: other numbers of blocks, and, with a profile, one global batch on 1
+    to 64 ranks."""
     from stablekd_fast.cache.profiles import profile
     from stablekd_fast.divide import predicted_scaling
 
+    title = f"Blocks apart, all of the teacher from a cache, on {asked.ranks} rank(s) that divide them, by the number of blocks"
+    if asked.device_profile == THIS_MACHINE:
+        return {f"{title}, measured on this machine's processor": list(_by_number_of_blocks(asked, None))}
     device, stages = profile(asked.device_profile), _stages(asked, paired)
     counts = sorted({*(2**power for power in range(7)), asked.ranks})
-    return {
-        f"{where}, predicted, not measured, for {device.name}": predicted_scaling(
-            device, paired, stages, asked.batch_size, counts, relays=relays
-        )
+    label = f"predicted, not measured, for {device.name}"
+    scaling = {
+        f"{where}, {label}": predicted_scaling(device, paired, stages, asked.batch_size, counts, relays=relays)
         for where, relays in (("all of the teacher from a cache", False), ("live teacher, passed on from rank to rank", True))
     }
+    return {f"{title}, {label}": list(_by_number_of_blocks(asked, device))} | scaling
+
+
+def _by_number_of_blocks(asked: PairPlan, device: Profile | None) -> Iterator[dict]:
+    """Milliseconds of a step, the reading of rows left out; measured here, or predicted for a device. `efficiency`: the part of
+    the ranks' time in which they train, as all wait for the busiest."""
+    import torch
+
+    from stablekd_fast.assemble import objectives_of
+    from stablekd_fast.cache.measure import measure_students
+    from stablekd_fast.cache.profiles import predicted_blocks
+    from stablekd_fast.config import DistillConfig
+    from stablekd_fast.distributed import assign
+
+    for count in range(max(asked.ranks, 2), max(asked.ranks, _MOST_BLOCKS) + 1):
+        try:
+            paired = asked.paired(count)
+        except CutError:
+            continue
+        groups = [[k] for k in range(count)]
+        if device is None:
+            aims = objectives_of(DistillConfig(method=asked.method))
+            times = measure_students(paired, aims, [groups], _random_batch(asked), torch.device("cpu"))
+        else:
+            times = predicted_blocks(device, paired, asked.batch_size)[1]
+        costs = [times[group_name(group)] for group in groups]
+        places = assign(costs, asked.ranks)
+        busiest = max(sum(cost for cost, at in zip(costs, places) if at == place) for place in range(asked.ranks))
+        yield {
+            "blocks": count,
+            "one rank, ms": 1e3 * sum(costs),
+            "busiest rank, ms": 1e3 * busiest,
+            "efficiency": sum(costs) / (asked.ranks * busiest),
+        }
 
 
 def _stages(asked: PairPlan, paired) -> list[PlannedStage]:
@@ -151,7 +191,6 @@ def _costs(asked: PairPlan, paired, settings: CacheSettings):
     from stablekd_fast.cache.planner import Job, measured_costs, predicted_costs, views_shown
     from stablekd_fast.cache.profiles import profile
     from stablekd_fast.config import DistillConfig
-    from stablekd_fast.data import Batch
 
     config, stages = DistillConfig(method=asked.method, epochs=asked.epochs), _stages(asked, paired)
     shown = views_shown(asked.views, asked.epochs)
@@ -163,8 +202,15 @@ def _costs(asked: PairPlan, paired, settings: CacheSettings):
         examples = paired.teacher_outputs(example, job.wanted)
         basis = f"predicted, not measured, for {device.name} ({device.source})"
         return predicted_costs(job, device, examples, asked.batch_size), basis
-    images = torch.randn(asked.batch_size, 3, asked.image_size, asked.image_size).to(memory_format=torch.channels_last)
-    labels = torch.zeros(asked.batch_size, dtype=torch.int64)
-    batch = Batch(torch.arange(asked.batch_size), 0, images, labels)
+    batch = _random_batch(asked)
     basis = "from speeds measured on this machine's processor, without the loading of images"
-    return measured_costs(job, batch, paired.teacher_outputs(images, job.wanted), torch.device("cpu"), 0.0), basis
+    return measured_costs(job, batch, paired.teacher_outputs(batch.images, job.wanted), torch.device("cpu"), 0.0), basis
+
+
+def _random_batch(asked: PairPlan) -> Batch:
+    import torch
+
+    from stablekd_fast.data import Batch
+
+    images = torch.randn(asked.batch_size, 3, asked.image_size, asked.image_size).to(memory_format=torch.channels_last)
+    return Batch(torch.arange(asked.batch_size), 0, images, torch.zeros(asked.batch_size, dtype=torch.int64))

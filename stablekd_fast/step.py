@@ -16,7 +16,7 @@ from stablekd_fast.blocks import PairedBlocks, fuse_norms
 from stablekd_fast.data import Batch
 from stablekd_fast.distributed import Averaging
 from stablekd_fast.distributed import sync_norms as synced
-from stablekd_fast.errors import ConfigError, TrainingError
+from stablekd_fast.errors import ConfigError, CutError, TrainingError
 from stablekd_fast.optimizers import SGD, build_optimizer
 from stablekd_fast.precision import LossScale
 from stablekd_fast.schedule import Optimizer, PlannedStage, group_name
@@ -153,6 +153,11 @@ class GroupStep:
             self.blocks = [fuse_norms(block) for block in blocks] if paired.fuses_norms else blocks
         self.aligned = set(objectives.aligned_cuts(group, len(paired.cuts)))
         self.parameters = named_parameters_of(paired, group)
+        if not self.parameters:
+            raise CutError(
+                f"Block {self.name} of the student has nothing to train: no parameter in it, or none that requires a gradient. Move "
+                "its cuts (`stablekd plan` shows the parameters of each block), or merge it with a neighbour."
+            )
         device = self.device = inputs.device
         self.rates = rates.table
         self.lr, self.momentum, self.ema_decay = (torch.zeros((), device=device) for _ in range(3))

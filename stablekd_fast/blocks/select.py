@@ -51,7 +51,8 @@ def named_pairs(
 def automatic_pairs(teacher: TracedNetwork, student: TracedNetwork, blocks: int | None = None) -> list[PointPair]:
     """Cut where both networks change spatial size; where that does not say enough, balance the costs.
 
-    With `blocks` given, the pairs of equal spatial size that balance the costs of exactly that many blocks.
+    With `blocks` given, the pairs of equal spatial size that balance the costs of exactly that many blocks, in each of which the
+    student has products to train.
     Raises CutError if there are not enough places.
     """
     ends = _stage_ends(teacher, student)
@@ -158,14 +159,15 @@ def _balanced(
         (t, s)
         for t in teacher.points
         for s in student.points
-        if t.spatial == s.spatial and _extended(t) and t.flops < ends[0] and s.flops < ends[1]
+        if t.spatial == s.spatial and _extended(t) and t.flops < ends[0] and 0 < s.flops < ends[1]
     ]
     if len(pairs) < count:
         return None
     shares = np.array([(t.flops / max(ends[0], 1), s.flops / max(ends[1], 1)) for t, s in pairs])
     order_t = np.array([teacher.points.index(t) for t, _ in pairs])
     order_s = np.array([student.points.index(s) for _, s in pairs])
-    follows = (order_t[None] > order_t[:, None]) & (order_s[None] > order_s[:, None])  # [previous, next]
+    costs_s = np.array([s.flops for _, s in pairs])
+    follows = (order_t[None] > order_t[:, None]) & (costs_s[None] > costs_s[:, None])  # [previous, next]
     # Of cuts with about equal cost: ends of outer modules first, then the last, which comes after the activation.
     depth = np.array([min(t.depth, 9) + min(s.depth, 9) for t, s in pairs])
     taste = 1e-3 * depth - 1e-9 * (order_t + order_s)

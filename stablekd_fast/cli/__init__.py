@@ -87,7 +87,8 @@ def _plan(options) -> int:
         print_rows(f"The run, {found.basis}", found.totals)
     if asked.ranks:
         for title, rows in plan_ranks(asked, paired).items():
-            print_rows(title, rows)
+            if rows:
+                print_rows(title, rows)
     return 0
 
 

@@ -40,6 +40,16 @@ def test_blocks_are_balanced_when_their_number_is_given():
     assert [(cut.teacher, cut.student) for cut in paired.cuts] == [("4", "2"), ("8", "4"), ("12", "6")]
 
 
+def test_every_block_has_products_to_train_however_many_there_are():
+    """With a ReLU after each product, cuts would fit before and behind it."""
+    teacher, student = convnet((4, 8), 6), convnet((4, 8), 3)
+    assert [len(pair_blocks(teacher, student, IMAGES, blocks=blocks)) for blocks in range(2, 8)] == list(range(2, 8))
+    for block in pair_blocks(teacher, student, IMAGES, blocks=7).student_blocks:
+        assert any(isinstance(module, (nn.Conv2d, nn.Linear)) for module in block.modules())
+    with pytest.raises(CutError, match="8 blocks were asked for"):
+        pair_blocks(teacher, student, IMAGES, blocks=8)
+
+
 def test_student_parameters_are_shared_and_keep_their_names():
     student = convnet((4, 8, 16))
     names = list(student.state_dict())

@@ -93,6 +93,19 @@ def test_a_plan_for_this_machine_is_measured(capsys):
     assert "measured on this machine" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("device", ["this-machine", "a100"])
+def test_a_plan_for_ranks_shows_how_evenly_they_could_divide_blocks(capsys, device):
+    assert main([*PLAN, "--batch-size", "8", "--ranks", "3", "--device-profile", device]) == 0
+    shown = capsys.readouterr().out
+    table = shown[shown.index("Blocks apart") :].split("└")[0]
+    rows = [[float(cell) for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == list(range(3, 12)), "of 12 blocks one would have nothing to train"
+    for _, alone, busiest, efficiency in rows:
+        assert 1 / 3 <= efficiency <= 1.001 and efficiency == pytest.approx(alone / (3 * busiest), rel=2e-3)
+    predicted = "predicted, not measured" in " ".join(shown.split())
+    assert predicted == ("images/s" in shown) == (device == "a100")
+
+
 def test_bad_plans_are_named(capsys, tmp_path):
     assert main([*PLAN, "--budget-disk", "1GB", "--device-profile", "a1000"]) == 2
     assert "no device profile 'a1000'; the nearest is 'a100'" in capsys.readouterr().err

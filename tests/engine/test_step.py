@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from stablekd_fast.errors import CutError
 from stablekd_fast.objectives import objective
 from stablekd_fast.schedule import Optimizer
 from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
@@ -36,6 +37,14 @@ def test_a_decomposed_group_trains_its_own_blocks_only(parts):
         changed = {name for name, value in paired.student.named_parameters() if not torch.equal(value, before[name])}
         assert changed == set(step.parameters)
         assert changed
+
+
+def test_a_block_with_nothing_to_train_is_refused(parts):
+    paired, _ = parts
+    for parameter in paired.student_blocks[1].parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(CutError, match="Block 2 of the student has nothing to train"):
+        GroupStep(paired, [1], objectives(), Optimizer(), StageInputs(), rates=Rates.constant(0.01))
 
 
 def test_the_teacher_runs_only_as_far_as_it_is_read(parts):
