@@ -71,7 +71,8 @@ class TeacherPart:
         channels_last = _channels_last(x)
         dense = x.permute(0, 2, 3, 1) if channels_last else x.contiguous()
         if not self._announced:
-            dist.send_object_list([(tuple(dense.shape[1:]), dense.dtype, channels_last)], self.behind)
+            with self.ranks.meeting(f"rank {self.behind} is told of the teacher's activation"):
+                dist.send_object_list([(tuple(dense.shape[1:]), dense.dtype, channels_last)], self.behind)
             self._announced = True
         while len(self._sent) >= _UNDER_WAY:
             self._finish_oldest()

@@ -70,6 +70,8 @@ def test_the_mesh_is_the_fastest_of_all():
     assert best_layout(uneven, 2, 8, no_cost, axis="blocks").blocks == 2
     assert best_layout(even, 4, 8, slow_link, axis="data").data == 4
     assert best_layout(uneven, 2, 8, no_cost, image_seconds=100.0).data == 2
+    nearly_even = [group(1.0), group(1.1)]
+    assert best_layout(nearly_even, 2, 8, no_cost).blocks == 2, "images are not divided for 5%"
 
 
 def test_a_passed_on_teacher_keeps_neighbours_together_and_its_blocks_count():
