@@ -37,8 +37,8 @@ from stablekd_fast.capture import pick_capture
 from stablekd_fast.checkpoint import load_metadata, save_tensors
 from stablekd_fast.config import DistillConfig, identity
 from stablekd_fast.data import Dataset, EvalSource, Split, open_dataset
-from stablekd_fast.distributed import Layout, best_layout, join
-from stablekd_fast.divide import measured_groups, measured_images, measured_reduce
+from stablekd_fast.distributed import Layout, join
+from stablekd_fast.divide import measured_layouts
 from stablekd_fast.engine import Engine
 from stablekd_fast.errors import ConfigError, ModelError, nearest
 from stablekd_fast.evaluate import evaluate
@@ -242,13 +242,17 @@ class Distiller:
         size, kept = self._metadata.get("layouts", [0, []]) if self.resume else (0, [])
         if size == self.ranks.size:
             return [Layout.from_plain(values) for values in kept]
-        batch, groupings = next(self.source.batches(0, 1)), [stage.stage.groups for stage in planned]
-        columns = teacher.columns if isinstance(teacher, CachedTeacher) else {}
-        costs = measured_groups(self.paired, objectives, groupings, batch, columns, self.ranks, self.device)
-        reduce = measured_reduce(self.ranks, self.device)
-        how = {"relays": isinstance(teacher, Relay), "axis": self.config.parallel, "accumulate": self.config.accumulate}
-        how["image_seconds"] = measured_images(self.source, self.ranks)
-        return [best_layout(groups, self.ranks.size, self.config.batch_size, reduce, **how) for groups in costs]
+        return measured_layouts(
+            self.paired,
+            objectives,
+            [stage.stage.groups for stage in planned],
+            self.source,
+            self.ranks,
+            columns=teacher.columns if isinstance(teacher, CachedTeacher) else {},
+            relays=isinstance(teacher, Relay),
+            axis=self.config.parallel,
+            accumulate=self.config.accumulate,
+        )
 
     def _evaluated(self, split: Split) -> EvalSource:
         """This rank's share of the images."""

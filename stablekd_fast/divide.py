@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from stablekd_fast.blocks import PairedBlocks
@@ -16,7 +17,7 @@ from stablekd_fast.cache.measure import REPEATS, measure_students, measure_teach
 from stablekd_fast.cache.profiles import Profile, predicted_blocks
 from stablekd_fast.cache.teacher import Column
 from stablekd_fast.data import Batch, TrainSource
-from stablekd_fast.distributed import GroupCost, Ranks, ReduceCost, best_layout, linear
+from stablekd_fast.distributed import GroupCost, Layout, Ranks, ReduceCost, best_layout, linear
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.schedule import PlannedStage, group_name
 from stablekd_fast.step import Objectives, named_parameters_of
@@ -25,11 +26,37 @@ _SIZES = (1 << 12, 1 << 22)
 _REPEATS = 5
 _LOADED = 4
 """Batches."""
+_PROBED_ROWS = 64
 _PROBED_BYTES = 64 << 20
 """More than a processor's caches hold."""
 
 
-def measured_groups(
+def measured_layouts(
+    paired: PairedBlocks,
+    objectives: Objectives,
+    groupings: Sequence[list[list[int]]],
+    source: TrainSource,
+    ranks: Ranks,
+    *,
+    columns: Mapping[int, Column],
+    relays: bool,
+    axis: str = "auto",
+    accumulate: int = 1,
+) -> list[Layout]:
+    """How ranks divide stages, whose groups are `groupings`, best: by costs that all of them measure at the same time.
+
+    Args:
+        columns: what is cached of the teacher.
+        relays, axis, accumulate: as `best_layout` takes them.
+    """
+    device, batch = source.device, next(source.batches(0, 1))
+    costs = _measured_groups(paired, objectives, groupings, batch, columns, ranks, device)
+    how = {"relays": relays, "axis": axis, "accumulate": accumulate, "image_seconds": _measured_images(source, ranks)}
+    reduce = _measured_reduce(ranks, device)
+    return [best_layout(groups, ranks.size, source.batch_size, reduce, **how) for groups in costs]
+
+
+def _measured_groups(
     paired: PairedBlocks,
     objectives: Objectives,
     groupings: Sequence[list[list[int]]],
@@ -38,7 +65,7 @@ def measured_groups(
     ranks: Ranks,
     device: torch.device,
 ) -> list[list[GroupCost]]:
-    """Costs of each stage's groups, measured by all ranks at the same time and averaged over them. `columns`: what is cached."""
+    """Costs of each stage's groups, averaged over ranks."""
     count = len(batch.labels)
     part = max(count // ranks.size, min(2, count))  # batch norm needs two images
     students, teachers = [], []
@@ -46,22 +73,22 @@ def measured_groups(
         images = dataclasses.replace(batch, images=batch.images[:size], labels=batch.labels[:size], sample_ids=batch.sample_ids[:size])
         students.append(measure_students(paired, objectives, groupings, images, device))
         teachers.append(measure_teacher(paired, images.images.to(device)) if paired.cuts else [0.0] * len(paired))
-    told = ranks.gather([students, teachers, measured_feeds(columns, count, device)])
+    told = ranks.gather([students, teachers, _measured_feeds(columns, device)])
 
     def cost(group: list[int]) -> GroupCost:
         name = group_name(group)
         student = [statistics.mean(one[0][which][name] for one in told) for which in (0, 1)]
         teacher = [statistics.mean(sum(one[1][which][block] for block in group) for one in told) for which in (0, 1)]
-        read = objectives.teacher_outputs([group], len(paired.cuts)) & told[0][2].keys()
-        feeds = {output: statistics.mean(one[2][output] for one in told) for output in read}
+        read = objectives.teacher_outputs([group], len(paired.cuts)) & columns.keys()
+        feeds = {output: statistics.mean(one[2].get(output, 0.0) for one in told) for output in read}
         sizes = (part, count)
         return GroupCost(linear(*zip(sizes, student)), linear(*zip(sizes, teacher)), _gradient_bytes(paired, group), feeds)
 
     return [[cost(group) for group in groups] for groups in groupings]
 
 
-def measured_feeds(columns: Mapping[int, Column], count: int, device: torch.device) -> dict[int, float]:
-    """Seconds per image that a rank's training loses to reading and decoding a row of each column, in batches of `count`.
+def _measured_feeds(columns: Mapping[int, Column], device: torch.device) -> dict[int, float]:
+    """Seconds per image that a rank's training loses to reading and decoding a row of each column.
 
     None where the rows come beside it: to a GPU, or by cores that training leaves free. Measured on Linux only.
     """
@@ -70,19 +97,19 @@ def measured_feeds(columns: Mapping[int, Column], count: int, device: torch.devi
     feeds = {}
     for output, column in columns.items():
         form = column.format
-        parts = [torch.zeros((count, *part.shape), dtype=part.dtype) for part in form.parts]
-        taken = seconds(lambda: form.decode(parts), device) + _seconds_of_reading(form.row_bytes, count)
-        feeds[output] = taken / count
+        parts = [torch.zeros((_PROBED_ROWS, *part.shape), dtype=part.dtype) for part in form.parts]
+        taken = seconds(lambda: form.decode(parts), device) + _seconds_of_reading(form.row_bytes)
+        feeds[output] = taken / _PROBED_ROWS
     return feeds
 
 
-def _seconds_of_reading(size: int, count: int) -> float:
-    """For `count` rows of `size` bytes out of files that lie in main memory, and for a copy of them."""
-    rows = max(_PROBED_BYTES // size, count)
-    turns = iter(torch.randint(rows, (REPEATS + 1, count)).tolist())
+def _seconds_of_reading(size: int) -> float:
+    """For some rows of `size` bytes out of files that lie in main memory, and for a copy of them."""
+    rows = max(_PROBED_BYTES // size, _PROBED_ROWS)
+    turns = iter(np.random.default_rng(0).integers(rows, size=(REPEATS + 1, _PROBED_ROWS)).tolist())
     with open(os.memfd_create("rows"), "r+b", buffering=0) as file:
         file.write(bytes(rows * size))
-        out = torch.empty(count, size, dtype=torch.uint8)
+        out = torch.empty(_PROBED_ROWS, size, dtype=torch.uint8)
         places = [memoryview(row) for row in out.numpy()]
 
         def read() -> None:
@@ -97,7 +124,7 @@ def _gradient_bytes(paired: PairedBlocks, group: list[int]) -> int:
     return sum(parameter.nbytes for parameter in named_parameters_of(paired, group).values())
 
 
-def measured_reduce(ranks: Ranks, device: torch.device) -> ReduceCost:
+def _measured_reduce(ranks: Ranks, device: torch.device) -> ReduceCost:
     """Of an all-reduce over all ranks, two at least: the time of a small and of a large one."""
     times = []
     for size in _SIZES:
@@ -113,7 +140,7 @@ def measured_reduce(ranks: Ranks, device: torch.device) -> ReduceCost:
     return ReduceCost(*(statistics.mean(values) for values in zip(*both)))
 
 
-def measured_images(source: TrainSource, ranks: Ranks) -> float:
+def _measured_images(source: TrainSource, ranks: Ranks) -> float:
     """Seconds that a rank's loader takes for an image; next to none where images lie in memory."""
     if source.split.resident:
         return 0.0

@@ -25,3 +25,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=dali_missing()))
         if "slow" in item.keywords and "slow" not in chosen:
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with `pytest -m slow`"))
+
+
+@pytest.fixture
+def one_thread():
+    """Networks of tests are no faster with more, and where another process needs a core they are far slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -90,7 +90,7 @@ WITHOUT_EFFECT = ("json", "csv", "html", "against", "fail_below", "directory", "
 
 
 def _bench_kernels(asked, show: Show) -> Measured:
-    from stablekd_fast.bench.kernels import Setting, run_kernels
+    from stablekd_fast.bench.operators.kernels import Setting, run_kernels
 
     setting = Setting(asked.device, asked.compile, asked.quick)
     return run_kernels(setting, listed(asked.ops), rounds=asked.rounds, threads=asked.threads, show=show)
@@ -99,7 +99,7 @@ def _bench_kernels(asked, show: Show) -> Measured:
 def _prove_kernels(asked) -> int:
     """1 if a kernel spills, is narrower than promised or moves too much."""
     from stablekd_fast.bench.output import write_document
-    from stablekd_fast.bench.proof import kernel_table, prove, traffic_table
+    from stablekd_fast.bench.operators.proof import kernel_table, prove, traffic_table
 
     if asked.csv or asked.html or asked.against or asked.fail_below is not None:
         raise ConfigError("--aot measures no time; of the files and comparisons it takes --json only.")
@@ -112,21 +112,21 @@ def _prove_kernels(asked) -> int:
 
 
 def _bench_cache(asked, show: Show) -> Measured:
-    from stablekd_fast.bench.cache import run_cache
+    from stablekd_fast.bench.runs.cache import run_cache
 
     return run_cache(Path(asked.directory), asked.rounds, show, asked.quick)
 
 
 def _bench_teacher(asked, show: Show) -> Measured:
-    from stablekd_fast.bench.teacher import Images, run_teacher
+    from stablekd_fast.bench.runs.teacher import Images, run_teacher
 
     return run_teacher(Path(asked.directory), Images(asked.small, asked.large), asked.rounds, show)
 
 
 def _bench_step(asked, show: Show) -> Measured:
-    from stablekd_fast.bench.profile import profile_steps
-    from stablekd_fast.bench.step import run_step
-    from stablekd_fast.bench.teacher import Images
+    from stablekd_fast.bench.runs.profile import profile_steps
+    from stablekd_fast.bench.runs.step import run_step
+    from stablekd_fast.bench.runs.teacher import Images
 
     images, directory = Images(asked.small, asked.large), Path(asked.directory)
     if asked.profile or asked.trace:
@@ -135,27 +135,27 @@ def _bench_step(asked, show: Show) -> Measured:
 
 
 def _bench_plan(asked, show: Show) -> Measured:
-    from stablekd_fast.bench.plan import run_plan
+    from stablekd_fast.bench.runs.plan import run_plan
 
     return run_plan(Path(asked.directory), asked.data, show, asked.rounds)
 
 
 def _bench_loader(asked, show: Show) -> Measured:
-    from stablekd_fast.bench.loader import run_loader
+    from stablekd_fast.bench.runs.loader import run_loader
 
     return run_loader(asked.small, asked.large, asked.rounds, show, batch_size=asked.batch_size, workers=asked.workers)
 
 
 def _bench_dropin(asked, show: Show) -> Measured:
-    from stablekd_fast.bench.dropin import run_dropin
+    from stablekd_fast.bench.runs.dropin import run_dropin
 
     return run_dropin(Path(asked.directory), asked.data, asked.rounds, show, quick=asked.quick)
 
 
 def _bench_end_to_end(asked, show: Show) -> Measured:
-    from stablekd_fast.bench.accuracy import tuned_settings
-    from stablekd_fast.bench.campaign import Task
-    from stablekd_fast.bench.end_to_end import Goal, run_end_to_end
+    from stablekd_fast.bench.campaigns.accuracy import tuned_settings
+    from stablekd_fast.bench.campaigns.campaign import Task
+    from stablekd_fast.bench.campaigns.end_to_end import Goal, run_end_to_end
 
     return run_end_to_end(
         Task(**{field.name: asked[field.name] for field in dataclasses.fields(Task) if field.name in asked}),
@@ -286,7 +286,7 @@ def _add_end_to_end(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--goal", type=str, default="kd:40", help="METHOD:EPOCHS whose accuracy is to be reached")
     parser.add_argument("--methods", type=str, default="ce,kd+features,blocks,stablekd", help="with commas between")
     parser.add_argument("--budgets", type=str, default="2,4,8,16", help="epochs to try, in turn; the goal's come last")
-    parser.add_argument("--tuning", type=str | None, default=None, help="tuning.json of stablekd_fast.bench.accuracy")
+    parser.add_argument("--tuning", type=str | None, default=None, help="tuning.json of stablekd_fast.bench.campaigns.accuracy")
     parser.add_argument("--subset", type=float | None, default=None)
     parser.add_argument("--validation", type=float, default=0)
     parser.add_argument("--batch_size", type=int, default=64)

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from stablekd_fast.bench import aot, traffic  # noqa: E402
-from stablekd_fast.bench.proof import compiled_rows  # noqa: E402
+from stablekd_fast.bench.operators import aot, traffic  # noqa: E402
+from stablekd_fast.bench.operators.proof import compiled_rows  # noqa: E402
 from stablekd_fast.cli import main  # noqa: E402
 from stablekd_fast.errors import ConfigError  # noqa: E402
 from stablekd_fast.kernels import _triton  # noqa: E402
@@ -49,7 +49,7 @@ PLANTED = """
 import json
 from dataclasses import asdict
 import torch, triton, triton.language as tl
-from stablekd_fast.bench import aot
+from stablekd_fast.bench.operators import aot
 from stablekd_fast.kernels._launch import Listed, variant
 
 @triton.jit

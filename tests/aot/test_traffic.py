@@ -8,8 +8,8 @@ pytest.importorskip("triton")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from stablekd_fast.bench import traffic  # noqa: E402
-from stablekd_fast.bench.aot import operators  # noqa: E402
+from stablekd_fast.bench.operators import traffic  # noqa: E402
+from stablekd_fast.bench.operators.aot import operators  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted by Triton's interpreter"),

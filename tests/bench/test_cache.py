@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from stablekd_fast.bench.cache import Rows, disk_rows, memory_row, page_cache_cases
+from stablekd_fast.bench.runs.cache import Rows, disk_rows, memory_row, page_cache_cases
 from stablekd_fast.bench.core import WrongResult, check, measure
-from stablekd_fast.bench.plan import run_plan
-from stablekd_fast.bench.teacher import Pair, Rerun, feeding_case
+from stablekd_fast.bench.runs.plan import run_plan
+from stablekd_fast.bench.runs.teacher import Pair, Rerun, feeding_case
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 
@@ -72,7 +72,7 @@ def test_running_the_prefix_again_runs_it_once_per_block(tmp_path, digits):
 
 
 def test_plans_are_compared_with_what_was_predicted(tmp_path, monkeypatch):
-    monkeypatch.setattr("stablekd_fast.bench.plan.TEACHER", "resnet32")
+    monkeypatch.setattr("stablekd_fast.bench.runs.plan.TEACHER", "resnet32")
     measured = run_plan(tmp_path, "digits", lambda rows: None, budgets=("0", "10MB"), images=256)
     none, some = measured.rows
     assert none["kept"] == "nothing" and none["ratio"] == 1.0 and some["baseline"] == none["contender"] == "budget 0"

@@ -9,17 +9,10 @@ from stablekd_fast.bench.core import WrongResult, check
 
 pytest.importorskip("torchdistill")
 
-from stablekd_fast.bench import dropin  # noqa: E402
+from stablekd_fast.bench.runs import dropin  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NOISE = dropin.Noise(dropin.QUICK.count, dropin.QUICK.size)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_losses_agree_in_float64():

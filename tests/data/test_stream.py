@@ -188,15 +188,6 @@ def test_leaving_early_stops_dalis_threads(ramps):
 # Whole runs.
 
 
-@pytest.fixture
-def one_thread():
-    """So small networks are no faster with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def net(width: int, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     blocks = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in ((3, width), (width, width))]

@@ -21,11 +21,8 @@ def net(seed: int, dropout: float = 0.0) -> nn.Sequential:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def no_more_threads(one_thread):
+    """One for all of these tests."""
 
 
 @pytest.fixture(scope="session")

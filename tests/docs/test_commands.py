@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from stablekd_fast import cli, models
-from stablekd_fast.bench import teacher as bench_teacher
+from stablekd_fast.bench.runs import teacher as bench_teacher
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

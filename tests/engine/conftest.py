@@ -97,15 +97,6 @@ def train_stages(mode, paired, aims, stages, batches, ema=0.9, loss_scale=None, 
     return seen
 
 
-@pytest.fixture
-def one_thread():
-    """So small networks are no faster with more, and where another process needs a core they are far slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(name="train_stages")
 def train_stages_fixture(one_thread):
     return train_stages

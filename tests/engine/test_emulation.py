@@ -13,7 +13,7 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import Bottleneck
 
 from stablekd_fast import models
-from stablekd_fast.bench.covering import covering_levels, level_pairs
+from stablekd_fast.bench.operators.covering import covering_levels, level_pairs
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.objectives import objective
 from stablekd_fast.precision import Precision

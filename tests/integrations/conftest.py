@@ -77,9 +77,5 @@ def engine_gradients():
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """So small networks are no faster with more, and where another process needs a core they are far slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def no_more_threads(one_thread):
+    """One for all of these tests."""

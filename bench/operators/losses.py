@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast import kernels
-from stablekd_fast.bench import rivals
+from stablekd_fast.bench.operators import rivals
 from stablekd_fast.bench.core import Case, Contender
 from stablekd_fast.bench.floor import FLOOR, floor_contenders
 

@@ -1,7 +1,7 @@
 """Accuracy of the methods under one budget: tuned on held-out training images, tested once, several seeds.
 
-    python -m stablekd_fast.bench.accuracy tune --data CIFAR --teacher-weights FILE --out DIR
-    python -m stablekd_fast.bench.accuracy test --data CIFAR --teacher-weights FILE --out DIR
+    python -m stablekd_fast.bench.campaigns.accuracy tune --data CIFAR --teacher-weights FILE --out DIR
+    python -m stablekd_fast.bench.campaigns.accuracy test --data CIFAR --teacher-weights FILE --out DIR
 
 `tune` trains every candidate setting of every method with one seed and keeps the one with the best accuracy on
 held-out training images, without the test split; `test` trains the chosen settings with several seeds and evaluates each
@@ -16,7 +16,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from stablekd_fast.bench.campaign import Campaign, add_task_arguments, task_of
+from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.checkpoint import write_atomically
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.report import read_events, summarise, write_report, write_results

@@ -2,7 +2,7 @@
 
 Variants that the dispatcher can reach (`specialisations()` of each `triton_impl`) are compiled to machine code with the
 assembler that Triton brings, and the code is read: registers, spills, shared memory, and how wide its accesses to global
-memory are. Nothing is run. `python -m stablekd_fast.bench.aot` prints one JSON row per compilation.
+memory are. Nothing is run. `python -m stablekd_fast.bench.operators.aot` prints one JSON row per compilation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 from stablekd_fast import kernels
-from stablekd_fast.bench.covering import covering_sample
+from stablekd_fast.bench.operators.covering import covering_sample
 from stablekd_fast.errors import ConfigError, nearest
 from stablekd_fast.kernels import _triton
 from stablekd_fast.kernels._launch import REGISTERS, Listed, Specialisation

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stablekd_fast.bench.campaign import Campaign, Task
+from stablekd_fast.bench.campaigns.campaign import Campaign, Task
 from stablekd_fast.bench.core import Measured, pinned, scratch
-from stablekd_fast.bench.stages import CACHE, LIVE, PLAIN, TUNED, StageBench
+from stablekd_fast.bench.runs.stages import CACHE, LIVE, PLAIN, TUNED, StageBench
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.report import read_events
 from stablekd_fast.schedule import METHODS

@@ -2,7 +2,7 @@
 
 Every load and store of a launch is counted by its lanes that are not masked; repeated ones count each time, although a
 chip's caches may serve them: above all the scales and weights of channels, which each element looks up, and which
-`least` therefore holds per element. `python -m stablekd_fast.bench.traffic` prints one JSON row per case, and needs
+`least` therefore holds per element. `python -m stablekd_fast.bench.operators.traffic` prints one JSON row per case, and needs
 TRITON_INTERPRET=1.
 """
 

@@ -1,6 +1,6 @@
 """What storing the teacher less exactly costs in accuracy: one recipe, every codec, several seeds.
 
-    python -m stablekd_fast.bench.codecs --data CIFAR --teacher-weights FILE --out DIR
+    python -m stablekd_fast.bench.campaigns.codecs --data CIFAR --teacher-weights FILE --out DIR
 
 All seeds share their views, so that a codec's rows are made once. Interrupted, it goes on where it stopped; several
 processes side by side (with other --codecs) share the work.
@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from stablekd_fast.bench.campaign import Campaign, add_task_arguments, task_of
+from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.report import read_events, read_results

@@ -1,6 +1,6 @@
 """What each choice of the default recipe is worth: one choice changed at a time, several seeds, held-out images.
 
-    python -m stablekd_fast.bench.recipe --data CIFAR --teacher-weights FILE --out DIR
+    python -m stablekd_fast.bench.campaigns.recipe --data CIFAR --teacher-weights FILE --out DIR
 
 The test split is not seen. Interrupted, it goes on where it stopped; several processes side by side share the work.
 """
@@ -11,8 +11,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-from stablekd_fast.bench.accuracy import SGD
-from stablekd_fast.bench.campaign import Campaign, add_task_arguments, task_of
+from stablekd_fast.bench.campaigns.accuracy import SGD
+from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
 from stablekd_fast.cli.show import print_rows
 from stablekd_fast.schedule import DECOMPOSED_SHARE, MERGED_LR, Optimizer

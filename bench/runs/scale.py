@@ -1,4 +1,4 @@
-"""Images per second on several ranks of one machine, from a full cache: `python -m stablekd_fast.bench.scale`.
+"""Images per second on several ranks of one machine, from a full cache: `python -m stablekd_fast.bench.runs.scale`.
 
 Every run is a real `distill` under torchrun, one thread per rank, on the same rows. Where ranks divide blocks, losses must be those
 of one rank to the last bit, where they divide images nearly, before any speed is shown.

@@ -1,0 +1,1 @@
+"""Accuracy: many runs of one task."""

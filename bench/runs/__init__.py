@@ -1,0 +1,1 @@
+"""Steps, loaders, caches and whole runs timed."""
