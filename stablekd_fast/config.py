@@ -80,8 +80,8 @@ class DistillConfig:
     accumulate: int = 1
     """Go through each batch in so many parts and add up their gradients: memory of a part, gradients of the batch."""
     parallel: Literal["auto", "blocks", "data"] = "auto"
-    """Under torchrun: whether ranks divide blocks among them, or images. `auto` does what is fastest by measured costs, images for a gain of
-    10% or more."""
+    """Under torchrun: whether ranks divide blocks among them, or images. `auto` does what is fastest by measured costs; where
+    blocks alone can be divided and the teacher is cached, images for a gain of 10% or more."""
     sync_norms: bool = False
     """Where ranks divide images: batch-norm statistics are those of the whole batch."""
     timeout: float = 600.0

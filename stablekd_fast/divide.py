@@ -88,14 +88,16 @@ def _measured_groups(
 
 
 def _measured_feeds(columns: Mapping[int, Column], device: torch.device) -> dict[int, float]:
-    """Seconds per image that a rank's training loses to reading and decoding a row of each column.
+    """Seconds per image that a rank's training loses to reading and decoding a row of each column on disk.
 
-    None where the rows come beside it: to a GPU, or by cores that training leaves free. Measured on Linux only.
+    Empty where rows come beside it: to a GPU, or by cores that training leaves free. Measured on Linux only.
     """
     if device.type != "cpu" or not hasattr(os, "memfd_create") or len(os.sched_getaffinity(0)) > torch.get_num_threads():
         return {}
     feeds = {}
     for output, column in columns.items():
+        if not column.on_disk:
+            continue
         form = column.format
         parts = [torch.zeros((_PROBED_ROWS, *part.shape), dtype=part.dtype) for part in form.parts]
         taken = seconds(lambda: form.decode(parts), device) + _seconds_of_reading(form.row_bytes)

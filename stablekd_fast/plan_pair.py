@@ -153,22 +153,21 @@ def _by_number_of_blocks(asked: PairPlan, device: Profile | None) -> Iterator[di
     from stablekd_fast.cache.measure import measure_students
     from stablekd_fast.cache.profiles import predicted_blocks
     from stablekd_fast.config import DistillConfig
-    from stablekd_fast.distributed import assign
+    from stablekd_fast.distributed import assign, loads_of
 
     for count in range(max(asked.ranks, 2), max(asked.ranks, _MOST_BLOCKS) + 1):
+        groups = [[k] for k in range(count)]
         try:
             paired = asked.paired(count)
+            if device is None:
+                aims = objectives_of(DistillConfig(method=asked.method))
+                times = measure_students(paired, aims, [groups], _random_batch(asked), torch.device("cpu"))
+            else:
+                times = predicted_blocks(device, paired, asked.batch_size)[1]
         except CutError:
             continue
-        groups = [[k] for k in range(count)]
-        if device is None:
-            aims = objectives_of(DistillConfig(method=asked.method))
-            times = measure_students(paired, aims, [groups], _random_batch(asked), torch.device("cpu"))
-        else:
-            times = predicted_blocks(device, paired, asked.batch_size)[1]
         costs = [times[group_name(group)] for group in groups]
-        places = assign(costs, asked.ranks)
-        busiest = max(sum(cost for cost, at in zip(costs, places) if at == place) for place in range(asked.ranks))
+        busiest = max(loads_of(costs, [{}] * count, assign(costs, asked.ranks), asked.ranks))
         yield {
             "blocks": count,
             "one rank, ms": 1e3 * sum(costs),

@@ -89,6 +89,8 @@ def _plan(options) -> int:
         for title, rows in plan_ranks(asked, paired).items():
             if rows:
                 print_rows(title, rows)
+            else:
+                console.print(f"{title}: none, teacher and student have too few cuts in common.")
     return 0
 
 

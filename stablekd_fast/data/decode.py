@@ -139,8 +139,8 @@ class ThreadDecoder:
         tasks = ordered_map(self._work, self._tasks(ahead), workers=self.workers, ahead=self._ahead)
         with closing(tasks):
             for positions, _ in jobs:
-                done = list(islice(tasks, -(-len(positions) // _IMAGES_PER_TASK)))
-                yield np.concatenate([task.positions for task in done]), done[0].images
+                done = list(islice(tasks, -(-max(len(positions), 1) // _IMAGES_PER_TASK)))
+                yield np.concatenate([task.positions for task in done]).astype(positions.dtype), done[0].images
 
     def identity(self) -> dict:
         return {"source": "torchvision"}
@@ -149,7 +149,7 @@ class ThreadDecoder:
         for positions, view in jobs:
             size = self.crops.size
             images = torch.empty(len(positions), size, size, 3, dtype=torch.uint8, pin_memory=self.pinned)
-            for start in range(0, len(positions), _IMAGES_PER_TASK):
+            for start in range(0, max(len(positions), 1), _IMAGES_PER_TASK):
                 yield _Task(positions[start : start + _IMAGES_PER_TASK].tolist(), view, images, start)
 
     def _work(self, task: _Task) -> _Task:

@@ -43,6 +43,9 @@ class Batch:
 Needed = Callable[[torch.Tensor, int], bool]
 """Whether the images of these samples, int64 `[N]`, are needed in this view."""
 
+_Marked = tuple[np.ndarray, int, bool]
+"""A job, and whether its images are needed."""
+
 
 class TrainSource:
     """Batches of augmented training images; the last partial batch of an epoch is dropped.
@@ -125,11 +128,12 @@ class TrainSource:
     ) -> Iterator[Batch]:
         """Batches of steps start..stop-1, counted from the beginning of training; images in `dtype`, rounded once.
 
-        Wherever it starts, step `s` yields the same batch. Where `needed` says no, its images are not made, unless they are
-        mixed: labels depend on them. Raises `DataError` at a bad image unless such images are skipped.
+        Wherever it starts, step `s` yields the same batch. Where `needed` says no, its images are not made, unless labels depend
+        on that: where images are mixed, or others stand in for bad ones. Raises `DataError` at a bad image unless such images
+        are skipped.
         """
         jobs = ((self.positions(step), self._view(step)) for step in range(start_step, stop_step))
-        return self._batches(jobs, dtype, None if self.augmentation.mix else needed)
+        return self._batches(jobs, dtype, None if self.augmentation.mix or self.split.replaces_bad else needed)
 
     def batch(self, positions: np.ndarray, view: int) -> Batch:
         """One view of the images at `positions` of the split, int64 `[N]`, in that order."""
@@ -145,13 +149,8 @@ class TrainSource:
         self, jobs: Iterator[Job], dtype: torch.dtype = torch.float32, needed: Needed | None = None
     ) -> Iterator[Batch]:
         make = self._resident_batches if self.split.resident else self._decoded_batches
-        if needed is None:
-            yield from make(jobs, dtype)
-            return
-        jobs, ahead = tee((job, needed(self.split.sample_ids[torch.from_numpy(job[0])], job[1])) for job in jobs)
-        with closing(make((job for job, makes in ahead if makes), dtype)) as made:
-            for job, makes in jobs:
-                yield next(made) if makes else self._batch(*job, None)
+        marked = ((*job, needed is None or needed(torch.from_numpy(self._ids(job[0])), job[1])) for job in jobs)
+        return make(marked, dtype)
 
     def _view(self, step: int) -> int:
         epoch = step // self.steps_per_epoch
@@ -173,10 +172,10 @@ class TrainSource:
         if self.split.resident and self._resident is None:
             self._resident = self.split.images.to(self.device)
 
-    def _resident_batches(self, jobs: Iterator[Job], dtype: torch.dtype) -> Iterator[Batch]:
+    def _resident_batches(self, jobs: Iterator[_Marked], dtype: torch.dtype) -> Iterator[Batch]:
         self._keep_resident()
-        for positions, view in jobs:
-            yield self._resident_batch(positions, view, dtype)
+        for positions, view, needed in jobs:
+            yield self._resident_batch(positions, view, dtype) if needed else self._batch(positions, view, None)
 
     def _resident_batch(self, positions: np.ndarray, view: int, dtype: torch.dtype) -> Batch:
         if not self._alters:
@@ -186,10 +185,15 @@ class TrainSource:
         others = None if partners is None else self._as_uint8(self._cropped(partners, view))
         return self._altered_batch(positions, view, images, partners, others, dtype)
 
-    def _decoded_batches(self, jobs: Iterator[Job], dtype: torch.dtype) -> Iterator[Batch]:
+    def _decoded_batches(self, jobs: Iterator[_Marked], dtype: torch.dtype) -> Iterator[Batch]:
+        """A batch whose images are not needed goes through the decoder too, empty: it looks no further ahead than for others."""
         jobs, ahead = tee(jobs)
-        with closing(self.decoder.decode((self._with_partners(*job), job[1]) for job in ahead)) as decoded:
-            for (wanted, view), (positions, images) in zip(jobs, decoded):
+        decoding = ((self._with_partners(wanted, view) if needed else wanted[:0], view) for wanted, view, needed in ahead)
+        with closing(self.decoder.decode(decoding)) as decoded:
+            for (wanted, view, needed), (positions, images) in zip(jobs, decoded):
+                if not needed:
+                    yield self._batch(wanted, view, None)
+                    continue
                 own, count = positions[: len(wanted)], len(wanted)
                 images = images.to(self.device, non_blocking=True)
                 if not self._alters:

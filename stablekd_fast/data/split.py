@@ -138,6 +138,11 @@ class Split:
         return None if self.resident else self._files.crop_size
 
     @property
+    def replaces_bad(self) -> bool:
+        """Whether another image stands in for one that turns out to be bad when it is read."""
+        return not self.resident and self._files.on_bad_image == "skip"
+
+    @property
     def skipped(self) -> list[tuple[Path, str]]:
         """Bad files left out so far, with the reason. Large images are only judged when they are read."""
         if self.resident:

@@ -1,6 +1,6 @@
 """Several processes as one run: who they are, which blocks and images each trains, and what they tell each other."""
 
-from stablekd_fast.distributed.layout import Averaging, GroupCost, Layout, ReduceCost, assign, best_layout, linear
+from stablekd_fast.distributed.layout import Averaging, GroupCost, Layout, ReduceCost, assign, best_layout, linear, loads_of
 from stablekd_fast.distributed.norms import sync_norms
 from stablekd_fast.distributed.ranks import Ranks, join
 from stablekd_fast.distributed.relay import TeacherPart
@@ -16,5 +16,6 @@ __all__ = [
     "best_layout",
     "join",
     "linear",
+    "loads_of",
     "sync_norms",
 ]

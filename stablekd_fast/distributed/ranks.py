@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -182,28 +183,36 @@ def join(device: torch.device, timeout: float) -> Ranks:
         torch.cuda.set_device(device)
     store = _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout))
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), timeout, _store=store)
-    if device.type == "cpu":
-        _divide_cores(ranks)
+    if store is not None:  # otherwise the process is its caller's
+        _divide_cores(ranks, device)
     return ranks
 
 
-def _divide_cores(ranks: Ranks) -> None:
-    """Bind this process to its share of the cores that it may use, if others may use the same ones and there are enough for all.
+def _divide_cores(ranks: Ranks, device: torch.device) -> None:
+    """On a CPU, bind this process to its share of the cores that it may use, if others may use the same ones and there are enough.
 
-    Otherwise each rank's threads that read rows or decode images push the other's training from core to core.
+    Otherwise each rank's threads that read rows or decode images push the others' training from core to core. Where the system
+    does not allow it, nothing is bound.
     """
-    if not hasattr(os, "sched_setaffinity"):  # Linux only
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    here = [os.environ.get("GROUP_RANK"), platform.node(), cores]
+    cores = sorted(os.sched_getaffinity(0)) if device.type == "cpu" and hasattr(os, "sched_setaffinity") else []
+    here = [_machine(), cores]
     sharing = [rank for rank, there in enumerate(ranks.gather(here)) if there == here]
     if len(sharing) < 2 or len(cores) < len(sharing):
         return
     place = sharing.index(ranks.rank)
     first, last = (len(cores) * at // len(sharing) for at in (place, place + 1))
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-            os.sched_setaffinity(int(thread), cores[first:last])
+    with contextlib.suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setaffinity(int(thread), cores[first:last])
+        torch.set_num_threads(min(torch.get_num_threads(), last - first))
+
+
+def _machine() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return platform.node()
 
 
 @functools.cache

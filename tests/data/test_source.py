@@ -164,6 +164,31 @@ def test_images_that_nobody_needs_are_left_out(large_source, workers):
             assert_same([whole], [dataclasses.replace(batch, images=images)])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_more_is_asked_ahead_where_little_is_needed(large_source, workers):
+    """Whether images are needed may change from batch to batch, and a long stage is not looked through at once."""
+    asked = []
+
+    def first_only(ids: torch.Tensor, view: int) -> bool:
+        asked.append(view)
+        return len(asked) == 1
+
+    with closing(large_source(workers=workers).batches(0, 1000, needed=first_only)) as batches:
+        for number, batch in zip(range(1, 8), batches):
+            assert (batch.images is not None) == (number == 1)
+            assert number <= len(asked) <= number + 10
+            assert batch.labels.shape == (4,)
+
+
+def test_images_are_made_where_others_stand_in_for_bad_ones(large_source, write_large_tree):
+    """All ranks must agree on which image a label belongs to."""
+    root = write_large_tree()
+    (root / "train" / "bee" / "2.JPEG").write_bytes(b"")
+    sources = [large_source(root=root, batch_size=5, on_bad_image="skip") for _ in range(2)]
+    for whole, batch in zip(sources[0].batches(0, 3), sources[1].batches(0, 3, needed=lambda *_: False), strict=True):
+        assert_same([whole], [batch])
+
+
 def test_files_that_nobody_needs_are_not_read(large_source, write_large_tree):
     root = write_large_tree()
     source = large_source(root=root)
