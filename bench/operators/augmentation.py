@@ -11,9 +11,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
 from stablekd_fast import kernels
-from stablekd_fast.bench.operators import rivals
 from stablekd_fast.bench.core import Case, Contender
 from stablekd_fast.bench.floor import FLOOR, floor_contenders
+from stablekd_fast.bench.operators import rivals
 from stablekd_fast.bench.operators.losses import Setting
 
 SIDE, PADDING, IMAGES = 32, 4, 10_000

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from stablekd_fast import kernels
-from stablekd_fast.bench.operators import rivals
 from stablekd_fast.bench.core import Case, Contender
 from stablekd_fast.bench.floor import FLOOR, floor_contenders
+from stablekd_fast.bench.operators import rivals
 from stablekd_fast.bench.operators.losses import Loss, Setting, loss_case, random_features
 
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last

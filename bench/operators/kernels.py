@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from stablekd_fast.bench.operators.augmentation import augment_batch_cases
 from stablekd_fast.bench.core import Case, Measured, measure_cases, pinned
+from stablekd_fast.bench.operators.augmentation import augment_batch_cases
 from stablekd_fast.bench.operators.features import (
     dequantize_rows_cases,
     feature_cosine_cases,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from stablekd_fast import kernels
-from stablekd_fast.bench.operators import rivals
 from stablekd_fast.bench.core import Case, Contender
 from stablekd_fast.bench.floor import FLOOR, floor_contenders
+from stablekd_fast.bench.operators import rivals
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of loss and gradient, each over its largest magnitude. Autograd that stays in bfloat16 rounds every

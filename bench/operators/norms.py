@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stablekd_fast import kernels
 from stablekd_fast.bench.core import Case, Contender
-from stablekd_fast.bench.operators.features import BFLOAT, CHANNELS_LAST, FLOAT, Map
 from stablekd_fast.bench.floor import FLOOR, floor_contenders
+from stablekd_fast.bench.operators.features import BFLOAT, CHANNELS_LAST, FLOAT, Map
 from stablekd_fast.bench.operators.losses import Setting
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from stablekd_fast import kernels, models
-from stablekd_fast.bench.operators import rivals
 from stablekd_fast.bench.core import Case, Contender, Measured, measure_cases, pinned, scratch
+from stablekd_fast.bench.operators import rivals
 from stablekd_fast.bench.runs.loops import LOGITS, torchdistill_box
 from stablekd_fast.data import open_dataset
 from stablekd_fast.errors import DataError

@@ -25,7 +25,8 @@ _OF_PARTS = 0.1
 
 
 def run_scale(settings: Sequence[str], ranks: Sequence[int], rounds: int, folder: Path, show: Callable[[str, list[dict]], None]) -> list[dict]:
-    """Rows of images/s per stage and number of ranks, medians over rounds that take the numbers of ranks in turn.
+    """Rows of images/s per stage and number of ranks, and of their ratio to the first number's: medians over rounds, which take the
+    numbers of ranks in turn.
 
     Args:
         settings: options of `stablekd distill`, but for `--out` and the cache's folder.
@@ -78,7 +79,7 @@ def _stages(events: list[dict]) -> Iterator[list[dict]]:
 
 def _rows(speeds: dict[tuple[int, int], list[float]], ranks: Sequence[int]) -> Iterator[dict]:
     for (stage, count), values in sorted(speeds.items()):
-        alone = statistics.median(speeds[stage, ranks[0]])
+        ratios = [speed / alone for speed, alone in zip(values, speeds[stage, ranks[0]])]
         yield {
             "bench": "scale",
             "case": f"stage {stage + 1}",
@@ -86,7 +87,9 @@ def _rows(speeds: dict[tuple[int, int], list[float]], ranks: Sequence[int]) -> I
             "images_per_second": statistics.median(values),
             "lowest": min(values),
             "highest": max(values),
-            "ratio": statistics.median(values) / alone,
+            "ratio": statistics.median(ratios),
+            "lowest_ratio": min(ratios),
+            "highest_ratio": max(ratios),
             "baseline": f"{ranks[0]} rank(s)",
         }
 

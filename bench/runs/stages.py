@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stablekd_fast.assemble import objectives_of
 from stablekd_fast.bench.core import Case, Contender, Role, measure
-from stablekd_fast.bench.runs.loops import OrdinaryStage
 from stablekd_fast.bench.peak import count_flops, peak, peak_contenders
+from stablekd_fast.bench.runs.loops import OrdinaryStage
 from stablekd_fast.bench.runs.teacher import Arm, Pair, cached, make_pair
 from stablekd_fast.blocks import PairedBlocks, pick_fusion
 from stablekd_fast.config import DistillConfig

@@ -98,8 +98,8 @@ def _bench_kernels(asked, show: Show) -> Measured:
 
 def _prove_kernels(asked) -> int:
     """1 if a kernel spills, is narrower than promised or moves too much."""
-    from stablekd_fast.bench.output import write_document
     from stablekd_fast.bench.operators.proof import kernel_table, prove, traffic_table
+    from stablekd_fast.bench.output import write_document
 
     if asked.csv or asked.html or asked.against or asked.fail_below is not None:
         raise ConfigError("--aot measures no time; of the files and comparisons it takes --json only.")
