@@ -94,14 +94,12 @@ def _measured_feeds(columns: Mapping[int, Column], device: torch.device) -> dict
     """
     if device.type != "cpu" or not hasattr(os, "memfd_create") or len(os.sched_getaffinity(0)) > torch.get_num_threads():
         return {}
+    forms = {output: column.format for output, column in columns.items() if column.on_disk}
+    reading = {size: _seconds_of_reading(size) for size in {form.row_bytes for form in forms.values()}}
     feeds = {}
-    for output, column in columns.items():
-        if not column.on_disk:
-            continue
-        form = column.format
+    for output, form in forms.items():
         parts = [torch.zeros((_PROBED_ROWS, *part.shape), dtype=part.dtype) for part in form.parts]
-        taken = seconds(lambda: form.decode(parts), device) + _seconds_of_reading(form.row_bytes)
-        feeds[output] = taken / _PROBED_ROWS
+        feeds[output] = (seconds(lambda: form.decode(parts), device) + reading[form.row_bytes]) / _PROBED_ROWS
     return feeds
 
 

@@ -155,13 +155,14 @@ def _by_number_of_blocks(asked: PairPlan, device: Profile | None) -> Iterator[di
     from stablekd_fast.config import DistillConfig
     from stablekd_fast.distributed import assign, loads_of
 
+    aims = objectives_of(DistillConfig(method=asked.method))
+    batch = _random_batch(asked) if device is None else None
     for count in range(max(asked.ranks, 2), max(asked.ranks, _MOST_BLOCKS) + 1):
         groups = [[k] for k in range(count)]
         try:
             paired = asked.paired(count)
             if device is None:
-                aims = objectives_of(DistillConfig(method=asked.method))
-                times = measure_students(paired, aims, [groups], _random_batch(asked), torch.device("cpu"))
+                times = measure_students(paired, aims, [groups], batch, torch.device("cpu"))
             else:
                 times = predicted_blocks(device, paired, asked.batch_size)[1]
         except CutError:

@@ -315,10 +315,11 @@ def _let_skip(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> None:
 
 def load_batch(inputs: StageInputs, teacher: Teacher, wanted: Collection[int], batch: Batch) -> None:
     """Fill the stage's inputs with a batch, with its images where it has some, and the teacher's wanted outputs for it."""
+    images = None
     if batch.images is not None:
         inputs.load(IMAGES, batch.images)
+        images = inputs[IMAGES]
     inputs.load(LABELS, batch.labels)
-    images = None if batch.images is None else inputs[IMAGES]
     for k, output in teacher.outputs(wanted, images, batch).items():
         inputs.load(output_key(k), output)
 

@@ -124,6 +124,11 @@ class _Task:
     start: int
 
 
+def _starts(count: int) -> range:
+    """Where the tasks of a batch begin; an empty batch has one too, which brings its empty images."""
+    return range(0, max(count, 1), _IMAGES_PER_TASK)
+
+
 class ThreadDecoder:
     """Decodes in `workers` threads (0: in the caller's), `depth` batches ahead: decoders and torch let go of the interpreter
     meanwhile."""
@@ -132,14 +137,14 @@ class ThreadDecoder:
         self, crops: Crops, *, batch_size: int, workers: int, pinned: bool = False, depth: int = BATCHES_AHEAD
     ) -> None:
         self.crops, self.workers, self.pinned = crops, workers, pinned
-        self._ahead = depth * -(-batch_size // _IMAGES_PER_TASK)
+        self._ahead = depth * len(_starts(batch_size))
 
     def decode(self, jobs: Iterator[Job]) -> Iterator[tuple[np.ndarray, Tensor]]:
         jobs, ahead = tee(jobs)
         tasks = ordered_map(self._work, self._tasks(ahead), workers=self.workers, ahead=self._ahead)
         with closing(tasks):
             for positions, _ in jobs:
-                done = list(islice(tasks, -(-max(len(positions), 1) // _IMAGES_PER_TASK)))
+                done = list(islice(tasks, len(_starts(len(positions)))))
                 yield np.concatenate([task.positions for task in done]).astype(positions.dtype), done[0].images
 
     def identity(self) -> dict:
@@ -149,7 +154,7 @@ class ThreadDecoder:
         for positions, view in jobs:
             size = self.crops.size
             images = torch.empty(len(positions), size, size, 3, dtype=torch.uint8, pin_memory=self.pinned)
-            for start in range(0, max(len(positions), 1), _IMAGES_PER_TASK):
+            for start in _starts(len(positions)):
                 yield _Task(positions[start : start + _IMAGES_PER_TASK].tolist(), view, images, start)
 
     def _work(self, task: _Task) -> _Task:

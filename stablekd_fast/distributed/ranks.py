@@ -175,7 +175,8 @@ class Ranks:
 def join(device: torch.device, timeout: float) -> Ranks:
     """Meet the other processes that torchrun has started; without it, one rank alone.
 
-    NCCL serves tensors on GPUs, Gloo those on CPUs; ranks that train on the same cores divide them. Raises ConfigError if the processes cannot meet.
+    NCCL serves tensors on GPUs, Gloo those on CPUs; ranks that train on the same cores divide them. Raises ConfigError if the
+    processes cannot meet.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks()

@@ -57,15 +57,12 @@ def names_given():
 
 
 @pytest.fixture
-def page_folder(tmp_path, monkeypatch):
+def page_folder(tmp_path, monkeypatch, one_thread):
     """A folder as a checkout has it, as far as the pages need one; benches of networks use small ones."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench_teacher, "SMALL", bench_teacher.Pair("resnet32", "resnet20", 8, 16, batches=2))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
