@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
+import textwrap
 
 import PIL
 import torch
@@ -121,10 +123,25 @@ def _sources(module: nn.Module) -> list[str]:
     texts = []
     for kind in sorted(kinds, key=lambda kind: kind.__qualname__):
         try:
-            texts.append(inspect.getsource(kind))
+            texts.append(_code_of(inspect.getsource(kind)))
         except (OSError, TypeError):
             texts.append(kind.__qualname__)
     return texts
+
+
+def _code_of(source: str) -> str:
+    """What a class's source computes: its syntax tree in one spelling, without comments, docstrings and layout."""
+    tree = ast.parse(textwrap.dedent(source))
+    for node in ast.walk(tree):
+        for block in ("body", "orelse", "finalbody"):
+            statements = getattr(node, block, None)
+            if isinstance(statements, list):
+                setattr(node, block, [one for one in statements if not _is_docstring(one)])
+    return ast.unparse(tree)
+
+
+def _is_docstring(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str)
 
 
 def _digest(content) -> str:
