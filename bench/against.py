@@ -14,9 +14,9 @@ OF_ONE_RUN = ("settings.commit", "settings.command", "settings.load_average")
 def compare(rows: Sequence[dict], earlier: Sequence[dict]) -> list[dict]:
     """The rows, each with what became of the earlier one of the same bench, case and contender.
 
-    `ratio_against` is the ratio to the baseline now over the ratio then: each was taken within one run, so it holds when
-    the machine was slower or is another one. `speed_against` is the time then over the time now. Both are None for a new
-    row; the first also if the baseline was another.
+    `ratio_against` is the ratio to the baseline now over the ratio then: each was taken within one run, so it holds
+    when the machine was slower or is another one. `speed_against` is the time then over the time now. Both are None for
+    a new row; the first also if the baseline was another.
     """
     before = {_key(row): row for row in earlier}
     return [{**row, **_against(row, before.get(_key(row)))} for row in rows]
@@ -38,7 +38,9 @@ def _key(row: dict) -> tuple[str, str, str]:
 
 def differences(now: dict, then: dict) -> list[str]:
     """In words, where machines, versions and settings of two documents differ."""
-    new, old = (flat({name: found.get(name, {}) for name in ("machine", "versions", "settings")}) for found in (now, then))
+    new, old = (
+        flat({name: found.get(name, {}) for name in ("machine", "versions", "settings")}) for found in (now, then)
+    )
     shared = [key for key in new if key in old and key not in OF_ONE_RUN]
     return [f"{key} was {old[key]}, is {new[key]}" for key in shared if new[key] != old[key]]
 
@@ -53,7 +55,9 @@ def fallen(rows: Sequence[dict], least: float) -> list[str]:
     ours = [row for row in rows if row.get("role") == "ours" and row["contender"] != row["baseline"]]
     watched = [row for row in ours if row.get(key) is not None]
     if not watched:
-        raise StableKDError(f"No row can be held to --fail-below {least:g}; --against a file of the same bench and cases.")
+        raise StableKDError(
+            f"No row can be held to --fail-below {least:g}; --against a file of the same bench and cases."
+        )
     what = "of its earlier ratio to" if key == "ratio_against" else "times"
     return [
         f"{row['case']}: {row['contender']} is at {row[key]:.2f} {what} {row['baseline']}, below {least:g}"

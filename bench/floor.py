@@ -7,10 +7,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.bench.core import Contender
 from stablekd_fast.kernels._native import core
+from torch import Tensor
 
 Add = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -30,9 +29,7 @@ class Traffic(NamedTuple):
     summed: int
 
 
-def floor_contenders(
-    read: int, written: int, device: str, operands: Sequence[Tensor] = ()
-) -> list[Contender]:
+def floor_contenders(read: int, written: int, device: str, operands: Sequence[Tensor] = ()) -> list[Contender]:
     """Variants of the contender `floor`: each reads `read` and writes `written` bytes of arrays made beforehand.
 
     Additions and copies are made by torch, and on the CPU also by the C++ core, through the caches and past them.

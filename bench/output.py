@@ -40,8 +40,8 @@ def write_json(path: Path, found: dict) -> None:
 
 
 def write_csv(path: Path, found: dict) -> None:
-    """Write a document's rows, with the columns that any of them has. Machine, versions and settings are columns too, the
-    same in every row, so that rows of many files may be put together. Raises StableKDError if there are no rows."""
+    """Write a document's rows, with the columns that any of them has. Machine, versions and settings are columns too,
+    the same in every row, so that rows of many files may be put together. Raises StableKDError if there are no rows."""
     if not found["rows"]:
         raise StableKDError(f"There are no rows for {path}; what this command finds goes to --json and --html.")
     origin = flat({name: found[name] for name in ("machine", "versions", "settings")})

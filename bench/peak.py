@@ -1,17 +1,18 @@
-"""The limit of arithmetic: how many floating-point operations per second this machine reaches in a precision, measured."""
+"""The limit of arithmetic: how many floating-point operations per second this machine reaches in a precision,
+measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from stablekd_fast.bench.core import SEED, Contender
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stablekd_fast.bench.core import SEED, Contender
-
 TOLERANCES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2), "fp16": (torch.float16, 2e-3)}
-"""Number format of each precision, and the largest error of its result: that of rounding, as sums are taken in float32."""
+"""Number format of each precision, and the largest error of its result: that of rounding, as sums are taken in
+float32."""
 
 
 def peak(precision: str) -> str:
@@ -20,7 +21,8 @@ def peak(precision: str) -> str:
 
 
 def peak_contenders(precision: str) -> list[Contender]:
-    """Variants of the limit: a product of large matrices, and a convolution of the kind that networks spend their time in."""
+    """Variants of the limit: a product of large matrices, and a convolution of the kind that networks spend their time
+    in."""
     dtype, tolerance = TOLERANCES[precision]
     generator = torch.Generator().manual_seed(SEED)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731

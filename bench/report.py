@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from stablekd_fast.bench.output import by_case, cells_of
+
 from stablekd_fast.report import page, palette
 
 KINDS = ("ours", "rival", "baseline", "limit")
@@ -16,7 +17,8 @@ KINDS = ("ours", "rival", "baseline", "limit")
 def write_bench_report(path: Path, found: dict, warnings: Sequence[str] = ()) -> None:
     """Write the page of a document (`bench.output.document`), whole or not at all.
 
-    `warnings`: where the earlier run that it is compared with differs. Raises TrainingError if the file cannot be written.
+    `warnings`: where the earlier run that it is compared with differs. Raises TrainingError if the file cannot be
+    written.
     """
     cases = by_case(found["rows"])
     sections = [
@@ -26,7 +28,9 @@ def write_bench_report(path: Path, found: dict, warnings: Sequence[str] = ()) ->
         *(_further(title, rows) for title, rows in found.get("tables", {}).items() if rows),
         page.origin({name: [found.get(name, {})] for name in ("settings", "machine", "versions")}),
     ]
-    command = found.get("settings", {}).get("command") or f"stablekd bench {' '.join(rows[0]['bench'] for rows in cases[:1])}"
+    command = (
+        found.get("settings", {}).get("command") or f"stablekd bench {' '.join(rows[0]['bench'] for rows in cases[:1])}"
+    )
     page.write_page(path, " ".join(command.split()[:3]), sections, {"bench": list(palette.BENCH)})
 
 
@@ -35,11 +39,15 @@ def _head(found: dict, warnings: Sequence[str]) -> str:
     html = f"<p><code>{escape(command)}</code></p>" if command else ""
     where = [found.get("machine", {}).get("cpu"), *found.get("machine", {}).get("gpus", [])]
     versions = found.get("versions", {})
-    where += [f"torch {versions['torch']}" if "torch" in versions else None, f"commit {commit[:12]}" if commit else None]
+    where += [
+        f"torch {versions['torch']}" if "torch" in versions else None,
+        f"commit {commit[:12]}" if commit else None,
+    ]
     html += f'<p class="note">{escape(", ".join(text for text in where if text))}</p>'
     if warnings:
         items = "".join(f"<li>{escape(text)}</li>" for text in warnings)
-        html += f'<p class="note">The earlier run differs. Ratios were taken within each run; times do not compare:</p><ul class="note">{items}</ul>'
+        note = "The earlier run differs. Ratios were taken within each run; times do not compare:"
+        html += f'<p class="note">{note}</p><ul class="note">{items}</ul>'
     return html
 
 
@@ -80,7 +88,9 @@ def _case(number: int, rows: Sequence[dict]) -> str:
     lines = [{name.replace("\n", " "): text for name, text in cells_of(row).items()} for row in rows]
     cells = [[escape(text) for text in line.values()] for line in lines]
     table = page.table(list(lines[0]), cells, numbers=True, emphasised="ratio")
-    notes = f"Ratio: time of {escape(rows[0]['baseline'])} / own time, median over rounds. ±: half the interquartile range."
+    notes = (
+        f"Ratio: time of {escape(rows[0]['baseline'])} / own time, median over rounds. ±: half the interquartile range."
+    )
     return page.section(rows[0]["case"], notes, legend + figure + table)
 
 
@@ -105,4 +115,6 @@ def _bar(row: dict) -> dict:
 def _further(title: str, rows: Sequence[dict]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[page.value(row.get(name)) for name in names] for row in rows]
-    return page.section(title[:1].upper() + title[1:], "", page.table([name.replace("_", " ") for name in names], cells, numbers=True))
+    return page.section(
+        title[:1].upper() + title[1:], "", page.table([name.replace("_", " ") for name in names], cells, numbers=True)
+    )

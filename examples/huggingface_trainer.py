@@ -31,8 +31,15 @@ def vit(layers: int) -> nn.Module:
 
 
 digits = open_dataset("digits").train
-data = [{"pixel_values": image.permute(2, 0, 1) / 255, "labels": label} for image, label in zip(digits.images, digits.labels)]
+data = [
+    {"pixel_values": image.permute(2, 0, 1) / 255, "labels": label}
+    for image, label in zip(digits.images, digits.labels)
+]
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 with tempfile.TemporaryDirectory() as folder:
-    settings = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=64, report_to="none", use_cpu=True)
-    print(DistillationTrainer(vit(2), settings, train_dataset=data, teacher=vit(4)).train())  # load the teacher's weights here
+    settings = TrainingArguments(
+        folder, max_steps=steps, per_device_train_batch_size=64, report_to="none", use_cpu=True
+    )
+    print(
+        DistillationTrainer(vit(2), settings, train_dataset=data, teacher=vit(4)).train()
+    )  # load the teacher's weights here

@@ -14,7 +14,11 @@ from stablekd_fast.losses import KDLoss
 class Distillation(lightning.LightningModule):
     def __init__(self, teacher, student):
         super().__init__()
-        self.teacher, self.student, self.criterion = teacher.eval().requires_grad_(False), student, KDLoss(temperature=4.0)
+        self.teacher, self.student, self.criterion = (
+            teacher.eval().requires_grad_(False),
+            student,
+            KDLoss(temperature=4.0),
+        )
 
     def on_train_epoch_start(self):
         self.teacher.eval()  # Lightning sets all modules to training mode
@@ -33,6 +37,8 @@ data = SampleViews("digits", views=4, batch_size=64)
 data.set_epoch(0)
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 trainer = lightning.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False)
-distillation = Distillation(models.build("resnet32", 10, 8), models.build("resnet20", 10, 8))  # load the teacher's weights here
+distillation = Distillation(
+    models.build("resnet32", 10, 8), models.build("resnet20", 10, 8)
+)  # load the teacher's weights here
 trainer.fit(distillation, DataLoader(data, batch_size=64, shuffle=True))
 print(f"{trainer.global_step} steps, last loss {distillation.loss:.4f}")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from stablekd_fast.errors import StableKDError
 
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What the fused implementations compute in single precision; float64 is the references'."""
 

@@ -1,13 +1,13 @@
-"""Losses that are compositions of torch's own operators: `torch.compile` fuses them, and autograd differentiates them."""
+"""Losses that are compositions of torch's own operators: `torch.compile` fuses them, and autograd differentiates
+them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import check_upstream, laid_out_like, scaled
+from torch import Tensor
 
 
 def loss_with_grad(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import FLOATS, describe, require
 from stablekd_fast.kernels._layout import Layout, dense, laid_out_as, layout
+from torch import Tensor
 
 CODES = (torch.int8, torch.float8_e4m3fn)
 """Dtypes of stored activations: code times the scale of its channel gives the value."""

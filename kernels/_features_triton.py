@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-from torch import Tensor
 import triton
 import triton.language as tl
-
 from stablekd_fast.kernels import _features
 from stablekd_fast.kernels._checks import FLOATS
 from stablekd_fast.kernels._features import Operands
 from stablekd_fast.kernels._launch import aligned, alignment, packed
 from stablekd_fast.kernels._layout import Layout
+from torch import Tensor
 
 BLOCK = 2048
 """Elements of a program that walks over memory."""

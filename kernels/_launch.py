@@ -2,8 +2,9 @@
 
 A Triton kernel is compiled once per combination of argument types and constants. Each `triton_impl.py` lists the
 combinations that it can reach (`specialisations()`), so that they can be compiled for chips that are not at hand; each
-launch goes through `launch`, and the tests check that none leaves the lists. Two rules keep the lists short: integers are `tl.int64`
-and not specialised on their value, and pointers are aligned to 16 bytes (`aligned` copies the rare tensor that is not).
+launch goes through `launch`, and the tests check that none leaves the lists. Two rules keep the lists short: integers
+are `tl.int64` and not specialised on their value, and pointers are aligned to 16 bytes (`aligned` copies the rare
+tensor that is not).
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def variant(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], w
     return Specialisation(kernel.__name__, types, tuple(sorted(constants.items())), warps)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], warps: int) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], warps: int
+) -> None:
     """Run `kernel` on `grid`."""
     for watch in watchers:
         watch(variant(kernel, arguments, constants, warps))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import FLOATS, OperandError, describe, require
+from torch import Tensor
 
 
 def check_student(student: Tensor, temperature: float) -> None:
@@ -37,7 +36,8 @@ def in_single_precision(student: Tensor, teacher: Tensor) -> bool:
 
 
 def row_by_row(student: Tensor) -> Tensor:
-    """Room for a gradient, contiguous as the fused implementations write it; `laid_out_like` then gives it its format."""
+    """Room for a gradient, contiguous as the fused implementations write it; `laid_out_like` then gives it its
+    format."""
     return torch.empty_like(student, memory_format=torch.contiguous_format)
 
 

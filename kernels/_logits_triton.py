@@ -8,16 +8,15 @@ Exponentials are powers of two: with `rate` = log2(e) / T, exp(x / T) = 2^(x * r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import math
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import Tensor
 import triton
 import triton.language as tl
-
 from stablekd_fast.kernels import _launch, _logits
+from torch import Tensor
 
 BLOCKS = (16, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Widths of tiles that hold whole rows."""
@@ -81,7 +80,8 @@ def rounded_rate(temperature: float) -> tuple[float, float]:
 
 @triton.jit
 def compare(student, teacher, rate):
-    """Exponentials of two `[ROWS, BLOCK]` tiles relative to their maxima, sums and maxima `[ROWS]`, and `divergence`."""
+    """Exponentials of two `[ROWS, BLOCK]` tiles relative to their maxima, sums and maxima `[ROWS]`, and
+    `divergence`."""
     student_top, teacher_top = tl.max(student, 1), tl.max(teacher, 1)
     student = (student - student_top[:, None]) * rate
     teacher = (teacher - teacher_top[:, None]) * rate

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels import _native, _triton
 from stablekd_fast.kernels._checks import accumulator, scaled
+from torch import Tensor
 
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {}
 

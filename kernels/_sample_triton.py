@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-from torch import Tensor
 import triton
 import triton.language as tl
-
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels._features import Operands
 from stablekd_fast.kernels._features_triton import (
@@ -29,6 +27,7 @@ from stablekd_fast.kernels._features_triton import (
     tensors_of,
 )
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, launch, variant
+from torch import Tensor
 
 _UNITS = 5
 _ADDED = 256
@@ -143,7 +142,8 @@ def elements(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Student and target of this program's chunk of a sample, 0 beyond its end; their places, and which are before it."""
+    """Student and target of this program's chunk of a sample, 0 beyond its end; their places, and which are before
+    it."""
     # Dividing and multiplying tells the compiler of the multiple that vector loads and stores need.
     size = size // ALIGN * ALIGN
     program = tl.program_id(0).to(tl.int64)

@@ -1,4 +1,5 @@
-"""Triton kernels on demand: imported with the first CUDA tensor, replaced by the reference where they do not compile."""
+"""Triton kernels on demand: imported with the first CUDA tensor, replaced by the reference where they do not
+compile."""
 
 from __future__ import annotations
 

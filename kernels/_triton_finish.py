@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 import triton
 import triton.language as tl
-
 from stablekd_fast.kernels._launch import Listed, launch, variant
+from torch import Tensor
 
 _BLOCK = 1024
 _WARPS = 4

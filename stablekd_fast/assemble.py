@@ -76,7 +76,8 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: 
 
 
 def training_stream(source: TrainSource, config: DistillConfig) -> TrainSource | StreamSource:
-    """What training takes its batches from: `source` itself, or DALI's own stream of its images where that is asked for.
+    """What training takes its batches from: `source` itself, or DALI's own stream of its images where that is asked
+    for.
 
     Raises ConfigError if something else is asked for that needs an exact order or named views.
     """
@@ -93,7 +94,8 @@ def training_stream(source: TrainSource, config: DistillConfig) -> TrainSource |
     given = [name for name, asked in needing.items() if asked]
     if given:
         raise ConfigError(
-            f"source={STREAM} was given together with {', '.join(given)}: that needs an exact order and views that have names, "
+            f"source={STREAM} was given together with {', '.join(given)}: that needs an exact order and views that "
+            "have names, "
             "and DALI's own readers give neither. Leave it out, or use source=dali."
         )
     return StreamSource(source)
@@ -103,14 +105,16 @@ def cache_settings(config: DistillConfig) -> CacheSettings:
     """Those in force: rows of images without names could not be found again."""
     if config.source != STREAM or not config.cache.keeps_rows:
         return config.cache
-    reason = f"cache.plan=auto keeps nothing: the views of source={STREAM} have no names by which rows could be found again."
+    reason = (
+        f"cache.plan=auto keeps nothing: the views of source={STREAM} have no names by which rows could be found again."
+    )
     warnings.warn(reason, RuntimeWarning, stacklevel=3)
     return dataclasses.replace(config.cache, plan="none")
 
 
 def pick_image_dtype(paired: PairedBlocks, images: Tensor) -> torch.dtype:
-    """What training images are handed out in: the type of autocast, if both networks round images to it before all else, as
-    the trial on `images` `[N, 3, H, W]` shows; no number changes then. Otherwise float32."""
+    """What training images are handed out in: the type of autocast, if both networks round images to it before all
+    else, as the trial on `images` `[N, 3, H, W]` shows; no number changes then. Otherwise float32."""
     dtype = paired.precision.dtype
     with paired.precision.applied(images.device):
         for block in dict.fromkeys((paired.teacher_blocks[0], paired.student_blocks[0])):

@@ -42,7 +42,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise TrainingError(
-            f"Could not write {path} ({len(data)} bytes): {error.strerror or error}. What was there before is untouched; "
+            f"Could not write {path} ({len(data)} bytes): {error.strerror or error}. What was there before is "
+            "untouched; "
             "free some space or choose another --out."
         ) from error
 
@@ -90,7 +91,8 @@ def optimizer_tensors(prefix: str, parameters: dict[str, torch.nn.Parameter], op
 def load_optimizer_tensors(
     prefix: str, parameters: dict[str, torch.nn.Parameter], optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Copy the states named `<prefix>/<parameter>/<key>` into those of `optimizer`; what it does not keep is left out."""
+    """Copy the states named `<prefix>/<parameter>/<key>` into those of `optimizer`; what it does not keep is left
+    out."""
     for name, parameter in parameters.items():
         for key, state in optimizer.state[parameter].items():
             saved = tensors.get(f"{prefix}/{name}/{key}")

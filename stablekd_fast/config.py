@@ -17,8 +17,8 @@ class DistillConfig:
     """Everything that decides a run's numbers, and where they go."""
 
     data: str = "digits"
-    """A data set: `digits` (embedded), cifar10, cifar100, fashion-mnist, imagenette, imagewoof, imagenet, or a path: a folder of
-    images, of WebDataset tars or of TFRecords, a CIFAR / MNIST archive, or an .npz file."""
+    """A data set: `digits` (embedded), cifar10, cifar100, fashion-mnist, imagenette, imagewoof, imagenet, or a path: a
+    folder of images, of WebDataset tars or of TFRecords, a CIFAR / MNIST archive, or an .npz file."""
     teacher: str = "resnet56"
     teacher_weights: str | None = None
     student: str = "resnet20"
@@ -46,7 +46,8 @@ class DistillConfig:
     mix_alpha: float = 1.0
     """Shares of mixed images are drawn from Beta(alpha, alpha)."""
     scaled_decode: bool = False
-    """Decode large JPEGs at a half, a quarter or an eighth of their size where the crop allows: faster, other pixels."""
+    """Decode large JPEGs at a half, a quarter or an eighth of their size where the crop allows: faster, other
+    pixels."""
     seed: int = 0
     view_seed: int | None = None
     """Names the views; None for the seed. Runs of other seeds can share a cache if they share this."""
@@ -80,16 +81,16 @@ class DistillConfig:
     accumulate: int = 1
     """Go through each batch in so many parts and add up their gradients: memory of a part, gradients of the batch."""
     parallel: Literal["auto", "blocks", "data"] = "auto"
-    """Under torchrun: whether ranks divide blocks among them, or images. `auto` does what is fastest by measured costs; where
-    blocks alone can be divided and the teacher is cached, images for a gain of 10% or more."""
+    """Under torchrun: whether ranks divide blocks among them, or images. `auto` does what is fastest by measured costs;
+    where blocks alone can be divided and the teacher is cached, images for a gain of 10% or more."""
     sync_norms: bool = False
     """Where ranks divide images: batch-norm statistics are those of the whole batch."""
     timeout: float = 600.0
     """Seconds after which a rank that does not answer is given up."""
     device: str = "auto"
     source: SourceName = "auto"
-    """What makes batches: `resident` keeps small images in the device's memory, `dali` and `torchvision` decode large ones.
-    `auto` chooses and says why. `dali-stream` leaves order and crops to DALI's own readers."""
+    """What makes batches: `resident` keeps small images in the device's memory, `dali` and `torchvision` decode large
+    ones. `auto` chooses and says why. `dali-stream` leaves order and crops to DALI's own readers."""
     workers: int = 2
     """Threads that decode large images."""
     prefetch: int = BATCHES_AHEAD
@@ -113,7 +114,9 @@ class DistillConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must not be negative.")
         if self.batch_size % self.accumulate:
-            raise ConfigError(f"batch_size={self.batch_size} was given; it must be a multiple of accumulate={self.accumulate}.")
+            raise ConfigError(
+                f"batch_size={self.batch_size} was given; it must be a multiple of accumulate={self.accumulate}."
+            )
         if self.subset is not None and self.subset <= 0:
             raise ConfigError(f"subset={self.subset} was given; give a count, or a fraction up to 1.")
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -123,10 +126,11 @@ class DistillConfig:
 
 
 WITHOUT_EFFECT_ON_NUMBERS = (
-    "out", "resume", "checkpoint_every", "log_every", "workers", "prefetch", "source", "cache", "capture", "parallel", "timeout",
+    "out", "resume", "checkpoint_every", "log_every", "workers", "prefetch", "source", "cache", "capture",
+    "parallel", "timeout",
 )  # fmt: skip
-"""What the cache stores inexactly, compiling, and how images are decoded do have one; the plan, whether steps are compiled,
-and the source that was chosen are part of the identity instead."""
+"""What the cache stores inexactly, compiling, and how images are decoded do have one; the plan, whether steps are
+compiled, and the source that was chosen are part of the identity instead."""
 
 
 def identity(config: DistillConfig) -> dict[str, Any]:

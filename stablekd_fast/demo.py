@@ -23,7 +23,14 @@ def run_demo(out: Path, *, seeds: int = 3, device: str = "auto") -> list[dict]:
 
     Writes `results.json` and `report.html` to `out`, and one folder per run below `out/runs`.
     """
-    common = {"data": "digits", "device": device, "batch_size": 64, "validation": 0.1, "log_every": 2, "precision": "fp32"}
+    common = {
+        "data": "digits",
+        "device": device,
+        "batch_size": 64,
+        "validation": 0.1,
+        "log_every": 2,
+        "precision": "fp32",
+    }
     teacher_out = out / "runs" / "teacher"
     teacher = Distiller(
         DistillConfig(method="ce", student=TEACHER, epochs=TEACHER_EPOCHS, out=str(teacher_out), **common)

@@ -130,9 +130,7 @@ class Distiller:
         """Train (or resume), evaluate on the test split once, and write all results to `config.out`."""
         out = Path(self.config.out)
         if self.ranks.from_first(lambda: not self.resume and self.checkpoint.exists()):
-            raise ConfigError(
-                f"{out} already holds a run. Pass --resume to continue it, or another --out to keep it."
-            )
+            raise ConfigError(f"{out} already holds a run. Pass --resume to continue it, or another --out to keep it.")
         engine = self._engine()
         if self.resume:
             engine.resume()
@@ -310,7 +308,9 @@ class Distiller:
             "classes": self.dataset.classes,
             "compiled": self.capture == "compile",
             "fused_norms": self.paired.fuses_norms,
-            "inexact": [[output, kept.codec] for output, kept in sorted(self.plan.kept.items()) if kept.codec != "fp32"],
+            "inexact": [
+                [output, kept.codec] for output, kept in sorted(self.plan.kept.items()) if kept.codec != "fp32"
+            ],
         }
 
     def _pair(self, teacher: nn.Module | None, student: nn.Module | None) -> PairedBlocks:

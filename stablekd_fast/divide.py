@@ -70,7 +70,9 @@ def _measured_groups(
     part = max(count // ranks.size, min(2, count))  # batch norm needs two images
     students, teachers = [], []
     for size in (part, count):
-        images = dataclasses.replace(batch, images=batch.images[:size], labels=batch.labels[:size], sample_ids=batch.sample_ids[:size])
+        images = dataclasses.replace(
+            batch, images=batch.images[:size], labels=batch.labels[:size], sample_ids=batch.sample_ids[:size]
+        )
         students.append(measure_students(paired, objectives, groupings, images, device))
         teachers.append(measure_teacher(paired, images.images.to(device)) if paired.cuts else [0.0] * len(paired))
     told = ranks.gather([students, teachers, _measured_feeds(columns, device)])
@@ -82,7 +84,9 @@ def _measured_groups(
         read = objectives.teacher_outputs([group], len(paired.cuts)) & columns.keys()
         feeds = {output: statistics.mean(one[2].get(output, 0.0) for one in told) for output in read}
         sizes = (part, count)
-        return GroupCost(linear(*zip(sizes, student)), linear(*zip(sizes, teacher)), _gradient_bytes(paired, group), feeds)
+        return GroupCost(
+            linear(*zip(sizes, student)), linear(*zip(sizes, teacher)), _gradient_bytes(paired, group), feeds
+        )
 
     return [[cost(group) for group in groups] for groups in groupings]
 
@@ -92,7 +96,11 @@ def _measured_feeds(columns: Mapping[int, Column], device: torch.device) -> dict
 
     Empty where rows come beside it: to a GPU, or by cores that training leaves free. Measured on Linux only.
     """
-    if device.type != "cpu" or not hasattr(os, "memfd_create") or len(os.sched_getaffinity(0)) > torch.get_num_threads():
+    if (
+        device.type != "cpu"
+        or not hasattr(os, "memfd_create")
+        or len(os.sched_getaffinity(0)) > torch.get_num_threads()
+    ):
         return {}
     forms = {output: column.format for output, column in columns.items() if column.on_disk}
     reading = {size: _seconds_of_reading(size) for size in {form.row_bytes for form in forms.values()}}
@@ -150,12 +158,18 @@ def _measured_images(source: TrainSource, ranks: Ranks) -> float:
 
 
 def predicted_scaling(
-    device: Profile, paired: PairedBlocks, stages: Sequence[PlannedStage], batch: int, counts: Sequence[int], *, relays: bool
+    device: Profile,
+    paired: PairedBlocks,
+    stages: Sequence[PlannedStage],
+    batch: int,
+    counts: Sequence[int],
+    *,
+    relays: bool,
 ) -> list[dict]:
     """What a run would do on each number of ranks: its meshes, images per second and efficiency, all predicted.
 
-    The batch is the same for all of them. `relays`: the teacher runs; otherwise all its outputs come from a cache. Numbers of
-    ranks that cannot divide the batch are left out.
+    The batch is the same for all of them. `relays`: the teacher runs; otherwise all its outputs come from a cache.
+    Numbers of ranks that cannot divide the batch are left out.
     """
     stage_costs = _predicted(device, paired, stages)
     rows, alone, image_seconds = [], None, 1 / device.images_per_second

@@ -122,4 +122,3 @@ def replay(operations: list[Operation]) -> None:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-

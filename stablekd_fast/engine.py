@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.cache.plan import Plan
 from stablekd_fast.capture import HostCopy, Runner, make_runner
-from stablekd_fast.checkpoint import check_same_run, load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors
+from stablekd_fast.checkpoint import (
+    check_same_run,
+    load_optimizer_tensors,
+    load_tensors,
+    optimizer_tensors,
+    save_tensors,
+)
 from stablekd_fast.data import Batch, EvalSource, StreamSource, TrainSource
 from stablekd_fast.distributed import Layout, Ranks, TeacherPart
 from stablekd_fast.errors import TrainingError
@@ -100,7 +106,8 @@ class StageRun:
         return [step.name for step in self.steps]
 
     def needs_images(self, sample_ids: Tensor, view: int) -> bool:
-        """Whether the images of these samples in this view are needed here: by a group that begins with them, or the teacher."""
+        """Whether the images of these samples in this view are needed here: by a group that begins with them, or the
+        teacher."""
         return any(step.group[0] == 0 for step in self.own) or self.teacher.needs_images(self.wanted, sample_ids, view)
 
 
@@ -164,12 +171,14 @@ class Engine:
             finally:
                 if stage.runner is not None:
                     stage.runner.close()
-                    stage.runner = None  # its bodies refer to the stage, which would live until the next garbage collection
+                    stage.runner = (
+                        None  # its bodies refer to the stage, which would live until the next garbage collection
+                    )
             self._leave(stage)
 
     def composed_student(self) -> nn.Module:
-        """A copy of the plain student (of its average, where one is kept) in eval mode with batch-norm statistics of its
-        own activations."""
+        """A copy of the plain student (of its average, where one is kept) in eval mode with batch-norm statistics of
+        its own activations."""
         student = self.paired.student
         if self._average is not None:
             student = copy.deepcopy(student)
@@ -469,7 +478,9 @@ class Engine:
         self._optimizer_state = {name: t for name, t in tensors.items() if name.startswith(kept)}
         if self.ema is not None:
             averaged = {name.removeprefix("average/"): t for name, t in tensors.items() if name.startswith("average/")}
-            self._average = {name: torch.empty_like(p).copy_(averaged[name]) for name, p in self.paired.student.named_parameters()}
+            self._average = {
+                name: torch.empty_like(p).copy_(averaged[name]) for name, p in self.paired.student.named_parameters()
+            }
         for k, bridge in enumerate(self.paired.bridges):
             if bridge is not None and bridge.weight is not None:
                 bridge.weight.copy_(tensors[f"bridge/{k}"])

@@ -30,7 +30,9 @@ class Metrics:
 
 
 @torch.no_grad()
-def with_fresh_batch_norm(model: nn.Module, batches: Iterable[Batch], to_device: Callable[[Tensor], Tensor]) -> nn.Module:
+def with_fresh_batch_norm(
+    model: nn.Module, batches: Iterable[Batch], to_device: Callable[[Tensor], Tensor]
+) -> nn.Module:
     """A copy of `model` in eval mode whose batch-norm statistics are averages over `batches`; without any, its own.
 
     Blocks trained on the teacher's activations hold statistics of those; composed, the student sees its own.
@@ -83,8 +85,8 @@ _OF_THE_IMAGES = (
     "subset", "subset_seed", "validation", "batch_size", "image_size", "seed", "view_seed", "views", "bn_images",
     "jitter", "mix", "mix_alpha", "scaled_decode",
 )  # fmt: skip
-"""Settings of a run that decide which training images its batch-norm statistics are taken over, and how they look. Not the source:
-another machine may lack it."""
+"""Settings of a run that decide which training images its batch-norm statistics are taken over, and how they look. Not
+the source: another machine may lack it."""
 
 
 def evaluate_file(

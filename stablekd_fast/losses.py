@@ -1,10 +1,11 @@
 """Losses as modules, for training loops of one's own: the signatures people use, computed by `stablekd_fast.kernels`.
 
-All give a 0-dim tensor in float32 (float64 for float64 inputs) whatever the inputs' precision, are differentiable twice, and
-run on CPUs and NVIDIA GPUs. None has parameters. Tensors that do not fit raise OperandError, settings ConfigError.
+All give a 0-dim tensor in float32 (float64 for float64 inputs) whatever the inputs' precision, are differentiable
+twice, and run on CPUs and NVIDIA GPUs. None has parameters. Tensors that do not fit raise OperandError, settings
+ConfigError.
 
-Reductions are torch's: `"batchmean"` divides a sum over all elements by the batch size, `"mean"` by the number of elements,
-`"sum"` by nothing. `"none"` is not supported: the kernels never write the single terms.
+Reductions are torch's: `"batchmean"` divides a sum over all elements by the batch size, `"mean"` by the number of
+elements, `"sum"` by nothing. `"none"` is not supported: the kernels never write the single terms.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ Reduction = Literal["batchmean", "mean", "sum"]
 class KLDivWithLogitsLoss(nn.Module):
     """T^2 * KL(target || input) between the softmax distributions of two logits at temperature T.
 
-    What `nn.KLDivLoss(reduction)(log_softmax(input / T, 1), softmax(target / T, 1)) * T**2` computes. It takes logits, so
-    take the softmax calls out when it replaces `nn.KLDivLoss`; and its default reduction is `"batchmean"`, the divergence's
-    own, where that of `nn.KLDivLoss` is `"mean"`, which divides by the classes too.
+    What `nn.KLDivLoss(reduction)(log_softmax(input / T, 1), softmax(target / T, 1)) * T**2` computes. It takes logits,
+    so take the softmax calls out when it replaces `nn.KLDivLoss`; and its default reduction is `"batchmean"`, the
+    divergence's own, where that of `nn.KLDivLoss` is `"mean"`, which divides by the classes too.
     """
 
     def __init__(self, reduction: Reduction = "batchmean", temperature: float = 1.0) -> None:
@@ -73,7 +74,9 @@ class KDLoss(nn.Module):
             divergence = self.alpha * kernels.kd_loss(student_logits, teacher_logits, temperature=self.temperature)
             if labels is None:
                 return divergence
-            return divergence + self.beta * F.cross_entropy(student_logits, labels, label_smoothing=self.label_smoothing)
+            return divergence + self.beta * F.cross_entropy(
+                student_logits, labels, label_smoothing=self.label_smoothing
+            )
         total = self.alpha + self.beta
         loss = kernels.kd_loss(
             student_logits,
@@ -90,7 +93,8 @@ class KDLoss(nn.Module):
 
 
 class DKDLoss(nn.Module):
-    """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch (Zhao et al., DKD: arXiv 2203.08679). No cross entropy."""
+    """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch (Zhao et al., DKD: arXiv 2203.08679). No cross
+    entropy."""
 
     def __init__(self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> None:
         super().__init__()
@@ -110,9 +114,10 @@ class DKDLoss(nn.Module):
 class MSELoss(nn.Module):
     """Mean squared error of features, as `nn.MSELoss`, or on a scale of its own.
 
-    `normalize`: None, `"power"` (over the target's mean square), `"channel"` (both standardised by the target's channels) or
-    `"l2"` (samples at unit length), see `kernels.feature_mse`; these are means, so that `"sum"` goes with None only. Shapes
-    must be equal, nothing is broadcast. `channel_axis`: 1 for `[N, C, H, W]`, -1 for tokens `[N, T, C]`.
+    `normalize`: None, `"power"` (over the target's mean square), `"channel"` (both standardised by the target's
+    channels) or `"l2"` (samples at unit length), see `kernels.feature_mse`; these are means, so that `"sum"` goes with
+    None only. Shapes must be equal, nothing is broadcast. `channel_axis`: 1 for `[N, C, H, W]`, -1 for tokens `[N, T,
+    C]`.
     """
 
     def __init__(
@@ -124,7 +129,9 @@ class MSELoss(nn.Module):
         super().__init__()
         _check_reduction(reduction, ("mean", "sum"))
         if reduction == "sum" and normalize is not None:
-            raise ConfigError(f"MSELoss was given reduction='sum' with normalize={normalize!r}; normalised errors are means.")
+            raise ConfigError(
+                f"MSELoss was given reduction='sum' with normalize={normalize!r}; normalised errors are means."
+            )
         self.reduction, self.normalize, self.channel_axis = reduction, normalize, channel_axis
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -154,7 +161,8 @@ class CosineLoss(nn.Module):
 def _check_reduction(reduction: str, supported: tuple[str, ...]) -> None:
     if reduction not in supported:
         raise ConfigError(
-            f"reduction={reduction!r} was given; this loss has {', '.join(supported)}. For single terms use torch's own loss."
+            f"reduction={reduction!r} was given; this loss has {', '.join(supported)}. For single terms use torch's "
+            "own loss."
         )
 
 

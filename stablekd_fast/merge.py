@@ -34,7 +34,8 @@ def untouched(model: nn.Module):
 
 @contextlib.contextmanager
 def other_inputs(steps: list[GroupStep]) -> Iterator[StageInputs]:
-    """The steps read from these inputs within: a process that trains on its part of each batch measures on whole ones."""
+    """The steps read from these inputs within: a process that trains on its part of each batch measures on whole
+    ones."""
     own, other = steps[0].inputs, StageInputs(steps[0].device)
     try:
         for step in steps:

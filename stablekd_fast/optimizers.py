@@ -22,7 +22,8 @@ def build_optimizer(
     if (settings.name, settings.implementation) not in _BUILDERS:
         known = [implementation for name, implementation in _BUILDERS if name == settings.name]
         raise ConfigError(
-            f"optimizer.implementation={settings.implementation!r} was given, but {settings.name} has {', '.join(known)}."
+            f"optimizer.implementation={settings.implementation!r} was given, but {settings.name} has "
+            f"{', '.join(known)}."
         )
     groups = _decay_groups(settings, parameters)
     optimizer = _BUILDERS[settings.name, settings.implementation](settings, groups)
@@ -72,7 +73,10 @@ class SGD(torch.optim.Optimizer):
         if self.found_inf is not None:
             skip = self.found_inf > 0
             grads = [torch.where(skip, torch.zeros_like(grad), grad) for grad in grads]
-            lr, momentum = torch.where(skip, torch.zeros_like(lr), lr), torch.where(skip, torch.ones_like(momentum), momentum)
+            lr, momentum = (
+                torch.where(skip, torch.zeros_like(lr), lr),
+                torch.where(skip, torch.ones_like(momentum), momentum),
+            )
         torch._foreach_mul_(moments, momentum)
         torch._foreach_add_(moments, grads)
         updates = moments
@@ -119,13 +123,16 @@ def _apex_adamw(settings: Optimizer, groups: list[dict]) -> torch.optim.Optimize
         from apex.optimizers import FusedAdam
     except ImportError as error:
         raise ConfigError(
-            f"optimizer.implementation=apex was given, but NVIDIA apex with its extensions cannot be imported ({error}). "
+            "optimizer.implementation=apex was given, but NVIDIA apex with its extensions cannot be imported "
+            f"({error}). "
             "Build it from github.com/NVIDIA/apex (the PyPI package of that name is another one), or choose auto."
         ) from error
     try:
         optimizer = FusedAdam(groups, lr=0.0, adam_w_mode=True, capturable=True)
     except RuntimeError as error:
-        raise ConfigError(f"apex.optimizers.FusedAdam cannot be used ({error}); choose optimizer.implementation=auto.") from error
+        raise ConfigError(
+            f"apex.optimizers.FusedAdam cannot be used ({error}); choose optimizer.implementation=auto."
+        ) from error
     for group in optimizer.param_groups:
         group["step"] = torch.zeros(1, dtype=torch.int32, device=group["params"][0].device)
         for parameter in group["params"]:

@@ -49,8 +49,8 @@ class PairPlan:
     device_profile: str = THIS_MACHINE
     """`this-machine` is measured; a100, h100 or a JSON file of published speeds gives predictions."""
     ranks: int | None = None
-    """Processes that share the run: show how evenly they could divide other numbers of blocks and, with a profile, how the run
-    would scale."""
+    """Processes that share the run: show how evenly they could divide other numbers of blocks and, with a profile, how
+    the run would scale."""
     directory: str | None = None
     """Where this machine's disk is measured; the folder for temporary files by default."""
 
@@ -65,7 +65,9 @@ class PairPlan:
 
     @property
     def has_budget(self) -> bool:
-        return any(parse_bytes(getattr(self, f"budget_{tier}"), f"budget_{tier}") for tier in ("disk", "host", "device"))
+        return any(
+            parse_bytes(getattr(self, f"budget_{tier}"), f"budget_{tier}") for tier in ("disk", "host", "device")
+        )
 
     def settings(self, directory: str) -> CacheSettings:
         """`directory`: where the disk is measured."""
@@ -126,12 +128,15 @@ def plan_pair(asked: PairPlan, paired) -> PairPlanned:
 
 
 def plan_ranks(asked: PairPlan, paired) -> dict[str, list[dict]]:
-    """How ranks could divide the run, by title of a table: other numbers of blocks, and, with a profile, one global batch on 1
-    to 64 ranks."""
+    """How ranks could divide the run, by title of a table: other numbers of blocks, and, with a profile, one global
+    batch on 1 to 64 ranks."""
     from stablekd_fast.cache.profiles import profile
     from stablekd_fast.divide import predicted_scaling
 
-    title = f"Blocks apart, all of the teacher from a cache, on {asked.ranks} rank(s) that divide them, by the number of blocks"
+    title = (
+        f"Blocks apart, all of the teacher from a cache, on {asked.ranks} rank(s) that divide them, "
+        "by the number of blocks"
+    )
     if asked.device_profile == THIS_MACHINE:
         return {f"{title}, measured on this machine's processor": list(_by_number_of_blocks(asked, None))}
     device, stages = profile(asked.device_profile), _stages(asked, paired)
@@ -139,14 +144,17 @@ def plan_ranks(asked: PairPlan, paired) -> dict[str, list[dict]]:
     label = f"predicted, not measured, for {device.name}"
     scaling = {
         f"{where}, {label}": predicted_scaling(device, paired, stages, asked.batch_size, counts, relays=relays)
-        for where, relays in (("all of the teacher from a cache", False), ("live teacher, passed on from rank to rank", True))
+        for where, relays in (
+            ("all of the teacher from a cache", False),
+            ("live teacher, passed on from rank to rank", True),
+        )
     }
     return {f"{title}, {label}": list(_by_number_of_blocks(asked, device))} | scaling
 
 
 def _by_number_of_blocks(asked: PairPlan, device: Profile | None) -> Iterator[dict]:
-    """Milliseconds of a step, the reading of rows left out; measured here, or predicted for a device. `efficiency`: the part of
-    the ranks' time in which they train, as all wait for the busiest."""
+    """Milliseconds of a step, the reading of rows left out; measured here, or predicted for a device. `efficiency`: the
+    part of the ranks' time in which they train, as all wait for the busiest."""
     import torch
 
     from stablekd_fast.assemble import objectives_of

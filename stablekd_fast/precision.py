@@ -17,7 +17,8 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TRIALS = 3
 _WORTH_IT = 1.2
-"""A CPU computes in bf16 if that is so many times faster: a smaller gain is not worth other numbers, and might be noise."""
+"""A CPU computes in bf16 if that is so many times faster: a smaller gain is not worth other numbers, and might be
+noise."""
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,9 @@ class Stage:
     optimizer_state: Literal["carry", "reset"] = "reset"
 
     def __post_init__(self) -> None:
-        given = {k: v for k, v in (("share", self.share), ("epochs", self.epochs), ("steps", self.steps)) if v is not None}
+        given = {
+            k: v for k, v in (("share", self.share), ("epochs", self.epochs), ("steps", self.steps)) if v is not None
+        }
         if len(given) != 1 or next(iter(given.values())) <= 0:
             raise ConfigError(
                 f"Stage {self.name} has the length {given or 'nothing'}; give exactly one of share, epochs, steps, "
@@ -135,7 +137,9 @@ def plan_stages(stages: list[Stage], blocks: int, total_steps: int, steps_per_ep
             )
         borders = {group[0] for group in stage.groups}
         if previous and not borders <= {group[0] for group in previous}:
-            raise ConfigError(f"Stage {stage.name} splits a group of the stage before it; stages may only merge groups.")
+            raise ConfigError(
+                f"Stage {stage.name} splits a group of the stage before it; stages may only merge groups."
+            )
         previous = stage.groups
     fixed = [
         stage.steps if stage.steps is not None else round(stage.epochs * steps_per_epoch) if stage.epochs else 0

@@ -155,7 +155,8 @@ class GroupStep:
         self.parameters = named_parameters_of(paired, group)
         if not self.parameters:
             raise CutError(
-                f"Block {self.name} of the student has nothing to train: no parameter in it, or none that requires a gradient. Move "
+                f"Block {self.name} of the student has nothing to train: no parameter in it, or none that requires a "
+                "gradient. Move "
                 "its cuts (`stablekd plan` shows the parameters of each block), or merge it with a neighbour."
             )
         device = self.device = inputs.device
@@ -307,14 +308,16 @@ def _let_skip(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> None:
     """Make the optimizer leave everything as it is where gradients are not finite."""
     if not (isinstance(optimizer, SGD) or optimizer.defaults.get("fused")):
         raise ConfigError(
-            f"precision=fp16 was given, but {type(optimizer).__name__} as it was chosen cannot skip a step without asking "
+            f"precision=fp16 was given, but {type(optimizer).__name__} as it was chosen cannot skip a step without "
+            "asking "
             "the host; choose optimizer.implementation=auto, or precision=bf16."
         )
     optimizer.found_inf = loss_scale.skipped
 
 
 def load_batch(inputs: StageInputs, teacher: Teacher, wanted: Collection[int], batch: Batch) -> None:
-    """Fill the stage's inputs with a batch, with its images where it has some, and the teacher's wanted outputs for it."""
+    """Fill the stage's inputs with a batch, with its images where it has some, and the teacher's wanted outputs for
+    it."""
     images = None
     if batch.images is not None:
         inputs.load(IMAGES, batch.images)

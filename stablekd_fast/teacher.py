@@ -1,7 +1,7 @@
 """What the teacher hands to a step: its (bridged) activations at cuts, and its logits.
 
-A teacher output is known by a number: `k` below the number of cuts is the activation after block `k`, the number of cuts
-itself stands for the logits.
+A teacher output is known by a number: `k` below the number of cuts is the activation after block `k`, the number of
+cuts itself stands for the logits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Teacher(Protocol):
         """The same batches; what can be read for the next one while this one trains is read meanwhile."""
 
     def fill(self, stored: Collection[int]) -> None:
-        """Of several processes that share a cache, this one stores the outputs `stored`; what the others have stored since is
-        taken up."""
+        """Of several processes that share a cache, this one stores the outputs `stored`; what the others have stored
+        since is taken up."""
 
     def close(self) -> None:
         """Let go of files and graphs."""

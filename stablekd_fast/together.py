@@ -13,7 +13,8 @@ from stablekd_fast.step import GroupStep
 
 
 class Together:
-    """The groups of a stage, divided over ranks by a layout. `steps` are those of all groups; `own` are trained here."""
+    """The groups of a stage, divided over ranks by a layout. `steps` are those of all groups; `own` are trained
+    here."""
 
     def __init__(self, ranks: Ranks, layout: Layout, steps: list[GroupStep]) -> None:
         self.ranks, self.layout, self.steps = ranks, layout, steps

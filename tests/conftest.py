@@ -2,9 +2,9 @@
 
 import os
 
-from hypothesis import settings
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Read when Triton is first imported, which torch does for reasons of its own.

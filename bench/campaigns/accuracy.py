@@ -4,9 +4,9 @@
     python -m stablekd_fast.bench.campaigns.accuracy test --data CIFAR --teacher-weights FILE --out DIR
 
 `tune` trains every candidate setting of every method with one seed and keeps the one with the best accuracy on
-held-out training images, without the test split; `test` trains the chosen settings with several seeds and evaluates each
-last checkpoint on the test split once. Interrupted, both go on where they stopped. Two commands side by side share the
-work.
+held-out training images, without the test split; `test` trains the chosen settings with several seeds and evaluates
+each last checkpoint on the test split once. Interrupted, both go on where they stopped. Two commands side by side share
+the work.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
+
 from stablekd_fast.checkpoint import write_atomically
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.report import read_events, summarise, write_report, write_results
@@ -71,7 +72,9 @@ def tuned_settings(path: Path) -> dict[str, dict]:
         tuning = json.loads(path.read_text())
         return {method: tuning["candidates"][method][name] for method, name in tuning["chosen"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StableKDError(f"{path} holds no tuned settings ({error!r}); give the tuning.json that `accuracy tune` wrote.") from error
+        raise StableKDError(
+            f"{path} holds no tuned settings ({error!r}); give the tuning.json that `accuracy tune` wrote."
+        ) from error
 
 
 def test(campaign: Campaign, out: Path, tuned: dict[str, dict], methods: list[str], seeds: int) -> list[dict]:

@@ -1,6 +1,6 @@
 """Bridge kinds compared where teacher and student differ in width: exposure gap, recovery after merges, accuracy.
 
-    python -m stablekd_fast.bench.campaigns.bridges --data CIFAR --teacher-weights FILE --out DIR
+python -m stablekd_fast.bench.campaigns.bridges --data CIFAR --teacher-weights FILE --out DIR
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
+
 from stablekd_fast.blocks.bridge import KINDS
 from stablekd_fast.report import read_events
 

@@ -85,7 +85,8 @@ class Campaign:
     def run(self, out: Path, settings: dict, seed: int, *, tuning: bool = False) -> dict | None:
         """Train one setting unless it is done; its row, or None while another process is at it.
 
-        `settings` are fields of `DistillConfig` as plain values. With `tuning` the held-out training images stand in for
+        `settings` are fields of `DistillConfig` as plain values. With `tuning` the held-out training images stand in
+        for
         the test split, which such a run never sees: its accuracy is that on them. Raises CheckpointError if the run in
         `out` has other settings.
         """
@@ -105,7 +106,9 @@ class Campaign:
         if tuning:
             _, held_out = split_training_images(dataset, config)
             if held_out is None:
-                raise ConfigError("validation=0 was given, but settings are tuned on held-out images; give a number above 0.")
+                raise ConfigError(
+                    "validation=0 was given, but settings are tuned on held-out images; give a number above 0."
+                )
             dataset = dataclasses.replace(dataset, test=held_out)
         Distiller(config, dataset=dataset).run(progress=False)
 
@@ -115,10 +118,19 @@ class Campaign:
         if "optimizer" in settings:
             settings["optimizer"] = Optimizer(**settings["optimizer"])
         if "stages" in settings:
-            settings["stages"] = [Stage(**{**stage, "optimizer": Optimizer(**stage["optimizer"])}) for stage in settings["stages"]]
-        common = {"seed": seed, "view_seed": VIEW_SEED, "out": str(out), "resume": (out / "checkpoint.safetensors").exists()}
+            settings["stages"] = [
+                Stage(**{**stage, "optimizer": Optimizer(**stage["optimizer"])}) for stage in settings["stages"]
+            ]
+        common = {
+            "seed": seed,
+            "view_seed": VIEW_SEED,
+            "out": str(out),
+            "resume": (out / "checkpoint.safetensors").exists(),
+        }
         config = DistillConfig(**{**task, **settings, **common})
-        if remember and "cache" not in settings and config.method != "ce":  # rows depend on the size of the teacher's batches
+        if (
+            remember and "cache" not in settings and config.method != "ce"
+        ):  # rows depend on the size of the teacher's batches
             config.cache = CacheSettings(plan="all", directory=os.path.join(remember, f"batch-{config.batch_size}"))
         return config
 

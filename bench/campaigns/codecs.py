@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
+
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.report import read_events, read_results
 
@@ -47,7 +48,8 @@ def rows(arguments) -> list[dict]:
     folders = {codec: [folder(arguments, codec, seed) for seed in range(arguments.seeds)] for codec in arguments.codecs}
     done = {codec: outs for codec, outs in folders.items() if all((out / "results.json").exists() for out in outs)}
     accuracy = {
-        codec: [100 * read_results(out / "results.json")["runs"][0]["accuracy"] for out in outs] for codec, outs in done.items()
+        codec: [100 * read_results(out / "results.json")["runs"][0]["accuracy"] for out in outs]
+        for codec, outs in done.items()
     }
     found = []
     for codec, outs in done.items():
@@ -55,7 +57,9 @@ def rows(arguments) -> list[dict]:
         if EXACT in done:
             row["difference"] = row["mean"] - statistics.mean(accuracy[EXACT])
             apart = [
-                abs(a / b - 1) for out, exact in zip(outs, done[EXACT]) for a, b in zip(losses(out), losses(exact), strict=True)
+                abs(a / b - 1)
+                for out, exact in zip(outs, done[EXACT])
+                for a, b in zip(losses(out), losses(exact), strict=True)
             ]
             row |= {"loss_apart_mean": statistics.mean(apart), "loss_apart_largest": max(apart)}
         found.append(row)
@@ -76,7 +80,11 @@ def main(words: list[str] | None = None) -> None:
     found = rows(arguments)
     print(json.dumps(found, indent=1))
     if arguments.json:
-        settings = {key: value for key, value in vars(arguments).items() if key not in ("data", "teacher_weights", "out", "json")}
+        settings = {
+            key: value
+            for key, value in vars(arguments).items()
+            if key not in ("data", "teacher_weights", "out", "json")
+        }
         write_document(Path(arguments.json), {"rows": found}, settings)
 
 

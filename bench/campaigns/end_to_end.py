@@ -1,12 +1,12 @@
 """`stablekd bench end-to-end`: epochs, steps and wall seconds until each method reaches one accuracy.
 
-A learning-rate cycle is made for its length, so a method is not read off along one long run: it is trained anew for each
-budget of epochs, and the smallest budget whose mean accuracy over the seeds reaches the target counts. The target is what
-the goal's method reaches with the goal's budget.
+A learning-rate cycle is made for its length, so a method is not read off along one long run: it is trained anew for
+each budget of epochs, and the smallest budget whose mean accuracy over the seeds reaches the target counts. The target
+is what the goal's method reaches with the goal's budget.
 
 Wall time is steps times the seconds of a step. Those are measured for each kind of step of each method, side by side in
-one process: as people write it in plain PyTorch, and by the engine with the live teacher and with a full cache. So what a
-method gains and what the engine gains are told apart. Evaluation and starting up are in none of them.
+one process: as people write it in plain PyTorch, and by the engine with the live teacher and with a full cache. So what
+a method gains and what the engine gains are told apart. Evaluation and starting up are in none of them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from stablekd_fast.bench.campaigns.campaign import Campaign, Task
 from stablekd_fast.bench.core import Measured, pinned, scratch
 from stablekd_fast.bench.runs.stages import CACHE, LIVE, PLAIN, TUNED, StageBench
+
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.report import read_events
 from stablekd_fast.schedule import METHODS
-
 
 EPOCHS = "epochs to the target accuracy, in percent"
 
@@ -75,7 +75,9 @@ class Race:
         folders = [self.out / "runs" / f"{method}-{epochs:g}-{seed}" for seed in range(self.seeds)]
         rows = [self.campaign.run(folder, settings, seed) for seed, folder in enumerate(folders)]
         if None in rows:
-            raise ConfigError(f"{folders[rows.index(None)]} is being trained by another process; start again when it is done.")
+            raise ConfigError(
+                f"{folders[rows.index(None)]} is being trained by another process; start again when it is done."
+            )
         starts = [event for event in read_events(folders[0]) if event["kind"] == "stage_start"]
         stages = [{"groups": e["groups"], "steps": e["last_step"] - e["first_step"]} for e in starts]
         return Trained(method, epochs, rows, stages, settings.get("batch_size", self.campaign.task.batch_size))
@@ -101,8 +103,8 @@ def run_end_to_end(
     out: Path,
     show: Callable[[list[dict]], None],
 ) -> Measured:
-    """Train, time and compare: rows for each kind of step and for the wall seconds of methods that reached the target, and
-    tables of epochs and wall seconds.
+    """Train, time and compare: rows for each kind of step and for the wall seconds of methods that reached the target,
+    and tables of epochs and wall seconds.
 
     `settings`: for methods that have been tuned, fields of `DistillConfig`. Raises ConfigError for settings that do not
     fit, WrongResult if one way to run a step computes something else than another.
@@ -141,7 +143,9 @@ def _epochs_row(found: Trained, target: float) -> dict:
     }
 
 
-def _speeds(found: list[Trained], campaign: Campaign, rounds: int, folder: Path, show: Callable) -> dict[str, list[dict]]:
+def _speeds(
+    found: list[Trained], campaign: Campaign, rounds: int, folder: Path, show: Callable
+) -> dict[str, list[dict]]:
     """Rows of the stage bench by kind of step; a kind that several methods share is measured once."""
     task, speeds = campaign.task, {}
     bench = StageBench(task.teacher, task.student, campaign.dataset, task.precision, folder)
@@ -159,8 +163,8 @@ def _kind(found: Trained, stage: dict) -> str:
 
 
 def _wall_rows(found: Trained, speeds: dict[str, list[dict]], goal: Trained) -> list[dict]:
-    """A row for each way to run the method's steps, against the goal's in plain PyTorch. `spread_seconds` is that of a run
-    whose steps all lie at the edge of theirs."""
+    """A row for each way to run the method's steps, against the goal's in plain PyTorch. `spread_seconds` is that of a
+    run whose steps all lie at the edge of theirs."""
     baseline = _totals(goal, PLAIN, speeds)["median_seconds"]
     ways = {way: _totals(found, way, speeds) for way in (PLAIN, TUNED, LIVE, CACHE)}
     return [

@@ -14,6 +14,7 @@ from pathlib import Path
 from stablekd_fast.bench.campaigns.accuracy import SGD
 from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
+
 from stablekd_fast.cli.show import print_rows
 from stablekd_fast.schedule import DECOMPOSED_SHARE, MERGED_LR, Optimizer
 
@@ -23,7 +24,9 @@ BLOCKS, HALVES, WHOLE = [[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2, 3]]
 
 def _stages(*stages: tuple[list[list[int]], float, float], **every) -> dict:
     """Groups, share of the steps and peak learning rate of each; `every` goes into all of them."""
-    return {"stages": [{"groups": groups, "share": share, "optimizer": {"lr": lr}, **every} for groups, share, lr in stages]}
+    return {
+        "stages": [{"groups": groups, "share": share, "optimizer": {"lr": lr}, **every} for groups, share, lr in stages]
+    }
 
 
 def _two(share: float = DECOMPOSED_SHARE, lr: float = LR, merged: float = MERGED_LR, **every) -> dict:
@@ -42,7 +45,10 @@ CHOICES: dict[str, dict[str, dict]] = {
         "through halves": _stages((BLOCKS, 0.5, LR), (HALVES, 0.25, LR / 3), (WHOLE, 0.25, MERGED_LR * LR)),
         "progressive: three equal stages, lr halved": {"recipe": "progressive"},
     },
-    "peak lr of the blocks": {"halved": _two(lr=LR / 2, merged=2 * MERGED_LR), "doubled": _two(lr=2 * LR, merged=MERGED_LR / 2)},
+    "peak lr of the blocks": {
+        "halved": _two(lr=LR / 2, merged=2 * MERGED_LR),
+        "doubled": _two(lr=2 * LR, merged=MERGED_LR / 2),
+    },
     "peak lr once merged": {"a third": _two(merged=MERGED_LR / 3), "threefold": _two(merged=3 * MERGED_LR)},
     "optimizer": {"SGD, 0.1, Nesterov": {"optimizer": {**SGD, "lr": 0.1}}},
     "cycle": {"triangular": _optimizer(cycle="triangular"), "warm-up 5 %": _optimizer(warmup=0.05)},
@@ -66,8 +72,8 @@ CHOICES: dict[str, dict[str, dict]] = {
 
 
 def table(results: dict[tuple[str, str], list[float]]) -> list[dict]:
-    """A row for each variant whose runs are there: accuracy on held-out images by seed, and the mean difference from the
-    default over the seeds that both have."""
+    """A row for each variant whose runs are there: accuracy on held-out images by seed, and the mean difference from
+    the default over the seeds that both have."""
     default, rows = results.get((DEFAULT, ""), []), []
     for (choice, variant), accuracies in results.items():
         differences = [own - other for own, other in zip(accuracies, default)]

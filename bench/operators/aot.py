@@ -1,8 +1,8 @@
 """Triton kernels compiled ahead of time for real chips, on a machine that needs none of them.
 
 Variants that the dispatcher can reach (`specialisations()` of each `triton_impl`) are compiled to machine code with the
-assembler that Triton brings, and the code is read: registers, spills, shared memory, and how wide its accesses to global
-memory are. Nothing is run. `python -m stablekd_fast.bench.operators.aot` prints one JSON row per compilation.
+assembler that Triton brings, and the code is read: registers, spills, shared memory, and how wide its accesses to
+global memory are. Nothing is run. `python -m stablekd_fast.bench.operators.aot` prints one JSON row per compilation.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 
-from stablekd_fast import kernels
 from stablekd_fast.bench.operators.covering import covering_sample
-from stablekd_fast.errors import ConfigError, nearest
 from stablekd_fast.kernels import _triton
 from stablekd_fast.kernels._launch import REGISTERS, Listed, Specialisation
+
+from stablekd_fast import kernels
+from stablekd_fast.errors import ConfigError, nearest
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities, times ten."""

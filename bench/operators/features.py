@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
-from stablekd_fast import kernels
 from stablekd_fast.bench.core import Case, Contender
 from stablekd_fast.bench.floor import FLOOR, floor_contenders
 from stablekd_fast.bench.operators import rivals
 from stablekd_fast.bench.operators.losses import Loss, Setting, loss_case, random_features
+from torch import Tensor
+
+from stablekd_fast import kernels
 
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
@@ -57,9 +57,7 @@ def feature_cosine_cases(setting: Setting) -> Iterator[Case]:
         for features in QUICK_MAPS if setting.quick else FLOAT_MAPS:
             student, target = (features.draw(seed, setting.device) for seed in (0, 1))
             name = f"per {per} {features}"
-            yield loss_case(
-                Loss("feature_cosine", name, student, (target,), plain, (target,), {"per": per}), setting
-            )
+            yield loss_case(Loss("feature_cosine", name, student, (target,), plain, (target,), {"per": per}), setting)
 
 
 def quantize_rows_cases(setting: Setting) -> Iterator[Case]:
@@ -75,9 +73,7 @@ def dequantize_rows_cases(setting: Setting) -> Iterator[Case]:
 def _mse_case(features: Map, normalize: str | None, plain: Callable, setting: Setting) -> Case:
     student, target = (features.draw(seed, setting.device) for seed in (0, 1))
     name = f"{normalize or 'plain'} {features}"
-    return loss_case(
-        Loss("feature_mse", name, student, (target,), plain, (target,), {"normalize": normalize}), setting
-    )
+    return loss_case(Loss("feature_mse", name, student, (target,), plain, (target,), {"normalize": normalize}), setting)
 
 
 def _given_power_case(features: Map, setting: Setting) -> Case:
@@ -102,9 +98,7 @@ def _coded_case(features: Map, code: torch.dtype, setting: Setting) -> Case:
         extras={"bytes": student.nbytes + wide.nbytes + student.nbytes},
     )
     name = f"plain, {_name(code)} target, {features}"
-    loss = Loss(
-        "feature_mse", name, student, (codes,), rivals.coded_mse, (codes, scales), {"target_scale": scales}
-    )
+    loss = Loss("feature_mse", name, student, (codes,), rivals.coded_mse, (codes, scales), {"target_scale": scales})
     return loss_case(loss, setting, (beside,))
 
 

@@ -6,17 +6,19 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from stablekd_fast import kernels
 from stablekd_fast.bench.core import Case, Contender
 from stablekd_fast.bench.floor import FLOOR, floor_contenders
 from stablekd_fast.bench.operators.features import BFLOAT, CHANNELS_LAST, FLOAT, Map
 from stablekd_fast.bench.operators.losses import Setting
+from torch import Tensor
+
+from stablekd_fast import kernels
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest error of output and gradients, each over its largest magnitude."""
-_MAPS = [Map(shape, dtype, CHANNELS_LAST) for shape in ((128, 16, 32, 32), (32, 64, 56, 56)) for dtype in (FLOAT, BFLOAT)]
+_MAPS = [
+    Map(shape, dtype, CHANNELS_LAST) for shape in ((128, 16, 32, 32), (32, 64, 56, 56)) for dtype in (FLOAT, BFLOAT)
+]
 _QUICK = [Map((16, 32, 8, 8), FLOAT, CHANNELS_LAST)]
 _FAR = 12.0
 """Added to the bias, so that hardly an element lies at the ReLU's kink, where a rounding decides about its gradient."""
@@ -31,7 +33,9 @@ def batch_norm_act_cases(setting: Setting) -> Iterator[Case]:
 
 def _case(features: Map, setting: Setting) -> Case:
     x, residual = (features.draw(seed, setting.device) for seed in range(2))
-    gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x).contiguous(memory_format=features.layout)
+    gradient = (
+        torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x).contiguous(memory_format=features.layout)
+    )
     channels = features.shape[1]
     weight, bias = torch.ones(channels, device=setting.device), torch.full((channels,), _FAR, device=setting.device)
     operands = (x, residual, weight, bias)
@@ -43,7 +47,9 @@ def _case(features: Map, setting: Setting) -> Case:
     contenders += floor_contenders(read, written, setting.device)
     exact = _both(_plain, tuple(tensor.double() for tensor in operands), gradient.double())
     name = f"batch_norm_act {features}"
-    return Case("kernels", name, contenders, "eager", exact, TOLERANCE[features.dtype], {"bytes": read + written}, FLOOR)
+    return Case(
+        "kernels", name, contenders, "eager", exact, TOLERANCE[features.dtype], {"bytes": read + written}, FLOOR
+    )
 
 
 def _plain(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""What can be shown of the Triton kernels without a GPU: how they compile for real chips, and how many bytes they move."""
+"""What can be shown of the Triton kernels without a GPU: how they compile for real chips, and how many bytes they
+move."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from typing import NamedTuple
 
 from rich import box
 from rich.table import Table
-
 from stablekd_fast.bench.operators import aot, traffic
+
 from stablekd_fast.errors import StableKDError
 
 

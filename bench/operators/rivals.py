@@ -39,8 +39,8 @@ def kd_term(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def dkd_term(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """The decoupled divergence with the operations that mdistiller's DKD takes for it: masks, sums under them, and logits of
-    the label lowered by 1000."""
+    """The decoupled divergence with the operations that mdistiller's DKD takes for it: masks, sums under them, and
+    logits of the label lowered by 1000."""
     own = torch.zeros_like(student).scatter_(1, labels[:, None], 1).bool()
     rest = torch.ones_like(student).scatter_(1, labels[:, None], 0).bool()
     q, p = F.softmax(student / TEMPERATURE, dim=1), F.softmax(teacher / TEMPERATURE, dim=1)

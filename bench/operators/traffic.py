@@ -2,8 +2,8 @@
 
 Every load and store of a launch is counted by its lanes that are not masked; repeated ones count each time, although a
 chip's caches may serve them: above all the scales and weights of channels, which each element looks up, and which
-`least` therefore holds per element. `python -m stablekd_fast.bench.operators.traffic` prints one JSON row per case, and needs
-TRITON_INTERPRET=1.
+`least` therefore holds per element. `python -m stablekd_fast.bench.operators.traffic` prints one JSON row per case, and
+needs TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def cases() -> Iterator[Case]:
 def count(case: Case) -> Traffic:
     """Run the case by the interpreter. Raises ConfigError without it."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError("Traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported.")
+        raise ConfigError(
+            "Traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported."
+        )
     kernels = import_module(f"stablekd_fast.kernels.{case.op}.triton_impl")
     # Of a loss, what makes the gradient as well.
     function = getattr(kernels, f"{case.op}_with_grad", None) or getattr(kernels, case.op)

@@ -16,10 +16,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from stablekd_fast.bench import core
+from stablekd_fast.bench.core import (
+    SEED,
+    Case,
+    Contender,
+    Measured,
+    Timing,
+    WrongResult,
+    measure_cases,
+    pinned,
+    scratch,
+)
 from torch import Tensor
 
-from stablekd_fast.bench import core
-from stablekd_fast.bench.core import SEED, Case, Contender, Measured, Timing, WrongResult, measure_cases, pinned, scratch
 from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.shard import Part, as_bytes, drop_pages
 from stablekd_fast.cache.store import READING_THREADS, RowStore
@@ -31,7 +41,8 @@ ROW_SIZES = (4 << 10, 16 << 10, 64 << 10, 200 << 10)
 
 @dataclass
 class Rows:
-    """A store with the rows that it holds in memory as well. Batches of row numbers, in random order, are taken in turn,
+    """A store with the rows that it holds in memory as well. Batches of row numbers, in random order, are taken in
+    turn,
     as in training: a batch that was just read would come out of the processor's caches."""
 
     store: RowStore
@@ -139,7 +150,8 @@ def _contenders(folder: Path, rows: Rows, row_bytes: int) -> list[Contender]:
 
 
 def _settle() -> None:
-    """OpenMP's threads go on spinning for some milliseconds after a parallel loop; the next contender wants the cores."""
+    """OpenMP's threads go on spinning for some milliseconds after a parallel loop; the next contender wants the
+    cores."""
     time.sleep(0.01)
 
 

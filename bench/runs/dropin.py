@@ -1,8 +1,8 @@
 """`stablekd bench dropin`: the objectives of torchdistill and mdistiller with their losses and with ours.
 
-torchdistill is the real package. mdistiller is not on PyPI: its formulas stand in `rivals.py`, and a plain loop in its place.
-Losses are checked against float64; runs of fifty steps in float32 against those with the rival's loss, to 1e-5, losses and
-weights.
+torchdistill is the real package. mdistiller is not on PyPI: its formulas stand in `rivals.py`, and a plain loop in its
+place. Losses are checked against float64; runs of fifty steps in float32 against those with the rival's loss, to 1e-5,
+losses and weights.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from stablekd_fast.bench.core import Case, Contender, Measured, measure_cases, pinned, scratch
+from stablekd_fast.bench.operators import rivals
+from stablekd_fast.bench.runs.loops import LOGITS, torchdistill_box
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from stablekd_fast import kernels, models
-from stablekd_fast.bench.core import Case, Contender, Measured, measure_cases, pinned, scratch
-from stablekd_fast.bench.operators import rivals
-from stablekd_fast.bench.runs.loops import LOGITS, torchdistill_box
 from stablekd_fast.data import open_dataset
 from stablekd_fast.errors import DataError
 from stablekd_fast.integrations.torchdistill import FastKDLoss, SampleViews, SharedBlocks
@@ -51,8 +51,8 @@ class Setting:
     batches: int = 10
     steps: int = STEPS
     lr: float = 1e-4
-    """Low: at a usual one, networks of this depth amplify roundings beyond 1e-5 within fifty steps, whoever's loss it is."""
-
+    """Low: at a usual one, networks of this depth amplify roundings beyond 1e-5 within fifty steps, whoever's loss it
+    is."""
 
     @property
     def count(self) -> int:
@@ -66,13 +66,18 @@ QUICK = Setting("resnet20", "resnet20", 8, 8, 2, 3)
 def run_dropin(
     directory: Path, data: str | None, rounds: int, show: Callable[[list[dict]], None], *, quick: bool = False
 ) -> Measured:
-    """`directory` is where the teacher's rows are put for the time of the bench; `data`: small images, random ones by default."""
+    """`directory` is where the teacher's rows are put for the time of the bench; `data`: small images, random ones by
+    default."""
     setting = QUICK if quick else Setting()
     images = Noise(setting.count, setting.size) if data is None else Pixels(data, setting.count)
     with pinned() as pins, scratch(directory) as folder:
         logging.disable(logging.INFO)
         try:
-            cases = [*loss_cases(setting), torchdistill_case(setting, images, folder), *mdistiller_cases(setting, images)]
+            cases = [
+                *loss_cases(setting),
+                torchdistill_case(setting, images, folder),
+                *mdistiller_cases(setting, images),
+            ]
             measured = measure_cases(cases, rounds, show)
         finally:
             logging.disable(logging.NOTSET)
@@ -90,7 +95,6 @@ def loss_cases(setting: Setting) -> Iterator[Case]:
 def _terms() -> dict[str, tuple[Term, Term]]:
     """The rival's loss and ours, of student's logits, teacher's logits and labels."""
     from torchdistill.losses.mid_level import KDLoss
-
 
     def in_box(loss: nn.Module) -> Term:
         return lambda student, teacher, labels: loss({".": {"output": student}}, {".": {"output": teacher}}, labels)
@@ -138,7 +142,8 @@ class Noise:
 
 
 class Pixels:
-    """Images of a data set in memory, as a torchvision data set holds them. Raises DataError if they are not in memory."""
+    """Images of a data set in memory, as a torchvision data set holds them. Raises DataError if they are not in
+    memory."""
 
     transform = None
 
@@ -154,10 +159,16 @@ Images = Noise | Pixels
 
 
 class Run:
-    """Some steps of training from the same weights over the same batches. Gives the losses, and all weights in one row."""
+    """Some steps of training from the same weights over the same batches. Gives the losses, and all weights in one
+    row."""
 
     def __init__(
-        self, setting: Setting, student: nn.Module, batches: list, step: Callable[..., Tensor], restart: Callable[[], None]
+        self,
+        setting: Setting,
+        student: nn.Module,
+        batches: list,
+        step: Callable[..., Tensor],
+        restart: Callable[[], None],
     ) -> None:
         self.steps, self.student, self.batches = setting.steps, student, batches
         self.step, self.restart, self.start = step, restart, copy.deepcopy(student.state_dict())
@@ -189,9 +200,13 @@ def _settle(teacher: nn.Module, batches: list) -> nn.Module:
 
 
 def torchdistill_case(setting: Setting, images: Images, folder: Path) -> Case:
-    """torchdistill's sample objective in its own box: its loss, ours, and ours with the teacher's logits from rows on disk."""
+    """torchdistill's sample objective in its own box: its loss, ours, and ours with the teacher's logits from rows on
+    disk."""
     views, batches = _batches(setting, images)
-    wrapper = {"key": "StableKDTeacher", "kwargs": {"shared": SharedBlocks(views=views, directory=str(folder / "dropin"))}}
+    wrapper = {
+        "key": "StableKDTeacher",
+        "kwargs": {"shared": SharedBlocks(views=views, directory=str(folder / "dropin"))},
+    }
     kept = {"forward_proc": "forward_batch_supp_dict", "auxiliary_model_wrapper": wrapper}
 
     def run(key: str, teacher_settings: dict | None = None) -> Run:
@@ -245,4 +260,6 @@ def _plain_run(setting: Setting, batches: list, term: Term, weights: tuple[float
 
 
 def _named(setting: Setting) -> str:
-    return f"{setting.steps} steps, {setting.teacher} to {setting.student}, {setting.size} px, batches of {setting.batch}"
+    return (
+        f"{setting.steps} steps, {setting.teacher} to {setting.student}, {setting.size} px, batches of {setting.batch}"
+    )

@@ -1,7 +1,9 @@
-"""`stablekd bench loader`: images per second of every source, against torchvision's DataLoader, Pillow and the bare decoder.
+"""`stablekd bench loader`: images per second of every source, against torchvision's DataLoader, Pillow and the bare
+decoder.
 
 All contenders make the same batches: the same views of the same images in the same order, float32, normalised,
-channels-last. Every one is checked against the view's definition before anything is timed. DALI's own readers alone choose
+channels-last. Every one is checked against the view's definition before anything is timed. DALI's own readers alone
+choose
 order and crops themselves: they are checked to show each image of a pass once.
 """
 
@@ -19,13 +21,22 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
+from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned
+from stablekd_fast.bench.floor import FLOOR, floor_contenders
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned
-from stablekd_fast.bench.floor import FLOOR, floor_contenders
-from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Dataset, Split, StreamSource, TrainSource, open_dataset
+from stablekd_fast.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Augmentation,
+    Dataset,
+    Split,
+    StreamSource,
+    TrainSource,
+    open_dataset,
+)
 from stablekd_fast.data.archives import archive_records, read_index
 from stablekd_fast.data.dali import dali_missing
 from stablekd_fast.data.encoded import DEFAULT_CROP
@@ -40,8 +51,8 @@ PURE_DECODE = "pure decode"
 TIMED_IMAGES = 960
 """A pass is at least this long, so that filling the pipelines is a small part of it."""
 RESAMPLING = 0.015
-"""Tolerance between resamplers of different make, over the largest normalised value: about two levels of 255, as each of their
-two passes rounds to eight bits."""
+"""Tolerance between resamplers of different make, over the largest normalised value: about two levels of 255, as each
+of their two passes rounds to eight bits."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,8 @@ def _decoded(records: Records, number: int) -> Tensor:
 
 
 class _LargeImages(torch.utils.data.Dataset):
-    """What torchvision's users write: Pillow, crop, flip, tensor, normalise. The boxes are given, to be the same for all."""
+    """What torchvision's users write: Pillow, crop, flip, tensor, normalise. The boxes are given, to be the same for
+    all."""
 
     def __init__(self, work: Work, boxes: np.ndarray, flips: np.ndarray) -> None:
         self.records, self.size = work.split.records, work.dataset.augmentation.size
@@ -139,7 +151,11 @@ def large_case(work: Work) -> Case:
     def expected() -> Tensor:
         crops = []
         for k in order[0].tolist():
-            crop = resized_crop(decode_rgb(work.split.records.read(k), work.split.records.name(k)), boxes[k], work.dataset.augmentation.size)
+            crop = resized_crop(
+                decode_rgb(work.split.records.read(k), work.split.records.name(k)),
+                boxes[k],
+                work.dataset.augmentation.size,
+            )
             crops.append(crop.flip(1) if flips[k] else crop)
         return work.normalised(torch.stack(crops))
 
@@ -154,7 +170,9 @@ def large_case(work: Work) -> Case:
     plain, tensors = _LargeImages(work, boxes, flips), _LargeTensors(work, boxes, flips)
     for w in _workers(work):
         contenders.append(Contender("torchvision DataLoader", _loader(plain, work, order, w), f"{w} processes"))
-        contenders.append(Contender("torchvision DataLoader, tensors", _loader(tensors, work, order, w), f"{w} processes"))
+        contenders.append(
+            Contender("torchvision DataLoader, tensors", _loader(tensors, work, order, w), f"{w} processes")
+        )
     contenders.append(Contender("Pillow in threads", _threads(plain, work, order)))
     contenders.append(_pure_decode(work, order))
     name = f"{work.dataset.name}, {work.dataset.augmentation.size} px"
@@ -197,7 +215,9 @@ def _pure_decode(work: Work, order: list[np.ndarray]) -> Contender:
 def _threads(images: _LargeImages, work: Work, order: list[np.ndarray]) -> Callable[[], Tensor]:
     pool = ThreadPoolExecutor(work.workers)
 
-    return lambda: _first_of(_channels_last(list(pool.map(images.__getitem__, positions.tolist()))) for positions in order)
+    return lambda: _first_of(
+        _channels_last(list(pool.map(images.__getitem__, positions.tolist()))) for positions in order
+    )
 
 
 # Small images.
@@ -231,7 +251,9 @@ def small_case(work: Work) -> Case:
         return torch.stack([images[k] for k in order[0].tolist()]).double()
 
     contenders = [Contender("stablekd, resident", _consumer(work, "resident", 0), role="ours")]
-    contenders += [Contender("torchvision DataLoader", _loader(images, work, order, w), f"{w} processes") for w in _workers(work)]
+    contenders += [
+        Contender("torchvision DataLoader", _loader(images, work, order, w), f"{w} processes") for w in _workers(work)
+    ]
     contenders += _memory_floor(work, images[0].numel())
     extras = {"images": work.batches * work.batch_size}
     name = f"{work.dataset.name}, {work.split.images.shape[1]} px"
@@ -239,12 +261,15 @@ def small_case(work: Work) -> Case:
 
 
 def _memory_floor(work: Work, values: int) -> list[Contender]:
-    """Read the bytes of as many images, of `values` each, and write them as floats, batch by batch, and nothing else."""
+    """Read the bytes of as many images, of `values` each, and write them as floats, batch by batch, and nothing
+    else."""
 
     def every_batch(once: Contender) -> Contender:
         return dataclasses.replace(once, call=lambda: _last_of(once.call() for _ in range(work.batches)))
 
-    return [every_batch(once) for once in floor_contenders(work.batch_size * values, 4 * work.batch_size * values, "cpu")]
+    return [
+        every_batch(once) for once in floor_contenders(work.batch_size * values, 4 * work.batch_size * values, "cpu")
+    ]
 
 
 # Both.
@@ -261,13 +286,16 @@ def _consumer(work: Work, loader: str, workers: int) -> Callable[[], Tensor]:
     return lambda: _first_of(batch.images for batch in source.batches(0, work.batches))
 
 
-def _loader(images: torch.utils.data.Dataset, work: Work, order: list[np.ndarray], workers: int) -> Callable[[], Tensor]:
+def _loader(
+    images: torch.utils.data.Dataset, work: Work, order: list[np.ndarray], workers: int
+) -> Callable[[], Tensor]:
     loader = DataLoader(
         images,
         batch_sampler=[positions.tolist() for positions in order],
         num_workers=workers,
         persistent_workers=True,
-        multiprocessing_context="spawn",  # processes as a user's are, not copies of this one with its allocator and threads
+        # Processes as a user's are, not copies of this one with its allocator and threads.
+        multiprocessing_context="spawn",
         collate_fn=_channels_last,
     )
     return lambda: _first_of(loader)
@@ -307,7 +335,9 @@ def run_loader(
 
 def cases(small: str | None, large: str | None, batch_size: int, workers: int) -> Iterator[Case]:
     """Of small images, by default the digits, and of photographs if there are any."""
-    datasets = [(open_dataset(small or "digits"), small_case)] + ([(open_large(Path(large)), large_case)] if large else [])
+    datasets = [(open_dataset(small or "digits"), small_case)] + (
+        [(open_large(Path(large)), large_case)] if large else []
+    )
     for dataset, case in datasets:
         batch = min(batch_size, len(dataset.train))
         per_pass = len(dataset.train) // batch * batch

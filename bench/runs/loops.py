@@ -61,7 +61,12 @@ class OrdinaryKD(Loop):
         return [loss.detach()]
 
 
-LOGITS = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
+LOGITS = {
+    "student_module_path": ".",
+    "student_module_io": "output",
+    "teacher_module_path": ".",
+    "teacher_module_io": "output",
+}
 """Where torchdistill's losses find both networks' logits."""
 
 
@@ -105,7 +110,8 @@ class TorchdistillKD(Loop):
 
 
 class OrdinaryBlockwise(Loop):
-    """Each block alone: the teacher runs from the images to the block's target, and autograd through a squared error."""
+    """Each block alone: the teacher runs from the images to the block's target, and autograd through a squared
+    error."""
 
     def __init__(self, paired: PairedBlocks, batches: list[Batch]) -> None:
         super().__init__(batches)
@@ -131,7 +137,13 @@ class OrdinaryStage(Loop):
     autograd, backward pass and update. `objectives` says what is aligned to what; the weights are the defaults."""
 
     def __init__(
-        self, paired: PairedBlocks, groups: list[list[int]], objectives: Objectives, batches: list[Batch], *, bf16: bool = False
+        self,
+        paired: PairedBlocks,
+        groups: list[list[int]],
+        objectives: Objectives,
+        batches: list[Batch],
+        *,
+        bf16: bool = False,
     ) -> None:
         super().__init__(batches)
         self.paired, self.groups, self.bf16 = paired, groups, bf16
@@ -142,7 +154,8 @@ class OrdinaryStage(Loop):
         blocks = paired.student_blocks
         nn.ModuleList(blocks).train()
         self.optimizers = [
-            torch.optim.AdamW([p for k in group for p in blocks[k].parameters()], lr=0.0, weight_decay=0.05) for group in groups
+            torch.optim.AdamW([p for k in group for p in blocks[k].parameters()], lr=0.0, weight_decay=0.05)
+            for group in groups
         ]
 
     def step(self, batch: Batch) -> list[Tensor]:
@@ -158,7 +171,9 @@ class OrdinaryStage(Loop):
             losses.append(loss.detach())
         return losses
 
-    def _loss(self, group: list[int], aligned: list[int], x: Tensor, known: dict[int, Tensor], labels: Tensor) -> Tensor:
+    def _loss(
+        self, group: list[int], aligned: list[int], x: Tensor, known: dict[int, Tensor], labels: Tensor
+    ) -> Tensor:
         terms = []
         for k in group:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-
-from stablekd_fast import models
 from stablekd_fast.bench import core
 from stablekd_fast.bench.core import SEED, Case, Contender, Measured, Timing, pinned, scratch
+
+from stablekd_fast import models
 from stablekd_fast.cache.plan import decisions, predict
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.config import DistillConfig
@@ -25,7 +25,8 @@ BUDGETS = ("0", "60MB", "100MB", "150MB", "400MB")
 def run_plan(
     folder: Path, data: str, show: Callable[[list[dict]], None], rounds: int = 1, budgets=BUDGETS, images: int = IMAGES
 ) -> Measured:
-    """One row per budget, the first one, which holds nothing, as baseline; and a table with one line per run, the budgets in
+    """One row per budget, the first one, which holds nothing, as baseline; and a table with one line per run, the
+    budgets in
     turn for each round: what was kept, predicted and measured seconds. Leaves nothing in `folder`."""
     dataset, runs = open_dataset(data), []
     with scratch(folder) as own, pinned() as pins:

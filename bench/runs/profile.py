@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-
 from stablekd_fast.bench.core import Measured, pinned, scratch
 from stablekd_fast.bench.runs.teacher import Arm, Images, Pair, cached, make_pair
+
 from stablekd_fast.blocks import pick_fusion
 from stablekd_fast.data import Dataset
 from stablekd_fast.step import GroupStep, Objectives, load_batch
@@ -47,8 +47,8 @@ def profile_steps(folder: Path, images: Images, trace: Path | None) -> Measured:
 
 
 def profile_step(pair: Pair, dataset: Dataset, folder: Path, trace: Path | None, steps: int = 10) -> list[dict]:
-    """Milliseconds per step of each block (means over `steps` decomposed steps from a cache) by forward, loss, backward and
-    update, and of copying the batch in. `trace`: a file for a Chrome trace of one more step."""
+    """Milliseconds per step of each block (means over `steps` decomposed steps from a cache) by forward, loss, backward
+    and update, and of copying the batch in. `trace`: a file for a Chrome trace of one more step."""
     paired, source, batches = make_pair(pair, dataset)
     paired.fuses_norms = pick_fusion("auto", torch.device("cpu"))
     arm = Arm(paired, cached(paired, source, batches, folder / "profile", "fp32"), batches)
@@ -61,7 +61,11 @@ def profile_step(pair: Pair, dataset: Dataset, folder: Path, trace: Path | None,
     for _ in range(steps):
         _profiled(arm, phases)
     rows = [_profile_row(step.name, phases, steps) for step in arm.steps]
-    copy = {"block": "all", **dict.fromkeys(("forward", "loss", "backward", "update")), "copy": 1e3 * phases.seconds["", "copy"] / steps}
+    copy = {
+        "block": "all",
+        **dict.fromkeys(("forward", "loss", "backward", "update")),
+        "copy": 1e3 * phases.seconds["", "copy"] / steps,
+    }
     if trace is not None:
         with torch.profiler.profile() as profiler:
             _profiled(arm, phases)
@@ -100,6 +104,8 @@ def _timed_objectives(objectives: Objectives, phases: Phases, block: str) -> Obj
 
 
 def _profile_row(block: str, phases: Phases, steps: int) -> dict:
-    milliseconds = {phase: 1e3 * phases.seconds[block, phase] / steps for phase in ("forward", "loss", "backward", "update")}
+    milliseconds = {
+        phase: 1e3 * phases.seconds[block, phase] / steps for phase in ("forward", "loss", "backward", "update")
+    }
     milliseconds["forward"] -= milliseconds["loss"]  # the loss is computed within
     return {"block": block, **milliseconds, "copy": None}

@@ -1,7 +1,7 @@
 """Images per second on several ranks of one machine, from a full cache: `python -m stablekd_fast.bench.runs.scale`.
 
-Every run is a real `distill` under torchrun, one thread per rank, on the same rows. Where ranks divide blocks, losses must be those
-of one rank to the last bit, where they divide images nearly, before any speed is shown.
+Every run is a real `distill` under torchrun, one thread per rank, on the same rows. Where ranks divide blocks, losses
+must be those of one rank to the last bit, where they divide images nearly, before any speed is shown.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from stablekd_fast.bench.output import write_document
+
 from stablekd_fast.cli.show import print_rows
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.report import read_events
@@ -24,9 +25,11 @@ _OF_PARTS = 0.1
 """Relative: by so much losses may differ where images are divided, as batch-norm statistics are those of parts."""
 
 
-def run_scale(settings: Sequence[str], ranks: Sequence[int], rounds: int, folder: Path, show: Callable[[str, list[dict]], None]) -> list[dict]:
-    """Rows of images/s per stage and number of ranks, and of their ratio to the first number's: medians over rounds, which take the
-    numbers of ranks in turn.
+def run_scale(
+    settings: Sequence[str], ranks: Sequence[int], rounds: int, folder: Path, show: Callable[[str, list[dict]], None]
+) -> list[dict]:
+    """Rows of images/s per stage and number of ranks, and of their ratio to the first number's: medians over rounds,
+    which take the numbers of ranks in turn.
 
     Args:
         settings: options of `stablekd distill`, but for `--out` and the cache's folder.
@@ -51,7 +54,10 @@ def run_scale(settings: Sequence[str], ranks: Sequence[int], rounds: int, folder
                 check_losses(known.setdefault(stage, trained), trained, count, _OF_PARTS if divided else 0.0)
                 speeds.setdefault((stage, count), []).append(trained[-1]["images_per_second"])
             for stage, event in meshes.items():
-                found += [{"round": number, "count": count, "stage": stage, "mesh": event["mesh"], **row} for row in event["ranks"]]
+                found += [
+                    {"round": number, "count": count, "stage": stage, "mesh": event["mesh"], **row}
+                    for row in event["ranks"]
+                ]
     rows = list(_rows(speeds, ranks))
     show("images per second", rows)
     if found:
@@ -65,7 +71,8 @@ def check_losses(first: list[dict], other: list[dict], count: int, tolerance: fl
         for name, loss in a["losses"].items():
             if not math.isclose(loss, b["losses"][name], rel_tol=tolerance):
                 raise StableKDError(
-                    f"On {count} ranks the loss of blocks {name} at step {a['step']} is {b['losses'][name]}, in the first run {loss}: "
+                    f"On {count} ranks the loss of blocks {name} at step {a['step']} is {b['losses'][name]}, in the "
+                    f"first run {loss}: "
                     "no speed is shown."
                 )
 
@@ -97,16 +104,21 @@ def _rows(speeds: dict[tuple[int, int], list[float]], ranks: Sequence[int]) -> I
 def _start(ranks: int, words: list[str]) -> None:
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *launcher, "-m", "stablekd_fast", *words]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}, capture_output=True, text=True
+    )
     if done.returncode:
         raise StableKDError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="What is not listed here goes to `stablekd distill`: --data, --teacher, --student, --batch-size ..."
+        description=__doc__,
+        epilog="What is not listed here goes to `stablekd distill`: --data, --teacher, --student, --batch-size ...",
     )
-    parser.add_argument("--ranks", default="1,2", help="numbers of ranks; the first is what the others are compared with")
+    parser.add_argument(
+        "--ranks", default="1,2", help="numbers of ranks; the first is what the others are compared with"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", required=True, help="for runs and rows")
     parser.add_argument("--json", help="file for the rows")
@@ -114,7 +126,9 @@ def main(words: Sequence[str] | None = None) -> None:
     ranks = [int(count) for count in own.ranks.split(",")]
     rows = run_scale(settings, ranks, own.rounds, Path(own.folder), print_rows)
     if own.json:
-        write_document(Path(own.json), {"rows": rows}, {"settings": settings, "rounds": own.rounds, "threads_per_rank": 1})
+        write_document(
+            Path(own.json), {"rows": rows}, {"settings": settings, "rounds": own.rounds, "threads_per_rank": 1}
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Seconds of one step of any stage of any method: as people write it, and by the engine from the live teacher and a cache."""
+"""Seconds of one step of any stage of any method: as people write it, and by the engine from the live teacher and a
+cache."""
 
 from __future__ import annotations
 
@@ -7,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
-from stablekd_fast.assemble import objectives_of
 from stablekd_fast.bench.core import Case, Contender, Role, measure
 from stablekd_fast.bench.peak import count_flops, peak, peak_contenders
 from stablekd_fast.bench.runs.loops import OrdinaryStage
 from stablekd_fast.bench.runs.teacher import Arm, Pair, cached, make_pair
+from torch import Tensor, nn
+
+from stablekd_fast.assemble import objectives_of
 from stablekd_fast.blocks import PairedBlocks, pick_fusion
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Batch, Dataset, TrainSource
@@ -35,7 +36,8 @@ class StageBench:
         self.precision, self.folder = precision, folder
 
     def seconds(self, method: str, groups: list[list[int]], batch: int, rounds: int) -> list[dict]:
-        """A row for each way to run the stage, and for the limits. Raises WrongResult if one computes something else."""
+        """A row for each way to run the stage, and for the limits. Raises WrongResult if one computes something
+        else."""
         return measure(self.case(method, groups, batch), rounds)
 
     def case(self, method: str, groups: list[list[int]], batch: int) -> Case:
@@ -94,4 +96,6 @@ def _contender(
         return reference.train()
 
     flops, limit = count_flops(call), peak(precision)
-    return Contender(name, call, expected=expected, tolerance=TOLERANCES[precision], role=role, flops=flops, limit=limit)
+    return Contender(
+        name, call, expected=expected, tolerance=TOLERANCES[precision], role=role, flops=flops, limit=limit
+    )

@@ -1,5 +1,5 @@
-"""`stablekd bench step`: images per second of whole training steps, ours in every mode against the usual loops; what the
-engine costs beside the networks' own operations; what compiling costs.
+"""`stablekd bench step`: images per second of whole training steps, ours in every mode against the usual loops; what
+the engine costs beside the networks' own operations; what compiling costs.
 
 Every contender trains with a learning rate of zero, so that its losses can be checked against float64 at any time.
 """
@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.bench.core import Case, Contender, Measured, Role, measure, pinned, scratch
 from stablekd_fast.bench.peak import count_flops, peak, peak_contenders
 from stablekd_fast.bench.runs.loops import Loop, OrdinaryBlockwise, OrdinaryKD, TorchdistillKD
 from stablekd_fast.bench.runs.teacher import Arm, Images, Pair, cached, make_pair
+from torch import Tensor
+
 from stablekd_fast.data import Dataset
 from stablekd_fast.emulator import Operation, Recorder
 from stablekd_fast.errors import StableKDError
@@ -120,13 +120,17 @@ def step_case(pair: Pair, dataset: Dataset, folder: Path, compiled: bool) -> tup
         right = partial(_eager_losses, contest.ours(), arm) if "emulated" in name else expected.of(arm)
         contenders.append(_contender(name, arm.losses, right, flops.get(name, flops["ours, cache"]), "ours"))
     alone = Operations(contest.ours())
-    contenders.append(_contender("ours, operations alone", alone.run, expected.of(alone.arm), flops["ours, cache"], "limit"))
+    contenders.append(
+        _contender("ours, operations alone", alone.run, expected.of(alone.arm), flops["ours, cache"], "limit")
+    )
     for precision in sorted({_precision(contender.name) for contender in contenders}):
         contenders += peak_contenders(precision)
     return Case("step", pair.name, contenders, "KD loop", expected.kd.train, TOLERANCE, {"images": pair.batch}), arms
 
 
-def _contender(name: str, call: Callable[[], list[Tensor]], expected: Callable, flops: int, role: Role = "rival") -> Contender:
+def _contender(
+    name: str, call: Callable[[], list[Tensor]], expected: Callable, flops: int, role: Role = "rival"
+) -> Contender:
     tolerance = 0.0 if "emulated" in name else BF16_TOLERANCE if "bf16" in name else TOLERANCE
     limit = peak(_precision(name))
     return Contender(name, call, expected=expected, tolerance=tolerance, role=role, flops=flops, limit=limit)
@@ -179,7 +183,8 @@ def _computes(operation: Operation) -> bool:
 
 
 def compile_cost(arms: dict[str, Arm], rows: list[dict]) -> list[dict]:
-    """For each compiled arm the seconds of a first step, compiling included, and the epoch in which they are made up."""
+    """For each compiled arm the seconds of a first step, compiling included, and the epoch in which they are made
+    up."""
     seconds, found = {row["contender"]: row["median_seconds"] for row in rows}, []
     for name, arm in arms.items():
         if "compiled" in name:
@@ -210,9 +215,7 @@ def overhead(rows: list[dict]) -> dict:
     }
 
 
-def run_step(
-    folder: Path, images: Images, rounds: int, compiled: bool, show: Callable[[list[dict]], None]
-) -> Measured:
+def run_step(folder: Path, images: Images, rounds: int, compiled: bool, show: Callable[[list[dict]], None]) -> Measured:
     """Rows, and tables of the engine's overhead and of the cost of compiling. Leaves nothing in `folder`.
 
     Raises StableKDError if torchdistill is not installed.

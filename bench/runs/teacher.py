@@ -1,5 +1,5 @@
-"""`stablekd bench teacher`: decomposed steps fed by the teacher's prefix run again for each block, by one relayed pass, and
-by the cache, against students that have their inputs already."""
+"""`stablekd bench teacher`: decomposed steps fed by the teacher's prefix run again for each block, by one relayed pass,
+and by the cache, against students that have their inputs already."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned, scratch
 from torch import Tensor, nn
 
 from stablekd_fast import models
-from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned, scratch
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.cache.columns import Columns
 from stablekd_fast.cache.plan import Kept, Plan
@@ -63,8 +63,8 @@ class Rerun:
 
 
 class Arm:
-    """All groups of a stage (by default every block alone) trained side by side, fed by one kind of teacher, their steps
-    run by one mode.
+    """All groups of a stage (by default every block alone) trained side by side, fed by one kind of teacher, their
+    steps run by one mode.
 
     The learning rate is zero, so that every step has the same weights to compute with.
     """
@@ -88,7 +88,9 @@ class Arm:
         nn.ModuleList(paired.student_blocks).train()
         self.load()
         self.steps = [
-            GroupStep(paired, group, self.objectives, optimizer, self.inputs, rates=rates, compiled=capture == "compile")
+            GroupStep(
+                paired, group, self.objectives, optimizer, self.inputs, rates=rates, compiled=capture == "compile"
+            )
             for group in groups
         ]
         state = [tensor for step in self.steps for tensor in step.state()]
@@ -124,10 +126,18 @@ def make_pair(pair: Pair, dataset: Dataset) -> tuple[PairedBlocks, TrainSource, 
     torch.manual_seed(SEED)
     classes = len(dataset.classes)
     networks = [
-        models.build(name, classes, pair.size).to(memory_format=torch.channels_last) for name in (pair.teacher, pair.student)
+        models.build(name, classes, pair.size).to(memory_format=torch.channels_last)
+        for name in (pair.teacher, pair.student)
     ]
     source = TrainSource(
-        dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=pair.batch, seed=SEED, views=1, workers=2
+        dataset.train,
+        dataset.augmentation,
+        dataset.mean,
+        dataset.std,
+        batch_size=pair.batch,
+        seed=SEED,
+        views=1,
+        workers=2,
     )
     batches = list(source.batches(0, pair.batches))
     paired = pair_blocks(*networks, batches[0].images[:8])
@@ -161,7 +171,9 @@ def feeding_case(pair: Pair, dataset: Dataset, folder: Path) -> Case:
     contenders = []
     for name, arm in arms.items():
         role = "rival" if name == RERUN else "ours"
-        contenders.append(Contender(name, arm.train, expected=arm.expected, tolerance=rounded.get(name, 0.0), role=role))
+        contenders.append(
+            Contender(name, arm.train, expected=arm.expected, tolerance=rounded.get(name, 0.0), role=role)
+        )
     limit = Arm(paired, Relay(paired), batches)
     contenders.append(Contender(ALONE, limit.students, expected=partial(limit.expected, 0), role="limit"))
     return Case("teacher", pair.name, contenders, RERUN, limit.expected, 0.0, {"images": pair.batch}, ALONE)
@@ -191,7 +203,9 @@ class Images:
 
     def __post_init__(self) -> None:
         if not self.small and not self.large:
-            raise StableKDError("No images were given; give --small for a data set of 32 px images, --large for photographs.")
+            raise StableKDError(
+                "No images were given; give --small for a data set of 32 px images, --large for photographs."
+            )
 
     def of_pairs(self) -> Iterator[tuple[Pair, Dataset]]:
         if self.small is not None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import describe, require
 from stablekd_fast.kernels._composite import loss_with_grad
 from stablekd_fast.kernels.attention_transfer import reference
+from torch import Tensor
 
 
 def attention_transfer(student: Tensor, target: Tensor, *, power: float = 2.0) -> Tensor:
     """Mean squared difference of the spatial attention maps of `[N, C, H, W]` and `[N, D, H, W]`.
 
     A map is the mean of |x|^power over the channels at each position, flattened to `[N, H * W]` and scaled to unit
-    length per sample (epsilon 1e-12 under the root). The channel counts may differ. The mean is taken over all N * H * W
-    elements, as the authors' code does.
+    length per sample (epsilon 1e-12 under the root). The channel counts may differ. The mean is taken over all N * H *
+    W elements, as the authors' code does.
 
-    Returns a 0-dim tensor, float64 for a float64 student and float32 otherwise, differentiable to any order where |x|^power
-    is. Raises OperandError for shapes or settings that do not fit.
+    Returns a 0-dim tensor, float64 for a float64 student and float32 otherwise, differentiable to any order where
+    |x|^power is. Raises OperandError for shapes or settings that do not fit.
     """
     _check(student, target, power)
     return reference.attention_transfer(student, target, power)

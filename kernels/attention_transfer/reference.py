@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import accumulator
 from stablekd_fast.kernels._features import length
+from torch import Tensor
 
 
 def attention_transfer(student: Tensor, target: Tensor, power: float) -> Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import describe, require
 from stablekd_fast.kernels._registry import define, serve_cpu, serve_cuda
 from stablekd_fast.kernels.augment_batch import cpu_impl, reference
+from torch import Tensor
 
 
 def augment_batch(
@@ -37,7 +36,15 @@ def augment_batch(
     """
     _check(images, rows, offsets, flips, padding, mean, std, dtype)
     return torch.ops.stablekd.augment_batch(
-        images, rows, offsets, flips, padding, [float(value) for value in mean], [float(value) for value in std], dtype, channels_last
+        images,
+        rows,
+        offsets,
+        flips,
+        padding,
+        [float(value) for value in mean],
+        [float(value) for value in std],
+        dtype,
+        channels_last,
     )
 
 

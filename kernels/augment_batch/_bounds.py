@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import require
+from torch import Tensor
 
 
 def check_bounds(images: Tensor, rows: Tensor, offsets: Tensor, padding: int) -> None:
@@ -17,6 +16,4 @@ def _check(name: str, values: Tensor, last: int, why: str) -> None:
     if values.numel() == 0:
         return
     low, high = (int(bound) for bound in values.aminmax())
-    require(
-        low >= 0 and high <= last, f"{name} has values in {low}..{high}; they must lie in 0..{last} ({why})."
-    )
+    require(low >= 0 and high <= last, f"{name} has values in {low}..{high}; they must lie in 0..{last} ({why}).")

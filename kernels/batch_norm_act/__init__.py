@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import accumulator, describe, require
 from stablekd_fast.kernels._registry import define, serve_cpu
 from stablekd_fast.kernels.batch_norm_act import cpu_impl, reference
+from torch import Tensor
 
 
 def batch_norm_act(
@@ -25,18 +24,24 @@ def batch_norm_act(
     """`relu(batch_norm(x) + residual)` of `x` `[N, C, ...]` by its own statistics, in x's dtype and memory format.
 
     What `torch.nn.BatchNorm2d` in training mode, an addition and a ReLU give, but that nothing in between is rounded to
-    x's dtype or goes through memory. Running statistics `[C]` are updated in place as torch does, the variance unbiased.
-    `weight` and `bias` are `[C]`; `residual` has x's shape and dtype. Differentiable once, with respect to x, weight,
-    bias and residual. The C++ core takes channels-last maps, elsewhere the reference computes.
+    x's dtype or goes through memory. Running statistics `[C]` are updated in place as torch does, the variance
+    unbiased. `weight` and `bias` are `[C]`; `residual` has x's shape and dtype. Differentiable once, with respect to x,
+    weight, bias and residual. The C++ core takes channels-last maps, elsewhere the reference computes.
 
     Raises OperandError for shapes or dtypes that do not fit.
     """
     require(x.dim() >= 2 and x.is_floating_point(), f"x is {describe(x)}; it must be floating point [N, C, ...].")
     require(x.numel() > x.shape[1], f"x is {describe(x)}; a variance needs more than one value per channel.")
-    for name, vector in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+    for name, vector in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
         require(
             vector is None or vector.shape == (x.shape[1],),
-            f"{name} is {vector is not None and describe(vector)}; it must be [{x.shape[1]}], one value per channel of x.",
+            f"{name} is {vector is not None and describe(vector)}; it must be [{x.shape[1]}], one value per channel "
+            "of x.",
         )
     require(
         residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),

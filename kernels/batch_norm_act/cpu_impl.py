@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import FLOATS
 from stablekd_fast.kernels._cpu import GRAIN, TYPES, address, threads
 from stablekd_fast.kernels._layout import laid_out_as
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.batch_norm_act import reference
+from torch import Tensor
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -49,7 +48,8 @@ def batch_norm_act_backward(
     of_weight, of_bias = torch.empty_like(weight), torch.empty_like(weight)
     core.batch_norm_gradient(
         address(incoming), address(x), address(y), TYPES[x.dtype], *_vectors(weight, mean, variance), address(of_x),
-        address(kept) if with_residual else 0, *_vectors(of_weight, of_bias), *_sizes(x), eps, threads(x.numel(), GRAIN),
+        address(kept) if with_residual else 0, *_vectors(of_weight, of_bias), *_sizes(x), eps,
+        threads(x.numel(), GRAIN),
     )  # fmt: skip
     return of_x, of_weight, of_bias, kept
 

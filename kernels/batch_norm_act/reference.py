@@ -6,9 +6,8 @@ Batch normalisation: Ioffe and Szegedy, arXiv 1502.03167, algorithm 1 and sectio
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import accumulator
+from torch import Tensor
 
 
 def batch_norm_act(
@@ -36,7 +35,8 @@ def batch_norm_act_backward(
     eps: float,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, weight, bias and residual (empty unless it is asked for); `y` is None without ReLU."""
+    """Gradients with respect to x, weight, bias and residual (empty unless it is asked for); `y` is None without
+    ReLU."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
     passed = gradient if y is None else torch.where(y > 0, gradient, 0)
     g = passed.to(accumulator(x.dtype))

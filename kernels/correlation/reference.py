@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import accumulator
+from torch import Tensor
 
 VARIANCE_EPSILON = 1e-16
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import check_upstream, describe, require
 from stablekd_fast.kernels._logits import check_labels, check_student, check_teacher
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.decoupled_kl import cpu_impl, reference
+from torch import Tensor
 
 _ARGUMENTS = "Tensor student, Tensor teacher, Tensor labels, float temperature, float alpha, float beta"
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
+from torch import Tensor
 
 
 def decoupled_kl(
@@ -49,7 +48,8 @@ def decoupled_kl_with_grad(
 
 
 def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of the label `[N]`, log(1 - p) `[N]`, and log p over the other classes alone `[N, C]` (-inf at the label)."""
+    """log p of the label `[N]`, log(1 - p) `[N]`, and log p over the other classes alone `[N, C]` (-inf at the
+    label)."""
     others = logits.scatter(1, labels[:, None], -torch.inf)
     total, rest = torch.logsumexp(logits, dim=1), torch.logsumexp(others, dim=1)
     own = logits.gather(1, labels[:, None]).squeeze(1)

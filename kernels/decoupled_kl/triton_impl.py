@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-from torch import Tensor
 import triton
 import triton.language as tl
-
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._launch import Listed, launch, packed, variant
@@ -31,6 +29,7 @@ from stablekd_fast.kernels._logits_triton import (
     tilings,
 )
 from stablekd_fast.kernels.decoupled_kl import reference
+from torch import Tensor
 
 _INTEGERS = ("samples", "classes", "student_stride", "teacher_stride")
 _NUMBERS = ("rate", "alpha", "beta", "loss_scale", "slope")

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-from torch import Tensor
 import triton
 import triton.language as tl
-
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._features_triton import (
     BLOCK,
@@ -24,6 +22,7 @@ from stablekd_fast.kernels._features_triton import (
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, aligned, launch, packed, variant
 from stablekd_fast.kernels._layout import dense, layout
 from stablekd_fast.kernels.dequantize_rows import reference
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["count", *EXTENTS])

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import check_upstream, require
 from stablekd_fast.kernels._features import check_features
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.feature_cosine import cpu_impl, reference
+from torch import Tensor
 
 Per = Literal["position", "sample"]
 
@@ -77,4 +76,6 @@ _by_autograd = define_loss(
     differentiable=(0, 1),
 )
 serve_cpu(feature_cosine=cpu_impl.feature_cosine, feature_cosine_with_grad=cpu_impl.feature_cosine_with_grad)
-serve_cuda(__name__, feature_cosine=reference.feature_cosine, feature_cosine_with_grad=reference.feature_cosine_with_grad)
+serve_cuda(
+    __name__, feature_cosine=reference.feature_cosine, feature_cosine_with_grad=reference.feature_cosine_with_grad
+)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
 from stablekd_fast.kernels._features import LENGTH_EPSILON, dequantized, length
+from torch import Tensor
 
 
-def feature_cosine(
-    student: Tensor, target: Tensor, target_scale: Tensor | None, per: str, channel_axis: int
-) -> Tensor:
+def feature_cosine(student: Tensor, target: Tensor, target_scale: Tensor | None, per: str, channel_axis: int) -> Tensor:
     """See `stablekd_fast.kernels.feature_cosine`. Differentiable, to any order."""
     dtype = accumulator(student.dtype)
     student, target = student.to(dtype), dequantized(target, target_scale, channel_axis, dtype)

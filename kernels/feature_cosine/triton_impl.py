@@ -11,10 +11,8 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 import triton
 import triton.language as tl
-
 from stablekd_fast.kernels import _sample_triton, _triton_finish
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._features import Operands
@@ -30,6 +28,7 @@ from stablekd_fast.kernels._features_triton import (
 )
 from stablekd_fast.kernels._launch import Listed, alignment, launch, packed, variant
 from stablekd_fast.kernels.feature_cosine import reference
+from torch import Tensor
 
 _MOST_CHANNELS = {True: 8192, False: 2048}
 """By whether channels lie side by side in memory."""
@@ -146,9 +145,7 @@ def angles(student, target, AXIS: tl.constexpr):
     return apart, 0.5 * (distance + (1.0 / length + 1.0 / other) * LENGTH_EPSILON), length
 
 
-def feature_cosine(
-    student: Tensor, target: Tensor, target_scale: Tensor | None, per: str, channel_axis: int
-) -> Tensor:
+def feature_cosine(student: Tensor, target: Tensor, target_scale: Tensor | None, per: str, channel_axis: int) -> Tensor:
     found = _operands(student, target, target_scale, per, channel_axis, with_gradient=False)
     if found is None:
         return reference.feature_cosine(student, target, target_scale, per, channel_axis)

@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import check_upstream, require
 from stablekd_fast.kernels._features import check_features
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.feature_mse import cpu_impl, reference
+from torch import Tensor
 
 Normalize = Literal["power", "channel", "l2"] | None
 
-_ARGUMENTS = (
-    "Tensor student, Tensor target, Tensor? target_scale, str? normalize, Tensor? power, int channel_axis"
-)
+_ARGUMENTS = "Tensor student, Tensor target, Tensor? target_scale, str? normalize, Tensor? power, int channel_axis"
 
 
 def feature_mse(

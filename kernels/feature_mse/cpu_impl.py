@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._cpu import GRAIN, number, threads
 from stablekd_fast.kernels._cpu_features import for_core
 from stablekd_fast.kernels._features import Operands, operands
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.feature_mse import reference
+from torch import Tensor
 
 _NORMALIZE = {None: 0, "power": 1, "channel": 2, "l2": 3}
 """The numbers of `Normalize` in csrc/kernels.h."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
 from stablekd_fast.kernels._features import dequantized, length
+from torch import Tensor
 
 POWER_FLOOR = 1e-12
 CHANNEL_EPSILON = 1e-5
@@ -56,9 +55,7 @@ def feature_mse_with_grad(
     return scaled(factor * loss, upstream), laid_out_like(scaled(gradient, upstream), student)
 
 
-def _operands(
-    student: Tensor, target: Tensor, target_scale: Tensor | None, channel_axis: int
-) -> tuple[Tensor, Tensor]:
+def _operands(student: Tensor, target: Tensor, target_scale: Tensor | None, channel_axis: int) -> tuple[Tensor, Tensor]:
     dtype = accumulator(student.dtype)
     return student.to(dtype), dequantized(target, target_scale, channel_axis, dtype)
 

@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-from torch import Tensor
 import triton
 import triton.language as tl
-
 from stablekd_fast.kernels import _sample_triton, _triton_finish
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._features import Operands
@@ -32,6 +30,7 @@ from stablekd_fast.kernels._features_triton import (
 )
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, launch, packed, variant
 from stablekd_fast.kernels.feature_mse import reference
+from torch import Tensor
 
 _CHANNEL_EPSILON = tl.constexpr(reference.CHANNEL_EPSILON)
 _POWER_FLOOR = tl.constexpr(reference.POWER_FLOOR)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import require
 from stablekd_fast.kernels._composite import loss_with_grad
 from stablekd_fast.kernels._logits import check_student, check_teacher
 from stablekd_fast.kernels.grouped_kl import reference
+from torch import Tensor
 
 
 def grouped_kl(
@@ -32,9 +31,7 @@ def grouped_kl(
     OperandError for shapes or settings that do not fit.
     """
     _check(student_logits, teacher_logits, temperature, threshold)
-    return reference.grouped_kl(
-        student_logits, teacher_logits, temperature, threshold, primary_weight, binary_weight
-    )
+    return reference.grouped_kl(student_logits, teacher_logits, temperature, threshold, primary_weight, binary_weight)
 
 
 def grouped_kl_with_grad(
@@ -56,9 +53,7 @@ def grouped_kl_with_grad(
     _check(student_logits, teacher_logits, temperature, threshold)
     teacher = teacher_logits.detach()
     settings = (temperature, threshold, primary_weight, binary_weight)
-    return loss_with_grad(
-        lambda leaf: reference.grouped_kl(leaf, teacher, *settings), student_logits, scale, upstream
-    )
+    return loss_with_grad(lambda leaf: reference.grouped_kl(leaf, teacher, *settings), student_logits, scale, upstream)
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float, threshold: float) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import accumulator
+from torch import Tensor
 
 
 def grouped_kl(
@@ -30,7 +29,9 @@ def split(
     student, teacher = (tensor.to(dtype).masked_fill(masked, 0.0) / temperature for tensor in (student, teacher))
     open_ = ~masked
     inside = _primary(torch.softmax(teacher.masked_fill(masked, -torch.inf), dim=1), threshold)
-    log_q, log_p = ([_log_mass(logits, group & open_) for group in (open_, inside, ~inside)] for logits in (student, teacher))
+    log_q, log_p = (
+        [_log_mass(logits, group & open_) for group in (open_, inside, ~inside)] for logits in (student, teacher)
+    )
     groups = [
         _divergence(student, teacher, log_q[place], log_p[place], group & open_)
         for place, group in ((1, inside), (2, ~inside))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import check_upstream, describe, require
 from stablekd_fast.kernels._logits import check_labels, check_student, check_teacher
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.kd_loss import cpu_impl, reference
+from torch import Tensor
 
 _ARGUMENTS = (
     "Tensor student, Tensor teacher, Tensor? indices, Tensor? labels, "
@@ -47,9 +46,7 @@ def kd_loss(
     """
     teacher, indices = _teacher(teacher_logits)
     _check(student_logits, teacher, indices, labels, temperature, label_smoothing, weight)
-    return _by_autograd(
-        student_logits, teacher, indices, labels, temperature, alpha, label_smoothing, weight
-    )
+    return _by_autograd(student_logits, teacher, indices, labels, temperature, alpha, label_smoothing, weight)
 
 
 def kd_loss_with_grad(
@@ -120,6 +117,8 @@ def _check(
     require(0 <= label_smoothing < 1, f"label_smoothing={label_smoothing} was given; it must be in [0, 1).")
 
 
-_by_autograd = define_loss("kd_loss", _ARGUMENTS, reference.kd_loss, reference.kd_loss_with_grad, differentiable=(0, 1, 7))
+_by_autograd = define_loss(
+    "kd_loss", _ARGUMENTS, reference.kd_loss, reference.kd_loss_with_grad, differentiable=(0, 1, 7)
+)
 serve_cpu(kd_loss=cpu_impl.kd_loss, kd_loss_with_grad=cpu_impl.kd_loss_with_grad)
 serve_cuda(__name__, kd_loss=reference.kd_loss, kd_loss_with_grad=reference.kd_loss_with_grad)

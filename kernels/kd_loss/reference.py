@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
+from torch import Tensor
 
 
 def kd_loss(

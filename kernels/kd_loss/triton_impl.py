@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-from torch import Tensor
 import triton
-
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._launch import Listed, launch, packed, variant
@@ -30,6 +28,7 @@ from stablekd_fast.kernels._logits_triton import (
 )
 from stablekd_fast.kernels.kd_loss import reference
 from stablekd_fast.kernels.kd_loss._triton_kernels import INTEGERS, NUMBERS, kd_rows, kd_wide_rows
+from torch import Tensor
 
 
 def kd_loss(

@@ -10,16 +10,15 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-from torch import Tensor
 import triton
 import triton.language as tl
-
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._features_triton import as_bytes
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, aligned, alignment, launch, variant
 from stablekd_fast.kernels._layout import dense, layout
 from stablekd_fast.kernels._logits_triton import BLOCKS, tiling
 from stablekd_fast.kernels.quantize_rows import reference
+from torch import Tensor
 
 _INTEGERS = ("runs", "length", "channels")
 _TALL, _BROAD = 32, 32
@@ -201,4 +200,6 @@ def _columns(channels: int) -> tuple:
 
 
 def _arguments(tensors, integers, largest: float) -> dict:
-    return dict(zip(("rows_at", "codes_at", "scales_at"), tensors)) | dict(zip(_INTEGERS, integers)) | {"largest": largest}
+    return (
+        dict(zip(("rows_at", "codes_at", "scales_at"), tensors)) | dict(zip(_INTEGERS, integers)) | {"largest": largest}
+    )

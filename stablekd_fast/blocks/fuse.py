@@ -29,7 +29,8 @@ def pick_fusion(name: str, device: torch.device) -> bool:
     there = device.type == "cpu" and kernels.implementations()["batch_norm_act"]["cpu"] != "reference"
     if name == "on" and not there:
         raise ConfigError(
-            f"fuse_norms=on was given, but only the C++ core on a CPU has the kernel (the device is {device}); choose auto."
+            f"fuse_norms=on was given, but only the C++ core on a CPU has the kernel (the device is {device}); "
+            "choose auto."
         )
     return there and name != "off"
 

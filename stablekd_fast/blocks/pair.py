@@ -91,8 +91,8 @@ class PairedBlocks:
     def student_outputs(
         self, groups: Sequence[Sequence[int]], images: Tensor, teacher_outputs: Mapping[int, Tensor]
     ) -> list[Tensor]:
-        """The student's output after every block, for autograd: a group of merged blocks begins at the teacher's output before
-        it, so that no gradient leaves it."""
+        """The student's output after every block, for autograd: a group of merged blocks begins at the teacher's output
+        before it, so that no gradient leaves it."""
         outputs = []
         for group in groups:
             x = images if group[0] == 0 else teacher_outputs[group[0] - 1].detach()
@@ -213,8 +213,10 @@ def _check_disjoint(student: nn.Module, blocks: Sequence[nn.Module]) -> None:
         for parameter in block.parameters():
             if owner.setdefault(id(parameter), k) != k:
                 raise CutError(
-                    f"The parameter {names.get(id(parameter), '?')!r} is used in blocks {owner[id(parameter)]} and {k}; "
-                    "blocks that train alone cannot share parameters. Move the cut so that one block holds all its uses."
+                    f"The parameter {names.get(id(parameter), '?')!r} is used in blocks {owner[id(parameter)]} and "
+                    f"{k}; "
+                    "blocks that train alone cannot share parameters. Move the cut so that one block holds all its "
+                    "uses."
                 )
     unused = [name for key, name in names.items() if key not in owner]
     if unused:

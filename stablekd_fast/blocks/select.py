@@ -51,9 +51,8 @@ def named_pairs(
 def automatic_pairs(teacher: TracedNetwork, student: TracedNetwork, blocks: int | None = None) -> list[PointPair]:
     """Cut where both networks change spatial size; where that does not say enough, balance the costs.
 
-    With `blocks` given, the pairs of equal spatial size that balance the costs of exactly that many blocks, in each of which the
-    student has products to train.
-    Raises CutError if there are not enough places.
+    With `blocks` given, the pairs of equal spatial size that balance the costs of exactly that many blocks, in each of
+    which the student has products to train. Raises CutError if there are not enough places.
     """
     ends = _stage_ends(teacher, student)
     if blocks is None:

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stablekd_fast.errors import CutError
 
-
 UNNAMED = 1_000
 
 

@@ -93,7 +93,9 @@ class RowFormat:
             return self._dequantize(self._from_memory_order(parts[0]), parts[1])
         top, indices, rest = parts
         others = self.shape[0] - top.shape[1]
-        values = (rest - math.log(others)).expand(-1, self.shape[0]) if others else rest.new_zeros(len(top), self.shape[0])
+        values = (
+            (rest - math.log(others)).expand(-1, self.shape[0]) if others else rest.new_zeros(len(top), self.shape[0])
+        )
         return values.scatter(1, indices.long(), top.float()).to(self.dtype)
 
     @property
@@ -122,7 +124,9 @@ def top_of(codec: str) -> int:
     """How many logits `topK` keeps. Raises ConfigError if it is no such name."""
     match = re.fullmatch(r"top([1-9]\d*)", codec)
     if not match:
-        raise ConfigError(f"The codec {codec!r} does not exist; choose fp32, fp16, bf16, int8, fp8, or for logits top10.")
+        raise ConfigError(
+            f"The codec {codec!r} does not exist; choose fp32, fp16, bf16, int8, fp8, or for logits top10."
+        )
     return int(match[1])
 
 

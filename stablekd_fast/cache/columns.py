@@ -48,7 +48,8 @@ class Columns:
         self.expected = len(source.split) * views
         self._fingerprints: list[dict] | None = None
         self._room = {
-            tier: parse_bytes(getattr(settings, f"{tier}_budget"), f"cache.{tier}_budget") for tier in ("host", "device")
+            tier: parse_bytes(getattr(settings, f"{tier}_budget"), f"cache.{tier}_budget")
+            for tier in ("host", "device")
         }
 
     def open(self, plan: Plan, examples: dict[int, Tensor]) -> dict[int, Column]:
@@ -62,9 +63,14 @@ class Columns:
             try:
                 columns[output] = self._open(output, kept, examples[output])
             except CacheFull as error:
-                name, form = output_name(self.paired, output), row_format(self.paired, output, examples[output], kept.codec)
+                name, form = (
+                    output_name(self.paired, output),
+                    row_format(self.paired, output, examples[output], kept.codec),
+                )
                 columns[output] = Column(name, form, MemoryRows(form.parts, 0, torch.device("cpu")), closed=True)
-                warnings.warn(f"{name} is not cached, the live teacher serves instead: {error}", RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"{name} is not cached, the live teacher serves instead: {error}", RuntimeWarning, stacklevel=2
+                )
         return columns
 
     def stored_rows(self, output: int, example: Tensor, codec: str) -> int:
@@ -93,7 +99,8 @@ class Columns:
     def _take_room(self, tier: str, size: int) -> None:
         if size > self._room[tier]:
             raise CacheFull(
-                f"{size} bytes of rows do not fit into the {self._room[tier]} bytes that are left of cache.{tier}_budget."
+                f"{size} bytes of rows do not fit into the {self._room[tier]} bytes that are left of "
+                f"cache.{tier}_budget."
             )
         self._room[tier] -= size
 
@@ -167,4 +174,3 @@ class ImageColumn:
 
     def close(self) -> None:
         self.store.close()
-

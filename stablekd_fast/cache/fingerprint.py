@@ -62,7 +62,11 @@ def image_fingerprint(source: TrainSource) -> dict:
         members = hashlib.blake2b(split.sample_ids.numpy().data, digest_size=16).hexdigest()
         facts["view"] |= {"mix": augmentation.mix, "mix_alpha": augmentation.mix_alpha, "among": members}
     if split.decoded:
-        facts["decoder"] = {"pillow": PIL.__version__, "torchvision": torchvision.__version__, "torch": torch.__version__}
+        facts["decoder"] = {
+            "pillow": PIL.__version__,
+            "torchvision": torchvision.__version__,
+            "torch": torch.__version__,
+        }
         facts["crop_size"] = split.crop_size
     if source.decoder is not None:
         facts["decoder"] |= source.decoder.identity()
@@ -94,7 +98,9 @@ def bridge_digest(bridge: Bridge | None) -> str | None:
 
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        return (
+            f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        )
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -141,7 +147,11 @@ def _code_of(source: str) -> str:
 
 
 def _is_docstring(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str)
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
 
 
 def _digest(content) -> str:

@@ -63,7 +63,11 @@ def measure_teacher(paired: PairedBlocks, images: Tensor) -> list[float]:
 
 
 def measure_students(
-    paired: PairedBlocks, objectives: Objectives, groupings: Iterable[list[list[int]]], batch: Batch, device: torch.device
+    paired: PairedBlocks,
+    objectives: Objectives,
+    groupings: Iterable[list[list[int]]],
+    batch: Batch,
+    device: torch.device,
 ) -> dict[str, float]:
     """Seconds per batch of each group's step, by the group's name. The student is left as it was."""
     saved = {name: value.clone() for name, value in paired.student.state_dict().items()}
@@ -76,7 +80,9 @@ def measure_students(
             wanted = objectives.teacher_outputs(groups, len(paired.cuts))
             load_batch(inputs, Relay(paired), wanted, batch)
             for group in groups:
-                step = GroupStep(paired, group, objectives, Optimizer(), inputs, rates=Rates.constant(0.0, device=device))
+                step = GroupStep(
+                    paired, group, objectives, Optimizer(), inputs, rates=Rates.constant(0.0, device=device)
+                )
                 if step.name not in times:
                     times[step.name] = seconds(step.run, device)
     paired.student.load_state_dict(saved)
@@ -97,15 +103,21 @@ def measure_codec(form: RowFormat, example: Tensor, stored: float = 0.0) -> Code
     )
 
 
-def measure_tiers(settings: CacheSettings, example: Tensor, working_set: int, device: torch.device) -> dict[str, TierCost]:
+def measure_tiers(
+    settings: CacheSettings, example: Tensor, working_set: int, device: torch.device
+) -> dict[str, TierCost]:
     """The memories that the settings allow, each with its speed for rows like those of `example` `[N, ...]`.
 
-    `working_set`: bytes that will be read again and again. If they fit into free main memory, files are read from there.
+    `working_set`: bytes that will be read again and again. If they fit into free main memory, files are read from
+    there.
     """
     form = RowFormat.of("fp32", example)
     count = max(len(example), _PROBE_BYTES // form.row_bytes)
     rows = torch.arange(count)
-    parts = [part.cpu().repeat(-(-count // len(part)), *[1] * (part.dim() - 1))[:count].contiguous() for part in form.encode(example)]
+    parts = [
+        part.cpu().repeat(-(-count // len(part)), *[1] * (part.dim() - 1))[:count].contiguous()
+        for part in form.encode(example)
+    ]
     tiers = {}
     for tier, memory in (("device", device), ("host", torch.device("cpu"))):
         budget = parse_bytes(getattr(settings, f"{tier}_budget"), f"cache.{tier}_budget")

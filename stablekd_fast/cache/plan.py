@@ -306,7 +306,9 @@ def decisions(costs: Costs, plan: Plan) -> list[dict]:
         if output not in used:
             continue
         kept = plan.kept.get(output)
-        shown = kept or next(iter(costs.options(output)), None) or Kept(next(iter(costs.tiers)), next(iter(source.codecs)))
+        shown = (
+            kept or next(iter(costs.options(output)), None) or Kept(next(iter(costs.tiers)), next(iter(source.codecs)))
+        )
         codec = source.codecs[shown.codec]
         read = {k: codec.row_bytes * costs.batch_size * v for k, v in costs.tiers[shown.tier].read.items()}
         read["device"] = read.get("device", 0.0) + codec.decode

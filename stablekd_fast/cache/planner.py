@@ -116,7 +116,9 @@ class Job:
         """`blocks`: seconds per batch of each teacher block; `cost` of storing an output in a format."""
         made = []
         for k, block in enumerate(blocks):
-            forms = [row_format(self.paired, k, examples[k], name) for name in self.codecs(k)] if k in self.wanted else []
+            forms = (
+                [row_format(self.paired, k, examples[k], name) for name in self.codecs(k)] if k in self.wanted else []
+            )
             bridged = self.paired.bridge_after(k) is not None
             made.append(OutputCost(output_name(self.paired, k), block, {f.codec: cost(k, f) for f in forms}, bridged))
         return tuple(made)
@@ -130,8 +132,8 @@ def measured_costs(
     images: float,
     stored: Callable[[int, str], float] = lambda output, codec: 0.0,
 ) -> Costs:
-    """Costs on this machine, measured with one batch and the wanted outputs for it. `images`: seconds that making a batch takes; `stored`: share of
-    the rows of an output in a codec that are on disk already."""
+    """Costs on this machine, measured with one batch and the wanted outputs for it. `images`: seconds that making a
+    batch takes; `stored`: share of the rows of an output in a codec that are on disk already."""
     blocks = measure_teacher(job.paired, batch.images.to(device))
     outputs = job.outputs(blocks, examples, lambda k, form: measure_codec(form, examples[k], stored(k, form.codec)))
     working_set = sum(job.rows * max((c.row_bytes for c in output.codecs.values()), default=0) for output in outputs)

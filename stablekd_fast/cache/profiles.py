@@ -1,4 +1,5 @@
-"""Costs on devices that are not at hand, from published speeds. All that follows from them is predicted, not measured."""
+"""Costs on devices that are not at hand, from published speeds. All that follows from them is predicted, not
+measured."""
 
 from __future__ import annotations
 
@@ -50,14 +51,19 @@ class Profile:
         return self.memory_bandwidth * self.bandwidth_share
 
     def block(self, flops: float, activation_bytes: float, layers: int) -> float:
-        """Seconds of a forward pass: the slower of arithmetic and of memory, each layer storing and reading its output."""
+        """Seconds of a forward pass: the slower of arithmetic and of memory, each layer storing and reading its
+        output."""
         return max(flops / (self.flops * self.flops_share), 2 * layers * activation_bytes / self.bandwidth)
 
     def reduce(self, ranks: int) -> ReduceCost:
-        """Within a node, or between nodes where the ranks need several. Raises ConfigError for a profile without links."""
+        """Within a node, or between nodes where the ranks need several. Raises ConfigError for a profile without
+        links."""
         link = self.interconnect_bandwidth if ranks <= self.ranks_per_node else self.network_bandwidth
         if ranks > 1 and not link:
-            raise ConfigError(f"The profile {self.name} states no interconnect_bandwidth and network_bandwidth, which several ranks need.")
+            raise ConfigError(
+                f"The profile {self.name} states no interconnect_bandwidth and network_bandwidth, which several "
+                "ranks need."
+            )
         return ReduceCost(self.reduce_latency, 1 / (link * self.bandwidth_share)) if ranks > 1 else ReduceCost()
 
     def tiers(self, budgets: dict[str, float]) -> dict[str, TierCost]:
@@ -65,7 +71,9 @@ class Profile:
         made = {
             "device": TierCost({"device": memory}, {"device": memory}, min(budgets["device"], 0.8 * self.memory_bytes)),
             "host": TierCost({"link": link}, {"link": link}, budgets["host"]),
-            "disk": TierCost({"disk": 1 / self.disk_read, "link": link}, {"disk": 1 / self.disk_write, "link": link}, budgets["disk"]),
+            "disk": TierCost(
+                {"disk": 1 / self.disk_read, "link": link}, {"disk": 1 / self.disk_write, "link": link}, budgets["disk"]
+            ),
         }
         return {tier: cost for tier, cost in made.items() if cost.budget > 0}
 
@@ -81,7 +89,9 @@ def profile(name: str) -> Profile:
     known = {path.stem: path for path in _FOLDER.glob("*.json")}
     path = known.get(name, Path(name))
     if not path.is_file():
-        raise ConfigError(f"There is no device profile {name!r}{nearest(name, [*known, 'this-machine'])}; or give a JSON file.")
+        raise ConfigError(
+            f"There is no device profile {name!r}{nearest(name, [*known, 'this-machine'])}; or give a JSON file."
+        )
     try:
         values = json.loads(path.read_text())
         return Profile(**values)

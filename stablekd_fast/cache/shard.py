@@ -83,7 +83,8 @@ class Shard:
 
     @staticmethod
     def create(path: Path, parts: Sequence[Part], rows: int) -> Shard:
-        """A new file with room for `rows` rows, all of it taken from the disk now. Raises CacheFull, leaving nothing."""
+        """A new file with room for `rows` rows, all of it taken from the disk now. Raises CacheFull, leaving
+        nothing."""
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -235,8 +236,7 @@ def full_disk(path: Path, size: int, error: OSError) -> CacheFull:
         reason = "files may not become that large here"
     what = f"{size} bytes for {path} were" if size else f"{path} was"
     return CacheFull(
-        f"{what} refused: {reason}. What is stored already stays readable; free some space, or "
-        "set --cache.disk_budget."
+        f"{what} refused: {reason}. What is stored already stays readable; free some space, or set --cache.disk_budget."
     )
 
 

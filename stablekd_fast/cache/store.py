@@ -121,9 +121,7 @@ class RowStore:
 
     def empty(self, count: int, *, pinned: bool = False) -> list[Tensor]:
         """Memory for `count` rows, one tensor `[count, ...]` per part."""
-        return [
-            torch.empty((count, *part.shape), dtype=part.dtype, pin_memory=pinned) for part in self.manifest.parts
-        ]
+        return [torch.empty((count, *part.shape), dtype=part.dtype, pin_memory=pinned) for part in self.manifest.parts]
 
     def gather(self, rows: Tensor, out: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The rows `rows` int64 `[N]` in that order, one tensor `[N, ...]` per part, into `out` if given.
@@ -166,7 +164,8 @@ class RowStore:
         return f"Row {row} (sample {sample}, view {view})"
 
     def refresh(self) -> None:
-        """Take up what other processes have stored since: shards that they finished, and rows of those that they still write.
+        """Take up what other processes have stored since: shards that they finished, and rows of those that they still
+        write.
 
         Raises CacheError if one of them is damaged.
         """
@@ -380,7 +379,9 @@ class RowStore:
         found = [(tuple(part.shape), part.dtype, part.device.type, part.is_contiguous()) for part in parts]
         needed = [((len(rows), *part.shape), part.dtype, "cpu", True) for part in self.manifest.parts]
         if found != needed:
-            raise CacheError(f"Rows of {self.folder} have the parts {needed} (shape, dtype, device, contiguous); got {found}.")
+            raise CacheError(
+                f"Rows of {self.folder} have the parts {needed} (shape, dtype, device, contiguous); got {found}."
+            )
 
     def _alone(self) -> contextlib.AbstractContextManager:
         """While within it no other writer changes the folder."""

@@ -31,7 +31,8 @@ def run(options) -> int:
 
 
 def _measure(name: str, asked) -> int:
-    """Run a bench, show its tables and keep what it found. Raises StableKDError, after that, for results that were wrong."""
+    """Run a bench, show its tables and keep what it found. Raises StableKDError, after that, for results that were
+    wrong."""
     from stablekd_fast.bench.against import compare, fallen
     from stablekd_fast.bench.output import document, read_json, table
 
@@ -185,7 +186,9 @@ def _numbers(name: str, text: str) -> list[float]:
     try:
         return [float(word) for word in listed(text)]
     except ValueError as error:
-        raise StableKDError(f"--{name} {text} was given; give numbers with commas between, for instance 2,4,8.") from error
+        raise StableKDError(
+            f"--{name} {text} was given; give numbers with commas between, for instance 2,4,8."
+        ) from error
 
 
 COMMANDS = {
@@ -238,11 +241,18 @@ def _add_output(parser: jsonargparse.ArgumentParser, rounds: int | None) -> None
     """What all benches take."""
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--json", type=str | None, default=None, help="file for rows, machine, versions, settings and commit")
+    parser.add_argument(
+        "--json", type=str | None, default=None, help="file for rows, machine, versions, settings and commit"
+    )
     parser.add_argument("--csv", type=str | None, default=None, help="file for the same, one line per row")
-    parser.add_argument("--html", type=str | None, default=None, help="file for a page with plots, which needs nothing else")
+    parser.add_argument(
+        "--html", type=str | None, default=None, help="file for a page with plots, which needs nothing else"
+    )
     parser.add_argument("--against", type=str | None, default=None, help="file of an earlier --json to compare with")
-    least = "exit code 1 if a ratio to the baseline is below this; with --against: if it is below this share of the earlier one"
+    least = (
+        "exit code 1 if a ratio to the baseline is below this; with --against: "
+        "if it is below this share of the earlier one"
+    )
     parser.add_argument("--fail_below", type=float | None, default=None, help=least)
 
 
@@ -259,13 +269,19 @@ def _add_kernels(parser: jsonargparse.ArgumentParser) -> None:
 def _add_networks(benches: dict[str, jsonargparse.ArgumentParser]) -> None:
     """Of the benches that put rows into files, most of them with two networks on real images."""
     for name in ("cache", "teacher", "step", "plan", "dropin"):
-        benches[name].add_argument("--directory", type=str, default=".", help="where rows are put for the time of the bench")
+        benches[name].add_argument(
+            "--directory", type=str, default=".", help="where rows are put for the time of the bench"
+        )
     benches["cache"].add_argument("--quick", action="store_true", help="few rows")
-    benches["dropin"].add_argument("--data", type=str | None, default=None, help="small images, e.g. CIFAR-10; random ones by default")
+    benches["dropin"].add_argument(
+        "--data", type=str | None, default=None, help="small images, e.g. CIFAR-10; random ones by default"
+    )
     benches["dropin"].add_argument("--quick", action="store_true", help="few steps of small networks")
     benches["plan"].add_argument("--data", type=str, required=True, help="data set of 32 px images, e.g. CIFAR-10")
     for name in ("teacher", "step"):
-        benches[name].add_argument("--small", type=str | None, default=None, help="data set of 32 px images, e.g. CIFAR-10")
+        benches[name].add_argument(
+            "--small", type=str | None, default=None, help="data set of 32 px images, e.g. CIFAR-10"
+        )
         benches[name].add_argument("--large", type=str | None, default=None, help="folder data set of photographs")
     step = benches["step"]
     step.add_argument("--compile", action=jsonargparse.ActionYesNo, default=True, help="compiled steps too")
@@ -274,10 +290,16 @@ def _add_networks(benches: dict[str, jsonargparse.ArgumentParser]) -> None:
 
 
 def _add_loader(parser: jsonargparse.ArgumentParser) -> None:
-    parser.add_argument("--small", type=str | None, default=None, help="data set of small images, e.g. CIFAR-10; the digits by default")
-    parser.add_argument("--large", type=str | None, default=None, help="folder data set of photographs, or a tar of them")
+    parser.add_argument(
+        "--small", type=str | None, default=None, help="data set of small images, e.g. CIFAR-10; the digits by default"
+    )
+    parser.add_argument(
+        "--large", type=str | None, default=None, help="folder data set of photographs, or a tar of them"
+    )
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--workers", type=int | None, default=None, help="threads or processes; all usable cores by default")
+    parser.add_argument(
+        "--workers", type=int | None, default=None, help="threads or processes; all usable cores by default"
+    )
 
 
 def _add_end_to_end(parser: jsonargparse.ArgumentParser) -> None:
@@ -286,11 +308,17 @@ def _add_end_to_end(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--goal", type=str, default="kd:40", help="METHOD:EPOCHS whose accuracy is to be reached")
     parser.add_argument("--methods", type=str, default="ce,kd+features,blocks,stablekd", help="with commas between")
     parser.add_argument("--budgets", type=str, default="2,4,8,16", help="epochs to try, in turn; the goal's come last")
-    parser.add_argument("--tuning", type=str | None, default=None, help="tuning.json of stablekd_fast.bench.campaigns.accuracy")
+    parser.add_argument(
+        "--tuning", type=str | None, default=None, help="tuning.json of stablekd_fast.bench.campaigns.accuracy"
+    )
     parser.add_argument("--subset", type=float | None, default=None)
     parser.add_argument("--validation", type=float, default=0)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the engine's runs")
-    parser.add_argument("--remember", type=str | None, default=None, help="where to keep the teacher's outputs between runs")
+    parser.add_argument(
+        "--remember", type=str | None, default=None, help="where to keep the teacher's outputs between runs"
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=str, required=True, help="folder of the runs; finished ones are read, not done again")
+    parser.add_argument(
+        "--out", type=str, required=True, help="folder of the runs; finished ones are read, not done again"
+    )

@@ -36,7 +36,8 @@ def run(options) -> int:
 
 
 def _row(block: dict) -> dict:
-    """In the widths of a terminal: intervals of what decides, means of the rest; two values are end to end / decomposed."""
+    """In the widths of a terminal: intervals of what decides, means of the rest; two values are end to end /
+    decomposed."""
 
     def both(name: str) -> str:
         return " / ".join("–" if block[arm][name] is None else f"{block[arm][name].mean:.2g}" for arm in ARMS)

@@ -1,7 +1,7 @@
 """What may happen to cropped images before they are normalised: colour jitter, and mixing with another image.
 
-All of it is drawn from the view's own generator, done on the device that the images lie on, and rounded to uint8, so that an
-altered image has a name, `(seed, sample, view)`, like any other.
+All of it is drawn from the view's own generator, done on the device that the images lie on, and rounded to uint8, so
+that an altered image has a name, `(seed, sample, view)`, like any other.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def mixed_up(images: Tensor, partners: Tensor, shares: np.ndarray) -> Tensor:
 
 
 def cut_boxes(seed: int, sample_ids: np.ndarray, view: int, shares: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Boxes int64 `[N, 4]` (top, left, bottom, right) that CutMix (arXiv 1905.04899) gives to the partner: of 1 - share of the
-    area, round a random middle, as far as they lie inside the image."""
+    """Boxes int64 `[N, 4]` (top, left, bottom, right) that CutMix (arXiv 1905.04899) gives to the partner: of 1 - share
+    of the area, round a random middle, as far as they lie inside the image."""
     row = below(counter_hash(Stream.CUT_ROW, seed, sample_ids, view), height)
     column = below(counter_hash(Stream.CUT_COLUMN, seed, sample_ids, view), width)
     half_height, half_width = (np.rint(side * np.sqrt(1 - shares) / 2).astype(np.int64) for side in (height, width))
@@ -48,7 +48,8 @@ def cut_boxes(seed: int, sample_ids: np.ndarray, view: int, shares: np.ndarray, 
 
 
 def cut_mixed(images: Tensor, partners: Tensor, boxes: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """The partner's pixels inside the boxes, the image's own outside; and the share that is its own in truth, float64 `[N]`."""
+    """The partner's pixels inside the boxes, the image's own outside; and the share that is its own in truth, float64
+    `[N]`."""
     height, width = images.shape[1:3]
     top, left, bottom, right = (torch.from_numpy(side).to(images.device)[:, None] for side in boxes.T)
     rows, columns = (torch.arange(side, device=images.device)[None] for side in (height, width))
@@ -58,7 +59,8 @@ def cut_mixed(images: Tensor, partners: Tensor, boxes: np.ndarray) -> tuple[Tens
 
 
 def jittered(images: Tensor, seed: int, sample_ids: np.ndarray, view: int, strength: float) -> Tensor:
-    """Brightness, contrast and saturation of uint8 `[N, H, W, 3]`, each times a factor from 1 - strength to 1 + strength."""
+    """Brightness, contrast and saturation of uint8 `[N, H, W, 3]`, each times a factor from 1 - strength to 1 +
+    strength."""
 
     def factor(stream: Stream) -> Tensor:
         drawn = 1 + strength * (2 * unit(counter_hash(stream, seed, sample_ids, view)) - 1)

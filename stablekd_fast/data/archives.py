@@ -1,8 +1,8 @@
 """Data sets in few large files: WebDataset tars and TFRecords, read at random.
 
 A folder holds them as `train*.tar` beside `val*.tar` (or `test*`), or as `train-00000-of-01024` beside
-`validation-00000-of-00128`. Index files as DALI's `wds2idx` and `tfrecord2idx` write them (`NAME.idx` beside the archive) are
-used where they are there; without them the archives are walked through once, from header to header.
+`validation-00000-of-00128`. Index files as DALI's `wds2idx` and `tfrecord2idx` write them (`NAME.idx` beside the
+archive) are used where they are there; without them the archives are walked through once, from header to header.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Sample:
 
 
 def find_archives(folder: Path) -> dict[str, list[Path]] | None:
-    """Archives of the training and the test part in `folder` or in its folders of these names; None if there are none."""
+    """Archives of the training and the test part in `folder` or in its folders of these names; None if there are
+    none."""
     found: dict[str, list[Path]] = {}
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if (path.suffix == ".tar" or _TFRECORD.search(path.name)) and path.is_file():
@@ -51,7 +52,9 @@ def find_archives(folder: Path) -> dict[str, list[Path]] | None:
         return None
     for part in ("train", "test"):
         if part not in found:
-            raise DataError(f"{folder} holds archives but none named {part}; name them train*.tar and val*.tar (or test*).")
+            raise DataError(
+                f"{folder} holds archives but none named {part}; name them train*.tar and val*.tar (or test*)."
+            )
     return found
 
 
@@ -95,7 +98,9 @@ def _classes(labels: list[int | str], archive: Path) -> list[str]:
     """Numbers without gaps from 0 on, or names."""
     kinds = {type(label) for label in labels}
     if len(kinds) != 1:
-        raise DataError(f"{archive.parent}: some images have a class number and others a folder; needed is one or the other.")
+        raise DataError(
+            f"{archive.parent}: some images have a class number and others a folder; needed is one or the other."
+        )
     names = sorted(set(labels))
     if kinds == {int} and (names[0] < 0 or names[-1] > len(names)):
         raise DataError(f"{archive.parent}: class numbers {names[:10]} have gaps; number the classes without gaps.")
@@ -119,7 +124,9 @@ def _indexed_members(index: Path) -> Iterator[Member]:
     """Format: `v1.2 COUNT`, then a line for each sample: `ENDING OFFSET SIZE NAME` of each of its members."""
     lines = index.read_text().splitlines()
     if not lines or not lines[0].startswith("v1.2"):
-        raise ValueError(f"an index of version v1.2 is needed, its first line is {lines[0][:20] if lines else 'missing'!r}")
+        raise ValueError(
+            f"an index of version v1.2 is needed, its first line is {lines[0][:20] if lines else 'missing'!r}"
+        )
     for line in lines[1:]:
         words = line.split()
         for start in range(0, len(words), 4):
@@ -142,7 +149,9 @@ def _samples_of_members(path: Path, members: Iterator[Member]) -> Iterator[Sampl
     for key, (name, offset, size) in images.items():
         folder = name.rpartition("/")[0].rpartition("/")[2]
         if key not in labels and not folder:
-            raise ValueError(f"{name} has no class: neither a member {key.strip('/')}.{_LABEL} nor a folder that names it")
+            raise ValueError(
+                f"{name} has no class: neither a member {key.strip('/')}.{_LABEL} nor a folder that names it"
+            )
         yield Sample(name, offset, size, labels.get(key, folder))
 
 
@@ -185,7 +194,8 @@ def _examples(path: Path, records: Iterator[tuple[int, int]]) -> Iterator[Sample
 
 
 def _features(file, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-    """Name, and place of the Feature message, of each entry: Example.features (1) . feature (1, a map: key 1, value 2)."""
+    """Name, and place of the Feature message, of each entry: Example.features (1) . feature (1, a map: key 1, value
+    2)."""
     for _, at, length in _fields(file, start, stop):
         for _, entry, entry_length in _fields(file, at, at + length):
             parts = {field: (place, size) for field, place, size in _fields(file, entry, entry + entry_length)}

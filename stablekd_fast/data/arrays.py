@@ -2,10 +2,10 @@
 
 import gzip
 import math
-from pathlib import Path
 import struct
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch

@@ -4,13 +4,13 @@ Format: https://www.cs.toronto.edu/~kriz/cifar.html. The Python version is pickl
 unpickler that builds nothing but containers, numbers, text and numpy arrays.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 import io
-from pathlib import Path
 import pickle
 import tarfile
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 

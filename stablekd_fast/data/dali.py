@@ -1,9 +1,10 @@
 """Decoding by NVIDIA DALI: our order, our boxes, its decoder, which decodes no more of an image than its box needs.
 
-On a CPU the boxes are then scaled as the torchvision source scales them, in threads: DALI's own scaling is slower there. On a
-GPU decoding is DALI's "mixed" one (hardware decoder or nvJPEG), and it scales on the device. What DALI is not given, because
-decoders differ in how they take it (other formats, CMYK, turned or cut short JPEGs), is decoded as the torchvision source
-does it; so is a batch in which DALI finds a damaged image, which is then named and treated as `on_bad_image` says.
+On a CPU the boxes are then scaled as the torchvision source scales them, in threads: DALI's own scaling is slower
+there. On a GPU decoding is DALI's "mixed" one (hardware decoder or nvJPEG), and it scales on the device. What DALI is
+not given, because decoders differ in how they take it (other formats, CMYK, turned or cut short JPEGs), is decoded as
+the torchvision source does it; so is a batch in which DALI finds a damaged image, which is then named and treated as
+`on_bad_image` says.
 
 `ReaderPipeline` is the other way: DALI's own readers, order and random crops, for `stream.StreamSource`.
 """
@@ -42,7 +43,8 @@ INSTALL = "pip install 'stablekd_fast[dali]'"
 def dali_missing() -> str | None:
     """Why DALI cannot be used; None if it can."""
     try:
-        import nvidia.dali.fn  # noqa: F401  (the package `nvidia-dali` of PyPI is an empty stub, which lacks this module)
+        # The package `nvidia-dali` of PyPI is an empty stub, which lacks this module.
+        import nvidia.dali.fn  # noqa: F401
     except ImportError as error:
         return f"DALI is not installed ({error}); {INSTALL}"
     return None
@@ -83,7 +85,13 @@ class DaliDecoder:
     """
 
     def __init__(
-        self, crops: Crops, *, batch_size: int, threads: int, device: torch.device | str = "cpu", depth: int = BATCHES_AHEAD
+        self,
+        crops: Crops,
+        *,
+        batch_size: int,
+        threads: int,
+        device: torch.device | str = "cpu",
+        depth: int = BATCHES_AHEAD,
     ) -> None:
         require_dali("dali")
         self.crops, self.batch_size, self.threads = crops, batch_size, max(1, threads)
@@ -170,14 +178,17 @@ class DaliDecoder:
 
 
 class _Pipeline:
-    """Encoded images and boxes in; out come the boxes, on a GPU scaled to `size` x `size`; several batches at a time."""
+    """Encoded images and boxes in; out come the boxes, on a GPU scaled to `size` x `size`; several batches at a
+    time."""
 
     def __init__(self, batch_size: int, threads: int, size: int, device: torch.device, depth: int) -> None:
         from nvidia.dali import fn, pipeline_def, types
 
         on_gpu = device.type == "cuda"
 
-        @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=_device_id(device), prefetch_queue_depth=depth)
+        @pipeline_def(
+            batch_size=batch_size, num_threads=threads, device_id=_device_id(device), prefetch_queue_depth=depth
+        )
         def cuts():
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
             start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
@@ -207,7 +218,8 @@ class _Pipeline:
             self._dali.schedule_run()
 
     def take(self, count: int) -> list[Tensor]:
-        """Of the oldest batch, of `count` images. Raises RuntimeError for a damaged image; all that was begun is lost then."""
+        """Of the oldest batch, of `count` images. Raises RuntimeError for a damaged image; all that was begun is lost
+        then."""
         while self._to_fill:  # there were too few batches for DALI to begin
             self.holds_fillers = True
             self.start(self._last)
@@ -223,9 +235,10 @@ class _Pipeline:
 class ReaderPipeline:
     """Batches without an end by DALI's own reader, decoder and random crops, of this rank's shard of the images.
 
-    `samples` int64 `[N]` are read of `records`, for which `can_stream`; `size` and `jitter` are those of `Augmentation`. Boxes
-    have the shares and ratios of `resized_crop_boxes`; contrast varies about mid grey, not about the image's own mean. Every
-    pass shows every sample once, in an order of its own; no batch is short: where a pass ends within one, the next begins there.
+    `samples` int64 `[N]` are read of `records`, for which `can_stream`; `size` and `jitter` are those of
+    `Augmentation`. Boxes have the shares and ratios of `resized_crop_boxes`; contrast varies about mid grey, not about
+    the image's own mean. Every pass shows every sample once, in an order of its own; no batch is short: where a pass
+    ends within one, the next begins there.
 
     Raises DataError where DALI's reader or decoder fails.
     """
@@ -259,7 +272,9 @@ class ReaderPipeline:
             crop = fn.resize(crop, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
             if jitter:
                 varied = ("brightness", "contrast", "saturation")
-                crop = fn.color_twist(crop, **{name: fn.random.uniform(range=[1 - jitter, 1 + jitter]) for name in varied})
+                crop = fn.color_twist(
+                    crop, **{name: fn.random.uniform(range=[1 - jitter, 1 + jitter]) for name in varied}
+                )
             return crop, names, fn.random.coin_flip(dtype=types.BOOL)
 
         self.batch_size, self.size, self.device = batch_size, size, device
@@ -270,8 +285,8 @@ class ReaderPipeline:
             self._dali.build()
 
     def take(self) -> tuple[np.ndarray, Tensor, Tensor]:
-        """The next batch: places in `samples` int64 `[N]`, crops uint8 `[N, S, S, 3]` on the device, and a fair coin for each,
-        bool `[N]`."""
+        """The next batch: places in `samples` int64 `[N]`, crops uint8 `[N, S, S, 3]` on the device, and a fair coin
+        for each, bool `[N]`."""
         with _explained():
             crops, names, coins = self._dali.run()
         places = np.array([_place(names.at(k)) for k in range(self.batch_size)])
@@ -296,8 +311,8 @@ def _file_reader(records: FileRecords, samples: np.ndarray) -> Callable:
 
 
 def _tar_reader(records: ArchiveRecords, samples: np.ndarray, folder: Path) -> Callable:
-    """By index files, in `folder`, of these samples alone, in the order of the archive; a sample's place stands where its name
-    is expected, which DALI hands on."""
+    """By index files, in `folder`, of these samples alone, in the order of the archive; a sample's place stands where
+    its name is expected, which DALI hands on."""
     from nvidia.dali import fn
 
     paths, indices, found = [], [], records.places[samples]
@@ -329,7 +344,8 @@ def _explained() -> Iterator[None]:
     except RuntimeError as error:
         said = str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
         raise DataError(
-            f"DALI's reader or decoder failed ({said}); in most cases it cannot say at which image. --source dali and --source "
+            f"DALI's reader or decoder failed ({said}); in most cases it cannot say at which image. --source dali "
+            "and --source "
             "torchvision name a bad image, or leave it out with --on-bad-image skip."
         ) from error
 

@@ -37,7 +37,8 @@ _FASHION_CLASSES = [
 ]  # fmt: skip
 
 _KINDS = (
-    f"give {EMBEDDED!r}, {', '.join(PRESETS)}, a folder with train/CLASS/* and test/CLASS/* (or val), one with train*.tar and val*.tar "
+    f"give {EMBEDDED!r}, {', '.join(PRESETS)}, a folder with train/CLASS/* and test/CLASS/* (or val), one with "
+    "train*.tar and val*.tar "
     "(WebDataset) or with train-*-of-* and validation-*-of-* (TFRecord), a CIFAR-10 or CIFAR-100 "
     "archive or its folder, a folder with MNIST's four idx files, or an .npz file"
 )
@@ -48,11 +49,12 @@ class Augmentation:
     """How training images vary. Which variant an image gets is decided by `views`.
 
     "pad_crop": zero-pad by `padding` pixels on each side, cut the original size out. "resized_crop":
-    cut a random box out and scale it to `size` x `size`. `flip` mirrors one half of the images. `jitter` is the strength of
-    colour jitter (0.4: brightness, contrast and saturation between 60% and 140%). "mixup" and "cutmix" mix each image with
-    another one of the training images, and their labels alike, in shares of Beta(`mix_alpha`, `mix_alpha`). `scaled_decode`
-    decodes large JPEGs at a half, a quarter or an eighth of their size where the box is still large enough: faster, other
-    pixels, therefore another view.
+    cut a random box out and scale it to `size` x `size`. `flip` mirrors one half of the images. `jitter` is the
+    strength of colour jitter (0.4: brightness, contrast and saturation between 60% and 140%). "mixup" and "cutmix" mix
+    each image with another one of the training images, and their labels alike, in shares of Beta(`mix_alpha`,
+    `mix_alpha`). `scaled_decode`
+    decodes large JPEGs at a half, a quarter or an eighth of their size where the box is still large enough: faster,
+    other pixels, therefore another view.
     """
 
     kind: Literal["pad_crop", "resized_crop"]
@@ -101,9 +103,11 @@ def open_dataset(
 ) -> Dataset:
     """Open the data set at a path, or by its name. Raises `DataError`.
 
-    Names: "digits" (embedded), and those of `PRESETS`, which are fetched where they are not there yet. Kinds: a folder with `train/CLASS/*` and `test/CLASS/*` (or `val`), itself or one
-    level below; a folder with WebDataset tars or TFRecords, named `train*` and `val*` or `test*`; the archives of CIFAR-10 and
-    CIFAR-100 (Python or binary version, packed or not); a folder with the four idx files of MNIST or Fashion-MNIST; `.npz` with x_train, y_train, x_test, y_test.
+    Names: "digits" (embedded), and those of `PRESETS`, which are fetched where they are not there yet. Kinds: a folder
+    with `train/CLASS/*` and `test/CLASS/*` (or `val`), itself or one level below; a folder with WebDataset tars or
+    TFRecords, named `train*` and `val*` or `test*`; the archives of CIFAR-10 and CIFAR-100 (Python or binary version,
+    packed or not); a folder with the four idx files of MNIST or Fashion-MNIST; `.npz` with x_train, y_train, x_test,
+    y_test.
 
     `image_size` is the side in pixels to which all images are brought; by default small ones (up to 64
     pixels) keep their size and large ones are trained on at 224. `on_bad_image` says what a damaged file
@@ -136,7 +140,9 @@ def _open_folder(path: Path, image_size: int | None, on_bad_image: OnBadImage) -
             augmentation = Augmentation("pad_crop", flip=True, padding=4)
         else:
             augmentation = Augmentation("resized_crop", flip=True, size=train.crop_size)
-        return Dataset(root.resolve().name, class_names(classes), train, test, IMAGENET_MEAN, IMAGENET_STD, augmentation)
+        return Dataset(
+            root.resolve().name, class_names(classes), train, test, IMAGENET_MEAN, IMAGENET_STD, augmentation
+        )
     idx_files = find_idx(path)
     if idx_files is not None:
         return _open_idx(path, idx_files, image_size)

@@ -20,7 +20,8 @@ from stablekd_fast.data.views import resized_crop_boxes
 from stablekd_fast.errors import DataError
 
 BATCHES_AHEAD = 2
-"""Batches in work beside the one in use, unless asked for otherwise: enough to keep the threads busy while a step runs."""
+"""Batches in work beside the one in use, unless asked for otherwise: enough to keep the threads busy while a step
+runs."""
 
 _IMAGES_PER_TASK = 16
 """Shares the cost of handing a task to a thread and of drawing its boxes."""
@@ -89,7 +90,9 @@ class Crops:
         """Decode and cut; None if the image is bad and skipped."""
         try:
             if self.scaled and image.header.plain:
-                return resized_crop(*decode_scaled(image.content, image.name, image.header, image.box, self.size), self.size)
+                return resized_crop(
+                    *decode_scaled(image.content, image.name, image.header, image.box, self.size), self.size
+                )
             return resized_crop(decode_rgb(image.content, image.name, image.header), image.box, self.size)
         except BadImage as error:
             self.split.skip_or_raise(error)
@@ -130,8 +133,8 @@ def _starts(count: int) -> range:
 
 
 class ThreadDecoder:
-    """Decodes in `workers` threads (0: in the caller's), `depth` batches ahead: decoders and torch let go of the interpreter
-    meanwhile."""
+    """Decodes in `workers` threads (0: in the caller's), `depth` batches ahead: decoders and torch let go of the
+    interpreter meanwhile."""
 
     def __init__(
         self, crops: Crops, *, batch_size: int, workers: int, pinned: bool = False, depth: int = BATCHES_AHEAD

@@ -20,8 +20,8 @@ def encoded_splits(
 ) -> tuple[Split, Split]:
     """The training and the test split of images with labels; `root` names them in errors. Raises `DataError`.
 
-    Images up to 64 pixels on both sides are kept in memory, at their own size or resized to `crop_size`; larger ones are
-    read batch by batch at `crop_size` (default 224).
+    Images up to 64 pixels on both sides are kept in memory, at their own size or resized to `crop_size`; larger ones
+    are read batch by batch at `crop_size` (default 224).
     """
     sizes = _probe(*parts["train"], on_bad_image)
     small = all(max(size) <= SMALL_SIDE for size in sizes)
@@ -63,7 +63,5 @@ def _small_shape(root: Path, sizes: list[tuple[int, int]], crop_size: int | None
         return crop_size, crop_size
     if len(set(sizes)) > 1:
         listed = ", ".join(f"{width} x {height}" for height, width in sorted(set(sizes))[:3])
-        raise DataError(
-            f"The images of {root} differ in size ({listed}, …); give an image size to have all resized."
-        )
+        raise DataError(f"The images of {root} differ in size ({listed}, …); give an image size to have all resized.")
     return sizes[0]

@@ -1,7 +1,7 @@
 """Encoded images to RGB pixels, with one error for everything that can be wrong with one.
 
-Pixels are uint8 `[H, W, 3]` tensors. Plain JPEGs are decoded by torchvision and everything else by Pillow; where both can,
-both give the same bits. Sizes are changed by torch's bilinear resampling with antialiasing.
+Pixels are uint8 `[H, W, 3]` tensors. Plain JPEGs are decoded by torchvision and everything else by Pillow; where both
+can, both give the same bits. Sizes are changed by torch's bilinear resampling with antialiasing.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ try:
 except ImportError:  # torchvision announces that its decoders will go; Pillow gives the same bits, a quarter slower
     decode_jpeg = None
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-)
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"))
 
 _ORIENTATION = 0x0112
 _UPRIGHT, _FIRST_ON_ITS_SIDE = 1, 5
@@ -82,12 +80,14 @@ def read_header(content: bytes, path: Path) -> Header:
 def decode_rgb(content: bytes, path: Path, header: Header | None = None) -> Tensor:
     """Decode to upright 8-bit RGB, uint8 `[H, W, 3]`. Raises `BadImage`, which names `path`.
 
-    The EXIF orientation is applied, 16-bit gray keeps its high byte, transparency is dropped (as torchvision does), and of
-    an animation the first frame is taken. `header` saves reading it again.
+    The EXIF orientation is applied, 16-bit gray keeps its high byte, transparency is dropped (as torchvision does), and
+    of an animation the first frame is taken. `header` saves reading it again.
     """
     if decode_jpeg is not None and (header or read_header(content, path)).plain:
         try:
-            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB).permute(1, 2, 0)
+            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB).permute(
+                1, 2, 0
+            )
         except RuntimeError:  # Pillow has the last word on damaged bytes, and says more of them
             pass
     with _reporting(content, path), Image.open(io.BytesIO(content)) as image:
@@ -96,7 +96,8 @@ def decode_rgb(content: bytes, path: Path, header: Header | None = None) -> Tens
 
 
 def decode_scaled(content: bytes, path: Path, header: Header, box: np.ndarray, size: int) -> tuple[Tensor, np.ndarray]:
-    """Decode a plain JPEG at 1/2, 1/4 or 1/8 of its size, as small as `box` can be without having to be blown up to `size`.
+    """Decode a plain JPEG at 1/2, 1/4 or 1/8 of its size, as small as `box` can be without having to be blown up to
+    `size`.
 
     The decoder then leaves out the high frequencies, and most of its work. Gives the pixels, and the box in them.
     """
@@ -106,7 +107,9 @@ def decode_scaled(content: bytes, path: Path, header: Header, box: np.ndarray, s
         image.draft("RGB", (math.ceil(width * size / box_width), math.ceil(height * size / box_height)))
         pixels = torch.from_numpy(np.array(image.convert("RGB")))
     vertical, horizontal = pixels.shape[0] / height, pixels.shape[1] / width
-    corners = np.array([box[0] * vertical, box[1] * horizontal, (box[0] + box[2]) * vertical, (box[1] + box[3]) * horizontal])
+    corners = np.array(
+        [box[0] * vertical, box[1] * horizontal, (box[0] + box[2]) * vertical, (box[1] + box[3]) * horizontal]
+    )
     top, left, bottom, right = np.rint(corners).astype(np.int64)
     return pixels, np.array([top, left, max(bottom - top, 1), max(right - left, 1)])
 
@@ -135,7 +138,8 @@ def centre_crop(pixels: Tensor, size: int) -> Tensor:
 
 
 def _size_of_simple_jpeg(content: bytes) -> tuple[int, int] | None:
-    """Height and width of a plain JPEG without EXIF data; None for all else. Pillow knows too, but takes five times as long."""
+    """Height and width of a plain JPEG without EXIF data; None for all else. Pillow knows too, but takes five times as
+    long."""
     if content[:2] != _START_OF_JPEG or _END_OF_JPEG not in content[-_TAIL:]:
         return None
     at = 2

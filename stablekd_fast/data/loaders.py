@@ -26,18 +26,26 @@ class Loader:
 
 
 def pick_loader(name: str, split: Split, device: torch.device, *, scaled: bool = False) -> Loader:
-    """`auto`: small images lie in device memory; large ones are decoded by DALI where it is installed, else by torchvision,
-    which also does it where `scaled` decoding is asked for. Raises ConfigError for a source that cannot serve these images."""
+    """`auto`: small images lie in device memory; large ones are decoded by DALI where it is installed, else by
+    torchvision, which also does it where `scaled` decoding is asked for. Raises ConfigError for a source that cannot
+    serve these images."""
     if name not in get_args(SourceName):
         raise ConfigError(f"source={name!r} was given{nearest(name, get_args(SourceName))}.")
     if name == STREAM:
-        raise ConfigError(f"Named views are needed here, which source={STREAM} does not give; use auto, dali or torchvision.")
+        raise ConfigError(
+            f"Named views are needed here, which source={STREAM} does not give; use auto, dali or torchvision."
+        )
     if split.resident:
         if name not in ("auto", "resident"):
-            raise ConfigError(f"source={name} decodes large images, but these are small and kept in memory; use auto or resident.")
+            raise ConfigError(
+                f"source={name} decodes large images, but these are small and kept in memory; use auto or resident."
+            )
         return Loader("resident", f"the images are small: all of them are kept in the memory of {device.type}")
     if name == "resident":
-        raise ConfigError("source=resident keeps images of up to 64 pixels in memory, but these are larger; use auto, dali or torchvision.")
+        raise ConfigError(
+            "source=resident keeps images of up to 64 pixels in memory, but these are larger; use auto, dali or "
+            "torchvision."
+        )
     if scaled:
         if name == "dali":
             raise ConfigError("scaled_decode was asked for, which source=dali cannot do; choose torchvision or auto.")
@@ -47,7 +55,9 @@ def pick_loader(name: str, split: Split, device: torch.device, *, scaled: bool =
     missing = dali_missing()
     if missing:
         return Loader("torchvision", missing)
-    return Loader("dali", "it decodes no more of an image than is needed" + (", on the GPU" if device.type == "cuda" else ""))
+    return Loader(
+        "dali", "it decodes no more of an image than is needed" + (", on the GPU" if device.type == "cuda" else "")
+    )
 
 
 def make_decoder(

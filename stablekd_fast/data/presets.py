@@ -44,10 +44,12 @@ class Preset:
 
 PRESETS = {
     "cifar10": Preset(
-        lambda folder: datasets.CIFAR10(folder, download=True), "fetch cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html"
+        lambda folder: datasets.CIFAR10(folder, download=True),
+        "fetch cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
     ),
     "cifar100": Preset(
-        lambda folder: datasets.CIFAR100(folder, download=True), "fetch cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html"
+        lambda folder: datasets.CIFAR100(folder, download=True),
+        "fetch cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
     ),
     "fashion-mnist": Preset(
         lambda folder: [datasets.FashionMNIST(folder, train=train, download=True) for train in (True, False)],
@@ -59,16 +61,20 @@ PRESETS = {
         "unpack imagenette2-320.tgz from https://github.com/fastai/imagenette",
     ),
     "imagewoof": Preset(
-        lambda folder: download_and_extract_archive(_IMAGEWOOF, folder), "unpack imagewoof2-320.tgz from https://github.com/fastai/imagenette"
+        lambda folder: download_and_extract_archive(_IMAGEWOOF, folder),
+        "unpack imagewoof2-320.tgz from https://github.com/fastai/imagenette",
     ),
     "imagenet": Preset(
-        None, "ask for ILSVRC 2012 at https://www.image-net.org and unpack it to train/CLASS/* and val/CLASS/*, or give its tars or TFRecords"
+        None,
+        "ask for ILSVRC 2012 at https://www.image-net.org and unpack it to train/CLASS/* and val/CLASS/*, or give "
+        "its tars or TFRecords",
     ),
 }
 
 
 def preset_folder(name: str) -> Path:
-    """The folder of a data set with a known name, fetched if it is not there. Raises DataError with what to do by hand."""
+    """The folder of a data set with a known name, fetched if it is not there. Raises DataError with what to do by
+    hand."""
     preset = PRESETS[name]
     folder = Path(os.environ.get(ROOT_VARIABLE) or "~/.cache/stablekd_fast/data").expanduser() / name
     if folder.is_dir() and any(folder.iterdir()):

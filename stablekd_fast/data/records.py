@@ -1,4 +1,5 @@
-"""Where encoded images lie: one file each, or stretches of archives. Records are numbered like the samples of their split."""
+"""Where encoded images lie: one file each, or stretches of archives. Records are numbered like the samples of their
+split."""
 
 from __future__ import annotations
 
@@ -74,7 +75,9 @@ class ArchiveRecords:
         return content
 
     def identity(self) -> list[str]:
-        return [f"{self.archives[a].name} {name} {size}" for name, (a, _, size) in zip(self.names, self.places.tolist())]
+        return [
+            f"{self.archives[a].name} {name} {size}" for name, (a, _, size) in zip(self.names, self.places.tolist())
+        ]
 
     def __getstate__(self) -> dict:
         """Without open files, which another process must open for itself."""

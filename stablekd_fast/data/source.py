@@ -31,8 +31,8 @@ _NO_MEAN, _NO_STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
 @dataclass(frozen=True)
 class Batch:
     """`sample_ids` int64 `[N]`, `view` (-1: unchanged images; None: crops that have no name), `images` `[N, 3, H, W]`
-    normalised, float32 unless asked for otherwise, and channels last in memory (None where nobody needs them), `labels` int64
-    `[N]`, or probabilities float32 `[N, classes]` of mixed images."""
+    normalised, float32 unless asked for otherwise, and channels last in memory (None where nobody needs them), `labels`
+    int64 `[N]`, or probabilities float32 `[N, classes]` of mixed images."""
 
     sample_ids: torch.Tensor
     view: int | None
@@ -50,11 +50,11 @@ _Marked = tuple[np.ndarray, int, bool]
 class TrainSource:
     """Batches of augmented training images; the last partial batch of an epoch is dropped.
 
-    Epoch `e` shows view `e mod views` of every image, or view `e` when `views` is None. `view_seed` (default: `seed`) names
-    the views, so that runs of other seeds can meet the same images. Images held in memory are kept on `device`, cut and
-    normalised there. Large ones are decoded as `loader` says (see `pick_loader`) by `workers` threads, `prefetch` batches
-    ahead, and normalised on `device`; one that is skipped as bad is replaced by the next good one, so that batches keep their
-    size. Mixed labels need the number of `classes`.
+    Epoch `e` shows view `e mod views` of every image, or view `e` when `views` is None. `view_seed` (default: `seed`)
+    names the views, so that runs of other seeds can meet the same images. Images held in memory are kept on `device`,
+    cut and normalised there. Large ones are decoded as `loader` says (see `pick_loader`) by `workers` threads,
+    `prefetch` batches ahead, and normalised on `device`; one that is skipped as bad is replaced by the next good one,
+    so that batches keep their size. Mixed labels need the number of `classes`.
 
     Of `ranks` processes with the same settings, each gets its own, equal part of every batch of `batch_size` images.
     """
@@ -86,7 +86,9 @@ class TrainSource:
             raise ConfigError(f"The number of views must be at least 1, or none for endless new views; got {views}.")
         _check_rank(rank, ranks, batch_size)
         if augmentation.mix and classes is None:
-            raise ConfigError(f"Images are to be mixed by {augmentation.mix}, and labels with them; give the number of classes.")
+            raise ConfigError(
+                f"Images are to be mixed by {augmentation.mix}, and labels with them; give the number of classes."
+            )
         if batch_size > len(split):
             raise DataError(
                 f"A batch of {batch_size} does not fit {len(split)} training images; "
@@ -98,7 +100,9 @@ class TrainSource:
         self.workers, self.prefetch = workers, prefetch
         self.device, self.rank, self.ranks = torch.device(device), rank, ranks
         self.loader = pick_loader(loader, split, self.device, scaled=augmentation.scaled_decode)
-        self.crops = None if split.resident else Crops(split, augmentation.size, self.view_seed, augmentation.scaled_decode)
+        self.crops = (
+            None if split.resident else Crops(split, augmentation.size, self.view_seed, augmentation.scaled_decode)
+        )
         self.decoder = self._make_decoder()
         self._resident: torch.Tensor | None = None
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -128,9 +132,10 @@ class TrainSource:
     ) -> Iterator[Batch]:
         """Batches of steps start..stop-1, counted from the beginning of training; images in `dtype`, rounded once.
 
-        Wherever it starts, step `s` yields the same batch. Where `needed` says no, its images are not made, unless labels depend
-        on that: where images are mixed, or others stand in for bad ones. Raises `DataError` at a bad image unless such images
-        are skipped.
+        Wherever it starts, step `s` yields the same batch. Where `needed` says no, its images are not made, unless
+        labels depend
+        on that: where images are mixed, or others stand in for bad ones. Raises `DataError` at a bad image unless such
+        images are skipped.
         """
         jobs = ((self.positions(step), self._view(step)) for step in range(start_step, stop_step))
         return self._batches(jobs, dtype, None if self.augmentation.mix or self.split.replaces_bad else needed)
@@ -140,7 +145,8 @@ class TrainSource:
         return next(self._batches(iter([(positions, view)])))
 
     def whole_view(self, view: int) -> Iterator[Batch]:
-        """Every image in one view, in the order of the split. The last batch is filled up with images from the start."""
+        """Every image in one view, in the order of the split. The last batch is filled up with images from the
+        start."""
         full = -(-len(self.split) // self.batch_size)
         positions = np.resize(np.arange(len(self.split)), (full, self.batch_size))
         return self._batches((self._own(chunk), view) for chunk in positions)
@@ -186,9 +192,12 @@ class TrainSource:
         return self._altered_batch(positions, view, images, partners, others, dtype)
 
     def _decoded_batches(self, jobs: Iterator[_Marked], dtype: torch.dtype) -> Iterator[Batch]:
-        """A batch whose images are not needed goes through the decoder too, empty: it looks no further ahead than for others."""
+        """A batch whose images are not needed goes through the decoder too, empty: it looks no further ahead than for
+        others."""
         jobs, ahead = tee(jobs)
-        decoding = ((self._with_partners(wanted, view) if needed else wanted[:0], view) for wanted, view, needed in ahead)
+        decoding = (
+            (self._with_partners(wanted, view) if needed else wanted[:0], view) for wanted, view, needed in ahead
+        )
         with closing(self.decoder.decode(decoding)) as decoded:
             for (wanted, view, needed), (positions, images) in zip(jobs, decoded):
                 if not needed:
@@ -217,7 +226,11 @@ class TrainSource:
         return self.split.sample_ids.numpy()[positions]
 
     def _partners(self, positions: np.ndarray, view: int) -> np.ndarray | None:
-        return draw_partners(self.view_seed, self._ids(positions), view, len(self.split)) if self.augmentation.mix else None
+        return (
+            draw_partners(self.view_seed, self._ids(positions), view, len(self.split))
+            if self.augmentation.mix
+            else None
+        )
 
     def _with_partners(self, positions: np.ndarray, view: int) -> np.ndarray:
         """Positions to decode: those of a batch, and behind them those of their partners."""
@@ -234,8 +247,12 @@ class TrainSource:
     ) -> torch.Tensor:
         """Views of images in memory; without mean and std with values of 0 to 255."""
         padding = self.augmentation.padding
-        offsets, flips = crop_offsets_and_flips(self.view_seed, self._ids(positions), view, padding, flip=self.augmentation.flip)
-        rows, offsets, flips = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in (positions, offsets, flips))
+        offsets, flips = crop_offsets_and_flips(
+            self.view_seed, self._ids(positions), view, padding, flip=self.augmentation.flip
+        )
+        rows, offsets, flips = (
+            torch.from_numpy(part).to(self.device, non_blocking=True) for part in (positions, offsets, flips)
+        )
         return augment_batch(self._resident, rows, offsets, flips, padding=padding, mean=mean, std=std, dtype=dtype)
 
     def _flips(self, positions: np.ndarray, view: int) -> torch.Tensor:
@@ -272,7 +289,9 @@ class TrainSource:
         return self._batch(positions, view, normalised(images, self.mean, self.std, dtype=dtype), labels)
 
     def _mixed_labels(self, positions: np.ndarray, partners: np.ndarray, shares: torch.Tensor) -> torch.Tensor:
-        own, other = (F.one_hot(self.split.labels[torch.from_numpy(p)], self.classes).float() for p in (positions, partners))
+        own, other = (
+            F.one_hot(self.split.labels[torch.from_numpy(p)], self.classes).float() for p in (positions, partners)
+        )
         return shares * own + (1 - shares) * other
 
     def _batch(
@@ -291,8 +310,8 @@ class EvalSource:
     """Batches of unchanged images in order; the last one may be smaller.
 
     Large images are scaled so that the short side is 256/224 of `image_size` (default: the size they are
-    trained on), and the centre is cut out. Bad images that are skipped are missing from their batch. Of `ranks` processes each
-    gets every `ranks`-th batch.
+    trained on), and the centre is cut out. Bad images that are skipped are missing from their batch. Of `ranks`
+    processes each gets every `ranks`-th batch.
     """
 
     def __init__(
@@ -351,7 +370,8 @@ class EvalSource:
 def _check_rank(rank: int, ranks: int, batch_size: int) -> None:
     if not 0 <= rank < ranks or batch_size % ranks:
         raise ConfigError(
-            f"Rank {rank} of {ranks} was given with batches of {batch_size}; ranks count from 0, and the batch size must be "
+            f"Rank {rank} of {ranks} was given with batches of {batch_size}; ranks count from 0, and the batch size "
+            "must be "
             f"a multiple of {ranks}."
         )
 
@@ -377,6 +397,7 @@ def _check_common(mean: Channels, std: Channels, batch_size: int, workers: int) 
         raise ConfigError(f"The batch size must be at least 1, got {batch_size}.")
     if workers < 0:
         raise ConfigError(f"The number of workers must be 0 or more, got {workers}.")
+
 
 def _check_own_size(split: Split, image_size: int) -> None:
     height, width = split.images.shape[1:3]

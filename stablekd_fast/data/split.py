@@ -1,9 +1,9 @@
 """One split of a data set: labels, stable sample ids, and images in memory or on disk."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 import hashlib
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 

@@ -14,12 +14,13 @@ from stablekd_fast.errors import ConfigError
 
 
 class StreamSource:
-    """The training images of `source`, read, shuffled, cut and jittered by DALI itself; views, mixing and scaled decoding are
-    not taken over.
+    """The training images of `source`, read, shuffled, cut and jittered by DALI itself; views, mixing and scaled
+    decoding are not taken over.
 
-    Batches have the size, type and layout of those of `source`, and its ranks share them, but are drawn from each rank's
-    shard, which changes from pass to pass. Nothing is dropped: the images left at the end of a pass begin a batch with those of
-    the next. Files are shuffled as a whole once and among 1,024 from then on; archives are read in their order, among 1,024.
+    Batches have the size, type and layout of those of `source`, and its ranks share them, but are drawn from each
+    rank's shard, which changes from pass to pass. Nothing is dropped: the images left at the end of a pass begin a
+    batch with those of the next. Files are shuffled as a whole once and among 1,024 from then on; archives are read in
+    their order, among 1,024.
 
     Raises ConfigError where DALI is not installed, and for images that lie in TFRecords or in memory.
     """
@@ -32,10 +33,13 @@ class StreamSource:
         require_dali(STREAM)
         if not can_stream(source.split.records):
             raise ConfigError(
-                f"source={STREAM} reads folders of image files and WebDataset tars, and these are TFRecords; use auto or dali."
+                f"source={STREAM} reads folders of image files and WebDataset tars, and these are TFRecords; use "
+                "auto or dali."
             )
         self.source = source
-        self.loader = Loader(STREAM, "asked for: order and crops are DALI's own, and as they have no names nothing is cached")
+        self.loader = Loader(
+            STREAM, "asked for: order and crops are DALI's own, and as they have no names nothing is cached"
+        )
 
     def part(self, rank: int, ranks: int) -> StreamSource:
         """The same stream for one of `ranks` processes."""
@@ -44,11 +48,12 @@ class StreamSource:
     def batches(
         self, start_step: int, stop_step: int, dtype: torch.dtype = torch.float32, needed: Needed | None = None
     ) -> Iterator[Batch]:
-        """As many batches as there are steps from `start_step` to `stop_step` - 1, with images in `dtype`, whether they are
+        """As many batches as there are steps from `start_step` to `stop_step` - 1, with images in `dtype`, whether they
+        are
         `needed` or not: without names nobody can tell.
 
-        A stream cannot be entered in its midst: each call begins a new pass, in an order that seed and `start_step` decide.
-        Raises DataError at a bad image.
+        A stream cannot be entered in its midst: each call begins a new pass, in an order that seed and `start_step`
+        decide. Raises DataError at a bad image.
         """
         source = self.source
         split, augmentation = source.split, source.augmentation

@@ -34,8 +34,8 @@ def diagnose(
 
     Writes `diagnose.json`, `report.html` and `gap.svg` to `out`.
 
-    Raises ConfigError, DataError, ModelError or CutError if the parts do not fit or `out` holds a diagnosis already, and
-    TrainingError if a loss is not finite.
+    Raises ConfigError, DataError, ModelError or CutError if the parts do not fit or `out` holds a diagnosis already,
+    and TrainingError if a loss is not finite.
     """
     probing, path = probing or Probing(), Path(out) / "diagnose.json"
     if path.exists():
@@ -47,7 +47,8 @@ def diagnose(
         {
             "arms": ARMS,
             "pair": f"{config.teacher} → {config.student}",
-            "settings": {name: value for name, value in asdict(config).items() if name not in NOT_USED} | asdict(probing),
+            "settings": {name: value for name, value in asdict(config).items() if name not in NOT_USED}
+            | asdict(probing),
             "precision": measured.precision,
             "verdict": asdict(verdict) | {"headline": verdict.headline},
             "summary": asdict(summary),

@@ -1,4 +1,5 @@
-"""Measures of gradients, as functions of tensors. A gradient is a list of tensors, one per parameter; sums are float64."""
+"""Measures of gradients, as functions of tensors. A gradient is a list of tensors, one per parameter; sums are
+float64."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
     return [a.double() - b.double() for a, b in zip(one, other)]
 
 
-def relative_change(after: Sequence[Tensor], before: Sequence[Tensor], reference: Sequence[Tensor] | None = None) -> float:
+def relative_change(
+    after: Sequence[Tensor], before: Sequence[Tensor], reference: Sequence[Tensor] | None = None
+) -> float:
     """`|after - before| / |reference|`, by default of `before`; NaN where that is zero."""
     return _ratio(norm(difference(after, before)), norm(before if reference is None else reference))
 
@@ -34,8 +37,8 @@ def cosine(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 def curvature(move: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Second derivative of the loss along a move d of the weights, `d (g(w + d) - g(w)) / |d|^2`.
 
-    By the mean value theorem it is the mean of d'Hd / |d|^2 on the way from w to w + d, and on a quadratic loss d'Hd / |d|^2
-    itself. NaN where nothing moved.
+    By the mean value theorem it is the mean of d'Hd / |d|^2 on the way from w to w + d, and on a quadratic loss d'Hd /
+    |d|^2 itself. NaN where nothing moved.
     """
     return _ratio(dot(move, difference(after, before)), dot(move, move))
 
@@ -46,7 +49,8 @@ class GradientNoise:
     With g_1 ... g_m independent, of mean G and covariance C, and their average a:
 
     - `noise`, sum |g_i - a|^2 / (m - 1), is an unbiased estimate of tr C;
-    - `signal`, |a|^2 - noise / m, is one of |G|^2: |a|^2 alone is too large by tr C / m. It equals the mean of g_i g_j over all
+    - `signal`, |a|^2 - noise / m, is one of |G|^2: |a|^2 alone is too large by tr C / m. It equals the mean of g_i g_j
+      over all
       pairs, and where noise prevails it can come out negative.
 
     (tr C / |G|^2 is the "simple noise scale" of McCandlish et al., arXiv 1812.06162, in batches.)

@@ -54,7 +54,9 @@ class Probe:
     ) -> None:
         self.paired, self.inputs = in_float32(paired), inputs
         rates = Rates.constant(0.0, device=inputs[0].device)
-        self.groups = [GroupStep(self.paired, group, objectives, Optimizer("sgd"), inputs[0], rates=rates) for group in groups]
+        self.groups = [
+            GroupStep(self.paired, group, objectives, Optimizer("sgd"), inputs[0], rates=rates) for group in groups
+        ]
         self.parameters = [list(named_parameters_of(paired, [k]).values()) for k in range(len(paired))]
         self._entries: list[Tensor] = []
         """What fed each block at the step that was looked at last."""
@@ -63,7 +65,8 @@ class Probe:
         return [[parameter.detach().clone() for parameter in block] for block in self.parameters]
 
     def look(self, turn: int, before: Weights) -> tuple[list[dict], list[dict]]:
-        """Measure the step that led from the weights `before` to the present ones: a row per block, a row per cut in a group.
+        """Measure the step that led from the weights `before` to the present ones: a row per block, a row per cut in a
+        group.
 
         Gradients change on the probe batch whose turn it is: `turn` counts the steps looked at.
         """
@@ -96,7 +99,8 @@ class Probe:
                 parameter.copy_(value)
 
     def _gradients(self, group: GroupStep, batch: int) -> dict[int, list[Tensor]]:
-        """Gradients of the group's loss by block. What is random in the network (dropout) depends on the batch alone."""
+        """Gradients of the group's loss by block. What is random in the network (dropout) depends on the batch
+        alone."""
         group.inputs = self.inputs[batch]
         torch.manual_seed(batch)
         parameters = [parameter for k in group.group for parameter in self.parameters[k]]
@@ -153,7 +157,8 @@ class Probe:
     def _changes(
         self, group: GroupStep, batch: int, before: Weights, after: Weights
     ) -> tuple[dict[int, dict], list[dict]]:
-        """How the group's gradients change in a step, by block, and by what of it each cut inside the group would take away."""
+        """How the group's gradients change in a step, by block, and by what of it each cut inside the group would take
+        away."""
 
         def moved(updated: Collection[int]) -> dict[int, list[Tensor]]:
             """Gradients where only these blocks have made their step."""

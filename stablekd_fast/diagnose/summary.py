@@ -32,7 +32,8 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval | None:
-    """Student's t interval of the mean of two or more values, which takes seeds as independent and their spread as normal.
+    """Student's t interval of the mean of two or more values, which takes seeds as independent and their spread as
+    normal.
 
     None if a value is not finite.
     """
@@ -68,8 +69,8 @@ class Summary:
     cuts: list[dict]
     """`entanglement` that a cut takes away, and the `exposure` at the block behind it."""
     settled: tuple[int | None, ...]
-    """By seed, the step from which the decomposed, composed student's loss had no more than `SETTLED` of its fall left; None
-    where it never fell."""
+    """By seed, the step from which the decomposed, composed student's loss had no more than `SETTLED` of its fall left;
+    None where it never fell."""
 
 
 def summarise(measured: Measured) -> Summary:
@@ -149,7 +150,9 @@ def _cuts(measured: Measured, table: Table) -> list[dict]:
     rows = []
     for index, cut in enumerate(measured.cuts):
         taken = [
-            statistics.fmean(row["entanglement"] for row in measured.between if row["cut"] == index and row["seed"] == seed)
+            statistics.fmean(
+                row["entanglement"] for row in measured.between if row["cut"] == index and row["seed"] == seed
+            )
             for seed in table.seeds
         ]
         fed, composed = (table.curves(name, DECOMPOSED, [index + 1]) for name in ("loss", "composed_loss"))
@@ -160,7 +163,9 @@ def _cuts(measured: Measured, table: Table) -> list[dict]:
 
 def _shared_ends(measured: Measured) -> list[int]:
     """Blocks at whose end the student has a loss when it trains end to end (decomposed all blocks have one)."""
-    return sorted({row["block"] for row in measured.blocks if row["arm"] == END_TO_END and row["composed_loss"] is not None})
+    return sorted(
+        {row["block"] for row in measured.blocks if row["arm"] == END_TO_END and row["composed_loss"] is not None}
+    )
 
 
 def _settled(curve: list[tuple[int, float]]) -> int | None:

@@ -33,10 +33,13 @@ class Measured:
     between: list[dict]
 
 
-def measure(config: DistillConfig, probing: Probing, *, progress: bool = True, dataset: Dataset | None = None) -> Measured:
+def measure(
+    config: DistillConfig, probing: Probing, *, progress: bool = True, dataset: Dataset | None = None
+) -> Measured:
     """Train both arms for every seed from `config.seed` on, and look at them.
 
-    Raises ConfigError, DataError, ModelError or CutError if the parts do not fit, TrainingError if a loss is not finite.
+    Raises ConfigError, DataError, ModelError or CutError if the parts do not fit, TrainingError if a loss is not
+    finite.
     """
     blocks: list[dict] = []
     between: list[dict] = []
@@ -101,13 +104,16 @@ class Twin:
         torch.manual_seed(self.parts.config.seed)
         inputs = StageInputs(device)
         rates = Rates.of_stage(PlannedStage(stage, 0, self.probing.steps), None, device)
-        steps = [GroupStep(paired, group, self.objectives, stage.optimizer, inputs, rates=rates) for group in stage.groups]
+        steps = [
+            GroupStep(paired, group, self.objectives, stage.optimizer, inputs, rates=rates) for group in stage.groups
+        ]
         return steps, inputs
 
     def _check(self, steps: list[GroupStep], arm: str) -> None:
         for step in steps:
             if step.first_bad.item() >= 0:
                 raise TrainingError(
-                    f"The loss of blocks {step.name} trained {arm} is not finite at step {step.first_bad.item()}. Lower the "
+                    f"The loss of blocks {step.name} trained {arm} is not finite at step {step.first_bad.item()}. "
+                    "Lower the "
                     "learning rate (--optimizer.lr) or lengthen its warm-up (--optimizer.warmup)."
                 )

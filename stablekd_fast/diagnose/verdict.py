@@ -37,8 +37,9 @@ class Verdict:
 def judge(summary: Summary, cuts: list[Cut], steps: int) -> Verdict:
     """A verdict on trainings of `steps` steps.
 
-    No, if the gap is surely negligible or the composed student's loss surely worse decomposed. Yes, if the gap is surely above
-    zero, that loss surely better, and the signal-to-noise ratio not surely worse. Surely: the 95% interval over seeds says so.
+    No, if the gap is surely negligible or the composed student's loss surely worse decomposed. Yes, if the gap is
+    surely above zero, that loss surely better, and the signal-to-noise ratio not surely worse. Surely: the 95% interval
+    over seeds says so.
     Cleaner gradients alone do not count: they were found where decomposition lost (docs/results/diagnose.md).
     """
     gap, noise, loss = summary.gap, _side(summary.snr_gain), _side(summary.loss_ratio)
@@ -71,7 +72,11 @@ def _entanglement(summary: Summary) -> str:
         return f"{text} There is little to take away."
     if gap.low <= 0:
         return f"{text} The interval includes zero; try more --seeds."
-    return text if share is None else f"{text} That is {share.mean:.0%} of all change, the rest being the block's own step."
+    return (
+        text
+        if share is None
+        else f"{text} That is {share.mean:.0%} of all change, the rest being the block's own step."
+    )
 
 
 def _noise(gain: Interval | None) -> str:
@@ -108,14 +113,17 @@ def _how_long(settled: tuple[int | None, ...], steps: int) -> str:
     known = [step for step in settled if step is not None]
     if len(known) < len(settled):
         return (
-            f"How long: in {len(settled) - len(known)} of {len(settled)} seeds the composed student's loss did not fall while "
+            f"How long: in {len(settled) - len(known)} of {len(settled)} seeds the composed student's loss did not "
+            "fall while "
             "the blocks trained alone. Merge early, or cut less."
         )
     middle = statistics.median(known) / steps
     spread = f"seeds: {min(known)} to {max(known)} of {steps} steps"
     return (
-        f"How long: the composed student's loss had all but {SETTLED:.0%} of its fall behind it after {middle:.0%} of the "
-        f"steps ({spread}), while the learning rate fell to zero. Training blocks alone for longer does little for the whole "
+        f"How long: the composed student's loss had all but {SETTLED:.0%} of its fall behind it after {middle:.0%} "
+        "of the "
+        f"steps ({spread}), while the learning rate fell to zero. Training blocks alone for longer does little for "
+        "the whole "
         "student: merge no later than at that share of a run."
     )
 

@@ -21,13 +21,15 @@ _EXACT_GROUPS = 16
 """Up to so many groups the best assignment is searched for; beyond it is approximated."""
 
 _WORTH_IT = 1.1
-"""With the teacher's outputs from a cache, images are divided where that is so many times faster than to divide groups alone: a
-smaller gain is not worth other numbers and exchanges of gradients, in each of which ranks wait for the slowest."""
+"""With the teacher's outputs from a cache, images are divided where that is so many times faster than to divide groups
+alone: a smaller gain is not worth other numbers and exchanges of gradients, in each of which ranks wait for the
+slowest."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One stage's mesh. Rank `block * data + part` trains the groups whose `places` are `block`, on its part of each batch."""
+    """One stage's mesh. Rank `block * data + part` trains the groups whose `places` are `block`, on its part of each
+    batch."""
 
     blocks: int = 1
     data: int = 1
@@ -36,7 +38,8 @@ class Layout:
     seconds: tuple[float, ...] = ()
     """Predicted for a step at each place; empty where nothing was measured."""
     relays: bool = False
-    """Whether the teacher's activations are passed on from place to place. Groups then lie in the order of their places."""
+    """Whether the teacher's activations are passed on from place to place. Groups then lie in the order of their
+    places."""
 
     @staticmethod
     def from_plain(values: dict) -> Layout:
@@ -80,7 +83,8 @@ class GroupCost:
     teacher: Callable[[float], float]
     gradient_bytes: int
     feeds: Mapping[int, float] = field(default_factory=dict)
-    """Seconds per image for each of the teacher's outputs that is read for it. A rank reads one once for all of its groups."""
+    """Seconds per image for each of the teacher's outputs that is read for it. A rank reads one once for all of its
+    groups."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,12 @@ def best_layout(
     accumulate: int = 1,
     image_seconds: float = 0.0,
 ) -> Layout:
-    """The mesh on which a step of the stage takes least time. One that divides groups alone, without a teacher that is passed on,
-    may take up to 10% more: nothing is exchanged in its steps.
+    """The mesh on which a step of the stage takes least time. One that divides groups alone, without a teacher that is
+    passed on, may take up to 10% more: nothing is exchanged in its steps.
 
     Args:
-        relays: the live teacher runs; each place runs the teacher's blocks beside its own groups and passes its activation on,
-            so that neighbours must lie together.
+        relays: the live teacher runs; each place runs the teacher's blocks beside its own groups and passes its
+            activation on, so that neighbours must lie together.
         image_seconds: that a rank's loader takes for an image, while the rank trains.
         axis: `blocks` for as many places for groups as there can be, `data` for one, `auto` for what takes least time.
 
@@ -134,7 +138,8 @@ def best_layout(
         meshes = sorted(meshes)[-1:] if axis == "blocks" else [mesh for mesh in meshes if mesh[0] == 1]
     if not meshes:
         raise ConfigError(
-            f"Batches of {batch} images in {accumulate} part(s) cannot be divided among {ranks} ranks that train {len(groups)} "
+            f"Batches of {batch} images in {accumulate} part(s) cannot be divided among {ranks} ranks that train "
+            f"{len(groups)} "
             f"group(s); choose a --batch-size that is a multiple of {ranks * accumulate}."
         )
     layouts = [_on_mesh(groups, b, d, batch, reduce, relays) for b, d in meshes]
@@ -146,7 +151,9 @@ def best_layout(
     return min(layouts, key=weighed)
 
 
-def _on_mesh(groups: Sequence[GroupCost], blocks: int, data: int, batch: int, reduce: ReduceCost, relays: bool) -> Layout:
+def _on_mesh(
+    groups: Sequence[GroupCost], blocks: int, data: int, batch: int, reduce: ReduceCost, relays: bool
+) -> Layout:
     images = batch / data
     own = [
         group.student(images) + (group.teacher(images) if relays else 0.0) + reduce.seconds(group.gradient_bytes, data)
@@ -162,10 +169,10 @@ def assign(
 ) -> list[int]:
     """For each group the place that trains it, so that the busiest place has least to do, and none has nothing.
 
-    `feeds`: for each group what it costs to read what it is fed with; a place pays once for what several of its groups read.
-    With `neighbours` each place gets a run of groups in order, without feeds; that minimum is exact. Otherwise it is exact for
-    up to 16 groups; beyond, the longest groups are given out first, each to the place that has least (Graham 1969: at most 4/3
-    of the minimum, feeds apart).
+    `feeds`: for each group what it costs to read what it is fed with; a place pays once for what several of its groups
+    read. With `neighbours` each place gets a run of groups in order, without feeds; that minimum is exact. Otherwise it
+    is exact for up to 16 groups; beyond, the longest groups are given out first, each to the place that has least
+    (Graham 1969: at most 4/3 of the minimum, feeds apart).
     """
     if not 1 <= places <= len(costs):
         raise ValueError(f"{len(costs)} groups cannot fill {places} places.")
@@ -175,7 +182,9 @@ def assign(
     return _Search(costs, feeds, places).best() if len(costs) <= _EXACT_GROUPS else _longest_first(costs, feeds, places)
 
 
-def loads_of(costs: Sequence[float], feeds: Sequence[Mapping[int, float]], chosen: Sequence[int], places: int) -> list[float]:
+def loads_of(
+    costs: Sequence[float], feeds: Sequence[Mapping[int, float]], chosen: Sequence[int], places: int
+) -> list[float]:
     """What each place has to do, as `assign` counts it."""
     loads = []
     for place in range(places):

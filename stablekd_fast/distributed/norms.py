@@ -17,7 +17,8 @@ from stablekd_fast.errors import ConfigError
 
 
 class SyncNorm(nn.Module):
-    """A batch norm of the network itself, over the parts `[N, C, ...]` of equal size that all ranks of a data axis hold.
+    """A batch norm of the network itself, over the parts `[N, C, ...]` of equal size that all ranks of a data axis
+    hold.
 
     Parameters and buffers are the norm's own. In evaluation, and where it is frozen, it computes as the norm does.
     """
@@ -36,12 +37,15 @@ class SyncNorm(nn.Module):
                 count = self.averaging.count * x.numel() // x.shape[1]
                 norm.num_batches_tracked.add_(1)
                 norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-                norm.running_var.lerp_((variance * (count / max(count - 1, 1))).to(norm.running_var.dtype), norm.momentum)
+                norm.running_var.lerp_(
+                    (variance * (count / max(count - 1, 1))).to(norm.running_var.dtype), norm.momentum
+                )
         return y
 
 
 class _Normalise(torch.autograd.Function):
-    """Normalised values, and mean and biased variance `[C]` over all ranks. The formulas are those of Ioffe and Szegedy 2015."""
+    """Normalised values, and mean and biased variance `[C]` over all ranks. The formulas are those of Ioffe and Szegedy
+    2015."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, averaging: Averaging):
@@ -88,7 +92,9 @@ def sync_norms(block: nn.Module, averaging: Averaging) -> nn.Module:
     if not norms:
         return block
     if not isinstance(block, fx.GraphModule):
-        raise ConfigError("sync_norms=true was given, but the blocks were made by hand and hold batch norms; make them without.")
+        raise ConfigError(
+            "sync_norms=true was given, but the blocks were made by hand and hold batch norms; make them without."
+        )
     synced = fx.GraphModule(block, copy.deepcopy(block.graph))
     for node in synced.graph.nodes:
         if node.op == "call_module" and node.target in norms:
@@ -97,7 +103,9 @@ def sync_norms(block: nn.Module, averaging: Averaging) -> nn.Module:
             node.target = name
     left = [name for name, module in synced.named_modules() if isinstance(module, SyncNorm)]
     if len(left) < len(norms):
-        raise ConfigError("sync_norms=true was given, but batch norms lie inside modules that were not traced; train without it.")
+        raise ConfigError(
+            "sync_norms=true was given, but batch norms lie inside modules that were not traced; train without it."
+        )
     synced.delete_all_unused_submodules()
     synced.recompile()
     return synced

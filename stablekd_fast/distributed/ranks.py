@@ -1,7 +1,7 @@
 """The processes of one run, and what they tell each other. Everything goes through torch.distributed.
 
-All processes run the same program over the same settings; the first one writes the files. A process alone is one rank of
-one, for which every exchange is nothing.
+All processes run the same program over the same settings; the first one writes the files. A process alone is one rank
+of one, for which every exchange is nothing.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class Ranks:
             if differing:
                 listed = "; ".join(f"{key}: {found[0].get(key)!r} and {theirs.get(key)!r}" for key in sorted(differing))
                 raise ConfigError(
-                    f"Rank 0 and rank {rank} differ ({listed}). All ranks must start with the same settings, data and weights."
+                    f"Rank 0 and rank {rank} differ ({listed}). All ranks must start with the same settings, data "
+                    "and weights."
                 )
 
     def say_where(self) -> None:
@@ -147,8 +148,11 @@ class Ranks:
     def _missing(self, what: str, error: Exception) -> str:
         """Who is waiting too has said so shortly after; the others are gone, or hang."""
         reason = str(error).strip().splitlines()[0]
-        head = f"Rank {self.rank} waited in vain at {self.where()}, where {what} (timeout {self.timeout:g} s): {reason}."
-        remedy = "Look at that rank's own output; torchrun --max-restarts N starts all of them again from the last checkpoint."
+        head = (
+            f"Rank {self.rank} waited in vain at {self.where()}, where {what} (timeout {self.timeout:g} s): {reason}."
+        )
+        remedy = "Look at that rank's own output; "
+        remedy += "torchrun --max-restarts N starts all of them again from the last checkpoint."
         if self._store is None:
             return f"{head} {remedy}"
         try:
@@ -175,8 +179,8 @@ class Ranks:
 def join(device: torch.device, timeout: float) -> Ranks:
     """Meet the other processes that torchrun has started; without it, one rank alone.
 
-    NCCL serves tensors on GPUs, Gloo those on CPUs; ranks that train on the same cores divide them. Raises ConfigError if the
-    processes cannot meet.
+    NCCL serves tensors on GPUs, Gloo those on CPUs; ranks that train on the same cores divide them. Raises ConfigError
+    if the processes cannot meet.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks()
@@ -190,10 +194,11 @@ def join(device: torch.device, timeout: float) -> Ranks:
 
 
 def _divide_cores(ranks: Ranks, device: torch.device) -> None:
-    """On a CPU, bind this process to its share of the cores that it may use, if others may use the same ones and there are enough.
+    """On a CPU, bind this process to its share of the cores that it may use, if others may use the same ones and there
+    are enough.
 
-    Otherwise each rank's threads that read rows or decode images push the others' training from core to core. Where the system
-    does not allow it, nothing is bound.
+    Otherwise each rank's threads that read rows or decode images push the others' training from core to core. Where the
+    system does not allow it, nothing is bound.
     """
     cores = sorted(os.sched_getaffinity(0)) if device.type == "cpu" and hasattr(os, "sched_setaffinity") else []
     here = [_machine(), cores]
@@ -218,8 +223,8 @@ def _machine() -> str:
 
 @functools.cache
 def _meet(backend: str, limit: datetime.timedelta):
-    """The store through which the processes met; None where the caller had made the process group. Once per process, for all
-    of its runs."""
+    """The store through which the processes met; None where the caller had made the process group. Once per process,
+    for all of its runs."""
     if dist.is_initialized():
         return None
     try:
@@ -228,7 +233,8 @@ def _meet(backend: str, limit: datetime.timedelta):
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise ConfigError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, but they cannot meet ({error}). Start them with "
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, but they cannot meet ({error}). Start "
+            "them with "
             "torchrun --nproc-per-node N -m stablekd_fast ..., or unset WORLD_SIZE to run alone."
         ) from error
     atexit.register(_part)
@@ -236,15 +242,16 @@ def _meet(backend: str, limit: datetime.timedelta):
 
 
 def _part() -> None:
-    """Gloo's threads may hold the tensors of the last exchange a little longer, and need Python to let go of them: an interpreter
-    that has gone meanwhile would abort the process."""
+    """Gloo's threads may hold the tensors of the last exchange a little longer, and need Python to let go of them: an
+    interpreter that has gone meanwhile would abort the process."""
     time.sleep(_PARTING_SECONDS)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def average(ranks: Ranks, group, count: int, tensors: Sequence[Tensor]) -> None:
-    """Overwrite float32 or float64 `tensors` with their means over the `count` ranks of a process group: one flat all-reduce.
+    """Overwrite float32 or float64 `tensors` with their means over the `count` ranks of a process group: one flat
+    all-reduce.
 
     Nothing in it asks a GPU's host, so it can be part of a captured step.
     """

@@ -1,4 +1,5 @@
-"""The live teacher in parts: each place of a mesh runs the blocks beside its own groups, and hands its activation on."""
+"""The live teacher in parts: each place of a mesh runs the blocks beside its own groups, and hands its activation
+on."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ _UNDER_WAY = 2
 
 
 class TeacherPart:
-    """The teacher's blocks `first` to `last`, those of this rank's groups. What enters comes from the rank before, what leaves
-    goes to the rank behind, while both go on training."""
+    """The teacher's blocks `first` to `last`, those of this rank's groups. What enters comes from the rank before, what
+    leaves goes to the rank behind, while both go on training."""
 
-    def __init__(self, paired: PairedBlocks, layout: Layout, groups: list[list[int]], ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self, paired: PairedBlocks, layout: Layout, groups: list[list[int]], ranks: Ranks, device: torch.device
+    ) -> None:
         own = [groups[number] for number in layout.groups_of(ranks.rank)]
         place = layout.block_of(ranks.rank)
         self.paired, self.ranks, self.device = paired, ranks, device

@@ -2,8 +2,9 @@
 
     import stablekd_fast.integrations.mdistiller    # the one line that its tools/train.py needs
 
-A config then says `DISTILLER.TYPE: "StableKD"`, with settings under `StableKD` (see `DEFAULTS`), or `"FastKD"`, `"FastDKD"`,
-`"FastFitNet"`, with the settings of `KD`, `DKD`, `FITNET`: the same losses under the same names, from the fused kernels.
+A config then says `DISTILLER.TYPE: "StableKD"`, with settings under `StableKD` (see `DEFAULTS`), or `"FastKD"`,
+`"FastDKD"`, `"FastFitNet"`, with the settings of `KD`, `DKD`, `FITNET`: the same losses under the same names, from the
+fused kernels.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ DEFAULTS = {
     "TEMPERATURE": LogitKD.temperature,
     "LOSS": {"CE_WEIGHT": LogitKD.ce_weight, "KD_WEIGHT": LogitKD.kl_weight, "FEAT_WEIGHT": 1.0},
 }
-"""`SHARE` of `SOLVER.EPOCHS` is trained decomposed, the rest end to end. `CUTS`: modules after which both networks are cut, or
-pairs (teacher's, student's); empty finds them, `BLOCKS` many, or (0) one per spatial size."""
+"""`SHARE` of `SOLVER.EPOCHS` is trained decomposed, the rest end to end. `CUTS`: modules after which both networks are
+cut, or pairs (teacher's, student's); empty finds them, `BLOCKS` many, or (0) one per spatial size."""
 
 
 class FastKD(KD):
@@ -81,9 +82,9 @@ class FastFitNet(FitNet):
 class StableKD(Distiller):
     """Blocks that train alone on the teacher's activations, later merged (StableKD: arXiv 2312.13223).
 
-    The networks are cut at the first batch, on whose activations bridges are fitted where widths differ; bridges are part of
-    the state dict, parameters are not added. While the student is decomposed, the logits returned (and the training accuracy)
-    are those of its last block, which reads the teacher's activation.
+    The networks are cut at the first batch, on whose activations bridges are fitted where widths differ; bridges are
+    part of the state dict, parameters are not added. While the student is decomposed, the logits returned (and the
+    training accuracy) are those of its last block, which reads the teacher's activation.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg) -> None:
@@ -118,7 +119,8 @@ class StableKD(Distiller):
     def _pair(self, images: Tensor) -> PairedBlocks:
         if getattr(self, "_is_replica", False):
             raise ConfigError(
-                "StableKD's blocks cannot be copied to several GPUs by DataParallel; run it on one: CUDA_VISIBLE_DEVICES=0."
+                "StableKD's blocks cannot be copied to several GPUs by DataParallel; run it on one: "
+                "CUDA_VISIBLE_DEVICES=0."
             )
         if self.paired is None:
             settings = self.settings

@@ -18,14 +18,17 @@ from stablekd_fast.integrations.views import SAMPLE, VIEW, SampleViews
 
 
 class SharedBlocks:
-    """What the wrappers of teacher and student share: the networks cut into blocks, and the teacher's outputs for a batch.
+    """What the wrappers of teacher and student share: the networks cut into blocks, and the teacher's outputs for a
+    batch.
 
     Args:
-        cuts: modules after which to cut, in order; (teacher's, student's) where they differ. Wrapped models offer what they
-            give there to `forward_hook` under these names; where widths differ, the teacher's is bridged to the student's.
+        cuts: modules after which to cut, in order; (teacher's, student's) where they differ. Wrapped models offer what
+            they give there to `forward_hook` under these names; where widths differ, the teacher's is bridged to the
+            student's.
         bridge: see `pair_blocks`. Bridges are fitted to the first batch.
         views: the training data, if the teacher's outputs are to be kept.
-        directory: where they are kept on disk, by sample and view. They are used again by runs in which all is the same.
+        directory: where they are kept on disk, by sample and view. They are used again by runs in which all is the
+            same.
         codec, logits: how exactly, see `CacheSettings`. With fp32 a run from rows has the numbers of one without.
         disk_budget: most bytes in the directory, e.g. 200GB.
     """
@@ -43,10 +46,13 @@ class SharedBlocks:
     ) -> None:
         self.cuts = [(cut, cut) if isinstance(cut, str) else tuple(cut) for cut in cuts]
         self.bridge, self.views = bridge, views
-        self.settings = CacheSettings("all", directory, disk_budget, codecs=[codec], logits=logits) if directory else None
+        self.settings = (
+            CacheSettings("all", directory, disk_budget, codecs=[codec], logits=logits) if directory else None
+        )
         if directory and views is None:
             raise ConfigError(
-                f"The teacher's outputs are to be kept in {directory}, but random views without keys cannot be found again; "
+                f"The teacher's outputs are to be kept in {directory}, but random views without keys cannot be found "
+                "again; "
                 "give the training data as SampleViews, and here views: that object."
             )
         self.teacher: nn.Module | None = None
@@ -78,7 +84,9 @@ class SharedBlocks:
     def student_outputs(self, groups: Sequence[Sequence[int]], images: Tensor) -> list[Tensor]:
         """At every cut, and the logits; groups begin at the teacher's outputs for the same images."""
         if self._batch is None or self._batch[0] is not images:
-            raise ConfigError("StableKDStudent met images that StableKDTeacher has not; give both wrappers one SharedBlocks.")
+            raise ConfigError(
+                "StableKDStudent met images that StableKDTeacher has not; give both wrappers one SharedBlocks."
+            )
         return self.paired.student_outputs(groups, images, self._batch[1])
 
     def close(self) -> None:
@@ -90,12 +98,15 @@ class SharedBlocks:
     def _kept(self, images: Tensor, keys: Mapping[str, Tensor] | None) -> dict[int, Tensor]:
         if not keys or not {SAMPLE, VIEW} <= keys.keys():
             raise ConfigError(
-                "The batch came without the keys sample_id and view, so its rows cannot be found; train on SampleViews, and "
+                "The batch came without the keys sample_id and view, so its rows cannot be found; train on "
+                "SampleViews, and "
                 "set forward_proc: forward_batch_supp_dict for the teacher."
             )
         count, size = len(images), self.views.source.batch_size
         if count > size:
-            raise ConfigError(f"The batch has {count} images, but SampleViews was made for batch_size={size}; make them equal.")
+            raise ConfigError(
+                f"The batch has {count} images, but SampleViews was made for batch_size={size}; make them equal."
+            )
         # The teacher's last bits depend on the batch size: a short batch is filled up.
         filled = torch.arange(size) % count
         if count < size:

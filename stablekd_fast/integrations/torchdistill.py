@@ -1,4 +1,5 @@
-"""Parts for torchdistill (github.com/yoshitomo-matsubara/torchdistill). Importing this module registers them; a config of its
+"""Parts for torchdistill (github.com/yoshitomo-matsubara/torchdistill). Importing this module registers them; a config
+of its
 does so itself:
 
     dependencies:
@@ -7,7 +8,8 @@ does so itself:
 - Losses. `FastKDLoss` takes the settings of torchdistill's `KDLoss` and gives its values, `FastDKDLoss` is like it;
   `FastMSELoss`, `FastCosineLoss` and `FastKLDivWithLogitsLoss` are `stablekd_fast.losses`, for its `SimpleLossWrapper`.
 - `SampleViews`, a data set whose random views have keys, and the process `begin_view` that names each epoch's.
-- Model wrappers `StableKDTeacher` (in one pass, or from rows by sample and view) and `StableKDStudent` (decomposed or merged),
+- Model wrappers `StableKDTeacher` (in one pass, or from rows by sample and view) and `StableKDStudent` (decomposed or
+  merged),
   which share one `SharedBlocks`.
 """
 
@@ -31,7 +33,15 @@ try:
 except ImportError as error:
     raise ConfigError(f"torchdistill cannot be imported ({error}); `pip install torchdistill`.") from error
 
-__all__ = ["FastDKDLoss", "FastKDLoss", "SampleViews", "SharedBlocks", "StableKDStudent", "StableKDTeacher", "begin_view"]
+__all__ = [
+    "FastDKDLoss",
+    "FastKDLoss",
+    "SampleViews",
+    "SharedBlocks",
+    "StableKDStudent",
+    "StableKDTeacher",
+    "begin_view",
+]
 
 register_low_level_loss(MSELoss, key="FastMSELoss")
 register_low_level_loss(CosineLoss, key="FastCosineLoss")
@@ -57,8 +67,8 @@ class _LogitsLoss(nn.Module):
 class FastKDLoss(_LogitsLoss):
     """torchdistill's KDLoss: `alpha` * cross entropy + `beta` (1 - alpha by default) * T^2 * KL.
 
-    As there, with `alpha` None or 0, or without targets, the divergence stands alone, without `beta` and T^2. Of its settings,
-    reductions other than `batchmean` and those of CrossEntropyLoss other than `label_smoothing` are refused.
+    As there, with `alpha` None or 0, or without targets, the divergence stands alone, without `beta` and T^2. Of its
+    settings, reductions other than `batchmean` and those of CrossEntropyLoss other than `label_smoothing` are refused.
     """
 
     def __init__(
@@ -77,7 +87,8 @@ class FastKDLoss(_LogitsLoss):
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
         if reduction != "batchmean" or unsupported:
             raise ConfigError(
-                f"FastKDLoss was given reduction={reduction!r} and {unsupported or 'nothing else'}; it has the reduction "
+                f"FastKDLoss was given reduction={reduction!r} and {unsupported or 'nothing else'}; it has the "
+                "reduction "
                 "batchmean and label_smoothing. Use torchdistill's KDLoss for others."
             )
         self.divergence = KLDivWithLogitsLoss(reduction, temperature)
@@ -174,16 +185,19 @@ class StableKDTeacher(_Tapped):
 class StableKDStudent(_Tapped):
     """A student whose groups of blocks train on the teacher's activations, each alone; in evaluation the plain student.
 
-    `groups`: neighbouring blocks that train together, counted from 0, e.g. `[[0], [1], [2]]`, and `[[0, 1, 2]]` in a later
-    stage. Its state dict is that of the plain student.
+    `groups`: neighbouring blocks that train together, counted from 0, e.g. `[[0], [1], [2]]`, and `[[0, 1, 2]]` in a
+    later stage. Its state dict is that of the plain student.
     """
 
-    def __init__(self, student_model: nn.Module, shared: SharedBlocks, groups: Sequence[Sequence[int]], **kwargs) -> None:
+    def __init__(
+        self, student_model: nn.Module, shared: SharedBlocks, groups: Sequence[Sequence[int]], **kwargs
+    ) -> None:
         super().__init__([student for _, student in shared.cuts])
         self.student_model, self.shared, self.groups = student_model, shared, groups
         if [k for group in groups for k in group] != list(range(len(shared.cuts) + 1)):
             raise ConfigError(
-                f"groups={groups} were given; {len(shared.cuts)} cuts make the blocks 0 to {len(shared.cuts)}, which must "
+                f"groups={groups} were given; {len(shared.cuts)} cuts make the blocks 0 to {len(shared.cuts)}, which "
+                "must "
                 "be there once each, in order."
             )
         shared.attach(student=student_model)

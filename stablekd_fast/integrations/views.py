@@ -1,4 +1,5 @@
-"""A data set for torch's DataLoader whose random views have keys, so that a teacher's outputs for them can be found again."""
+"""A data set for torch's DataLoader whose random views have keys, so that a teacher's outputs for them can be found
+again."""
 
 from __future__ import annotations
 
@@ -23,11 +24,11 @@ SAMPLE, VIEW = "sample_id", "view"
 class SampleViews(Dataset):
     """Training images in views that have keys: gives (image, label, {`sample_id`, `view`}).
 
-    `dataset`: a path or name that `stablekd distill --data` takes, or torchvision's CIFAR10, CIFAR100, ImageFolder and others
-    that have `data` and `targets`, or `samples`, without transforms. Small images are padded by `padding` and cropped, large
-    ones cut at random and scaled to `size`; both are mirrored where `flip`. Epoch e shows view e modulo `views`, by the
-    generator of `stablekd_fast.data.views`. `batch_size` is the loader's. Mean and standard deviation are the data set's own
-    by default.
+    `dataset`: a path or name that `stablekd distill --data` takes, or torchvision's CIFAR10, CIFAR100, ImageFolder and
+    others that have `data` and `targets`, or `samples`, without transforms. Small images are padded by `padding` and
+    cropped, large ones cut at random and scaled to `size`; both are mirrored where `flip`. Epoch e shows view e modulo
+    `views`, by the generator of `stablekd_fast.data.views`. `batch_size` is the loader's. Mean and standard deviation
+    are the data set's own by default.
 
     Call `set_epoch` before each epoch.
     """
@@ -51,8 +52,12 @@ class SampleViews(Dataset):
         else:
             split = _split_of(dataset, size)
         if mean is None or std is None:
-            raise ConfigError("SampleViews was given no mean and std; give three values each, of pixels between 0 and 1.")
-        kind = Augmentation("pad_crop", flip, padding) if split.resident else Augmentation("resized_crop", flip, size=size)
+            raise ConfigError(
+                "SampleViews was given no mean and std; give three values each, of pixels between 0 and 1."
+            )
+        kind = (
+            Augmentation("pad_crop", flip, padding) if split.resident else Augmentation("resized_crop", flip, size=size)
+        )
         # DALI would begin a pipeline of its own in every worker of the DataLoader.
         loader = "resident" if split.resident else "torchvision"
         self.source = TrainSource(
@@ -85,7 +90,8 @@ class SampleViews(Dataset):
 
 
 def _split_of(dataset: Dataset, crop_size: int) -> Split:
-    """The images of a torchvision data set. Raises ConfigError for others, and for transforms, which would not be applied."""
+    """The images of a torchvision data set. Raises ConfigError for others, and for transforms, which would not be
+    applied."""
     if getattr(dataset, "transforms", None) is not None or getattr(dataset, "transform", None) is not None:
         raise ConfigError(
             f"{type(dataset).__name__} has transforms, whose random choices have no keys; give it none, SampleViews "
@@ -98,6 +104,7 @@ def _split_of(dataset: Dataset, crop_size: int) -> Split:
         paths, labels = zip(*samples)
         return Split(torch.tensor(labels), files=ImageFiles(FileRecords([Path(path) for path in paths]), crop_size))
     raise ConfigError(
-        f"{type(dataset).__name__} has neither `data` uint8 [N, H, W, 3] with `targets`, nor `samples` of (path, label); "
+        f"{type(dataset).__name__} has neither `data` uint8 [N, H, W, 3] with `targets`, nor `samples` of (path, "
+        "label); "
         "give such a data set, or a path that stablekd distill takes."
     )

@@ -67,9 +67,7 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.avgpool(x).flatten(1))
 
 
-def _conv_bn_relu(
-    width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1
-) -> list[nn.Module]:
+def _conv_bn_relu(width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     convolution = nn.Conv2d(width_in, width, kernel, stride, kernel // 2, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(width), nn.ReLU()]
 

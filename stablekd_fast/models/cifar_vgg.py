@@ -19,9 +19,7 @@ class VGG(nn.Module):
     def __init__(self, convolutions: tuple[int, int, int, int, int], num_classes: int) -> None:
         super().__init__()
         inputs = (3, *WIDTHS[:-1])
-        self.block0, self.block1, self.block2, self.block3, self.block4 = map(
-            _block, convolutions, inputs, WIDTHS
-        )
+        self.block0, self.block1, self.block2, self.block3, self.block4 = map(_block, convolutions, inputs, WIDTHS)
         self.pool0 = nn.MaxPool2d(2)
         self.pool1 = nn.MaxPool2d(2)
         self.pool2 = nn.MaxPool2d(2)

@@ -61,6 +61,4 @@ def _stage(blocks: int, width_in: int, width: int, stride: int) -> nn.Sequential
     return nn.Sequential(OrderedDict(layer=layer))
 
 
-MODELS = {
-    f"wrn_{depth}_{factor}": partial(WideResNet, depth, factor) for depth in (40, 16) for factor in (2, 1)
-}
+MODELS = {f"wrn_{depth}_{factor}": partial(WideResNet, depth, factor) for depth in (40, 16) for factor in (2, 1)}

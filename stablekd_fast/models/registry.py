@@ -70,9 +70,5 @@ def names() -> list[str]:
 def _unknown(name: str) -> ModelError:
     known = {valid.removeprefix("torchvision/"): valid for valid in reversed(names())}
     near = difflib.get_close_matches(name.removeprefix("torchvision/").lower(), known, 5, 0.5)
-    hint = (
-        f"The nearest: {', '.join(known[word] for word in near)}"
-        if near
-        else f"Our own: {', '.join(OWN_MODELS)}"
-    )
+    hint = f"The nearest: {', '.join(known[word] for word in near)}" if near else f"Our own: {', '.join(OWN_MODELS)}"
     return ModelError(f"There is no model {name!r}. {hint}. torchvision's names and timm/NAME are known too.")

@@ -35,7 +35,5 @@ def _timm():
     try:
         import timm
     except ImportError as error:
-        raise ModelError(
-            "Names that begin with timm/ need timm, which is not installed: pip install timm"
-        ) from error
+        raise ModelError("Names that begin with timm/ need timm, which is not installed: pip install timm") from error
     return timm

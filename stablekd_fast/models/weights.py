@@ -40,9 +40,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
 def _read(path: Path) -> object:
     if not path.is_file():
         found = "is a directory" if path.is_dir() else "does not exist"
-        raise ModelError(
-            f"The weight file {path} {found}; give the path of a .safetensors file or of a torch file."
-        )
+        raise ModelError(f"The weight file {path} {found}; give the path of a .safetensors file or of a torch file.")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -55,8 +53,7 @@ def _read(path: Path) -> object:
     except Exception as error:  # readers of damaged files raise whatever they stumble over
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(
-            f"The weight file {path} cannot be read ({reason}). It is truncated or of another format; "
-            "fetch it again."
+            f"The weight file {path} cannot be read ({reason}). It is truncated or of another format; fetch it again."
         ) from error
 
 
@@ -104,10 +101,7 @@ def _differences(targets: dict[str, Tensor], values: dict[str, Tensor]) -> list[
         found.append("the file's classifier has {} classes, this data set has {}".format(*classes))
         wrong = [name for name in wrong if name.rpartition(".")[0] != _classifier(targets)]
     if wrong:
-        pairs = [
-            f"{name} ({_kind(values[name])} in the file, {_kind(targets[name])} in the model)"
-            for name in wrong
-        ]
+        pairs = [f"{name} ({_kind(values[name])} in the file, {_kind(targets[name])} in the model)" for name in wrong]
         found.append(f"tensors differ: {_first(pairs)}")
     return found
 
@@ -122,9 +116,7 @@ def _classifier(targets: dict[str, Tensor]) -> str:
     return next(reversed(targets)).rpartition(".")[0]
 
 
-def _class_counts(
-    targets: dict[str, Tensor], values: dict[str, Tensor], wrong: list[str]
-) -> tuple[int, int] | None:
+def _class_counts(targets: dict[str, Tensor], values: dict[str, Tensor], wrong: list[str]) -> tuple[int, int] | None:
     """Classes in the file and in the model, if the classifier's rows are all that differs in it."""
     name = f"{_classifier(targets)}.weight" if wrong else None
     if name not in wrong or targets[name].dim() < 2 or targets[name].shape[1:] != values[name].shape[1:]:

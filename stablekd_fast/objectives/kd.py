@@ -33,7 +33,8 @@ class LogitKD:
 
 @register("logits", "kd", LogitKD)
 def logit_kd(config: LogitKD, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Without teacher logits the cross entropy alone; without labels the KL term alone. Labels may be probabilities `[N, C]`."""
+    """Without teacher logits the cross entropy alone; without labels the KL term alone. Labels may be probabilities
+    `[N, C]`."""
     kl_weight = config.kl_weight if teacher is not None else 0.0
     ce_weight = config.ce_weight if labels is not None else 0.0
     total = kl_weight + ce_weight

@@ -2,7 +2,8 @@
 
 Two places take objectives:
 
-- `feature`: `(config, student, target, channel_axis) -> (loss, gradient)` at a cut, both `[N, ...]` of one shape; one that
+- `feature`: `(config, student, target, channel_axis) -> (loss, gradient)` at a cut, both `[N, ...]` of one shape; one
+  that
   divides by something of the whole batch registers how to find it, and takes it as a further argument;
 - `logits`: `(config, student, teacher or None, labels or None) -> (loss, gradient)` at the head, `[N, classes]`.
 
@@ -32,8 +33,8 @@ def register(
 ) -> Callable[[Callable], Callable]:
     """Decorator that makes a function known as objective `name` at `place` (`"feature"` or `"logits"`).
 
-    `whole_batch(config, target)`: a 0-dim tensor that the loss needs of all targets of a batch, whose mean over equal parts is
-    that of the whole; None where the loss of a batch is the mean of its parts' losses.
+    `whole_batch(config, target)`: a 0-dim tensor that the loss needs of all targets of a batch, whose mean over equal
+    parts is that of the whole; None where the loss of a batch is the mean of its parts' losses.
     """
 
     def add(function: Callable) -> Callable:

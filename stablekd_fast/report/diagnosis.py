@@ -27,7 +27,8 @@ MEASURES = {
 
 
 def write_diagnosis(out: Path, document: dict) -> None:
-    """Write the page of a `diagnose.json`, and its first plot by itself, as `report.html` and `gap.svg` to the directory `out`.
+    """Write the page of a `diagnose.json`, and its first plot by itself, as `report.html` and `gap.svg` to the
+    directory `out`.
 
     Raises TrainingError if they cannot be written.
     """
@@ -56,12 +57,15 @@ def interval_text(value: dict | None) -> str:
 def _verdict(document: dict) -> str:
     verdict = document["verdict"]
     said = [*verdict["why"], verdict["cuts"], verdict["how_long"]]
-    return f'<p class="strong">{escape(verdict["headline"])}</p><ul>{"".join(f"<li>{escape(s)}</li>" for s in said)}</ul>'
+    return (
+        f'<p class="strong">{escape(verdict["headline"])}</p><ul>{"".join(f"<li>{escape(s)}</li>" for s in said)}</ul>'
+    )
 
 
 def _gap(document: dict) -> str:
     notes = (
-        "How much of a block's gradient one step of all other blocks changes, as a part of the gradient's length. A dot per "
+        "How much of a block's gradient one step of all other blocks changes, as a part of the gradient's length. A "
+        "dot per "
         "seed, a bar at the mean, a line for the 95% interval (Student's t)."
     )
     return page.section("The entanglement gap", notes, page.figure(gap_dots(document["summary"], document["arms"])))
@@ -75,7 +79,8 @@ def _by_block(document: dict) -> str:
             gain = interval_text(block["snr_gain"]) if arm == document["arms"][-1] else ""
             rows.append([str(block["block"] + 1), page.chip(variable, arm), *cells, gain])
     notes = (
-        "Mean over the steps looked at (curvature: median), with its 95% interval over seeds. SNR: of the gradient of one "
+        "Mean over the steps looked at (curvature: median), with its 95% interval over seeds. SNR: of the gradient "
+        "of one "
         "batch. It falls as a block nears its optimum, whatever trains it: the last block, where it is copied from the "
         "teacher, is near it from the start."
     )
@@ -88,8 +93,10 @@ def _cuts(document: dict) -> str:
         for cut in document["summary"]["cuts"]
     ]
     notes = (
-        "Entanglement that a cut takes away by itself: change of a block's gradient by the steps of the blocks beyond it, mean "
-        "over blocks. Exposure: what the cut costs, the loss of the block behind it when the student feeds it over that when "
+        "Entanglement that a cut takes away by itself: change of a block's gradient by the steps of the blocks "
+        "beyond it, mean "
+        "over blocks. Exposure: what the cut costs, the loss of the block behind it when the student feeds it over "
+        "that when "
         "the teacher does, at the last look."
     )
     return page.section("Cuts", notes, page.table(["cut", "entanglement", "exposure"], rows, numbers=True))
@@ -98,14 +105,18 @@ def _cuts(document: dict) -> str:
 def _course(document: dict) -> str:
     chips = [(f"--block-{row['block']}", f"block {row['block'] + 1}") for row in document["summary"]["blocks"]]
     notes = "Mean over seeds. Solid: end to end. Dashed: decomposed."
-    panels = "".join(page.figure(course(document["blocks"], document["arms"], name, label)) for name, label in PANELS.items())
+    panels = "".join(
+        page.figure(course(document["blocks"], document["arms"], name, label)) for name, label in PANELS.items()
+    )
     return page.section("Over the training", notes, page.legend(chips) + panels)
 
 
 def _losses(document: dict) -> str:
     notes = (
-        "The loss that end-to-end training works on, summed over blocks: thin lines for seeds, bold for their mean. Dashed: "
-        "the decomposed blocks fed by the teacher, as they train. The distance from there up is what merging has to close."
+        "The loss that end-to-end training works on, summed over blocks: thin lines for seeds, bold for their mean. "
+        "Dashed: "
+        "the decomposed blocks fed by the teacher, as they train. The distance from there up is what merging has to "
+        "close."
     )
     plot = page.figure(losses(document["blocks"], document["arms"]))
     return page.section("Loss of the composed student", notes, _arms(document) + plot)

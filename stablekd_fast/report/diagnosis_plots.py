@@ -13,7 +13,8 @@ from stablekd_fast.report.plots import as_svg, draw_line, in_our_style, logarith
 
 
 def gap_dots(summary: dict, arms: list[str]) -> str:
-    """Entanglement by block and arm, and the gap over all blocks: dots for seeds, bars for means, lines for intervals."""
+    """Entanglement by block and arm, and the gap over all blocks: dots for seeds, bars for means, lines for
+    intervals."""
     names = [f"block {row['block'] + 1}" for row in summary["blocks"]] + ["gap, all blocks"]
     with in_our_style():
         figure, axes = new_figure(1.1 + 0.42 * len(names))
@@ -83,7 +84,9 @@ def _interval(axes: Axes, value: dict | None, place: float, colour: str) -> None
         return
     axes.plot([value["low"], value["high"]], [place, place], color=colour, linewidth=2.2, alpha=0.55)
     axes.plot([value["mean"]] * 2, [place - 0.13, place + 0.13], color=colour, linewidth=2.8)
-    axes.plot(value["values"], [place] * len(value["values"]), "o", color=colour, markersize=5, alpha=0.7, markeredgewidth=0)
+    axes.plot(
+        value["values"], [place] * len(value["values"]), "o", color=colour, markersize=5, alpha=0.7, markeredgewidth=0
+    )
 
 
 def _means(rows: list[dict], measure: str) -> list[tuple[int, float]]:

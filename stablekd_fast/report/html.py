@@ -34,7 +34,10 @@ def write_report(
         _settings(histories),
         _origin(histories),
     ]
-    colours = {"method": palette.method_colours(methods), "block": palette.block_colours(len(_blocks_of(_staged(histories))))}
+    colours = {
+        "method": palette.method_colours(methods),
+        "block": palette.block_colours(len(_blocks_of(_staged(histories)))),
+    }
     page.write_page(path, title, sections, colours)
 
 
@@ -59,7 +62,10 @@ def _headline(runs: list[dict], methods: list[str], baseline: str | None) -> str
 
     rows = summary_rows(runs, baseline)
     cells = [
-        [page.chip(f"--method-{methods.index(row['method'])}", row["method"]), *(escape(v) for v in list(row.values())[1:])]
+        [
+            page.chip(f"--method-{methods.index(row['method'])}", row["method"]),
+            *(escape(v) for v in list(row.values())[1:]),
+        ]
         for row in rows
     ]
     accuracies = {row["method"]: [run["accuracy"] for run in runs if run["method"] == row["method"]] for row in rows}
@@ -154,7 +160,9 @@ def _settings(histories: list[History]) -> str:
 
 
 def _origin(histories: list[History]) -> str:
-    return page.origin({name: [history.start.get(name, {}) for history in histories] for name in ("machine", "versions")})
+    return page.origin(
+        {name: [history.start.get(name, {}) for history in histories] for name in ("machine", "versions")}
+    )
 
 
 def _staged(histories: list[History]) -> History | None:

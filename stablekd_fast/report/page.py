@@ -37,8 +37,8 @@ PAGE = """<!DOCTYPE html>
 def write_page(path: Path, title: str, sections: Iterable[str], colours: dict[str, list[tuple[str, str]]]) -> None:
     """Write a page of the sections that are not empty, whole or not at all.
 
-    `colours`: pairs (on light, on dark) by family; plots know the i-th of a family as `var(--family-i)`. Raises TrainingError
-    if the file cannot be written.
+    `colours`: pairs (on light, on dark) by family; plots know the i-th of a family as `var(--family-i)`. Raises
+    TrainingError if the file cannot be written.
     """
     text = PAGE.format(
         title=escape(title),
@@ -51,7 +51,9 @@ def write_page(path: Path, title: str, sections: Iterable[str], colours: dict[st
 
 def _colour_variables(colours: dict[str, list[tuple[str, str]]]) -> str:
     def rules(side: int) -> str:
-        return " ".join(f"--{name}-{i}: {pair[side]};" for name, pairs in colours.items() for i, pair in enumerate(pairs))
+        return " ".join(
+            f"--{name}-{i}: {pair[side]};" for name, pairs in colours.items() for i, pair in enumerate(pairs)
+        )
 
     return f":root {{ {rules(0)} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {rules(1)} }} }}"
 

@@ -110,10 +110,11 @@ def loss_curves(history: History) -> str:
 
 
 def timing_bars(rows: list[dict], name: str) -> str:
-    """Median milliseconds of a bench's contenders, a bar each with its spread; a mark where its limit is, if it has one.
+    """Median milliseconds of a bench's contenders, a bar each with its spread; a mark where its limit is, if it has
+    one.
 
-    Rows have `label`, `note` (shown beside the bar), `colour` (the index of a series), `median_seconds`, `spread_seconds` and
-    perhaps `limit_seconds`. `name` tells the plots of a page apart.
+    Rows have `label`, `note` (shown beside the bar), `colour` (the index of a series), `median_seconds`,
+    `spread_seconds` and perhaps `limit_seconds`. `name` tells the plots of a page apart.
     """
     with in_our_style():
         figure, axes = new_figure(0.75 + 0.3 * len(rows))

@@ -146,7 +146,10 @@ def _augment_batch(device: torch.device) -> str:
 OPERATORS = [
     Claim("kd_loss agrees with float64", _kd_loss),
     Claim("decoupled_kl agrees with float64", _decoupled_kl),
-    *(Claim(f"feature_mse, normalize={n}, agrees with float64", _feature_mse(n)) for n in (None, "power", "channel", "l2")),
+    *(
+        Claim(f"feature_mse, normalize={n}, agrees with float64", _feature_mse(n))
+        for n in (None, "power", "channel", "l2")
+    ),
     Claim("feature_cosine agrees with float64", _feature_cosine),
     Claim("batch_norm_act agrees with float64", _batch_norm_act),
     Claim("quantize_rows, dequantize_rows give the reference's bits", _rows),

@@ -23,7 +23,10 @@ CPU_TO_DEVICE = 0.02
 _STEPS = 6
 _GROUPS = ([[0], [1], [2]], [[0, 1, 2]])
 _CYCLED = {"cycle": "triangular", "momentum_low": 0.7}
-_OPTIMIZERS = {"AdamW": Optimizer("adamw", lr=0.01, clip=1.0), "SGD": Optimizer("sgd", lr=0.02, nesterov=True, **_CYCLED)}
+_OPTIMIZERS = {
+    "AdamW": Optimizer("adamw", lr=0.01, clip=1.0),
+    "SGD": Optimizer("sgd", lr=0.02, nesterov=True, **_CYCLED),
+}
 
 
 def _net(depth: int, seed: int) -> nn.Sequential:
@@ -111,7 +114,9 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 def _replays(optimizer: str, precision: str) -> Callable[[torch.device], str]:
     def check(device: torch.device) -> str:
         with _deterministic(device):
-            sides = [_Trial(device, _OPTIMIZERS[optimizer], precision).train(mode) for mode in ("eager", _captured(device))]
+            sides = [
+                _Trial(device, _OPTIMIZERS[optimizer], precision).train(mode) for mode in ("eager", _captured(device))
+            ]
         pairs = list(zip(*sides, strict=True))
         if not all(torch.equal(a, b) for a, b in pairs):
             raise Broken(f"{_captured(device)} differs from eager steps by up to {difference(pairs):.2g}")

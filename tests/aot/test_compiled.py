@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from stablekd_fast.bench.operators import aot, traffic  # noqa: E402
-from stablekd_fast.bench.operators.proof import compiled_rows  # noqa: E402
-from stablekd_fast.cli import main  # noqa: E402
-from stablekd_fast.errors import ConfigError  # noqa: E402
-from stablekd_fast.kernels import _triton  # noqa: E402
+from stablekd_fast.bench.operators import aot, traffic
+from stablekd_fast.bench.operators.proof import compiled_rows
+from stablekd_fast.kernels import _triton
+
+from stablekd_fast.cli import main
+from stablekd_fast.errors import ConfigError
 
 
 def check(rows):

@@ -5,11 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-
-from stablekd_fast.bench.operators import traffic  # noqa: E402
-from stablekd_fast.bench.operators.aot import operators  # noqa: E402
+import triton
+import triton.language as tl
+from stablekd_fast.bench.operators import traffic
+from stablekd_fast.bench.operators.aot import operators
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted by Triton's interpreter"),

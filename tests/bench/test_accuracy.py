@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-
 from stablekd_fast.bench.campaigns.accuracy import CANDIDATES, main
+
 from stablekd_fast.checkpoint import load_tensors
 from stablekd_fast.cli import main as stablekd
 from stablekd_fast.errors import CheckpointError
@@ -49,14 +49,25 @@ def test_the_best_setting_on_held_out_images_is_tested(campaign):
 def test_a_remembered_teacher_changes_no_bit(campaign):
     for run in ("kd-0", "blocks-0"):
         live, remembered = (
-            load_tensors(campaign / kind / "test" / run / "checkpoint.safetensors")[0] for kind in ("live", "remembered")
+            load_tensors(campaign / kind / "test" / run / "checkpoint.safetensors")[0]
+            for kind in ("live", "remembered")
         )
         assert all(torch.equal(live[name], remembered[name]) for name in live)
-    assert {path.parent.name for path in (campaign / "outputs").rglob("*.safetensors")} >= {"logits.fp32", "layer1.fp32"}
+    assert {path.parent.name for path in (campaign / "outputs").rglob("*.safetensors")} >= {
+        "logits.fp32",
+        "layer1.fp32",
+    }
 
 
 def test_a_finished_run_with_other_settings_is_refused(campaign):
-    words = ["--data", "digits", "--teacher", "resnet20", "--teacher-weights", str(campaign / "teacher/student.safetensors")]
+    words = [
+        "--data",
+        "digits",
+        "--teacher",
+        "resnet20",
+        "--teacher-weights",
+        str(campaign / "teacher/student.safetensors"),
+    ]
     words += ["--validation", "32", "--subset", "128", "--batch-size", "32", "--seeds", "1", "--methods", "kd"]
     with pytest.raises(CheckpointError, match="epochs: was 1.0, is 2.0"):
         main(["test", *words, "--epochs", "2", "--out", str(campaign / "live")])
@@ -64,7 +75,14 @@ def test_a_finished_run_with_other_settings_is_refused(campaign):
 
 
 def test_a_curve_tests_each_number_of_images(campaign, tmp_path):
-    words = ["--data", "digits", "--teacher", "resnet20", "--teacher-weights", str(campaign / "teacher/student.safetensors")]
+    words = [
+        "--data",
+        "digits",
+        "--teacher",
+        "resnet20",
+        "--teacher-weights",
+        str(campaign / "teacher/student.safetensors"),
+    ]
     words += ["--tuning", str(campaign / "live" / "tuning.json"), "--subsets", "64", "96", "--validation", "32"]
     main(["test", *words, "--epochs", "1", "--seeds", "1", "--methods", "kd", "--out", str(tmp_path)])
     for images in (64, 96):

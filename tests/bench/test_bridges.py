@@ -1,6 +1,7 @@
 import json
 
 from stablekd_fast.bench.campaigns.bridges import KINDS, main
+
 from stablekd_fast.cli import main as stablekd
 
 

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-
-from stablekd_fast.bench.runs.cache import Rows, disk_rows, memory_row, page_cache_cases
 from stablekd_fast.bench.core import WrongResult, check, measure
+from stablekd_fast.bench.runs.cache import Rows, disk_rows, memory_row, page_cache_cases
 from stablekd_fast.bench.runs.plan import run_plan
 from stablekd_fast.bench.runs.teacher import Pair, Rerun, feeding_case
+
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 
@@ -88,6 +88,15 @@ def test_the_commands_write_their_files(tmp_path, capsys):
     out = tmp_path / "cache.json"
     assert main(["bench", "cache", "--quick", "--rounds", "1", "--directory", str(tmp_path), "--json", str(out)]) == 0
     document = json.loads(out.read_text())
-    assert {row["contender"] for row in document["rows"]} >= {"memcpy", "stablekd", "direct reads", "one .pt per sample"}
-    assert document["tables"]["memory"][0]["ram_budget"] and document["machine"] and document["versions"]["torch"] == torch.__version__
+    assert {row["contender"] for row in document["rows"]} >= {
+        "memcpy",
+        "stablekd",
+        "direct reads",
+        "one .pt per sample",
+    }
+    assert (
+        document["tables"]["memory"][0]["ram_budget"]
+        and document["machine"]
+        and document["versions"]["torch"] == torch.__version__
+    )
     assert isinstance(Rows.make(tmp_path / "x", 4096, 1 << 20).gather(), torch.Tensor)

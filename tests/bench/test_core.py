@@ -2,11 +2,21 @@
 
 import gc
 
-from hypothesis import given, strategies as st
 import pytest
 import torch
-
-from stablekd_fast.bench.core import WARM_UP_ROUNDS, Case, Contender, WrongResult, check, measure, measure_cases, pinned, scratch
+from hypothesis import given
+from hypothesis import strategies as st
+from stablekd_fast.bench.core import (
+    WARM_UP_ROUNDS,
+    Case,
+    Contender,
+    WrongResult,
+    check,
+    measure,
+    measure_cases,
+    pinned,
+    scratch,
+)
 from stablekd_fast.bench.floor import floor_contenders, split
 from stablekd_fast.bench.peak import TOLERANCES, peak, peak_contenders
 

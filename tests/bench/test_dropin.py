@@ -4,12 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-
 from stablekd_fast.bench.core import WrongResult, check
 
 pytest.importorskip("torchdistill")
 
-from stablekd_fast.bench.runs import dropin  # noqa: E402
+from stablekd_fast.bench.runs import dropin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOISE = dropin.Noise(dropin.QUICK.count, dropin.QUICK.size)

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-
-from stablekd_fast.bench.core import WrongResult, check
 from stablekd_fast.bench.campaigns.campaign import Task
 from stablekd_fast.bench.campaigns.end_to_end import EPOCHS, Goal, Race
+from stablekd_fast.bench.core import WrongResult, check
 from stablekd_fast.bench.runs.stages import CACHE, LIVE, PLAIN, StageBench
+
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 from stablekd_fast.errors import ConfigError
@@ -25,7 +25,8 @@ def bench(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method, groups", [
-    ("ce", [[0]]), ("kd", MERGED), ("kd+features", MERGED), ("blocks", DECOMPOSED), ("stablekd", DECOMPOSED), ("stablekd", MERGED),
+    ("ce", [[0]]), ("kd", MERGED), ("kd+features", MERGED), ("blocks", DECOMPOSED), ("stablekd", DECOMPOSED),
+    ("stablekd", MERGED),
 ])  # fmt: skip
 def test_every_way_to_run_a_stage_gives_the_losses_of_float64(bench, method, groups):
     case = bench.case(method, groups, 16)
@@ -46,11 +47,34 @@ def test_a_stage_that_computes_something_else_shows_no_speed(bench):
 @pytest.fixture(scope="module")
 def race(tmp_path_factory):
     folder = tmp_path_factory.mktemp("race")
-    teacher = ["distill", "--method", "ce", "--student", "resnet20", "--epochs", "2", *SMALL, "--out", str(folder / "teacher")]
+    teacher = [
+        "distill",
+        "--method",
+        "ce",
+        "--student",
+        "resnet20",
+        "--epochs",
+        "2",
+        *SMALL,
+        "--out",
+        str(folder / "teacher"),
+    ]
     assert main(teacher) == 0
     weights = str(folder / "teacher" / "student.safetensors")
     words = ["bench", "end-to-end", "--data", "digits", "--teacher", "resnet20", "--teacher_weights", weights]
-    words += ["--student", "resnet20", *SMALL, "--goal", "kd:2", "--budgets", "1,9", "--methods", "ce,stablekd", "--seeds", "2"]
+    words += [
+        "--student",
+        "resnet20",
+        *SMALL,
+        "--goal",
+        "kd:2",
+        "--budgets",
+        "1,9",
+        "--methods",
+        "ce,stablekd",
+        "--seeds",
+        "2",
+    ]
     words += ["--rounds", "1", "--out", str(folder / "out"), "--json", str(folder / "race.json")]
     assert main(words) == 0
     return folder
@@ -67,7 +91,9 @@ def test_the_smallest_budget_that_reaches_the_target_counts(race):
     for row in epochs.values():
         assert (row["reached"] == "yes") == (row["accuracy"] >= row["target"])
         assert row["epochs"] in (1, 2) and row["steps"] == 4 * row["epochs"]
-        assert row["epochs"] == 2 or row["reached"] == "yes", "no smaller budget was enough, and none beyond the goal's is tried"
+        assert row["epochs"] == 2 or row["reached"] == "yes", (
+            "no smaller budget was enough, and none beyond the goal's is tried"
+        )
 
 
 def test_wall_time_is_steps_times_the_seconds_of_a_step(race):
@@ -77,7 +103,9 @@ def test_wall_time_is_steps_times_the_seconds_of_a_step(race):
     assert walls[f"kd, {PLAIN}"]["median_seconds"] == pytest.approx(8 * seconds["kd", PLAIN])
     assert walls[f"kd, {PLAIN}"]["ratio"] == 1.0 and walls[f"kd, {CACHE}"]["role"] == "ours"
     assert f"ce, {CACHE}" not in walls
-    assert walls[f"kd, {LIVE}"]["ratio"] == pytest.approx(8 * seconds["kd", PLAIN] / walls[f"kd, {LIVE}"]["median_seconds"])
+    assert walls[f"kd, {LIVE}"]["ratio"] == pytest.approx(
+        8 * seconds["kd", PLAIN] / walls[f"kd, {LIVE}"]["median_seconds"]
+    )
     reached = {method for method, row in epochs_of(race).items() if row["reached"] == "yes"}
     assert {name.split(",")[0] for name in walls} == reached, "no time is shown for an accuracy that was not reached"
 

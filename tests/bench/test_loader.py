@@ -7,9 +7,9 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
-
 from stablekd_fast.bench.core import WrongResult, check
 from stablekd_fast.bench.runs.loader import Work, large_case, open_large, small_case
+
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 from stablekd_fast.errors import DataError
@@ -31,7 +31,13 @@ def photographs(tmp_path):
 def test_all_ways_to_make_batches_of_photographs_agree(photographs):
     case = large_case(Work(open_large(photographs), 4, 1, 1))
     names = {contender.name for contender in case.contenders}
-    assert {"stablekd, torchvision", "torchvision DataLoader", "torchvision DataLoader, tensors", "Pillow in threads", "pure decode"} <= names
+    assert {
+        "stablekd, torchvision",
+        "torchvision DataLoader",
+        "torchvision DataLoader, tensors",
+        "Pillow in threads",
+        "pure decode",
+    } <= names
     check(case)
     (own,) = [contender for contender in case.contenders if str(contender) == "stablekd, torchvision (1 threads)"]
     wrong = dataclasses.replace(own, call=lambda: own.call().flip(3))
@@ -60,7 +66,11 @@ def test_dalis_own_readers_are_among_them_and_must_show_every_image(photographs)
 
 def test_all_ways_to_make_batches_of_small_images_agree():
     case = small_case(Work(open_dataset("digits"), 16, 1, 1))
-    assert {contender.name for contender in case.contenders} == {"stablekd, resident", "torchvision DataLoader", "floor"}
+    assert {contender.name for contender in case.contenders} == {
+        "stablekd, resident",
+        "torchvision DataLoader",
+        "floor",
+    }
     check(case)
     (own,) = [contender for contender in case.contenders if contender.role == "ours"]
     wrong = dataclasses.replace(own, call=lambda: own.call().flip(3))

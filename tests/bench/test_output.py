@@ -6,11 +6,11 @@ import re
 import subprocess
 
 import pytest
-
 from stablekd_fast.bench import output
 from stablekd_fast.bench.against import compare, differences, fallen
 from stablekd_fast.bench.output import by_case, cells_of, commit, document, read_json, write_csv, write_json
 from stablekd_fast.bench.report import write_bench_report
+
 from stablekd_fast.cli import main
 from stablekd_fast.errors import StableKDError
 
@@ -114,7 +114,8 @@ def test_a_page_needs_nothing_else_and_shows_every_case(found, tmp_path):
     assert not re.search(r"(stroke|fill): #0000", text), "a stand-in colour was left in a plot"
     for name in set(re.findall(r"var\((--[\w-]+)\)", text)):
         assert text.count(f"{name}:") == 2, f"{name} has a colour for light and for dark"
-    for part in ("case &lt;1&gt;", "ours, fast", "50 % of floor", "4.00×", "Compiling &amp; more", "2.00", "stablekd bench made-up",
+    for part in ("case &lt;1&gt;", "ours, fast", "50 % of floor", "4.00×", "Compiling &amp; more", "2.00",
+                 "stablekd bench made-up",
                  "Summary", found["versions"]["torch"], "&lt;abacus&gt;"):  # fmt: skip
         assert part in text, part
 
@@ -125,7 +126,17 @@ def test_a_file_is_shown_compared_and_made_a_page(found, tmp_path, capsys):
     then["machine"]["cpu"] = found["machine"]["cpu"] = "abacus"
     then["versions"]["torch"] = "1.0"
     now, earlier = files(tmp_path, now=found, then=then)
-    words = ["bench", "show", now, "--against", earlier, "--html", str(tmp_path / "page.html"), "--json", str(tmp_path / "kept.json")]
+    words = [
+        "bench",
+        "show",
+        now,
+        "--against",
+        earlier,
+        "--html",
+        str(tmp_path / "page.html"),
+        "--json",
+        str(tmp_path / "kept.json"),
+    ]
     assert main([*words, "--fail-below", "0.5"]) == 0
     shown = capsys.readouterr()
     assert "versions.torch was 1.0" in shown.err and "machine" not in shown.err, "the file's own machine, not this one"

@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-
 from stablekd_fast.bench.core import WrongResult, check, measure
-from stablekd_fast.bench.runs.loops import OrdinaryBlockwise
 from stablekd_fast.bench.peak import count_flops
+from stablekd_fast.bench.runs.loops import OrdinaryBlockwise
 from stablekd_fast.bench.runs.profile import profile_step
 from stablekd_fast.bench.runs.step import Contest, Operations, compile_cost, overhead, step_case
 from stablekd_fast.bench.runs.teacher import Pair
+
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 from stablekd_fast.precision import cpu_has_bf16
@@ -57,7 +57,9 @@ def test_operations_are_counted(made):
 def test_a_contender_that_computes_something_else_shows_no_speed(made, name):
     (contender,) = [contender for contender in made[0].contenders if contender.name == name]
     alone, loop = dataclasses.replace(made[0], contenders=[contender]), contender.call.__self__
-    student = loop.box.student_model if name == "torchdistill KD" else getattr(loop, "student", None) or loop.paired.student
+    student = (
+        loop.box.student_model if name == "torchdistill KD" else getattr(loop, "student", None) or loop.paired.student
+    )
     check(alone)
     bias = list(student.parameters())[-1].detach()
     bias[3] += 1

@@ -9,7 +9,7 @@ import torch
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.cache.fingerprint import prefix_digests
 
-SOURCE = '''
+SOURCE = """
 import torch
 from torch import nn
 
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.two(self.one(x)).mean((2, 3))
-'''
+"""
 
 REFORMATTED = '''
 import torch

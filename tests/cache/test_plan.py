@@ -41,7 +41,12 @@ def random_costs(outputs: int, seed: int, stages: int = 2, tiers=("device", "hos
         batches = draw.randint(50, 500)
         planned.append(StageCost(draw.uniform(1e-3, 1e-2), kinds[s % 2], batches, draw.randint(0, batches)))
     return Costs(
-        tuple(made), tuple(planned), {t: rates[t] for t in tiers}, {"device": 1e-4, "loader": draw.uniform(0, 5e-3)}, 10_000, 128
+        tuple(made),
+        tuple(planned),
+        {t: rates[t] for t in tiers},
+        {"device": 1e-4, "loader": draw.uniform(0, 5e-3)},
+        10_000,
+        128,
     )
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from stablekd_fast.kernels._native import core
 
 from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.shard import Part
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.errors import CacheError, CacheFull
-from stablekd_fast.kernels._native import core
 
 
 def names(folder: Path) -> list[str]:
@@ -72,7 +72,10 @@ def test_more_views_add_shards_and_rows_once_stored_stay(filled, make_rows):
     rows = torch.arange(80, 150)
     with RowStore(filled, write=True, expected=150) as store:
         other = [torch.zeros_like(part) for part in make_rows(rows)]
-        store.put(rows, [torch.where((rows < 100).view(-1, *[1] * (p.dim() - 1)), o, p) for o, p in zip(other, make_rows(rows))])
+        store.put(
+            rows,
+            [torch.where((rows < 100).view(-1, *[1] * (p.dim() - 1)), o, p) for o, p in zip(other, make_rows(rows))],
+        )
         store.put(torch.tensor([120, 120]), make_rows(torch.tensor([120, 120])))
     with RowStore(filled) as store:
         assert_rows(store, torch.arange(150), make_rows)

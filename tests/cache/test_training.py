@@ -4,9 +4,9 @@ import json
 import os
 
 import numpy as np
-from PIL import Image
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -45,12 +45,16 @@ def run(tmp_path, digits):
 
     def start(out: str, *, cache: CacheSettings | None = None, student: nn.Module | None = None, data=None, **settings):
         defaults = {
-            "recipe": "progressive", "epochs": 18.0, "subset": 128, "validation": 40, "batch_size": 32, "bn_images": 64, "views": 2,
-            "cuts": ["0", "1", "2"], "optimizer": Optimizer(lr=0.01), "device": "cpu", "evaluate_every": 0, "precision": "fp32",
+            "recipe": "progressive", "epochs": 18.0, "subset": 128, "validation": 40, "batch_size": 32,
+            "bn_images": 64, "views": 2, "cuts": ["0", "1", "2"], "optimizer": Optimizer(lr=0.01), "device": "cpu",
+            "evaluate_every": 0, "precision": "fp32",
         }  # fmt: skip
         config = DistillConfig(out=str(tmp_path / out), cache=cache or CacheSettings(), **{**defaults, **settings})
         data = data or digits
-        networks = {"teacher": net(2, 1, classes=len(data.classes)), "student": student or net(1, 2, classes=len(data.classes))}
+        networks = {
+            "teacher": net(2, 1, classes=len(data.classes)),
+            "student": student or net(1, 2, classes=len(data.classes)),
+        }
         distiller = Distiller(config, dataset=data, **networks)
         ran = [0] * len(distiller.paired)
         for k, block in enumerate(distiller.paired.teacher_blocks):
@@ -111,7 +115,9 @@ def test_an_exact_cache_gives_the_bits_of_a_teacher_in_16_bits(run, disk, precis
 
 
 @pytest.mark.parametrize(
-    "codecs", [{"codecs": ["bf16"]}, {"codecs": ["int8"], "logits": "fp16"}, {"codecs": ["fp8"], "logits": "top5"}], ids=str
+    "codecs",
+    [{"codecs": ["bf16"]}, {"codecs": ["int8"], "logits": "fp16"}, {"codecs": ["fp8"], "logits": "top5"}],
+    ids=str,
 )
 def test_filling_and_finding_a_cache_give_the_same_bits(run, disk, codecs):
     live, _ = run("live", epochs=6.0)
@@ -214,7 +220,9 @@ def test_all_without_a_place_is_refused(run):
         run("a", cache=CacheSettings(plan="all"))
 
 
-@pytest.mark.parametrize("altering", [{"mix": "mixup"}, {"mix": "cutmix", "jitter": 0.4}], ids=["mixup", "cutmix and jitter"])
+@pytest.mark.parametrize(
+    "altering", [{"mix": "mixup"}, {"mix": "cutmix", "jitter": 0.4}], ids=["mixup", "cutmix and jitter"]
+)
 def test_altered_images_are_cached_and_refused_under_other_alterations(altering, disk, run):
     plain, _ = run("plain", views=2, **altering)
     filled, _ = run("filled", views=2, cache=disk(), **altering)
@@ -239,17 +247,29 @@ def photographs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("source", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
-def test_stored_images_are_the_decoded_ones_and_nothing_is_read_twice(source, photographs, disk, run, tmp_path, monkeypatch):
+def test_stored_images_are_the_decoded_ones_and_nothing_is_read_twice(
+    source, photographs, disk, run, tmp_path, monkeypatch
+):
     read, files = FileRecords.read, []
     data = open_dataset(photographs, image_size=72)
     monkeypatch.setattr(FileRecords, "read", lambda self, number: (files.append(number), read(self, number))[1])
-    settings = {"data": data, "source": source, "subset": None, "validation": 0, "batch_size": 8, "epochs": 6.0, "views": 1, "bn_images": 8}
+    settings = {
+        "data": data,
+        "source": source,
+        "subset": None,
+        "validation": 0,
+        "batch_size": 8,
+        "epochs": 6.0,
+        "views": 1,
+        "bn_images": 8,
+    }
     plain, _ = run("plain", **settings)
     decoded = len(files)
     files.clear()
     cached, _ = run("cached", cache=disk(images=True), **settings)
     assert same(plain, cached)
-    # Every image once, and the test split; of the second epoch at most the batches that were begun before these were stored.
+    # Every image once, and the test split; of the second epoch at most the batches that were begun before these were
+    # stored.
     assert decoded > 6 * 24 and 24 + 6 <= len(files) <= 24 + 6 + BATCHES_AHEAD * 8
     files.clear()
     again, _ = run("again", cache=disk(images=True), **settings)

@@ -21,8 +21,8 @@ def arguments(tmp_path_factory) -> list[str]:
     save_file(models.build("resnet20", 10).state_dict(), folder / "teacher.safetensors")
     return [
         "--teacher", "resnet20", "--teacher-weights", str(folder / "teacher.safetensors"), "--student", "resnet20",
-        "--subset", "96", "--validation", "0", "--epochs", "3", "--views", "1", "--batch-size", "32", "--bn-images", "32",
-        "--precision", "fp32",
+        "--subset", "96", "--validation", "0", "--epochs", "3", "--views", "1", "--batch-size", "32",
+        "--bn-images", "32", "--precision", "fp32",
         "--cache.plan", "all", "--cache.directory", str(folder / "rows"),
     ]  # fmt: skip
 

@@ -64,10 +64,23 @@ def test_evaluating_a_file_gives_the_run_s_accuracy(student, name, capsys):
 
 
 def test_a_checkpoint_is_evaluated_with_statistics_of_its_own_views(teacher, tmp_path):
-    """Altered images, other view seeds: the batch-norm statistics are those of what the run trained on, to the last bit."""
+    """Altered images, other view seeds: the batch-norm statistics are those of what the run trained on, to the last
+    bit."""
     out, weights = tmp_path / "run", str(teacher / "student.safetensors")
-    arguments = ["--teacher", "resnet32", "--teacher-weights", weights, "--student", "resnet20", *SMALL, "--epochs", "1"]
-    assert main(["distill", *arguments, "--mix", "mixup", "--jitter", "0.5", "--view-seed", "9", "--out", str(out)]) == 0
+    arguments = [
+        "--teacher",
+        "resnet32",
+        "--teacher-weights",
+        weights,
+        "--student",
+        "resnet20",
+        *SMALL,
+        "--epochs",
+        "1",
+    ]
+    assert (
+        main(["distill", *arguments, "--mix", "mixup", "--jitter", "0.5", "--view-seed", "9", "--out", str(out)]) == 0
+    )
     events = [json.loads(line) for line in (out / "events.jsonl").open()]
     (tested,) = [event for event in events if event["kind"] == "evaluate" and event["split"] == "test"]
     assert evaluate_file(out / "checkpoint.safetensors").loss == tested["loss"]
@@ -108,7 +121,10 @@ def test_yaml_settings_can_be_overridden(tmp_path, capsys):
 
 def test_stages_can_be_given_in_yaml(teacher, tmp_path):
     config = tmp_path / "run.yaml"
-    stages = [{"groups": [[0], [1], [2, 3]], "steps": 3}, {"groups": [[0, 1, 2, 3]], "share": 1, "optimizer": {"lr": 0.1}}]
+    stages = [
+        {"groups": [[0], [1], [2, 3]], "steps": 3},
+        {"groups": [[0, 1, 2, 3]], "share": 1, "optimizer": {"lr": 0.1}},
+    ]
     config.write_text(yaml.safe_dump({"stages": stages, "student": "resnet20", "teacher": "resnet32"}))
     out = tmp_path / "run"
     weights = ["--teacher-weights", str(teacher / "student.safetensors")]
@@ -131,7 +147,10 @@ def test_stages_can_be_given_in_yaml(teacher, tmp_path):
         (["distill", "--teacher-weights", "/no/file.pt"], "/no/file.pt"),
         (["distill", "--epochs", "-1"], "epochs"),
         (["evaluate", "/no/student.safetensors"], "/no/student.safetensors"),
-        (["plan", "--teacher", "resnet56", "--student", "resnet20", "--image-size", "32", "--cuts", "[layr1]"], "layer1"),
+        (
+            ["plan", "--teacher", "resnet56", "--student", "resnet20", "--image-size", "32", "--cuts", "[layr1]"],
+            "layer1",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_sentence(words, message, tmp_path, capsys):

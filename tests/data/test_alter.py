@@ -1,4 +1,5 @@
-"""Colour jitter and mixed images are part of a view: drawn from its key, the same in every source, labels mixed alike."""
+"""Colour jitter and mixed images are part of a view: drawn from its key, the same in every source, labels mixed
+alike."""
 
 import dataclasses
 
@@ -26,7 +27,9 @@ def resident_source(**altering) -> TrainSource:
 def large_source(root, loader="torchvision", on_bad_image="stop", **altering) -> TrainSource:
     dataset = open_dataset(root, image_size=32, on_bad_image=on_bad_image)
     augmentation = dataclasses.replace(dataset.augmentation, **altering)
-    return TrainSource(dataset.train, augmentation, MEAN, STD, batch_size=5, seed=SEED, classes=3, loader=loader, workers=2)
+    return TrainSource(
+        dataset.train, augmentation, MEAN, STD, batch_size=5, seed=SEED, classes=3, loader=loader, workers=2
+    )
 
 
 def as_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -60,7 +63,9 @@ def test_mixup_is_the_rounded_mean_of_two_views(kind, alpha, write_large_tree):
         unaltered, ids = plain_views(plain, batch.view), batch.sample_ids.numpy()
         partners = mixed.split.sample_ids[torch.from_numpy(draw_partners(SEED, ids, batch.view, len(mixed.split)))]
         shares = draw_shares(SEED, ids, batch.view, alpha)
-        for image, label, sample, partner, share in zip(as_pixels(batch.images), batch.labels, ids.tolist(), partners.tolist(), shares):
+        for image, label, sample, partner, share in zip(
+            as_pixels(batch.images), batch.labels, ids.tolist(), partners.tolist(), shares
+        ):
             expected = share * unaltered[sample] + (1 - share) * unaltered[partner]
             assert (image - expected).abs().max() <= 0.501
             own, other = (F.one_hot(mixed.split.labels[s], 3) for s in (sample, partner))
@@ -79,8 +84,12 @@ def test_cutmix_pastes_a_box_and_labels_by_its_area(kind, write_large_tree):
     pasted = 0
     for batch in mixed.batches(0, 8):
         unaltered = plain_views(plain, batch.view)
-        partners = mixed.split.sample_ids[torch.from_numpy(draw_partners(SEED, batch.sample_ids.numpy(), batch.view, len(mixed.split)))]
-        for image, label, sample, partner in zip(as_pixels(batch.images).round(), batch.labels, batch.sample_ids.tolist(), partners.tolist()):
+        partners = mixed.split.sample_ids[
+            torch.from_numpy(draw_partners(SEED, batch.sample_ids.numpy(), batch.view, len(mixed.split)))
+        ]
+        for image, label, sample, partner in zip(
+            as_pixels(batch.images).round(), batch.labels, batch.sample_ids.tolist(), partners.tolist()
+        ):
             if partner == sample:
                 continue
             foreign = (image != unaltered[sample]).any(0)
@@ -88,7 +97,9 @@ def test_cutmix_pastes_a_box_and_labels_by_its_area(kind, write_large_tree):
             rows, columns = foreign.any(1).nonzero().flatten(), foreign.any(0).nonzero().flatten()
             area = len(range(rows[0], rows[-1] + 1)) * len(range(columns[0], columns[-1] + 1)) if len(rows) else 0
             pasted += area > 0
-            if mixed.split.labels[sample] != mixed.split.labels[partner] and kind == "large":  # noise: every pixel of the box differs
+            if (
+                mixed.split.labels[sample] != mixed.split.labels[partner] and kind == "large"
+            ):  # noise: every pixel of the box differs
                 assert abs(float(label[mixed.split.labels[partner]]) - area / foreign.numel()) < 1e-6
             assert abs(float(label.sum()) - 1) < 1e-6
     assert pasted > 8
@@ -160,4 +171,6 @@ def test_impossible_alterations_are_refused():
         with pytest.raises(ConfigError):
             Augmentation("pad_crop", flip=True, padding=2, **fields)
     with pytest.raises(ConfigError, match="number of classes"):
-        TrainSource(resident_source().split, Augmentation("pad_crop", flip=True, mix="mixup"), MEAN, STD, batch_size=4, seed=0)
+        TrainSource(
+            resident_source().split, Augmentation("pad_crop", flip=True, mix="mixup"), MEAN, STD, batch_size=4, seed=0
+        )

@@ -65,7 +65,8 @@ KINDS = ("tar with members", "tar with folders", "tfrecord")
 
 @pytest.fixture
 def packed(write_large_tree, tmp_path):
-    """The images of a tree packed into two archives for training and one for test; the tree's data set, and the folder."""
+    """The images of a tree packed into two archives for training and one for test; the tree's data set, and the
+    folder."""
 
     def pack(kind: str):
         tree = open_dataset(write_large_tree(), image_size=32)
@@ -87,7 +88,14 @@ def packed(write_large_tree, tmp_path):
 
 def batches(dataset, workers=2, loader="torchvision"):
     source = TrainSource(
-        dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=3, workers=workers, loader=loader
+        dataset.train,
+        dataset.augmentation,
+        dataset.mean,
+        dataset.std,
+        batch_size=4,
+        seed=3,
+        workers=workers,
+        loader=loader,
     )
     return list(source.batches(1, 6))
 
@@ -119,7 +127,11 @@ def test_indexes_made_by_dalis_own_tools_are_used(packed, kind, monkeypatch):
     tool = "tfrecord2idx" if kind == "tfrecord" else "wds2idx"
     for path in by_walking:
         index = path.with_name(path.name + ".idx") if kind == "tfrecord" else path.with_suffix(".idx")
-        subprocess.run([sys.executable, shutil.which(tool, path=Path(sys.executable).parent), path, index], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, shutil.which(tool, path=Path(sys.executable).parent), path, index],
+            check=True,
+            capture_output=True,
+        )
     monkeypatch.setattr("stablekd_fast.data.archives._members", None)
     monkeypatch.setattr("stablekd_fast.data.archives._records", None)
     assert {path: list(read_index(path)) for path in by_walking} == by_walking
@@ -167,7 +179,9 @@ def test_what_is_wrong_with_archives_is_said(packed, tmp_path):
         open_dataset(folder)
     validation.write_bytes(content)
     validation.with_suffix(".idx").write_text("v1.1 5\n")
-    with pytest.raises(DataError, match="by its index validation-00000-of-00001.idx: an index of version v1.2 is needed"):
+    with pytest.raises(
+        DataError, match="by its index validation-00000-of-00001.idx: an index of version v1.2 is needed"
+    ):
         open_dataset(folder)
     lonely = tmp_path / "lonely"
     lonely.mkdir()
@@ -178,7 +192,9 @@ def test_what_is_wrong_with_archives_is_said(packed, tmp_path):
 
 
 def stream_of(dataset, split) -> StreamSource:
-    return StreamSource(TrainSource(split, dataset.augmentation, dataset.mean, dataset.std, batch_size=3, seed=3, workers=2))
+    return StreamSource(
+        TrainSource(split, dataset.augmentation, dataset.mean, dataset.std, batch_size=3, seed=3, workers=2)
+    )
 
 
 @pytest.mark.dali
@@ -206,7 +222,9 @@ def test_streamed_images_of_tars_are_those_that_their_ids_name(tmp_path):
         write_tar(tmp_path / f"{name}.tar", [(gray(level), 0) for level in own], "members")
     dataset = open_dataset(tmp_path, image_size=32)
     for batch in stream_of(dataset, dataset.train).batches(0, 8):
-        shown = (batch.images * torch.tensor(dataset.std)[:, None, None] + torch.tensor(dataset.mean)[:, None, None]) * 255
+        shown = (
+            batch.images * torch.tensor(dataset.std)[:, None, None] + torch.tensor(dataset.mean)[:, None, None]
+        ) * 255
         assert ((shown - torch.tensor(levels)[batch.sample_ids][:, None, None, None]).abs() <= 2).all()
 
 

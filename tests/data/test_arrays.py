@@ -2,8 +2,8 @@ import gzip
 import struct
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
 from stablekd_fast.data import open_dataset
 from stablekd_fast.errors import DataError
@@ -51,7 +51,6 @@ def test_digits_have_their_fixed_split():
     pixels = dataset.train.images.double() / 255
     assert abs(pixels.mean() - dataset.mean[0]) < 2e-3 and abs(pixels.std() - dataset.std[0]) < 2e-3
     assert (dataset.train.images[..., :1] == dataset.train.images).all()
-
 
 
 @pytest.mark.parametrize("separator", ["-", "."])

@@ -1,4 +1,5 @@
-"""The DALI source beside the torchvision source: the same views, and the same treatment of whatever lies in a folder."""
+"""The DALI source beside the torchvision source: the same views, and the same treatment of whatever lies in a
+folder."""
 
 import math
 import sys
@@ -92,7 +93,8 @@ def test_each_bad_image_stops_either_source_with_its_name(strange_tree, loader, 
 
 @pytest.mark.dali
 def test_a_batch_that_dali_gives_up_on_is_made_all_the_same(strange_tree, monkeypatch):
-    """Should DALI refuse what the other decoders take: the batch is done by them, and those in the pipeline are begun anew."""
+    """Should DALI refuse what the other decoders take: the batch is done by them, and those in the pipeline are begun
+    anew."""
     from stablekd_fast.data import dali
 
     root, _ = strange_tree
@@ -113,7 +115,8 @@ def test_a_batch_that_dali_gives_up_on_is_made_all_the_same(strange_tree, monkey
 
 @pytest.mark.dali
 def test_dalis_own_failure_on_a_damaged_image_is_survived(strange_tree, monkeypatch):
-    """Really damaged bytes in DALI's hands: taken for sound, as an image cut short with an end put behind it would be."""
+    """Really damaged bytes in DALI's hands: taken for sound, as an image cut short with an end put behind it would
+    be."""
     root, bad = strange_tree
     folder = root / "train" / "b"
     for name in bad:
@@ -134,7 +137,9 @@ def test_photographs_scaled_up_and_down_are_within_resampling_of_each_other(tmp_
         for k in range(8):
             picture(k, 300 + 20 * k, 420 - 10 * k).save(tmp_path / part / "a" / f"{k}.jpg", quality=90)
     for size in (65, 96, 224):
-        for one, other in zip(*(source_of(tmp_path, loader, size=size).batches(0, 4) for loader in ("torchvision", "dali")), strict=True):
+        for one, other in zip(
+            *(source_of(tmp_path, loader, size=size).batches(0, 4) for loader in ("torchvision", "dali")), strict=True
+        ):
             assert psnr(one.images, other.images) >= 35
 
 

@@ -1,10 +1,11 @@
 import shutil
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from stablekd_fast.data import IMAGENET_MEAN, Augmentation, open_dataset, split as split_module
+from stablekd_fast.data import IMAGENET_MEAN, Augmentation, open_dataset
+from stablekd_fast.data import split as split_module
 from stablekd_fast.errors import ConfigError, DataError
 
 
@@ -58,7 +59,9 @@ def test_only_the_subset_is_decoded(write_tree, monkeypatch):
     part = open_dataset(write_tree()).train.subset(6, seed=0)
     opened = []
     original = split_module.decode_rgb
-    monkeypatch.setattr(split_module, "decode_rgb", lambda content, path: opened.append(path) or original(content, path))
+    monkeypatch.setattr(
+        split_module, "decode_rgb", lambda content, path: opened.append(path) or original(content, path)
+    )
     assert len(part) == 6 and part.labels.bincount().tolist() == [2, 2, 2]
     assert not opened
     assert part.images.shape == (6, 12, 12, 3)
@@ -192,9 +195,7 @@ def test_unknown_settings_are_refused(write_tree):
         open_dataset(root, image_size=0)
 
 
-@pytest.mark.parametrize(
-    "fields", [dict(kind="cutout"), dict(kind="pad_crop", padding=-1), dict(kind="resized_crop")]
-)
+@pytest.mark.parametrize("fields", [dict(kind="cutout"), dict(kind="pad_crop", padding=-1), dict(kind="resized_crop")])
 def test_impossible_augmentation_is_refused(fields):
     with pytest.raises(ConfigError):
         Augmentation(flip=True, **fields)

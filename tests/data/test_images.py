@@ -1,10 +1,17 @@
 import numpy as np
-from PIL import Image
 import pytest
-
 import torch
+from PIL import Image
 
-from stablekd_fast.data.images import BadImage, centre_crop, decode_rgb, decode_scaled, read_header, resize, resized_crop
+from stablekd_fast.data.images import (
+    BadImage,
+    centre_crop,
+    decode_rgb,
+    decode_scaled,
+    read_header,
+    resize,
+    resized_crop,
+)
 from stablekd_fast.data.records import FileRecords
 
 
@@ -135,7 +142,9 @@ def test_resize_is_bilinear_with_antialiasing_to_half_a_level_twice(size):
     assert (resize(image, *size).double() - exact).abs().max() <= 1.02
 
 
-@pytest.mark.parametrize("box, factor", [((0, 0, 600, 800), 8), ((100, 200, 300, 260), 4), ((7, 9, 130, 300), 2), ((5, 5, 90, 90), 1)])
+@pytest.mark.parametrize(
+    "box, factor", [((0, 0, 600, 800), 8), ((100, 200, 300, 260), 4), ((7, 9, 130, 300), 2), ((5, 5, 90, 90), 1)]
+)
 def test_scaled_decoding_is_as_small_as_the_box_allows(tmp_path, box, factor):
     """Of an image without high frequencies it is the same picture."""
     small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)

@@ -1,15 +1,15 @@
-from contextlib import closing
 import dataclasses
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 import numpy as np
-from PIL import Image
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from stablekd_fast.data import Augmentation, EvalSource, Split, TrainSource, open_dataset, views
 from stablekd_fast.data.records import FileRecords
@@ -86,9 +86,7 @@ def test_images_are_the_named_views():
 def test_an_epoch_shows_every_image_once_and_drops_the_rest():
     source = small_source()
     assert source.steps_per_epoch == 5
-    epochs = [
-        torch.cat([batch.sample_ids for batch in source.batches(5 * epoch, 5 * epoch + 5)]) for epoch in range(2)
-    ]
+    epochs = [torch.cat([batch.sample_ids for batch in source.batches(5 * epoch, 5 * epoch + 5)]) for epoch in range(2)]
     assert all(len(ids) == len(ids.unique()) == 20 for ids in epochs)
     assert not torch.equal(*epochs)
 

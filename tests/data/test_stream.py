@@ -104,7 +104,9 @@ def test_jitter_changes_brightness_within_its_strength(ramps):
         (root / part / "a").mkdir(parents=True)
         for k in range(8):
             Image.new("RGB", (100, 80), (128,) * 3).save(root / part / "a" / f"{k}.jpg", quality=95)
-    shown = torch.cat([pixels(batch).mean((1, 2, 3)) for batch in stream_of(root, alter={"jitter": 0.4}).batches(0, 10)])
+    shown = torch.cat(
+        [pixels(batch).mean((1, 2, 3)) for batch in stream_of(root, alter={"jitter": 0.4}).batches(0, 10)]
+    )
     # Brightness moves grey by up to 40% of 128, and contrast stretches that distance from the middle by up to 1.4.
     assert ((shown - 128).abs() <= 128 * 0.4 * 1.4 + 2).all() and shown.std() > 10
     plain = torch.cat([pixels(batch) for batch in stream_of(root).batches(0, 10)])
@@ -190,13 +192,16 @@ def test_leaving_early_stops_dalis_threads(ramps):
 
 def net(width: int, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in ((3, width), (width, width))]
+    blocks = [
+        nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in ((3, width), (width, width))
+    ]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
 
 
 def run(root: Path, out: Path, **settings):
     settings = dict(
-        data=str(root), image_size=SIZE, source="dali-stream", epochs=4.0, validation=3, batch_size=4, bn_images=8, cuts=["0", "1"],
+        data=str(root), image_size=SIZE, source="dali-stream", epochs=4.0, validation=3, batch_size=4, bn_images=8,
+        cuts=["0", "1"],
         optimizer=Optimizer(lr=0.01), device="cpu", precision="fp32", log_every=1, out=str(out), progress=False,
     ) | settings  # fmt: skip
     return distill(teacher=net(8, 1).eval(), student=net(8, 2), **settings)

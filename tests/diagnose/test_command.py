@@ -40,7 +40,9 @@ def diagnosed(pair, tmp_path_factory):
 def test_all_rows_are_kept_with_where_they_come_from(diagnosed):
     document = json.loads((diagnosed / "diagnose.json").read_text())
     assert len(document["blocks"]) == 2 * 2 * 2 * 4 and len(document["between"]) == 2 * 2 * 3
-    assert {row["seed"] for row in document["blocks"]} == {3, 4} and {row["arm"] for row in document["blocks"]} == set(ARMS)
+    assert {row["seed"] for row in document["blocks"]} == {3, 4} and {row["arm"] for row in document["blocks"]} == set(
+        ARMS
+    )
     assert {row["step"] for row in document["blocks"]} == {1, 3}
     assert document["settings"]["optimizer"]["lr"] == 0.01 and document["settings"]["steps"] == 4
     assert "epochs" not in document["settings"], "a setting that was not used"

@@ -85,4 +85,8 @@ def test_angles_and_changes():
 
 def test_what_cannot_be_measured_is_not_a_number():
     zero, one = [torch.zeros(2)], [torch.ones(2)]
-    assert math.isnan(cosine(zero, one)) and math.isnan(relative_change(one, zero)) and math.isnan(curvature(zero, one, one))
+    assert (
+        math.isnan(cosine(zero, one))
+        and math.isnan(relative_change(one, zero))
+        and math.isnan(curvature(zero, one, one))
+    )

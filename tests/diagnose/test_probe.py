@@ -82,7 +82,8 @@ def test_of_two_blocks_the_cut_takes_away_all_entanglement(twin):
 
 
 def test_figures_are_those_of_plain_autograd(twin):
-    """Cross entropy alone, on the student as one network in float64: the bound is float32's rounding over a few layers."""
+    """Cross entropy alone, on the student as one network in float64: the bound is float32's rounding over a few
+    layers."""
     options = {"kl_weight": 0.0}
     both, probe, before = begun(twin, align="ends", logits_options=options, copy_classifier=False)
     moved(probe, [0, 1, 2])

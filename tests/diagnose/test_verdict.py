@@ -16,10 +16,12 @@ CUTS = [Cut("layer1", "layer1", (8,), (8,)), Cut("features.3", "layer2", (8,), (
 SEEDS, STEPS = 4, [5, 15, 25, 35]
 
 
-def planted(entanglement=0.4, gain=2.0, composed=0.8, taken=0.3, weak_cut=1.0, exposure=3.0, spread=0.02, fall=0.5) -> Measured:
-    """Rows of three blocks: signal-to-noise 0.25 end to end, `gain` times that decomposed; the composed student's losses are
-    `composed` times those of end to end, and from look to look `fall` times what they were; the first cut takes away `taken`,
-    the second `weak_cut` of that.
+def planted(
+    entanglement=0.4, gain=2.0, composed=0.8, taken=0.3, weak_cut=1.0, exposure=3.0, spread=0.02, fall=0.5
+) -> Measured:
+    """Rows of three blocks: signal-to-noise 0.25 end to end, `gain` times that decomposed; the composed student's
+    losses are `composed` times those of end to end, and from look to look `fall` times what they were; the first cut
+    takes away `taken`, the second `weak_cut` of that.
     """
     blocks, between = [], []
     for seed in range(SEEDS):
@@ -34,7 +36,9 @@ def planted(entanglement=0.4, gain=2.0, composed=0.8, taken=0.3, weak_cut=1.0, e
                 losses = {"composed_loss": loss * fall**look, "loss": loss * fall**look / exposure}
                 blocks += [{"block": k, **row, **losses} for k in range(3)]
             for cut, share in enumerate((1.0, weak_cut)):
-                between.append({"arm": END_TO_END, "seed": seed, "step": step, "cut": cut, "entanglement": taken * share * off})
+                between.append(
+                    {"arm": END_TO_END, "seed": seed, "step": step, "cut": cut, "entanglement": taken * share * off}
+                )
     return Measured(CUTS, "fp32", blocks, between)
 
 
@@ -45,7 +49,9 @@ def verdict_on(**rows):
 def test_figures_are_what_was_planted():
     summary = summarise(planted())
     assert summary.gap.mean == pytest.approx(0.4) and summary.others_share.mean == pytest.approx(0.4)
-    assert summary.snr_gain.mean == pytest.approx(2.0, rel=1e-3) and summary.loss_ratio.mean == pytest.approx(0.8, rel=1e-3)
+    assert summary.snr_gain.mean == pytest.approx(2.0, rel=1e-3) and summary.loss_ratio.mean == pytest.approx(
+        0.8, rel=1e-3
+    )
     first = summary.blocks[0]
     assert first[END_TO_END]["snr"].mean == pytest.approx(0.25) and first[DECOMPOSED]["snr"].mean == pytest.approx(0.5)
     assert first[END_TO_END]["drift"].mean == pytest.approx(0.1)
@@ -95,7 +101,11 @@ def test_an_interval_holds_the_truth_as_often_as_it_says():
 def test_planted_cases_are_judged_by_their_intervals(rows, helps):
     verdict = verdict_on(**rows)
     assert verdict.helps == helps
-    begins = {"yes": "Decomposition should help", "no": "Decomposition should not", "unclear": "These figures do not settle"}
+    begins = {
+        "yes": "Decomposition should help",
+        "no": "Decomposition should not",
+        "unclear": "These figures do not settle",
+    }
     assert verdict.headline.startswith(begins[helps])
 
 

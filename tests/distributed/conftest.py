@@ -12,7 +12,16 @@ SETTINGS = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def torchrun(ranks: int, *arguments: object, restarts: int = 0) -> subprocess.Popen:
     """Real processes, started as a user starts them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "--max-restarts", restarts]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        ranks,
+        "--max-restarts",
+        restarts,
+    ]
     return _popen([*command, "--monitor-interval", 0.1, HERE / "worker.py", *arguments], SETTINGS)
 
 
@@ -27,13 +36,17 @@ def by_hand(ranks: int, *arguments: object) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     meeting = {**SETTINGS, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return [
-        _popen([sys.executable, HERE / "worker.py", *arguments], {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        _popen(
+            [sys.executable, HERE / "worker.py", *arguments], {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
         for rank in range(ranks)
     ]
 
 
 def _popen(command: list, environment: dict) -> subprocess.Popen:
-    return subprocess.Popen([str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finished(process: subprocess.Popen, timeout: float = 240) -> str:

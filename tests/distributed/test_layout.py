@@ -82,7 +82,10 @@ def test_a_passed_on_teacher_keeps_neighbours_together_and_its_blocks_count():
 
 
 def test_what_two_groups_read_is_read_once_by_one_rank():
-    groups = [dataclasses.replace(group(1.0), feeds=feeds) for feeds in ({0: 1.0}, {0: 1.0, 1: 0.5}, {1: 0.5, 2: 0.1}, {2: 0.1})]
+    groups = [
+        dataclasses.replace(group(1.0), feeds=feeds)
+        for feeds in ({0: 1.0}, {0: 1.0, 1: 0.5}, {1: 0.5, 2: 0.1}, {2: 0.1})
+    ]
     found = best_layout(groups, 2, 2, ReduceCost(), axis="blocks")
     assert found.places == (0, 0, 1, 1) and found.seconds == (2 * (2 + 1.5), 2 * (2 + 0.6))
     assert best_layout(groups, 2, 2, ReduceCost(), axis="blocks", relays=True).seconds == (4.0, 4.0), "nothing is read"

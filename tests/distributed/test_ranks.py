@@ -63,7 +63,9 @@ def test_images_are_made_where_they_are_needed(launch, tmp_path, cached):
     made = [int(line.split()[2]) for line in sorted(output.splitlines()) if line.startswith("MADE")]
     (report,) = events(tmp_path / "out", "ranks")
     first = ["1" in row["groups"] for row in report["ranks"]].index(True)
-    assert made[first] >= 60 and made[1 - first] < 20, "60 steps; a few batches for the student's batch norms, and for exposure"
+    assert made[first] >= 60 and made[1 - first] < 20, (
+        "60 steps; a few batches for the student's batch norms, and for exposure"
+    )
 
 
 def test_ranks_divide_the_cores_that_they_share(launch):
@@ -94,7 +96,8 @@ def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks):
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(launch, tmp_path):
-    """Two ranks that are lost, then one, which is lost as well, then four; blocks alone, whose bits do not depend on ranks."""
+    """Two ranks that are lost, then one, which is lost as well, then four; blocks alone, whose bits do not depend on
+    ranks."""
     torchrun, alone, _, finished = launch
     finished(alone("train", tmp_path / "whole", "blocks"))
     job, lost = torchrun(2, "train", tmp_path / "broken", "blocks"), tmp_path / "broken" / "events.jsonl"
@@ -116,7 +119,9 @@ def test_merged_stages_divide_images(launch, tmp_path):
     assert apart["mesh"] == {"blocks": 2, "data": 1} and merged["mesh"] == {"blocks": 1, "data": 2}
     assert all(row["gradient_bytes"] == 0 for row in apart["ranks"])
     student = load_tensors(tmp_path / "out" / "checkpoint.safetensors")[0]
-    trained = sum(t.nbytes for name, t in student.items() if name.startswith("student/") and name.endswith(("weight", "bias")))
+    trained = sum(
+        t.nbytes for name, t in student.items() if name.startswith("student/") and name.endswith(("weight", "bias"))
+    )
     assert all(row["gradient_bytes"] == trained + 4 * (1 + 3) for row in merged["ranks"]), (
         "every gradient once a step, the loss, and the power of three targets"
     )

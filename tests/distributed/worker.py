@@ -4,7 +4,6 @@ import dataclasses
 import os
 import signal
 import sys
-
 from pathlib import Path
 
 import torch
@@ -21,7 +20,8 @@ from stablekd_fast.engine import Engine
 
 RANK, CPU = int(os.environ.get("RANK", 0)), torch.device("cpu")
 BASE = DistillConfig(
-    method="blocks", epochs=6.0, subset=320, validation=40, batch_size=32, log_every=5, bn_images=64, cuts=["0", "1", "2"],
+    method="blocks", epochs=6.0, subset=320, validation=40, batch_size=32, log_every=5, bn_images=64, cuts=["0", "1",
+    "2"],
     checkpoint_every=7, device="cpu", precision="fp32", bridge="pca", views=2, timeout=60,
 )  # fmt: skip
 
@@ -92,8 +92,8 @@ def hanging(out: str) -> None:
 
 
 def data_axis() -> None:
-    """Print, in float64 over 20 steps and in float32 over one, how far training on parts of batches is from training on whole
-    ones."""
+    """Print, in float64 over 20 steps and in float32 over one, how far training on parts of batches is from training on
+    whole ones."""
     ranks = join(CPU, 60)
     for dtype, steps in ((torch.float64, 20), (torch.float32, 1)):
         for norms in ("synced", "frozen"):
@@ -104,7 +104,8 @@ def data_axis() -> None:
 
 
 def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[float]:
-    """Largest distances over all ranks: of weights, from the start (to show that they moved), of running statistics, of losses."""
+    """Largest distances over all ranks: of weights, from the start (to show that they moved), of running statistics, of
+    losses."""
     import torch.distributed as dist
 
     from stablekd_fast.blocks import pair_blocks
@@ -143,14 +144,17 @@ def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[flo
         batch = random_batch(number, 16)
         share = 16 // ranks.size
         mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
-        part = dataclasses.replace(batch, images=batch.images[mine], labels=batch.labels[mine], sample_ids=batch.sample_ids[mine])
+        part = dataclasses.replace(
+            batch, images=batch.images[mine], labels=batch.labels[mine], sample_ids=batch.sample_ids[mine]
+        )
         train_on(own, teacher, part)
         train_on(whole, whole_teacher, batch)
     apart = max((a - b).abs().max().item() for a, b in zip(own.parameters.values(), whole.parameters.values()))
-    moved = max((a - b).abs().max().item() for a, b in zip(own.parameters.values(), step_of(None)[0].parameters.values()))
+    moved = max(
+        (a - b).abs().max().item() for a, b in zip(own.parameters.values(), step_of(None)[0].parameters.values())
+    )
     statistics = max(
-        (a - b).abs().max().item()
-        for a, b in zip(_running(own.paired.student), _running(whole.paired.student))
+        (a - b).abs().max().item() for a, b in zip(_running(own.paired.student), _running(whole.paired.student))
     )
     losses = abs(own.losses[0] - whole.losses[0]).item()
     found = torch.tensor([apart, moved, statistics, losses], dtype=torch.float64)

@@ -1,8 +1,8 @@
 """Every command and every Python example of the documentation, run in small.
 
 The blocks of a page run in order in one folder of their own. ```sh: each command runs; those that train or measure get
-options appended that make them short. ```python: runs, with the names of the page's earlier examples. ```sh parse-only: the
-settings of each `stablekd` command are checked, the syntax of every other one.
+options appended that make them short. ```python: runs, with the names of the page's earlier examples. ```sh parse-only:
+the settings of each `stablekd` command are checked, the syntax of every other one.
 """
 
 import re
@@ -15,15 +15,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stablekd_fast.bench.runs import teacher as bench_teacher
 
 from stablekd_fast import cli, models
-from stablekd_fast.bench.runs import teacher as bench_teacher
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-TRAINING = {"subset": "96", "validation": "32", "batch-size": "32", "epochs": "1", "bn-images": "32", "precision": "fp32"}
+TRAINING = {
+    "subset": "96",
+    "validation": "32",
+    "batch-size": "32",
+    "epochs": "1",
+    "bn-images": "32",
+    "precision": "fp32",
+}
 SHORT = {
     "distill": TRAINING,
     "cache build": TRAINING,
@@ -39,7 +46,9 @@ def write_images(folder, width, height):
         for label in range(2):
             (folder / part / f"class{label}").mkdir(parents=True)
             for k in range(count):
-                pixels = np.random.default_rng(k).integers(100 * label, 100 * label + 156, (height, width, 3), dtype=np.uint8)
+                pixels = np.random.default_rng(k).integers(
+                    100 * label, 100 * label + 156, (height, width, 3), dtype=np.uint8
+                )
                 Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{k}.jpg")
 
 
@@ -53,7 +62,11 @@ STAND_INS = {"README": data_of_the_readme, "your-data": lambda folder: write_ima
 
 def names_given():
     """What the README's example calls the reader's own."""
-    return {"my_teacher": models.build("resnet20", 2), "my_student": models.build("resnet20", 2), "images": torch.randn(8, 3, 32, 32)}
+    return {
+        "my_teacher": models.build("resnet20", 2),
+        "my_student": models.build("resnet20", 2),
+        "images": torch.randn(8, 3, 32, 32),
+    }
 
 
 @pytest.fixture

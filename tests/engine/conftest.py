@@ -60,8 +60,8 @@ def settled_fixture():
 def train_stages(mode, paired, aims, stages, batches, ema=0.9, loss_scale=None, seed=5):
     """Train through stages that have `steps`, as the engine does, taking the batches in turn.
 
-    All that the steps keep (weights, buffers, optimizer states, losses, loss scales, averages), copied at the end of each
-    stage. `loss_scale`: where float16 begins; the engine's own beginning skips most of a few steps.
+    All that the steps keep (weights, buffers, optimizer states, losses, loss scales, averages), copied at the end of
+    each stage. `loss_scale`: where float16 begins; the engine's own beginning skips most of a few steps.
     """
     average = None if ema is None else {name: p.detach().clone() for name, p in paired.student.named_parameters()}
     seen, moments, first = [], {}, 0

@@ -32,7 +32,12 @@ def net(depth, seed, dropout=0.0):
     torch.manual_seed(seed)
     stages = []
     for inside, width, stride in ((3, 8, 1), (8, 16, 2), (16, 16, 2)):
-        layers = [nn.Conv2d(inside, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(dropout)]
+        layers = [
+            nn.Conv2d(inside, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+        ]
         for _ in range(depth - 1):
             layers += [nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         stages.append(nn.Sequential(*layers))
@@ -62,7 +67,9 @@ def train(pair, train_stages, random_batch):
     return run
 
 
-@pytest.mark.parametrize("optimizer, precision", [(o, "fp32") for o in OPTIMIZERS] + [("adamw", "bf16"), ("sgd cycled", "fp16")])
+@pytest.mark.parametrize(
+    "optimizer, precision", [(o, "fp32") for o in OPTIMIZERS] + [("adamw", "bf16"), ("sgd cycled", "fp16")]
+)
 def test_replayed_records_give_the_bits_of_eager_steps(train, same_bits, optimizer, precision):
     """Over 108 steps, with rates that cycle and merges in between."""
     eager, emulated = (train(mode, OPTIMIZERS[optimizer], precision) for mode in ("eager", "emulate"))
@@ -152,7 +159,9 @@ def test_state_names_everything_that_a_step_changes(pair, random_batch):
     for owner in (step, step.optimizer, step.loss_scale):
         tensors = [value for value in vars(owner).values() if isinstance(value, torch.Tensor)]
         assert {id(tensor) for tensor in tensors} - {id(step.rates)} <= held
-    assert {id(tensor) for tensor in (*paired.student.parameters(), *paired.student.buffers(), *average.values())} <= held
+    assert {
+        id(tensor) for tensor in (*paired.student.parameters(), *paired.student.buffers(), *average.values())
+    } <= held
     assert {id(value) for state in step.optimizer.state.values() for value in state.values()} <= held
 
 

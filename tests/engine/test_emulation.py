@@ -8,12 +8,12 @@ from functools import cache
 
 import pytest
 import torch
+from stablekd_fast.bench.operators.covering import covering_levels, level_pairs
 from torchvision.models import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import Bottleneck
 
 from stablekd_fast import models
-from stablekd_fast.bench.operators.covering import covering_levels, level_pairs
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.objectives import objective
 from stablekd_fast.precision import Precision
@@ -23,7 +23,8 @@ from stablekd_fast.step import Objectives
 CLASSES, IMAGES, STEPS = 7, 4, 3
 """Of the networks, in a batch, of each stage."""
 SIZE = 16
-"""Pixels; ResNets of torchvision get twice as many, since at 16 their last stage would have a 3x3 convolution with stride
+"""Pixels; ResNets of torchvision get twice as many, since at 16 their last stage would have a 3x3 convolution with
+stride
 2 over a single pixel: of the weights that meet padding only, torch 2.14 on a CPU leaves the bf16 gradient undefined."""
 
 
@@ -39,9 +40,7 @@ def vit(layers):
 
 
 def swin(layers):
-    return SwinTransformer(
-        [2, 2], 16, [layers, layers], [1, 2], [2, 2], stochastic_depth_prob=0.2, num_classes=CLASSES
-    )
+    return SwinTransformer([2, 2], 16, [layers, layers], [1, 2], [2, 2], stochastic_depth_prob=0.2, num_classes=CLASSES)
 
 
 def convnext(layers):
@@ -100,9 +99,7 @@ def prepared(name, settled):
     """The pair as it begins, and the student's first weights and buffers."""
     torch.manual_seed(0)
     size = size_of(name)
-    teacher, student = (
-        model() if callable(model) else models.build(model, CLASSES, size) for model in PAIRS[name]
-    )
+    teacher, student = (model() if callable(model) else models.build(model, CLASSES, size) for model in PAIRS[name])
     paired = pair_blocks(settled(teacher, size), student, torch.randn(8, 3, size, size))
     return paired, {key: value.clone() for key, value in student.state_dict().items()}
 
@@ -119,6 +116,7 @@ def stages_of(schedule, blocks, optimizer):
 @pytest.fixture
 def check(train_stages, same_bits, random_batch, settled):
     """Train eagerly and by replays from the same start; compare all that was kept."""
+
     def run(name, normalize, head, optimizer, schedule, precision, align, ema):
         paired, first = prepared(name, settled)
         paired.precision = Precision(precision)

@@ -124,7 +124,9 @@ def test_batch_norm_is_re_estimated_on_a_copy(make):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(make):
     """The learning rate climbs until blocks diverge; the checkpoint before that stays and is finite."""
     distiller = make(optimizer=Optimizer("sgd", lr=1e9, warmup=1.0), checkpoint_every=1, log_every=1)
-    with pytest.raises(TrainingError, match=r"blocks \d (is|are) not finite at step \d+ \(stage 1\|2\|3\|4\).*learning"):
+    with pytest.raises(
+        TrainingError, match=r"blocks \d (is|are) not finite at step \d+ \(stage 1\|2\|3\|4\).*learning"
+    ):
         distiller.run(progress=False)
     assert all(value.isfinite().all() for name, value in final_weights(distiller).items() if "running" not in name)
 
@@ -177,7 +179,15 @@ def test_block_lists_made_by_hand_are_trained(small_net, digits, tmp_path):
     """For models that cannot be traced: the same numbers as with the cuts that are found."""
     from stablekd_fast import DistillConfig, Distiller, pair_blocks
 
-    settings = {"epochs": 2, "subset": 96, "batch_size": 32, "validation": 0, "device": "cpu", "precision": "fp32", "fuse_norms": "off"}
+    settings = {
+        "epochs": 2,
+        "subset": 96,
+        "batch_size": 32,
+        "validation": 0,
+        "device": "cpu",
+        "precision": "fp32",
+        "fuse_norms": "off",
+    }
     runs = []
     for by_hand in (True, False):
         teacher, student = small_net(2, 1).eval(), small_net(1, 2)

@@ -122,7 +122,9 @@ class FakeRecorder(Recorder):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket is aten._fused_adamw_:
-            tensors = [t for value in (*args, *kwargs.values()) for t in (value if isinstance(value, list) else [value])]
+            tensors = [
+                t for value in (*args, *kwargs.values()) for t in (value if isinstance(value, list) else [value])
+            ]
             devices = {t.device.type for t in tensors if isinstance(t, torch.Tensor)}
             assert devices == {"cuda"}, devices
             self.fused_dtypes = {t.dtype for t in tensors if isinstance(t, torch.Tensor)}
@@ -146,7 +148,9 @@ def run_under_fakes(paired, precision, optimizer, ema):
     aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
     teacher, steps = FakeRecorder(), FakeRecorder()
     with mode:
-        batch = Batch(torch.empty(8, dtype=torch.int64), 0, torch.empty(8, 3, 16, 16), torch.empty(8, dtype=torch.int64))
+        batch = Batch(
+            torch.empty(8, dtype=torch.int64), 0, torch.empty(8, 3, 16, 16), torch.empty(8, dtype=torch.int64)
+        )
         average = {name: torch.empty_like(p) for name, p in paired.student.named_parameters()}
         for groups in merge_neighbours(4):
             inputs = StageInputs(CUDA)

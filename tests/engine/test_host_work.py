@@ -32,7 +32,8 @@ class Dispatched(TorchDispatchMode):
 
 
 class SilentRunner(EmulatedRunner):
-    """A graph's replay costs the host one call and dispatches nothing; the emulator's own operations are not counted."""
+    """A graph's replay costs the host one call and dispatches nothing; the emulator's own operations are not
+    counted."""
 
     replays = 0
 

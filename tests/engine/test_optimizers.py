@@ -223,7 +223,10 @@ def test_a_saved_state_loads_back_exactly(tmp_path, name):
     "settings, message",
     [
         (Optimizer("adamw", implementation="foreach"), "implementation=foreach.*on cpu.*choose fused or auto"),
-        (Optimizer("adamw", implementation="apex"), "NVIDIA apex.*cannot be imported.*github.com/NVIDIA/apex.*choose auto"),
+        (
+            Optimizer("adamw", implementation="apex"),
+            "NVIDIA apex.*cannot be imported.*github.com/NVIDIA/apex.*choose auto",
+        ),
         (Optimizer("sgd", implementation="fused"), "implementation='fused' was given, but sgd has auto, foreach"),
         (Optimizer("sgd", implementation="apex"), "implementation='apex' was given, but sgd has auto, foreach"),
     ],

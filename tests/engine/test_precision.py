@@ -42,7 +42,10 @@ def test_what_is_asked_for_by_name_is_taken_unmeasured(name):
 
 @pytest.mark.parametrize(
     "name, message",
-    [("tf32", "precision=tf32 was given, but cpu has no TF32; choose fp32, bf16 or auto"), ("fp8", "choose one of auto, fp32")],
+    [
+        ("tf32", "precision=tf32 was given, but cpu has no TF32; choose fp32, bf16 or auto"),
+        ("fp8", "choose one of auto, fp32"),
+    ],
 )
 def test_what_is_not_there_is_refused(name, message):
     with pytest.raises(ConfigError, match=message):
@@ -163,7 +166,13 @@ def seen_of(distiller) -> tuple[dict, list]:
 
 @pytest.mark.parametrize(
     "name, settings",
-    [("bf16", {}), ("bf16", {"capture": "emulate"}), ("bf16", {"fuse_norms": "off"}), ("bf16", {"method": "ce"}), ("fp16", {})],
+    [
+        ("bf16", {}),
+        ("bf16", {"capture": "emulate"}),
+        ("bf16", {"fuse_norms": "off"}),
+        ("bf16", {"method": "ce"}),
+        ("fp16", {}),
+    ],
 )
 def test_images_handed_out_in_low_precision_change_no_bit(make, name, settings):
     """Decomposed and merged stages, exposure, evaluation: autocast rounds images in any case."""

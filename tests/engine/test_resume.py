@@ -26,9 +26,12 @@ from stablekd_fast.distiller import Distiller
 from stablekd_fast.schedule import Optimizer
 
 out, resume, cached = sys.argv[1], sys.argv[2] == "resume", sys.argv[3] == "cached"
-cache = CacheSettings(plan="all", directory=out + "-rows", codecs=["int8"], logits="fp16") if cached else CacheSettings()
+cache = CacheSettings()
+if cached:
+    cache = CacheSettings(plan="all", directory=out + "-rows", codecs=["int8"], logits="fp16")
 config = DistillConfig(
-    out=out, resume=resume, recipe="progressive", epochs=6.0, subset=320, validation=40, batch_size=32, log_every=1, bn_images=64,
+    out=out, resume=resume, recipe="progressive", epochs=6.0, subset=320, validation=40, batch_size=32, log_every=1,
+    bn_images=64,
     cuts=["0", "1", "2"], checkpoint_every=7, device="cpu", precision="fp32", bridge="pca", views=2, cache=cache,
 )
 Distiller(config, teacher=small_net(6, 1), student=small_net(2, 2), dataset=open_dataset("digits")).run(progress=False)
@@ -46,7 +49,10 @@ def launch(tmp_path, request):
 
     def start(out: Path, mode: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, str(script), str(out), mode, request.param], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+            [sys.executable, str(script), str(out), mode, request.param],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
         )
 
     return start

@@ -39,7 +39,9 @@ def test_the_progressive_recipe_merges_two_by_two_and_halves_the_rate():
     assert len({stage.share for stage in stages}) == 1
 
 
-@pytest.mark.parametrize(("method", "name"), [("kd", "1+2+3"), ("kd+features", "1+2+3"), ("ce", "1+2+3"), ("blocks", "1|2|3")])
+@pytest.mark.parametrize(
+    ("method", "name"), [("kd", "1+2+3"), ("kd+features", "1+2+3"), ("ce", "1+2+3"), ("blocks", "1|2|3")]
+)
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_other_methods_have_one_stage_whatever_the_recipe(method, name, recipe):
     (stage,) = method_stages(method, 3, recipe, Optimizer(lr=0.5))

@@ -16,8 +16,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def run(tmp_path):
-    """Without the checkout's root on the path: its folder `kernels` hides a package of that name, which transformers looks
-    for."""
+    """Without the checkout's root on the path: its folder `kernels` hides a package of that name, which transformers
+    looks for."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "stablekd_fast").symlink_to(Path(stablekd_fast.__file__).parent)
     others = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path and not Path(path, "csrc").exists()]
@@ -81,7 +81,9 @@ def test_timm_script(run, tmp_path):
             optimizer.step()
         results.append(torch.stack(losses).detach())
     torch.testing.assert_close(*results)
-    (tmp_path / "script.py").write_text("import sys, timm.task; print(timm.task.LogitDistillationTask.__name__, *sys.argv[1:])")
+    (tmp_path / "script.py").write_text(
+        "import sys, timm.task; print(timm.task.LogitDistillationTask.__name__, *sys.argv[1:])"
+    )
     assert run("timm_script.py", "script.py", "DATA") == "FastLogitDistillationTask DATA\n"
 
 

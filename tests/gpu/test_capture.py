@@ -112,7 +112,19 @@ def test_a_run_gives_the_same_student_captured_and_eagerly(tmp_path, determinist
     for capture in ("eager", "cudagraph"):
         out = tmp_path / capture
         run = ["distill", "--teacher", "resnet20", "--teacher-weights", str(teacher / "student.safetensors")]
-        run += ["--student", "resnet20", *words, "--epochs", "6", "--ema", "0.99", "--capture", capture, "--out", str(out)]
+        run += [
+            "--student",
+            "resnet20",
+            *words,
+            "--epochs",
+            "6",
+            "--ema",
+            "0.99",
+            "--capture",
+            capture,
+            "--out",
+            str(out),
+        ]
         assert main(run) == 0
         assert json.loads((out / "events.jsonl").open().readline())["capture"] == capture
         students.append(load_tensors(out / "student.safetensors")[0])
@@ -235,7 +247,9 @@ def test_a_step_that_asks_the_host_is_refused_or_trains_on_eagerly(small, how):
         return weight, breaking_off(weight, torch.optim.SGD([weight], lr=0.1), how)
 
     weight, body = start()
-    with pytest.raises(CaptureError, match="aten._local_scalar_dense" if how is by_item else "aten.* cannot be captured"):
+    with pytest.raises(
+        CaptureError, match="aten._local_scalar_dense" if how is by_item else "aten.* cannot be captured"
+    ):
         make_runner(small.captured, [body], [weight], small.device, fall_back=False)
     if small.device.type == "cuda":
         assert torch.cuda.current_stream() == torch.cuda.default_stream()

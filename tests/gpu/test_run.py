@@ -51,7 +51,10 @@ def test_a_cache_is_filled_and_read_on_the_gpu(teacher, tmp_path, monkeypatch, p
     """The first step sees no stored row; from the second epoch on every row comes from the cache."""
     monkeypatch.chdir(tmp_path)
     words = ["--views", "1", "--cache.plan", "all", place, "--cache.codecs", f"[{codec}]"]
-    live, cached = distil(teacher, tmp_path / "live", "cuda", "--views", "1"), distil(teacher, tmp_path / "run", "cuda", *words)
+    live, cached = (
+        distil(teacher, tmp_path / "live", "cuda", "--views", "1"),
+        distil(teacher, tmp_path / "run", "cuda", *words),
+    )
     assert cached[0] == pytest.approx(live[0], rel=1e-4 if codec == "fp32" else 0.1)
     assert cached[-1] == pytest.approx(live[-1], rel=0.5)
 

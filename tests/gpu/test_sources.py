@@ -16,20 +16,34 @@ def photographs(tmp_path):
         (tmp_path / part / "a").mkdir(parents=True)
         for k in range(count):
             small = np.random.default_rng(k).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-            Image.fromarray(small).resize((300 - 5 * k, 240 + 9 * k), Image.Resampling.BICUBIC).save(tmp_path / part / "a" / f"{k}.jpg")
+            Image.fromarray(small).resize((300 - 5 * k, 240 + 9 * k), Image.Resampling.BICUBIC).save(
+                tmp_path / part / "a" / f"{k}.jpg"
+            )
     return tmp_path
 
 
 def batches(dataset, device, loader="auto"):
     source = TrainSource(
-        dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=3, workers=2, device=device, loader=loader
+        dataset.train,
+        dataset.augmentation,
+        dataset.mean,
+        dataset.std,
+        batch_size=4,
+        seed=3,
+        workers=2,
+        device=device,
+        loader=loader,
     )
     return list(source.batches(0, 6))
 
 
 def assert_same_views(ours, expected, tolerance):
     for one, other in zip(ours, expected, strict=True):
-        assert one.images.is_cuda and torch.equal(one.sample_ids, other.sample_ids) and torch.equal(one.labels, other.labels)
+        assert (
+            one.images.is_cuda
+            and torch.equal(one.sample_ids, other.sample_ids)
+            and torch.equal(one.labels, other.labels)
+        )
         assert ((one.images.cpu() - other.images).square().mean().sqrt() <= tolerance).all()
 
 
@@ -68,7 +82,15 @@ def test_dalis_own_readers_stream_to_the_device(photographs):
 def test_bf16_images_are_those_in_float32_rounded_once(photographs, loader):
     dataset = open_dataset(photographs)
     source = TrainSource(
-        dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=3, workers=2, device="cuda", loader=loader
+        dataset.train,
+        dataset.augmentation,
+        dataset.mean,
+        dataset.std,
+        batch_size=4,
+        seed=3,
+        workers=2,
+        device="cuda",
+        loader=loader,
     )
     for one, other in zip(source.batches(0, 3, torch.bfloat16), source.batches(0, 3), strict=True):
         assert torch.equal(one.images, other.images.bfloat16())

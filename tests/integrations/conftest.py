@@ -31,7 +31,9 @@ def small_net_fixture():
 def random_batch(seed: int, count: int = 8, size: int = 8, classes: int = 10):
     """Images and labels by seed."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, size, size, generator=generator), torch.randint(0, classes, (count,), generator=generator)
+    return torch.randn(count, 3, size, size, generator=generator), torch.randint(
+        0, classes, (count,), generator=generator
+    )
 
 
 @pytest.fixture(name="random_batch")

@@ -1,11 +1,13 @@
-"""A stand-in for mdistiller, which is not on PyPI: the parts that a distiller meets, written after its contract in own words.
+"""A stand-in for mdistiller, which is not on PyPI: the parts that a distiller meets, written after its contract in own
+words.
 
 - `Distiller(student, teacher)` calls `forward_train(image=, target=, epoch=)` in training, which gives (logits, dict of
-  losses), and in evaluation gives the student's logits; its teacher stays in evaluation mode. Models give (logits, dict of
-  features).
+  losses), and in evaluation gives the student's logits; its teacher stays in evaluation mode. Models give (logits, dict
+  of features).
 - `distiller_dict` maps `DISTILLER.TYPE` to a class that is made as `(student, teacher, cfg)`.
 - `CFG` is a tree of settings (yacs) that refuses names which it does not have.
-- The trainer (`train` below) takes SGD over `get_learnable_parameters()`, adds up the means of all losses, and counts epochs
+- The trainer (`train` below) takes SGD over `get_learnable_parameters()`, adds up the means of all losses, and counts
+  epochs
   from 1.
 
 Where the real package can be imported, the tests take that instead.
@@ -87,7 +89,9 @@ class KD(Distiller):
     def forward_train(self, image, target, **others):
         student, teacher, _, _ = both(self, image)
         p = F.softmax(teacher / self.temperature, dim=1)
-        divergence = (p * (p.log() - F.log_softmax(student / self.temperature, dim=1))).sum(1).mean() * self.temperature**2
+        divergence = (p * (p.log() - F.log_softmax(student / self.temperature, dim=1))).sum(
+            1
+        ).mean() * self.temperature**2
         return student, {
             "loss_ce": self.ce_loss_weight * F.cross_entropy(student, target),
             "loss_kd": self.kd_loss_weight * divergence,
@@ -119,7 +123,11 @@ class FitNet(Distiller):
     def __init__(self, student, teacher, cfg):
         super().__init__(student, teacher)
         own = cfg.FITNET
-        self.ce_loss_weight, self.feat_loss_weight, self.hint_layer = own.LOSS.CE_WEIGHT, own.LOSS.FEAT_WEIGHT, own.HINT_LAYER
+        self.ce_loss_weight, self.feat_loss_weight, self.hint_layer = (
+            own.LOSS.CE_WEIGHT,
+            own.LOSS.FEAT_WEIGHT,
+            own.HINT_LAYER,
+        )
         with torch.no_grad():
             features = [model(torch.randn(1, 3, *own.INPUT_SIZE))[1]["feats"] for model in (student, teacher)]
         shapes = [values[self.hint_layer].shape for values in features]

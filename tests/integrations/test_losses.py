@@ -24,7 +24,9 @@ def kl(reduction, temperature):
 
 def hinton(alpha, beta, labels, smoothing=0.0):
     def plain(student, teacher):
-        return alpha * kl("batchmean", 3)(student, teacher) + beta * F.cross_entropy(student, labels, label_smoothing=smoothing)
+        return alpha * kl("batchmean", 3)(student, teacher) + beta * F.cross_entropy(
+            student, labels, label_smoothing=smoothing
+        )
 
     return plain
 

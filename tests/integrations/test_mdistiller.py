@@ -1,5 +1,5 @@
-"""Distillers for mdistiller. It is not on PyPI: these tests run against a stand-in of its contract (`mdistiller_stub.py`), and
-against the package itself where that can be imported."""
+"""Distillers for mdistiller. It is not on PyPI: these tests run against a stand-in of its contract
+(`mdistiller_stub.py`), and against the package itself where that can be imported."""
 
 import copy
 import importlib.util
@@ -36,7 +36,8 @@ class Stage(nn.Sequential):
 
 
 class Network(nn.Module):
-    """In mdistiller's manner: features beside the logits, one by a second use of a layer, and a branch on the image size."""
+    """In mdistiller's manner: features beside the logits, one by a second use of a layer, and a branch on the image
+    size."""
 
     def __init__(self, small_net, depth: int, seed: int, widths: tuple[int, ...]) -> None:
         super().__init__()
@@ -56,7 +57,11 @@ class Network(nn.Module):
         pooled = self.pool(x) if height < 64 else x.mean((2, 3), keepdim=True)
         pooled = pooled.reshape(x.size(0), -1)
         again = self.layer3[1](features[-1])
-        return self.fc(pooled), {"feats": [features[0], *features], "preact_feats": [*before, again], "pooled_feat": pooled}
+        return self.fc(pooled), {
+            "feats": [features[0], *features],
+            "preact_feats": [*before, again],
+            "pooled_feat": pooled,
+        }
 
 
 @pytest.fixture
@@ -112,7 +117,8 @@ def test_losses_have_the_names_and_values_of_the_distiller_replaced(fast, networ
 
 @pytest.mark.parametrize(("epoch", "groups"), [(1, APART), (2, APART), (3, MERGED), (4, MERGED)])
 def test_gradients_are_those_of_the_engine(epoch, groups, networks, cfg, random_batch, engine_gradients):
-    """Decomposed while the epochs done are less than half of four; the student is narrower, so that bridges are in play."""
+    """Decomposed while the epochs done are less than half of four; the student is narrower, so that bridges are in
+    play."""
     student, teacher = (model.double() for model in networks((12, 16, 24)))
     distiller = distiller_dict["StableKD"](student, teacher, cfg).train()
     images, labels = random_batch(0)

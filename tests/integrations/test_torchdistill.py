@@ -12,17 +12,22 @@ from stablekd_fast.errors import CacheError, ConfigError
 
 pytest.importorskip("torchdistill")
 
-from torchdistill.core.distillation import get_distillation_box  # noqa: E402
-from torchdistill.losses.mid_level import KDLoss  # noqa: E402
+from torchdistill.core.distillation import get_distillation_box
+from torchdistill.losses.mid_level import KDLoss
 
-from stablekd_fast.integrations.torchdistill import (  # noqa: E402
+from stablekd_fast.integrations.torchdistill import (
     FastDKDLoss,
     FastKDLoss,
     SampleViews,
     SharedBlocks,
 )
 
-LOGITS = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
+LOGITS = {
+    "student_module_path": ".",
+    "student_module_io": "output",
+    "teacher_module_path": ".",
+    "teacher_module_io": "output",
+}
 CUTS = ["layer1", "layer2", "layer3"]
 APART, MERGED = [[0], [1], [2], [3]], [[0, 1, 2, 3]]
 SEQUENTIAL = {"class_or_func": torch.utils.data.SequentialSampler}
@@ -36,11 +41,16 @@ def quiet():
 
 
 def kd_term(key="KDLoss", **settings):
-    return {"criterion": {"key": key, "kwargs": {**LOGITS, "temperature": 4.0, "alpha": 0.9, **settings}}, "weight": 1.0}
+    return {
+        "criterion": {"key": key, "kwargs": {**LOGITS, "temperature": 4.0, "alpha": 0.9, **settings}},
+        "weight": 1.0,
+    }
 
 
 def feature_term(path):
-    sides = {side: {"is_from_teacher": side == "target", "module_path": path, "io": "output"} for side in ("input", "target")}
+    sides = {
+        side: {"is_from_teacher": side == "target", "module_path": path, "io": "output"} for side in ("input", "target")
+    }
     return {
         "criterion": {"key": "FastMSELoss", "kwargs": {"normalize": "power"}},
         "criterion_wrapper": {"key": "SimpleLossWrapper", "kwargs": sides},
@@ -135,8 +145,11 @@ def test_the_dkd_loss_takes_logits_where_torchdistill_has_them(random_batch):
 
 
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.5), (4.0, 0.9)], ids=["ilsvrc2012", "cifar10"])
-def test_fifty_steps_of_torchdistills_sample_objectives_are_the_same(temperature, alpha, small_net, settled, random_batch):
-    """The objectives of its sample configs, in float32. Losses and weights differ by roundings that training carries on."""
+def test_fifty_steps_of_torchdistills_sample_objectives_are_the_same(
+    temperature, alpha, small_net, settled, random_batch
+):
+    """The objectives of its sample configs, in float32. Losses and weights differ by roundings that training carries
+    on."""
     results, teacher = [], settled(small_net(2, 0))
     for key in ("KDLoss", "FastKDLoss"):
         student = small_net(1, 1)
@@ -278,7 +291,9 @@ def test_data_without_keys_are_refused(tmp_path, small_net, settled, random_batc
 
 def test_begin_view_wants_views(small_net, settled):
     data = {"train": TensorDataset(*[torch.zeros(8)] * 2)}
-    box = make_box(stage({}, loader=loader(), pre_epoch_process="begin_view"), settled(small_net(1, 0)), small_net(1, 1), data)
+    box = make_box(
+        stage({}, loader=loader(), pre_epoch_process="begin_view"), settled(small_net(1, 0)), small_net(1, 1), data
+    )
     with pytest.raises(ConfigError, match="requires_supp: False"):
         box.pre_epoch_process(epoch=0)
 

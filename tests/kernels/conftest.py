@@ -1,7 +1,6 @@
 """Every test of an operator runs once per instruction set level that the core has on this processor."""
 
 import pytest
-
 from stablekd_fast.kernels._native import core
 
 LEVELS = ["baseline", "avx2", "avx512"]

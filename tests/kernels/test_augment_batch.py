@@ -1,10 +1,10 @@
 """augment_batch against numpy, and the C++ core against the reference."""
 
-from hypothesis import given, strategies as st
 import numpy as np
 import pytest
 import torch
-
+from hypothesis import given
+from hypothesis import strategies as st
 from stablekd_fast.kernels import augment_batch
 from stablekd_fast.kernels.augment_batch import reference
 

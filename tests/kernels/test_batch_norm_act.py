@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
+from stablekd_fast.kernels._checks import OperandError
 from torch.nn import functional as F
 
-from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 from stablekd_fast import kernels
-from stablekd_fast.kernels._checks import OperandError
+from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(4, 16, 6, 5), (3, 64, 4, 4), (2, 7, 3, 3), (5, 83, 2, 1), (40, 33, 9, 9)]
@@ -74,7 +75,8 @@ def test_gradients_are_those_of_float64(shape, added, relu):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("added", [True, False])
 def test_errors_are_at_most_twice_those_of_pytorch(dtype, added):
-    """Of the output's weighted sum and of the gradient with respect to x; the float64 answer decides which entries pass."""
+    """Of the output's weighted sum and of the gradient with respect to x; the float64 answer decides which entries
+    pass."""
     draws = []
     for seed in range(6):
         x, residual, gradient, weight, bias = operands((16, 32, 8, 8), dtype, seed=seed)
@@ -129,7 +131,12 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 @given(
-    n=st.integers(1, 9), c=st.integers(1, 70), h=st.integers(1, 7), last=st.booleans(), added=st.booleans(), relu=st.booleans()
+    n=st.integers(1, 9),
+    c=st.integers(1, 70),
+    h=st.integers(1, 7),
+    last=st.booleans(),
+    added=st.booleans(),
+    relu=st.booleans(),
 )
 def test_any_shape_and_layout(n, c, h, last, added, relu):
     if n * h * h < 2:
@@ -164,7 +171,9 @@ def test_not_a_number_and_infinity_come_through():
 
 
 def test_gradcheck_in_float64():
-    x, residual, _, weight, bias = (t.double() if t.is_floating_point() else t for t in operands((3, 4, 3, 3), torch.float32))
+    x, residual, _, weight, bias = (
+        t.double() if t.is_floating_point() else t for t in operands((3, 4, 3, 3), torch.float32)
+    )
     for relu in (True, False):
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
         assert torch.autograd.gradcheck(

@@ -1,12 +1,13 @@
 """decoupled_kl against the two divergences of its definition, in float64."""
 
-from hypothesis import given, strategies as st
 import pytest
 import torch
-from torch.nn import functional as F
-
+from hypothesis import given
+from hypothesis import strategies as st
 from stablekd_fast.kernels import decoupled_kl, decoupled_kl_with_grad, kd_loss
 from stablekd_fast.kernels.decoupled_kl import reference
+from torch.nn import functional as F
+
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 
@@ -42,7 +43,9 @@ def test_agrees_with_float64(n, c, temperature, dtype):
     loss, grad = decoupled_kl_with_grad(student, teacher, labels, scale=2.5, **settings)
     epsilon = torch.finfo(torch.float32).eps
     inexact = 64 * epsilon * (1 + 12 / temperature)
-    torch.testing.assert_close(loss.double(), expected.detach(), rtol=8 * epsilon, atol=inexact * max(1, temperature**2))
+    torch.testing.assert_close(
+        loss.double(), expected.detach(), rtol=8 * epsilon, atol=inexact * max(1, temperature**2)
+    )
     atol = inexact * max(1, temperature) / n + torch.finfo(dtype).smallest_normal
     torch.testing.assert_close(grad.double(), expected_grad, rtol=torch.finfo(dtype).eps, atol=atol)
 

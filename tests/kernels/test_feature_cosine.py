@@ -1,12 +1,13 @@
 """feature_cosine against torch.nn.functional in float64."""
 
-from hypothesis import given, strategies as st
 import pytest
 import torch
-from torch.nn import functional as F
-
+from hypothesis import given
+from hypothesis import strategies as st
 from stablekd_fast.kernels import dequantize_rows, feature_cosine, feature_cosine_with_grad, quantize_rows
 from stablekd_fast.kernels.feature_cosine import reference
+from torch.nn import functional as F
+
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 KINDS = ["position", "sample"]
@@ -36,7 +37,9 @@ def check_against_float64(student, target, per, channel_axis=1, weight=1.0):
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=0, atol=8 * epsilon * weight)
     # Vectors that are nearly parallel, single numbers above all, have gradients that cancel.
     rtol = torch.finfo(student.dtype).eps + 32 * epsilon
-    lengths = exact.detach().flatten(1).norm(dim=1).min() if per == "sample" else exact.detach().norm(dim=channel_axis).min()
+    lengths = (
+        exact.detach().flatten(1).norm(dim=1).min() if per == "sample" else exact.detach().norm(dim=channel_axis).min()
+    )
     atol = 8 * epsilon * weight / lengths.item() + torch.finfo(student.dtype).smallest_normal
     torch.testing.assert_close(grad.double(), expected_grad, rtol=rtol, atol=atol)
 

@@ -1,13 +1,13 @@
 """feature_mse against torch.nn.functional in float64."""
 
-from hypothesis import given, strategies as st
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from stablekd_fast.kernels import dequantize_rows, feature_mse, feature_mse_with_grad, quantize_rows
+from stablekd_fast.kernels.feature_mse import reference
 from torch.nn import functional as F
 
-from stablekd_fast.kernels import feature_mse, feature_mse_with_grad
-from stablekd_fast.kernels import dequantize_rows, quantize_rows
-from stablekd_fast.kernels.feature_mse import reference
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 NORMALIZATIONS = [None, "power", "channel", "l2"]
@@ -38,9 +38,7 @@ def check_against_float64(student, target, normalize, channel_axis=1, weight=1.0
     exact = student.double().requires_grad_()
     expected = weight * expected_loss(exact, target, normalize, channel_axis)
     (expected_grad,) = torch.autograd.grad(expected, exact)
-    loss, grad = feature_mse_with_grad(
-        student, target, normalize=normalize, channel_axis=channel_axis, weight=weight
-    )
+    loss, grad = feature_mse_with_grad(student, target, normalize=normalize, channel_axis=channel_axis, weight=weight)
     assert loss.dtype == torch.float32 and not loss.requires_grad
     assert grad.dtype == student.dtype and grad.stride() == torch.empty_like(student).stride()
     epsilon = torch.finfo(torch.float32).eps
@@ -270,7 +268,8 @@ def test_opcheck(normalize):
         torch.ops.stablekd.feature_mse.default, (student.clone().requires_grad_(), target, None, normalize, scale, 1)
     )
     torch.library.opcheck(
-        torch.ops.stablekd.feature_mse_with_grad.default, (student, target, None, normalize, scale, 1, 2.0, torch.tensor(0.5))
+        torch.ops.stablekd.feature_mse_with_grad.default,
+        (student, target, None, normalize, scale, 1, 2.0, torch.tensor(0.5)),
     )
 
 

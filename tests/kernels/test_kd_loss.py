@@ -1,12 +1,13 @@
 """kd_loss against torch.nn.functional in float64."""
 
-from hypothesis import given, strategies as st
 import pytest
 import torch
-from torch.nn import functional as F
-
+from hypothesis import given
+from hypothesis import strategies as st
 from stablekd_fast.kernels import kd_loss, kd_loss_with_grad
 from stablekd_fast.kernels.kd_loss import reference
+from torch.nn import functional as F
+
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 SETTINGS = dict(temperature=3.0, alpha=0.7, label_smoothing=0.1)

@@ -136,9 +136,7 @@ def test_stages_are_places_to_cut(name):
 def test_digits_of_8x8_pixels_train(name):
     model = models.build(name, 10).train()
     model(torch.randn(4, 3, 8, 8)).square().sum().backward()
-    assert all(
-        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters()
-    )
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -196,9 +194,7 @@ def test_shuffle_alternates_kept_and_new_channels():
 def test_convolutions_begin_at_the_he_scale():
     torch.manual_seed(0)
     weight = models.build("resnet20", 10).layer3[1].conv1.weight
-    assert weight.std().item() == pytest.approx(
-        (2 / (9 * 64)) ** 0.5, rel=0.03
-    )  # 36,864 draws: 0.4% expected
+    assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)  # 36,864 draws: 0.4% expected
 
 
 def test_shallow_vision_transformer():

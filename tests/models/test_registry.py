@@ -25,9 +25,7 @@ def test_cifar_names_win_and_torchvision_is_reached_by_prefix():
 def test_names_lists_each_model_once_under_the_name_that_builds_it():
     names = models.names()
     assert len(names) == len(set(names))
-    assert {"resnet20", "vgg13", "torchvision/vgg13", "swin_t", "efficientnet_b3", "vit_b_16_6l"} <= set(
-        names
-    )
+    assert {"resnet20", "vgg13", "torchvision/vgg13", "swin_t", "efficientnet_b3", "vit_b_16_6l"} <= set(names)
     assert "torchvision/resnet18" not in names
     theirs = {name.removeprefix("torchvision/") for name in names}
     assert theirs >= set(torchvision.models.list_models(module=torchvision.models))

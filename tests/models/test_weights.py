@@ -63,9 +63,7 @@ def test_safetensors_round_trip_by_text_path(tmp_path):
 
 def test_loading_keeps_the_models_parameters_and_dtype(tmp_path):
     saved, loaded = student(1), student(2)
-    halves = {
-        name: value.half() if value.is_floating_point() else value for name, value in copied(saved).items()
-    }
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in copied(saved).items()}
     safetensors.torch.save_file(halves, tmp_path / "w.safetensors")
     parameters = list(loaded.parameters())
     models.load_weights(loaded, tmp_path / "w.safetensors")
@@ -87,16 +85,12 @@ def test_missing_and_unexpected_names_are_told(tmp_path):
     del state["bn1.running_mean"], state["layer1.0.conv1.weight"]
     state["head.bias"] = torch.zeros(3)
     torch.save(state, tmp_path / "w.pth")
-    assert_refused(
-        tmp_path / "w.pth", "lacks bn1.running_mean, layer1.0.conv1.weight; the model has no head.bias"
-    )
+    assert_refused(tmp_path / "w.pth", "lacks bn1.running_mean, layer1.0.conv1.weight; the model has no head.bias")
 
 
 def test_long_lists_are_cut_short(tmp_path):
     torch.save({"conv1.weight": student(1).conv1.weight.detach()}, tmp_path / "w.pth")
-    assert_refused(
-        tmp_path / "w.pth", r"lacks bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var and \d+ more"
-    )
+    assert_refused(tmp_path / "w.pth", r"lacks bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var and \d+ more")
 
 
 def test_shape_differences_are_told(tmp_path):
@@ -115,9 +109,7 @@ def test_another_class_count_does_not_hide_other_differences(tmp_path):
     state = copied(student(1, classes=100))
     state["bn1.bias"] = torch.zeros(9)
     torch.save(state, tmp_path / "w.pth")
-    assert_refused(
-        tmp_path / "w.pth", r"has 100 classes, this data set has 10; tensors differ: bn1.bias \(\[9\]"
-    )
+    assert_refused(tmp_path / "w.pth", r"has 100 classes, this data set has 10; tensors differ: bn1.bias \(\[9\]")
 
 
 def test_integers_do_not_become_weights(tmp_path):

@@ -1,13 +1,13 @@
 """Wheel, sdist and editable installs as the build backend makes them, with a C++ compiler and without one."""
 
 import os
-from pathlib import Path
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -127,7 +127,9 @@ def test_wheel_holds_every_module_and_the_licence(wheel):
     )
     assert {name for name in names if name.endswith(".py")} == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    profiles = {f"stablekd_fast/cache/profiles/{path.name}" for path in (ROOT / "stablekd_fast/cache/profiles").iterdir()}
+    profiles = {
+        f"stablekd_fast/cache/profiles/{path.name}" for path in (ROOT / "stablekd_fast/cache/profiles").iterdir()
+    }
     assert profiles and profiles <= set(names)
 
 

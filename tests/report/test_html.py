@@ -79,7 +79,8 @@ def test_the_page_tells_what_it_should(written, comparison):
     for run in comparison[0]:
         assert run["method"] in text
     shown = ("Four methods & two seeds", "vs kd", "1|2|3|4 → 1+2|3+4", "layer2: ×", "4, then 3+4, then 1+2+3+4",
-             "optimizer.lr", "AMD EPYC 7B13", "8.0 GiB", "2.6.0+cpu", "validation accuracy", "training loss")  # fmt: skip
+             "optimizer.lr", "AMD EPYC 7B13", "8.0 GiB", "2.6.0+cpu", "validation accuracy",
+             "training loss")  # fmt: skip
     for part in shown:
         assert part in text, part
 
@@ -173,7 +174,10 @@ def test_a_group_has_the_colour_of_its_last_block():
 
 
 def test_a_known_method_has_one_colour_in_every_report():
-    alone, among = method_colours(["stablekd"]), method_colours(["mine", "ce", "stablekd", "kd", "kd+features", "blocks"])
+    alone, among = (
+        method_colours(["stablekd"]),
+        method_colours(["mine", "ce", "stablekd", "kd", "kd+features", "blocks"]),
+    )
     assert among[2] == alone[0] and len(set(among)) == 6
 
 

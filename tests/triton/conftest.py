@@ -1,4 +1,5 @@
-"""Triton kernels: on the GPU where there is one, otherwise by Triton's interpreter on CPU tensors (see tests/conftest.py)."""
+"""Triton kernels: on the GPU where there is one, otherwise by Triton's interpreter on CPU tensors (see
+tests/conftest.py)."""
 
 import pytest
 import torch
