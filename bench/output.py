@@ -14,8 +14,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from stablekd_fast.checkpoint import write_atomically
 from stablekd_fast.errors import StableKDError
+from stablekd_fast.files import write_atomically
 from stablekd_fast.report import machine, versions
 from stablekd_fast.report.events import plain
 from stablekd_fast.report.page import flat

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import STREAM, Dataset, EvalSource, Split, StreamSource, TrainSource
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.merge import untouched
-from stablekd_fast.objectives import objective
-from stablekd_fast.step import Objectives
 
 
 def pick_device(name: str) -> torch.device:
@@ -145,22 +143,6 @@ def eval_source(dataset: Dataset, split: Split, config: DistillConfig, rank: int
     )
 
 
-def objectives_of(config: DistillConfig) -> Objectives:
-    """What the student is trained towards. Raises ConfigError for an unknown objective or option."""
-    align = {"stablekd": config.align, "blocks": "ends", "kd+features": "all", "kd": "none", "ce": "none"}
-    return Objectives(
-        feature=objective("feature", config.feature, config.feature_options),
-        logits=objective("logits", config.logits, config.logits_options),
-        align=align[config.method],
-        use_teacher_logits=config.method != "ce",
-    )
-
-
-def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """On the device, convolution weights in channels-last memory."""
-    return model.to(device).to(memory_format=torch.channels_last)
-
-
 def fingerprint(model: nn.Module) -> str:
     """A digest of all weights and buffers, by name and value."""
     digest = hashlib.blake2b(digest_size=16)
@@ -168,15 +150,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def copy_head(paired: PairedBlocks) -> bool:
-    """Start the student's last block from the teacher's if all shapes agree; says whether it did."""
-    theirs = list(paired.teacher_blocks[-1].state_dict().values())
-    ours = list(paired.student_blocks[-1].state_dict().values())
-    if [tensor.shape for tensor in theirs] != [tensor.shape for tensor in ours]:
-        return False
-    with torch.no_grad():
-        for mine, other in zip(ours, theirs):
-            mine.copy_(other)
-    return True

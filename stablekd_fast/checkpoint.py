@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from stablekd_fast.errors import CheckpointError, TrainingError
+from stablekd_fast.errors import CheckpointError
+from stablekd_fast.files import write_atomically
 
 FORMAT = 1
 
@@ -26,26 +26,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(contiguous, {"stablekd": json.dumps(metadata)})
     write_atomically(path, data)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name beside `path`, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise TrainingError(
-            f"Could not write {path} ({len(data)} bytes): {error.strerror or error}. What was there before is "
-            "untouched; "
-            "free some space or choose another --out."
-        ) from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:

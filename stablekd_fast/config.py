@@ -9,6 +9,7 @@ from typing import Any, Literal
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.data import BATCHES_AHEAD, SourceName
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.schedule import METHODS, RECIPES, Optimizer, Stage
 
 
@@ -142,3 +143,14 @@ def identity(config: DistillConfig) -> dict[str, Any]:
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name}={value!r} was given; choose one of {', '.join(choices)}.")
+
+
+def objectives_of(config: DistillConfig) -> Objectives:
+    """What the student is trained towards. Raises ConfigError for an unknown objective or option."""
+    align = {"stablekd": config.align, "blocks": "ends", "kd+features": "all", "kd": "none", "ce": "none"}
+    return Objectives(
+        feature=objective("feature", config.feature, config.feature_options),
+        logits=objective("logits", config.logits, config.logits_options),
+        align=align[config.method],
+        use_teacher_logits=config.method != "ce",
+    )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
-from stablekd_fast.cache.plan import Plan
+from stablekd_fast.cache.columns import Plan
 from stablekd_fast.capture import HostCopy, Runner, make_runner
 from stablekd_fast.checkpoint import (
     check_same_run,
@@ -30,9 +30,10 @@ from stablekd_fast.errors import TrainingError
 from stablekd_fast.evaluate import Metrics, evaluate, with_fresh_batch_norm
 from stablekd_fast.memory import watched
 from stablekd_fast.merge import MergeRecord, composed_output, exposure_gap, probe_losses
+from stablekd_fast.objectives import Objectives
 from stablekd_fast.report import Recorder
 from stablekd_fast.schedule import PlannedStage
-from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Teacher
 from stablekd_fast.together import Together
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast import models
-from stablekd_fast.assemble import bn_batches, eval_source, pick_device, placed, split_training_images, train_source
+from stablekd_fast.assemble import bn_batches, eval_source, pick_device, split_training_images, train_source
 from stablekd_fast.checkpoint import load_tensors
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Batch, open_dataset
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.memory import placed
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 from stablekd_fast.errors import TrainingError
 
@@ -55,3 +56,8 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """On the device, convolution weights in channels-last memory."""
+    return model.to(device).to(memory_format=torch.channels_last)

@@ -11,25 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
+from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.data import Batch
 from stablekd_fast.step import IMAGES, GroupStep, StageInputs, load_batch
 from stablekd_fast.teacher import Teacher
 
 WINDOW = 10
 """Training losses are averaged over this many steps before they are compared with the loss at the merge."""
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module):
-    """Run the model in any mode without a trace: buffers and random state come back afterwards."""
-    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=list(gpus)), torch.no_grad():
-            yield
-    finally:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(saved[name])
 
 
 @contextlib.contextmanager

@@ -107,7 +107,8 @@ class PairPlanned(NamedTuple):
 
 def plan_pair(asked: PairPlan, paired) -> PairPlanned:
     """Decide for a pair, with speeds measured here or taken from a profile."""
-    from stablekd_fast.cache.plan import Plan, best_plan, decisions, predict
+    from stablekd_fast.cache.columns import Plan
+    from stablekd_fast.cache.plan import best_plan, decisions, predict
 
     with tempfile.TemporaryDirectory(dir=asked.directory) as scratch:
         costs, basis = _costs(asked, paired, asked.settings(scratch))
@@ -157,10 +158,9 @@ def _by_number_of_blocks(asked: PairPlan, device: Profile | None) -> Iterator[di
     part of the ranks' time in which they train, as all wait for the busiest."""
     import torch
 
-    from stablekd_fast.assemble import objectives_of
     from stablekd_fast.cache.measure import measure_students
     from stablekd_fast.cache.profiles import predicted_blocks
-    from stablekd_fast.config import DistillConfig
+    from stablekd_fast.config import DistillConfig, objectives_of
     from stablekd_fast.distributed import assign, loads_of
 
     aims = objectives_of(DistillConfig(method=asked.method))
@@ -195,10 +195,9 @@ def _stages(asked: PairPlan, paired) -> list[PlannedStage]:
 def _costs(asked: PairPlan, paired, settings: CacheSettings):
     import torch
 
-    from stablekd_fast.assemble import objectives_of
     from stablekd_fast.cache.planner import Job, measured_costs, predicted_costs, views_shown
     from stablekd_fast.cache.profiles import profile
-    from stablekd_fast.config import DistillConfig
+    from stablekd_fast.config import DistillConfig, objectives_of
 
     config, stages = DistillConfig(method=asked.method, epochs=asked.epochs), _stages(asked, paired)
     shown = views_shown(asked.views, asked.epochs)

@@ -6,7 +6,7 @@ data, reads nothing back to the host, and takes what changes from step to step f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from stablekd_fast.data import Batch
 from stablekd_fast.distributed import Averaging
 from stablekd_fast.distributed import sync_norms as synced
 from stablekd_fast.errors import ConfigError, CutError, TrainingError
+from stablekd_fast.objectives.objectives import Objectives
 from stablekd_fast.optimizers import SGD, build_optimizer
 from stablekd_fast.precision import LossScale
 from stablekd_fast.schedule import Optimizer, PlannedStage, group_name
@@ -62,33 +63,6 @@ def _metadata(tensor: Tensor) -> str:
     """Strides of dimensions of size one say nothing."""
     strides = [stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1]
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} with strides {strides}"
-
-
-@dataclass(frozen=True)
-class Objectives:
-    """What the student is trained towards.
-
-    `align`: at which cuts features are aligned, `none`, `ends` (a group's own end) or `all` (cuts inside merged
-    groups too). `use_teacher_logits`, `use_labels`: what the head's loss takes.
-    """
-
-    feature: Callable
-    logits: Callable
-    align: str
-    use_teacher_logits: bool = True
-    use_labels: bool = True
-
-    def aligned_cuts(self, group: list[int], cut_count: int) -> list[int]:
-        if self.align == "none":
-            return []
-        return [block for block in (group if self.align == "all" else group[-1:]) if block < cut_count]
-
-    def teacher_outputs(self, groups: list[list[int]], cut_count: int) -> set[int]:
-        """The teacher's outputs that these groups read, numbered as in `teacher.py`."""
-        wanted = {cut for group in groups for cut in self.aligned_cuts(group, cut_count)}
-        wanted |= {group[0] - 1 for group in groups if group[0] > 0}
-        has_head = any(cut_count in group for group in groups)
-        return wanted | {cut_count} if has_head and self.use_teacher_logits else wanted
 
 
 @dataclass(frozen=True)

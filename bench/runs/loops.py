@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.data import Batch
+from stablekd_fast.objectives import Objectives
 from stablekd_fast.objectives.kd import LogitKD
-from stablekd_fast.step import Objectives
 
 TEMPERATURE, KL_WEIGHT = 4.0, LogitKD().kl_weight
 

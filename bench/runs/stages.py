@@ -14,9 +14,8 @@ from stablekd_fast.bench.runs.loops import OrdinaryStage
 from stablekd_fast.bench.runs.teacher import Arm, Pair, cached, make_pair
 from torch import Tensor, nn
 
-from stablekd_fast.assemble import objectives_of
 from stablekd_fast.blocks import PairedBlocks, pick_fusion
-from stablekd_fast.config import DistillConfig
+from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import Batch, Dataset, TrainSource
 from stablekd_fast.precision import Precision, cpu_has_bf16
 from stablekd_fast.schedule import Optimizer, group_name

@@ -3,8 +3,8 @@
 from stablekd_fast.blocks.bridge import Bridge, fit_bridge
 from stablekd_fast.blocks.describe import describe_blocks
 from stablekd_fast.blocks.fuse import fuse_norms, pick_fusion
+from stablekd_fast.blocks.modes import evaluation_mode
 from stablekd_fast.blocks.pair import Cut, PairedBlocks, pair_blocks
-from stablekd_fast.blocks.trace import evaluation_mode
 
 __all__ = [
     "Bridge",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks.bridge import Bridge, fit_bridge
+from stablekd_fast.blocks.modes import evaluation_mode
 from stablekd_fast.blocks.select import automatic_pairs, named_pairs
-from stablekd_fast.blocks.trace import evaluation_mode, trace
+from stablekd_fast.blocks.trace import trace
 from stablekd_fast.errors import CutError
 from stablekd_fast.precision import FP32, Precision
 
@@ -236,3 +237,15 @@ def _check_composition(model: nn.Module, blocks: Sequence[nn.Module], images: Te
             f"The {role}'s blocks do not compose to the {role}: outputs differ on the example input. Cut at other "
             "places, or give block lists that compose to the model exactly."
         )
+
+
+def copy_head(paired: PairedBlocks) -> bool:
+    """Start the student's last block from the teacher's if all shapes agree; says whether it did."""
+    theirs = list(paired.teacher_blocks[-1].state_dict().values())
+    ours = list(paired.student_blocks[-1].state_dict().values())
+    if [tensor.shape for tensor in theirs] != [tensor.shape for tensor in ours]:
+        return False
+    with torch.no_grad():
+        for mine, other in zip(ours, theirs):
+            mine.copy_(other)
+    return True

@@ -7,7 +7,6 @@ and goes on honouring `.train()` and `.eval()`. Blocks refer to the network's ow
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from stablekd_fast.blocks.modes import evaluation_mode
 from stablekd_fast.errors import CutError
 
 UNNAMED = 1_000
@@ -88,18 +88,6 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> TracedNetwork:
             axis = _channel_axis(model, node, shapes)
             points.append(CutPoint(names[0], names, node, shapes[node], axis, flops, depth))
     return TracedNetwork(model, graph, tuple(points), flops)
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module):
-    """`model.eval()` for a while; every submodule's own flag comes back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 class _BlockTracer(fx.Tracer):

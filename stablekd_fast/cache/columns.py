@@ -6,6 +6,8 @@ import os
 import re
 import threading
 import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,11 +18,9 @@ from stablekd_fast.cache.codecs import RowFormat
 from stablekd_fast.cache.fingerprint import image_fingerprint, teacher_fingerprint
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
 from stablekd_fast.cache.memory import MemoryRows
-from stablekd_fast.cache.plan import Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
 from stablekd_fast.cache.shard import Part
 from stablekd_fast.cache.store import RowStore
-from stablekd_fast.cache.teacher import Column
 from stablekd_fast.data import TrainSource
 from stablekd_fast.errors import CacheFull, ConfigError
 
@@ -174,3 +174,51 @@ class ImageColumn:
 
     def close(self) -> None:
         self.store.close()
+
+
+@dataclass
+class Column:
+    """The stored rows of one teacher output."""
+
+    name: str
+    format: RowFormat
+    rows: RowStore | MemoryRows
+    bridged: bool = False
+    """Whether a bridge was applied before storing; the teacher cannot go on from such a row."""
+    closed: bool = False
+    """No more rows are put: there was no room for one."""
+
+    @property
+    def on_disk(self) -> bool:
+        return isinstance(self.rows, RowStore)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the teacher can go on from a stored row and give the bits that it gives from the images."""
+        return self.format.lossless and not self.bridged
+
+
+TIERS = ("device", "host", "disk")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where one output is kept, and by which codec."""
+
+    tier: str
+    codec: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept, by output. What is left out is relayed, or computed again from a kept output before it."""
+
+    kept: dict[int, Kept] = field(default_factory=dict)
+
+    def plain(self) -> list:
+        """For JSON."""
+        return [[output, kept.tier, kept.codec] for output, kept in sorted(self.kept.items())]
+
+    @staticmethod
+    def from_plain(values: Iterable) -> Plan:
+        return Plan({output: Kept(tier, codec) for output, tier, codec in values})

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stablekd_fast.cache.shard import REMEDY, Part
-from stablekd_fast.checkpoint import write_atomically
 from stablekd_fast.errors import CacheError, CacheFull, TrainingError
+from stablekd_fast.files import write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"

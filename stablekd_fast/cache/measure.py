@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.cache.codecs import RowFormat
 from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.memory import MemoryRows
@@ -21,9 +22,9 @@ from stablekd_fast.cache.settings import CacheSettings, parse_bytes
 from stablekd_fast.cache.shard import SUFFIX, drop_pages
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.data import Batch
-from stablekd_fast.merge import untouched
+from stablekd_fast.objectives import Objectives
 from stablekd_fast.schedule import Optimizer, PlannedStage, group_name
-from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
 REPEATS = 3

@@ -10,39 +10,17 @@ run, until each view was seen once, rows that are not stored yet are computed an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
-TIERS = ("device", "host", "disk")
+from stablekd_fast.cache.columns import Kept, Plan
+
 RESOURCES = ("device", "link", "disk", "loader")
 _MOST_LABELS, _FEW_LABELS = 1000, 10
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Where one output is kept, and by which codec."""
-
-    tier: str
-    codec: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is kept, by output. What is left out is relayed, or computed again from a kept output before it."""
-
-    kept: dict[int, Kept] = field(default_factory=dict)
-
-    def plain(self) -> list:
-        """For JSON."""
-        return [[output, kept.tier, kept.codec] for output, kept in sorted(self.kept.items())]
-
-    @staticmethod
-    def from_plain(values: Iterable) -> Plan:
-        return Plan({output: Kept(tier, codec) for output, tier, codec in values})
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.codecs import RowFormat
-from stablekd_fast.cache.columns import Columns, output_name, row_format
+from stablekd_fast.cache.columns import TIERS, Columns, Kept, Plan, output_name, row_format
 from stablekd_fast.cache.measure import measure_codec, measure_students, measure_teacher, measure_tiers, stage_costs
-from stablekd_fast.cache.plan import TIERS, CodecCost, Costs, Kept, OutputCost, Plan, best_plan
+from stablekd_fast.cache.plan import CodecCost, Costs, OutputCost, best_plan
 from stablekd_fast.cache.profiles import Profile, predicted_blocks
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
 from stablekd_fast.data import Batch, TrainSource
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.objectives import Objectives
 from stablekd_fast.schedule import PlannedStage, group_name
-from stablekd_fast.step import Objectives
 
 _TIMED_BATCHES = 4
 

@@ -10,34 +10,11 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.blocks import PairedBlocks
-from stablekd_fast.cache.codecs import RowFormat
-from stablekd_fast.cache.memory import MemoryRows
-from stablekd_fast.cache.store import RowStore, Ticket
+from stablekd_fast.cache.columns import Column
+from stablekd_fast.cache.store import Ticket
 from stablekd_fast.data import Batch
 from stablekd_fast.errors import CacheFull
 from stablekd_fast.teacher import LiveTeacher
-
-
-@dataclass
-class Column:
-    """The stored rows of one teacher output."""
-
-    name: str
-    format: RowFormat
-    rows: RowStore | MemoryRows
-    bridged: bool = False
-    """Whether a bridge was applied before storing; the teacher cannot go on from such a row."""
-    closed: bool = False
-    """No more rows are put: there was no room for one."""
-
-    @property
-    def on_disk(self) -> bool:
-        return isinstance(self.rows, RowStore)
-
-    @property
-    def continues(self) -> bool:
-        """Whether the teacher can go on from a stored row and give the bits that it gives from the images."""
-        return self.format.lossless and not self.bridged
 
 
 @dataclass

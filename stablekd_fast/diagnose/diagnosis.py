@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stablekd_fast.checkpoint import write_atomically
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset
 from stablekd_fast.diagnose.settings import ARMS, NOT_USED, Probing
@@ -14,6 +13,7 @@ from stablekd_fast.diagnose.summary import Summary, summarise
 from stablekd_fast.diagnose.training import Measured, measure
 from stablekd_fast.diagnose.verdict import Verdict, judge
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.files import write_atomically
 from stablekd_fast.report import machine, versions
 from stablekd_fast.report.diagnosis import write_diagnosis
 from stablekd_fast.report.events import plain

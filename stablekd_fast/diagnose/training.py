@@ -8,9 +8,8 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from stablekd_fast.assemble import objectives_of
 from stablekd_fast.blocks.pair import Cut
-from stablekd_fast.config import DistillConfig
+from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import Dataset
 from stablekd_fast.diagnose.probe import Probe, probe_inputs
 from stablekd_fast.diagnose.settings import ARMS, END_TO_END, NOT_USED, Probing

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
-from stablekd_fast.cache.columns import Columns
-from stablekd_fast.cache.plan import Kept, Plan
+from stablekd_fast.cache.columns import Columns, Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.cache.teacher import CachedTeacher
 from stablekd_fast.data import Batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from stablekd_fast.checkpoint import write_atomically
+from stablekd_fast.files import write_atomically
 from stablekd_fast.report import page, palette
 from stablekd_fast.report.diagnosis_plots import course, gap_dots, losses, standalone
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from stablekd_fast.checkpoint import write_atomically
 from stablekd_fast.errors import CheckpointError, TrainingError
+from stablekd_fast.files import write_atomically
 from stablekd_fast.report.progress import open_display
 from stablekd_fast.report.tensorboard import open_scalars
 

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from stablekd_fast.checkpoint import write_atomically
+from stablekd_fast.files import write_atomically
 from stablekd_fast.report.style import STYLE_SHEET
 
 PAGE = """<!DOCTYPE html>

@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from stablekd_fast.checkpoint import write_atomically
 from stablekd_fast.errors import StableKDError
+from stablekd_fast.files import write_atomically
 from stablekd_fast.report.events import plain
 from stablekd_fast.report.machine import machine, versions
 

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from stablekd_fast.blocks import pair_blocks
-from stablekd_fast.blocks.trace import evaluation_mode, trace
+from stablekd_fast.blocks.modes import evaluation_mode
+from stablekd_fast.blocks.trace import trace
 from stablekd_fast.errors import CutError
 
 

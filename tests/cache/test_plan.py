@@ -4,12 +4,11 @@ import time
 
 import pytest
 
+from stablekd_fast.cache.columns import Kept, Plan
 from stablekd_fast.cache.plan import (
     CodecCost,
     Costs,
-    Kept,
     OutputCost,
-    Plan,
     StageCost,
     TierCost,
     best_plan,

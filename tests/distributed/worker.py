@@ -110,9 +110,9 @@ def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[flo
 
     from stablekd_fast.blocks import pair_blocks
     from stablekd_fast.distributed import Layout
-    from stablekd_fast.objectives import objective
+    from stablekd_fast.objectives import Objectives, objective
     from stablekd_fast.schedule import Optimizer
-    from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+    from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
     from stablekd_fast.teacher import Relay
 
     layout = Layout(1, ranks.size, (0,))

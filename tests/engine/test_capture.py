@@ -9,10 +9,10 @@ from torch import nn
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.capture import EagerRunner, EmulatedRunner, make_runner, pick_capture, restored
 from stablekd_fast.errors import CaptureError, ConfigError
-from stablekd_fast.objectives import objective
+from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.precision import Precision
 from stablekd_fast.schedule import Optimizer, Stage, merge_neighbours
-from stablekd_fast.step import IMAGES, LABELS, GroupStep, Objectives, Rates, StageInputs, load_batch, output_key
+from stablekd_fast.step import IMAGES, LABELS, GroupStep, Rates, StageInputs, load_batch, output_key
 from stablekd_fast.teacher import LiveTeacher, Relay
 
 CPU = torch.device("cpu")

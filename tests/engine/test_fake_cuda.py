@@ -15,10 +15,10 @@ from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
 from stablekd_fast.emulator import Recorder, Watch
 from stablekd_fast.errors import CaptureError
-from stablekd_fast.objectives import objective
+from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.precision import Precision
 from stablekd_fast.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
-from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import LiveTeacher, Relay
 
 CUDA = torch.device("cuda")

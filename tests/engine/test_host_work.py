@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from stablekd_fast import engine as engines
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.capture import EmulatedRunner, HostCopy, make_runner
-from stablekd_fast.objectives import objective
+from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
-from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import LiveTeacher, Relay
 
 CPU = torch.device("cpu")

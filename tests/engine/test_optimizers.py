@@ -8,10 +8,10 @@ from torch import nn
 
 from stablekd_fast.checkpoint import load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.objectives import objective
+from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.optimizers import build_optimizer
 from stablekd_fast.schedule import Optimizer
-from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,10 +15,10 @@ from stablekd_fast.cache.fingerprint import teacher_fingerprint
 from stablekd_fast.capture import make_runner
 from stablekd_fast.checkpoint import load_metadata, load_tensors
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.objectives import objective
+from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.precision import LossScale, Precision, pick_precision, seconds_per_pass
 from stablekd_fast.schedule import Optimizer, Stage
-from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
 pytestmark = pytest.mark.usefixtures("one_thread")

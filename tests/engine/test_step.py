@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from stablekd_fast.errors import CutError
-from stablekd_fast.objectives import objective
+from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.schedule import Optimizer
-from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import Relay
 
 

@@ -14,10 +14,10 @@ from torch import nn
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.capture import make_runner
 from stablekd_fast.data import Batch
-from stablekd_fast.objectives import objective
+from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.precision import Precision
 from stablekd_fast.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
-from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
+from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher import LiveTeacher, Relay
 
 # Read at cuBLAS's first call in the process: without it cuBLAS may add in another order on another stream.

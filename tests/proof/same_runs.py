@@ -26,15 +26,19 @@ from pathlib import Path
 
 MEASURED = {
     "time", "images_per_second", "wall_seconds", "data_wait_share", "predicted_seconds", "predicted_seconds_relay",
-    "live_ms", "kept_ms",
+    "live_ms", "kept_ms", "predicted_ms", "measured_ms", "idle_share", "live_batches",
 }  # fmt: skip
-"""Fields of events and results that come from a clock."""
+"""Fields of events and results that come from a clock; `live_batches`, as it depends on how soon one rank sees the rows
+that another has stored."""
 
 OF_THE_PLACE = {"machine", "out", "directory", "teacher_weights"}
 """Fields that say where a run was made."""
 
 COLUMNS = {"images/s", "time"}
 """Columns of tables in pages that come from a clock."""
+
+SHOWN = 5
+"""Differences of one file that are printed."""
 
 PAIR = ["--teacher", "resnet32", "--student", "resnet20", "--device", "cpu", "--validation", "0.1", "--log-every", "2"]
 
@@ -104,7 +108,9 @@ def differences(before: Path, after: Path) -> list[str]:
     if files[before] != files[after]:
         return [f"files: {sorted(set(files[before]) ^ set(files[after]))} are in one of the two only"]
     for name in files[before]:
-        found += [f"{name}: {line}" for line in _differences(before / name, after / name)]
+        lines = list(_differences(before / name, after / name))
+        found += [f"{name}: {line}" for line in lines[:SHOWN]]
+        found += [f"{name}: and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return found
 
 
@@ -150,6 +156,7 @@ def comparable(value: object) -> object:
 
 def comparable_page(text: str) -> list[str]:
     """The lines of a page without cells and settings that a clock or the place decides."""
+    text = re.sub(r"-[mp][0-9a-f]{10}\b", "-id", text)  # matplotlib names parts of a figure at random
     text = re.sub(r"<table.*?</table>", _without_measured_columns, text, flags=re.DOTALL)
     text = re.sub(r"<h3>Machine</h3><dl>.*?</dl>", "", text, flags=re.DOTALL)
     place = "|".join(re.escape(name) for name in OF_THE_PLACE)
