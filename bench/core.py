@@ -26,7 +26,7 @@ import torch._inductor.config
 from torch import Tensor
 
 from stablekd_fast.errors import StableKDError
-from stablekd_fast.memory import keep_freed_memory, no_garbage_collection
+from stablekd_fast.execution.memory import keep_freed_memory, no_garbage_collection
 from stablekd_fast.report import machine
 
 Result = Tensor | Sequence[Tensor]

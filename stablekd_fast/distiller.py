@@ -30,8 +30,6 @@ from stablekd_fast.cache.columns import ImageColumn, Plan
 from stablekd_fast.cache.fingerprint import image_fingerprint
 from stablekd_fast.cache.plan import Costs, decisions, predict
 from stablekd_fast.cache.planner import Planner, views_shown
-from stablekd_fast.cache.teacher import CachedTeacher
-from stablekd_fast.capture import pick_capture
 from stablekd_fast.checkpoint import load_metadata, save_tensors
 from stablekd_fast.config import DistillConfig, identity, objectives_of
 from stablekd_fast.data import Dataset, EvalSource, Split, open_dataset
@@ -40,12 +38,14 @@ from stablekd_fast.divide import measured_layouts
 from stablekd_fast.engine import Engine
 from stablekd_fast.errors import ConfigError, ModelError, nearest
 from stablekd_fast.evaluate import evaluate
-from stablekd_fast.memory import placed, watched
+from stablekd_fast.execution.capture import pick_capture
+from stablekd_fast.execution.memory import placed, watched
+from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
 from stablekd_fast.objectives import Objectives
-from stablekd_fast.precision import Precision, pick_precision, seconds_per_pass
 from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.schedule import PlannedStage, method_stages, plan_stages
-from stablekd_fast.teacher import LiveTeacher, Relay, Teacher
+from stablekd_fast.teacher.cached import CachedTeacher
+from stablekd_fast.teacher.live import LiveTeacher, Relay, Teacher
 
 CALIBRATION_BATCHES = 2
 """Training batches to which bridges are fitted."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.cache.columns import Plan
-from stablekd_fast.capture import HostCopy, Runner, make_runner
 from stablekd_fast.checkpoint import (
     check_same_run,
     load_optimizer_tensors,
@@ -25,16 +24,18 @@ from stablekd_fast.checkpoint import (
     save_tensors,
 )
 from stablekd_fast.data import Batch, EvalSource, StreamSource, TrainSource
-from stablekd_fast.distributed import Layout, Ranks, TeacherPart
+from stablekd_fast.distributed import Layout, Ranks
 from stablekd_fast.errors import TrainingError
 from stablekd_fast.evaluate import Metrics, evaluate, with_fresh_batch_norm
-from stablekd_fast.memory import watched
+from stablekd_fast.execution.capture import HostCopy, Runner, make_runner
+from stablekd_fast.execution.memory import watched
 from stablekd_fast.merge import MergeRecord, composed_output, exposure_gap, probe_losses
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.report import Recorder
 from stablekd_fast.schedule import PlannedStage
 from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.teacher import Teacher
+from stablekd_fast.teacher.live import Teacher
+from stablekd_fast.teacher.parts import TeacherPart
 from stablekd_fast.together import Together
 
 PROBE_BATCHES = 4

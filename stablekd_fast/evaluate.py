@@ -17,7 +17,7 @@ from stablekd_fast.checkpoint import load_tensors
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Batch, open_dataset
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.memory import placed
+from stablekd_fast.execution.memory import placed
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.data import Batch
 from stablekd_fast.step import IMAGES, GroupStep, StageInputs, load_batch
-from stablekd_fast.teacher import Teacher
+from stablekd_fast.teacher.live import Teacher
 
 WINDOW = 10
 """Training losses are averaged over this many steps before they are compared with the loss at the merge."""

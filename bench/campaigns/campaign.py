@@ -23,8 +23,8 @@ from stablekd_fast.config import DistillConfig, identity
 from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.distiller import Distiller
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.memory import keep_freed_memory
-from stablekd_fast.precision import PRECISIONS
+from stablekd_fast.execution.memory import keep_freed_memory
+from stablekd_fast.execution.precision import PRECISIONS
 from stablekd_fast.report import read_results
 from stablekd_fast.report.events import plain
 from stablekd_fast.schedule import Optimizer, Stage

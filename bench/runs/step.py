@@ -20,10 +20,10 @@ from stablekd_fast.bench.runs.teacher import Arm, Images, Pair, cached, make_pai
 from torch import Tensor
 
 from stablekd_fast.data import Dataset
-from stablekd_fast.emulator import Operation, Recorder
 from stablekd_fast.errors import StableKDError
-from stablekd_fast.precision import Precision, cpu_has_bf16
-from stablekd_fast.teacher import Relay
+from stablekd_fast.execution.emulator import Operation, Recorder
+from stablekd_fast.execution.precision import Precision, cpu_has_bf16
+from stablekd_fast.teacher.live import Relay
 
 TOLERANCE = 1e-4
 """Of losses in float32, compiled or not; bf16 has its own."""

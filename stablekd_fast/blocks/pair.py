@@ -13,7 +13,7 @@ from stablekd_fast.blocks.modes import evaluation_mode
 from stablekd_fast.blocks.select import automatic_pairs, named_pairs
 from stablekd_fast.blocks.trace import trace
 from stablekd_fast.errors import CutError
-from stablekd_fast.precision import FP32, Precision
+from stablekd_fast.execution.precision import FP32, Precision
 
 
 @dataclass(frozen=True)

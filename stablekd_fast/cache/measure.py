@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,27 +21,15 @@ from stablekd_fast.cache.settings import CacheSettings, parse_bytes
 from stablekd_fast.cache.shard import SUFFIX, drop_pages
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.data import Batch
+from stablekd_fast.execution.timing import REPEATS, seconds
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.schedule import Optimizer, PlannedStage, group_name
 from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.teacher import Relay
+from stablekd_fast.teacher.live import Relay
 
-REPEATS = 3
 _PROBE_BYTES = 48 << 20
 _PAGE_CACHE_SHARE = 0.6
 """Of the memory that is free now, what the system can be expected to use for files."""
-
-
-def seconds(call: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """Median of a few calls after one to warm up."""
-    taken = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
 
 
 def measure_teacher(paired: PairedBlocks, images: Tensor) -> list[float]:

@@ -15,7 +15,7 @@ from stablekd_fast.cli import bench, cache, diagnose
 from stablekd_fast.cli.show import console, fields_of, print_rows
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
-from stablekd_fast.memory import keep_freed_memory
+from stablekd_fast.execution.memory import keep_freed_memory
 from stablekd_fast.plan_pair import PairPlan
 
 

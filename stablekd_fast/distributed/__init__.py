@@ -12,7 +12,6 @@ from stablekd_fast.distributed.layout import (
 )
 from stablekd_fast.distributed.norms import sync_norms
 from stablekd_fast.distributed.ranks import Ranks, join
-from stablekd_fast.distributed.relay import TeacherPart
 
 __all__ = [
     "Averaging",
@@ -20,7 +19,6 @@ __all__ = [
     "Layout",
     "Ranks",
     "ReduceCost",
-    "TeacherPart",
     "assign",
     "best_layout",
     "join",

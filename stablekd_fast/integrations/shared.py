@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.cache.columns import Columns, Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings
-from stablekd_fast.cache.teacher import CachedTeacher
 from stablekd_fast.data import Batch
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.integrations.views import SAMPLE, VIEW, SampleViews
+from stablekd_fast.teacher.cached import CachedTeacher
 
 
 class SharedBlocks:

@@ -10,7 +10,7 @@ from stablekd_fast.data import Batch
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.schedule import Optimizer, merge_neighbours
 from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.teacher import Relay
+from stablekd_fast.teacher.live import Relay
 
 PAIRS = [
     ("resnet56", "resnet20", 32, 4),

@@ -113,7 +113,7 @@ def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[flo
     from stablekd_fast.objectives import Objectives, objective
     from stablekd_fast.schedule import Optimizer
     from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
-    from stablekd_fast.teacher import Relay
+    from stablekd_fast.teacher.live import Relay
 
     layout = Layout(1, ranks.size, (0,))
     aims = Objectives(objective("feature", "mse", {}), objective("logits", "kd", {}), align="all")

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from stablekd_fast import engine as engines
 from stablekd_fast.blocks import pair_blocks
-from stablekd_fast.capture import EmulatedRunner, HostCopy, make_runner
+from stablekd_fast.execution.capture import EmulatedRunner, HostCopy, make_runner
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
 from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.teacher import LiveTeacher, Relay
+from stablekd_fast.teacher.live import LiveTeacher, Relay
 
 CPU = torch.device("cpu")
 AIMS = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
@@ -82,7 +82,7 @@ def training(small_net, random_batch, settled, one_thread):
 
 @pytest.mark.parametrize("groups", merge_neighbours(4), ids=str)
 def test_a_captured_step_is_a_replay_each_of_teacher_and_students_and_a_copy_per_input(training, monkeypatch, groups):
-    monkeypatch.setattr("stablekd_fast.capture.EmulatedRunner", SilentRunner)
+    monkeypatch.setattr("stablekd_fast.execution.capture.EmulatedRunner", SilentRunner)
     stage = training(groups)
     for _ in range(3):
         stage.train()
@@ -97,7 +97,7 @@ def test_a_captured_step_is_a_replay_each_of_teacher_and_students_and_a_copy_per
 
 
 def test_the_count_would_show_an_operation_of_the_host(training, monkeypatch):
-    monkeypatch.setattr("stablekd_fast.capture.EmulatedRunner", SilentRunner)
+    monkeypatch.setattr("stablekd_fast.execution.capture.EmulatedRunner", SilentRunner)
     stage = training([[0], [1], [2], [3]])
     monkeypatch.setattr(stage, "load", lambda load=stage.load: (load(), stage.inputs["images"].mean()))
     for _ in range(3):

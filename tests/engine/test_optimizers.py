@@ -12,7 +12,7 @@ from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.optimizers import build_optimizer
 from stablekd_fast.schedule import Optimizer
 from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.teacher import Relay
+from stablekd_fast.teacher.live import Relay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from stablekd_fast import precision as precisions
 from stablekd_fast.assemble import pick_image_dtype
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.cache.fingerprint import teacher_fingerprint
-from stablekd_fast.capture import make_runner
 from stablekd_fast.checkpoint import load_metadata, load_tensors
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.execution import precision as precisions
+from stablekd_fast.execution.capture import make_runner
+from stablekd_fast.execution.precision import LossScale, Precision, pick_precision, seconds_per_pass
 from stablekd_fast.objectives import Objectives, objective
-from stablekd_fast.precision import LossScale, Precision, pick_precision, seconds_per_pass
 from stablekd_fast.schedule import Optimizer, Stage
 from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.teacher import Relay
+from stablekd_fast.teacher.live import Relay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

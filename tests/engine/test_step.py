@@ -7,7 +7,7 @@ from stablekd_fast.errors import CutError
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.schedule import Optimizer
 from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.teacher import Relay
+from stablekd_fast.teacher.live import Relay
 
 
 def objectives(align="all", **switches):

@@ -61,7 +61,7 @@ def engine_gradients():
     from stablekd_fast.objectives import Objectives, objective
     from stablekd_fast.schedule import Optimizer
     from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
-    from stablekd_fast.teacher import Relay
+    from stablekd_fast.teacher.live import Relay
 
     def take(paired, groups, images, labels) -> dict[str, torch.Tensor]:
         aims, inputs = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all"), StageInputs()

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stablekd_fast.emulator import Operation, Recorder, Watch, replay
 from stablekd_fast.errors import CaptureError, ConfigError
-from stablekd_fast.memory import no_garbage_collection
+from stablekd_fast.execution.emulator import Operation, Recorder, Watch, replay
+from stablekd_fast.execution.memory import no_garbage_collection
 
 CAPTURES = ("auto", "eager", "cudagraph", "compile", "emulate")
 CAPTURED = ("cudagraph", "emulate")

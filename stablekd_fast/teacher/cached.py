@@ -14,7 +14,7 @@ from stablekd_fast.cache.columns import Column
 from stablekd_fast.cache.store import Ticket
 from stablekd_fast.data import Batch
 from stablekd_fast.errors import CacheFull
-from stablekd_fast.teacher import LiveTeacher
+from stablekd_fast.teacher.live import LiveTeacher
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import Protocol
 from torch import Tensor
 
 from stablekd_fast.blocks import PairedBlocks
-from stablekd_fast.capture import CAPTURED, Runner, make_runner
 from stablekd_fast.data import Batch
+from stablekd_fast.execution.capture import CAPTURED, Runner, make_runner
 
 
 class Teacher(Protocol):
