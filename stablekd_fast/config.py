@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.data import BATCHES_AHEAD, SourceName
+from stablekd_fast.engine.schedule import METHODS, RECIPES, Optimizer, Stage
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.objectives import Objectives, objective
-from stablekd_fast.schedule import METHODS, RECIPES, Optimizer, Stage
 
 
 @dataclass

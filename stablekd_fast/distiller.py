@@ -28,22 +28,22 @@ from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
 from stablekd_fast.blocks.pair import copy_head
 from stablekd_fast.cache.columns import ImageColumn, Plan
 from stablekd_fast.cache.fingerprint import image_fingerprint
-from stablekd_fast.cache.plan import Costs, decisions, predict
-from stablekd_fast.cache.planner import Planner, views_shown
-from stablekd_fast.checkpoint import load_metadata, save_tensors
 from stablekd_fast.config import DistillConfig, identity, objectives_of
 from stablekd_fast.data import Dataset, EvalSource, Split, open_dataset
 from stablekd_fast.distributed import Layout, join
-from stablekd_fast.divide import measured_layouts
-from stablekd_fast.engine import Engine
+from stablekd_fast.engine.checkpoint import load_metadata, save_tensors
+from stablekd_fast.engine.evaluate import evaluate
+from stablekd_fast.engine.loop import Engine
+from stablekd_fast.engine.schedule import PlannedStage, method_stages, plan_stages
 from stablekd_fast.errors import ConfigError, ModelError, nearest
-from stablekd_fast.evaluate import evaluate
 from stablekd_fast.execution.capture import pick_capture
 from stablekd_fast.execution.memory import placed, watched
 from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
 from stablekd_fast.objectives import Objectives
+from stablekd_fast.planning.costs import Planner, views_shown
+from stablekd_fast.planning.ranks import measured_layouts
+from stablekd_fast.planning.rows import Costs, decisions, predict
 from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
-from stablekd_fast.schedule import PlannedStage, method_stages, plan_stages
 from stablekd_fast.teacher.cached import CachedTeacher
 from stablekd_fast.teacher.live import LiveTeacher, Relay, Teacher
 

@@ -16,7 +16,7 @@ from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments,
 from stablekd_fast.bench.output import write_document
 
 from stablekd_fast.cli.show import print_rows
-from stablekd_fast.schedule import DECOMPOSED_SHARE, MERGED_LR, Optimizer
+from stablekd_fast.engine.schedule import DECOMPOSED_SHARE, MERGED_LR, Optimizer
 
 LR = Optimizer().lr
 BLOCKS, HALVES, WHOLE = [[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2, 3]]

@@ -10,11 +10,11 @@ from stablekd_fast.bench import core
 from stablekd_fast.bench.core import SEED, Case, Contender, Measured, Timing, pinned, scratch
 
 from stablekd_fast import models
-from stablekd_fast.cache.plan import decisions, predict
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
 from stablekd_fast.distiller import Distiller
+from stablekd_fast.planning.rows import decisions, predict
 
 TEACHER, STUDENT = "resnet56", "resnet20"
 IMAGES, BATCH, EPOCHS, VIEWS = 2560, 128, 4, 1

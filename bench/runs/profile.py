@@ -15,8 +15,8 @@ from stablekd_fast.bench.runs.teacher import Arm, Images, Pair, cached, make_pai
 
 from stablekd_fast.blocks import pick_fusion
 from stablekd_fast.data import Dataset
+from stablekd_fast.engine.step import GroupStep, load_batch
 from stablekd_fast.objectives import Objectives
-from stablekd_fast.step import GroupStep, load_batch
 
 
 class Phases:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks, pick_fusion
 from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import Batch, Dataset, TrainSource
+from stablekd_fast.engine.schedule import Optimizer, group_name
 from stablekd_fast.execution.precision import Precision, cpu_has_bf16
-from stablekd_fast.schedule import Optimizer, group_name
 from stablekd_fast.teacher.live import Relay
 
 PLAIN, TUNED, LIVE, CACHE = "plain", "plain, bf16, channels-last", "engine, live teacher", "engine, cache"

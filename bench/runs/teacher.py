@@ -17,11 +17,11 @@ from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.cache.columns import Columns, Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.data import Batch, Dataset, TrainSource, open_dataset
+from stablekd_fast.engine.schedule import Optimizer
+from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch, output_key
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.execution.capture import make_runner
 from stablekd_fast.objectives import Objectives, objective
-from stablekd_fast.schedule import Optimizer
-from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch, output_key
 from stablekd_fast.teacher.cached import CachedTeacher
 from stablekd_fast.teacher.live import Relay, Teacher
 

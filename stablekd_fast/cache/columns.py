@@ -25,6 +25,51 @@ from stablekd_fast.data import TrainSource
 from stablekd_fast.errors import CacheFull, ConfigError
 
 
+@dataclass
+class Column:
+    """The stored rows of one teacher output."""
+
+    name: str
+    format: RowFormat
+    rows: RowStore | MemoryRows
+    bridged: bool = False
+    """Whether a bridge was applied before storing; the teacher cannot go on from such a row."""
+    closed: bool = False
+    """No more rows are put: there was no room for one."""
+
+    @property
+    def on_disk(self) -> bool:
+        return isinstance(self.rows, RowStore)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the teacher can go on from a stored row and give the bits that it gives from the images."""
+        return self.format.lossless and not self.bridged
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where one output is kept, and by which codec."""
+
+    tier: str
+    codec: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept, by output. What is left out is relayed, or computed again from a kept output before it."""
+
+    kept: dict[int, Kept] = field(default_factory=dict)
+
+    def plain(self) -> list:
+        """For JSON."""
+        return [[output, kept.tier, kept.codec] for output, kept in sorted(self.kept.items())]
+
+    @staticmethod
+    def from_plain(values: Iterable) -> Plan:
+        return Plan({output: Kept(tier, codec) for output, tier, codec in values})
+
+
 def output_name(paired: PairedBlocks, output: int) -> str:
     return paired.cuts[output].teacher if output < len(paired.cuts) else "logits"
 
@@ -176,49 +221,4 @@ class ImageColumn:
         self.store.close()
 
 
-@dataclass
-class Column:
-    """The stored rows of one teacher output."""
-
-    name: str
-    format: RowFormat
-    rows: RowStore | MemoryRows
-    bridged: bool = False
-    """Whether a bridge was applied before storing; the teacher cannot go on from such a row."""
-    closed: bool = False
-    """No more rows are put: there was no room for one."""
-
-    @property
-    def on_disk(self) -> bool:
-        return isinstance(self.rows, RowStore)
-
-    @property
-    def continues(self) -> bool:
-        """Whether the teacher can go on from a stored row and give the bits that it gives from the images."""
-        return self.format.lossless and not self.bridged
-
-
 TIERS = ("device", "host", "disk")
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Where one output is kept, and by which codec."""
-
-    tier: str
-    codec: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is kept, by output. What is left out is relayed, or computed again from a kept output before it."""
-
-    kept: dict[int, Kept] = field(default_factory=dict)
-
-    def plain(self) -> list:
-        """For JSON."""
-        return [[output, kept.tier, kept.codec] for output, kept in sorted(self.kept.items())]
-
-    @staticmethod
-    def from_plain(values: Iterable) -> Plan:
-        return Plan({output: Kept(tier, codec) for output, tier, codec in values})

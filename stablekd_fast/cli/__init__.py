@@ -16,7 +16,7 @@ from stablekd_fast.cli.show import console, fields_of, print_rows
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.execution.memory import keep_freed_memory
-from stablekd_fast.plan_pair import PairPlan
+from stablekd_fast.planning.pair import PairPlan
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def _distill(options) -> int:
 
 
 def _evaluate(options) -> int:
-    from stablekd_fast.evaluate import evaluate_file
+    from stablekd_fast.engine.evaluate import evaluate_file
 
     metrics = evaluate_file(
         Path(options.weights), model=options.model, data=options.data, split=options.split, device=options.device
@@ -76,7 +76,7 @@ def _evaluate(options) -> int:
 
 def _plan(options) -> int:
     from stablekd_fast.blocks import describe_blocks
-    from stablekd_fast.plan_pair import plan_pair, plan_ranks
+    from stablekd_fast.planning.pair import plan_pair, plan_ranks
 
     asked = PairPlan(**vars(options))
     paired = asked.paired()

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from stablekd_fast import kernels
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
+from stablekd_fast.engine.schedule import DECOMPOSED_SHARE, merge_neighbours
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.objectives.kd import LogitKD
-from stablekd_fast.schedule import DECOMPOSED_SHARE, merge_neighbours
 
 try:
     from mdistiller.distillers import distiller_dict

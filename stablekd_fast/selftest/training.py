@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
 from stablekd_fast.data import Batch
+from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
+from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.execution.capture import Runner, make_runner
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
-from stablekd_fast.schedule import Optimizer, PlannedStage, Stage
 from stablekd_fast.selftest.claim import Broken, Claim, NotHere, difference
-from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher.live import Relay
 
 CPU_TO_DEVICE = 0.02

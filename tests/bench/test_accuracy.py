@@ -4,8 +4,8 @@ import pytest
 import torch
 from stablekd_fast.bench.campaigns.accuracy import CANDIDATES, main
 
-from stablekd_fast.checkpoint import load_tensors
 from stablekd_fast.cli import main as stablekd
+from stablekd_fast.engine.checkpoint import load_tensors
 from stablekd_fast.errors import CheckpointError
 from stablekd_fast.report import read_events
 

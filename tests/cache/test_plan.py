@@ -5,17 +5,8 @@ import time
 import pytest
 
 from stablekd_fast.cache.columns import Kept, Plan
-from stablekd_fast.cache.plan import (
-    CodecCost,
-    Costs,
-    OutputCost,
-    StageCost,
-    TierCost,
-    best_plan,
-    decisions,
-    fits,
-    predict,
-)
+from stablekd_fast.cache.speed import CodecCost, TierCost
+from stablekd_fast.planning.rows import Costs, OutputCost, StageCost, best_plan, decisions, fits, predict
 
 
 def random_costs(outputs: int, seed: int, stages: int = 2, tiers=("device", "host", "disk")) -> Costs:

@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 
 from stablekd_fast.cli import main
-from stablekd_fast.evaluate import evaluate_file
+from stablekd_fast.engine.evaluate import evaluate_file
 
 SMALL = ["--subset", "128", "--validation", "32", "--epochs", "1", "--batch-size", "32", "--bn-images", "64"]
 

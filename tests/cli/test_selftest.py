@@ -6,8 +6,8 @@ import torch
 from stablekd_fast import kernels
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.cli import main
+from stablekd_fast.engine.step import GroupStep
 from stablekd_fast.selftest import CLAIMS, selftest
-from stablekd_fast.step import GroupStep
 
 CPU = torch.device("cpu")
 

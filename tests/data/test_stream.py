@@ -16,11 +16,11 @@ from torch import nn
 
 from stablekd_fast import distill
 from stablekd_fast.cache import CacheSettings
-from stablekd_fast.checkpoint import load_tensors
 from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, StreamSource, TrainSource, open_dataset
-from stablekd_fast.engine import Engine
+from stablekd_fast.engine.checkpoint import load_tensors
+from stablekd_fast.engine.loop import Engine
+from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.errors import ConfigError, DataError
-from stablekd_fast.schedule import Optimizer
 
 CLASSES, PER_CLASS, SIZE = 3, 7, 32
 LEVELS = torch.tensor(IMAGENET_STD)[:, None, None] * 255

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from stablekd_fast import models
-from stablekd_fast.checkpoint import save_tensors
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 from stablekd_fast.diagnose.settings import ARMS
+from stablekd_fast.engine.checkpoint import save_tensors
 
 SHORT = ["--steps", "4", "--seeds", "2", "--probes", "2", "--probe-batches", "2"]
 SMALL = ["--subset", "64", "--validation", "0", "--batch-size", "16", "--device", "cpu", "--precision", "fp32"]

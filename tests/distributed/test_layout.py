@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stablekd_fast.distributed import GroupCost, Layout, ReduceCost, assign, best_layout, linear
+from stablekd_fast.distributed import Layout
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.planning.assign import GroupCost, ReduceCost, assign, best_layout, linear
 
 seconds = st.floats(0.01, 10) | st.sampled_from([1.0, 2.0])
 costs_and_places = st.lists(seconds, min_size=1, max_size=7).flatmap(

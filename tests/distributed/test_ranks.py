@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablekd_fast.checkpoint import load_tensors
+from stablekd_fast.engine.checkpoint import load_tensors
 
 
 def events(out: Path, kind: str) -> list[dict]:

@@ -16,7 +16,7 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import TrainSource, open_dataset
 from stablekd_fast.distiller import Distiller
 from stablekd_fast.distributed import join
-from stablekd_fast.engine import Engine
+from stablekd_fast.engine.loop import Engine
 
 RANK, CPU = int(os.environ.get("RANK", 0)), torch.device("cpu")
 BASE = DistillConfig(
@@ -110,9 +110,9 @@ def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[flo
 
     from stablekd_fast.blocks import pair_blocks
     from stablekd_fast.distributed import Layout
+    from stablekd_fast.engine.schedule import Optimizer
+    from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
     from stablekd_fast.objectives import Objectives, objective
-    from stablekd_fast.schedule import Optimizer
-    from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
     from stablekd_fast.teacher.live import Relay
 
     layout = Layout(1, ranks.size, (0,))

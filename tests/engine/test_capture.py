@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from stablekd_fast.blocks import pair_blocks
+from stablekd_fast.engine.schedule import Optimizer, Stage, merge_neighbours
+from stablekd_fast.engine.step import IMAGES, LABELS, GroupStep, Rates, StageInputs, load_batch, output_key
 from stablekd_fast.errors import CaptureError, ConfigError
 from stablekd_fast.execution.capture import EagerRunner, EmulatedRunner, make_runner, pick_capture, restored
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
-from stablekd_fast.schedule import Optimizer, Stage, merge_neighbours
-from stablekd_fast.step import IMAGES, LABELS, GroupStep, Rates, StageInputs, load_batch, output_key
 from stablekd_fast.teacher.live import LiveTeacher, Relay
 
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ from torchvision.models.resnet import Bottleneck
 
 from stablekd_fast import models
 from stablekd_fast.blocks import pair_blocks
+from stablekd_fast.engine.schedule import Optimizer, method_stages
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
-from stablekd_fast.schedule import Optimizer, method_stages
 
 CLASSES, IMAGES, STEPS = 7, 4, 3
 """Of the networks, in a batch, of each stage."""

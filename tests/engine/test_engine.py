@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stablekd_fast.checkpoint import load_tensors
+from stablekd_fast.engine.checkpoint import load_tensors
+from stablekd_fast.engine.evaluate import with_fresh_batch_norm
+from stablekd_fast.engine.schedule import METHODS, Optimizer, Stage
 from stablekd_fast.errors import ConfigError, TrainingError
-from stablekd_fast.evaluate import with_fresh_batch_norm
-from stablekd_fast.schedule import METHODS, Optimizer, Stage
 
 
 def events(distiller, kind):
@@ -141,7 +141,7 @@ def test_a_broken_update_is_never_saved(make):
 
 
 def test_inputs_of_another_shape_are_refused(make):
-    from stablekd_fast.step import StageInputs
+    from stablekd_fast.engine.step import StageInputs
 
     inputs = StageInputs()
     inputs.load("images", torch.zeros(4, 3, 8, 8))

@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from stablekd_fast import models
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
+from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
+from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.errors import CaptureError
 from stablekd_fast.execution.emulator import Recorder, Watch
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
-from stablekd_fast.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
-from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher.live import LiveTeacher, Relay
 
 CUDA = torch.device("cuda")

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from stablekd_fast import engine as engines
 from stablekd_fast.blocks import pair_blocks
+from stablekd_fast.engine import loop as engines
+from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
+from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.execution.capture import EmulatedRunner, HostCopy, make_runner
 from stablekd_fast.objectives import Objectives, objective
-from stablekd_fast.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
-from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher.live import LiveTeacher, Relay
 
 CPU = torch.device("cpu")

@@ -11,14 +11,14 @@ from stablekd_fast.assemble import pick_image_dtype
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.cache.fingerprint import teacher_fingerprint
-from stablekd_fast.checkpoint import load_metadata, load_tensors
+from stablekd_fast.engine.checkpoint import load_metadata, load_tensors
+from stablekd_fast.engine.schedule import Optimizer, Stage
+from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.execution import precision as precisions
 from stablekd_fast.execution.capture import make_runner
 from stablekd_fast.execution.precision import LossScale, Precision, pick_precision, seconds_per_pass
 from stablekd_fast.objectives import Objectives, objective
-from stablekd_fast.schedule import Optimizer, Stage
-from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher.live import Relay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -356,7 +356,7 @@ def recording(update, scales):
 def test_an_optimizer_that_cannot_skip_is_refused(parts, monkeypatch):
     """Such as AdamW by its foreach implementation, which a CPU does not have: torch's plain one stands for it."""
     plain = lambda settings, parameters, lr, momentum: torch.optim.AdamW(parameters, foreach=True)
-    monkeypatch.setattr("stablekd_fast.step.build_optimizer", plain)
+    monkeypatch.setattr("stablekd_fast.engine.step.build_optimizer", plain)
     parts("bf16", Optimizer("adamw"))
     with pytest.raises(ConfigError, match="precision=fp16.*AdamW.*cannot skip a step.*implementation=auto.*bf16"):
         parts("fp16", Optimizer("adamw"))

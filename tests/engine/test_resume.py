@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablekd_fast.checkpoint import load_tensors, save_tensors
 from stablekd_fast.config import DistillConfig, identity
+from stablekd_fast.engine.checkpoint import load_tensors, save_tensors
 from stablekd_fast.errors import CheckpointError, ConfigError, TrainingError
 
 RUN = """
@@ -23,7 +23,7 @@ from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
 from stablekd_fast.distiller import Distiller
-from stablekd_fast.schedule import Optimizer
+from stablekd_fast.engine.schedule import Optimizer
 
 out, resume, cached = sys.argv[1], sys.argv[2] == "resume", sys.argv[3] == "cached"
 cache = CacheSettings()
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     script = f"""
 import resource, signal, torch
 from pathlib import Path
-from stablekd_fast.checkpoint import save_tensors
+from stablekd_fast.engine.checkpoint import save_tensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 save_tensors(Path({str(path)!r}), {{"a": torch.zeros(100_000)}}, {{}})

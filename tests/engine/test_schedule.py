@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from stablekd_fast.engine.schedule import Optimizer, Stage, merge_neighbours, method_stages, plan_stages
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.schedule import Optimizer, Stage, merge_neighbours, method_stages, plan_stages
 
 
 def test_neighbours_merge_two_by_two():

@@ -13,11 +13,11 @@ from torch import nn
 
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
+from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
+from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.execution.capture import make_runner
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
-from stablekd_fast.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
-from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher.live import LiveTeacher, Relay
 
 # Read at cuBLAS's first call in the process: without it cuBLAS may add in another order on another stream.

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from stablekd_fast.checkpoint import load_tensors
 from stablekd_fast.cli import main
+from stablekd_fast.engine.checkpoint import load_tensors
+from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.errors import CaptureError
 from stablekd_fast.execution.capture import EagerRunner, HostCopy, make_runner
 from stablekd_fast.execution.precision import LossScale
-from stablekd_fast.schedule import Optimizer
 from stablekd_fast.teacher.live import LiveTeacher
 
 pytestmark = pytest.mark.gpu

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from stablekd_fast.checkpoint import load_tensors
 from stablekd_fast.cli import main
+from stablekd_fast.engine.checkpoint import load_tensors
 
 pytestmark = pytest.mark.gpu
 

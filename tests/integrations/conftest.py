@@ -58,9 +58,9 @@ def settled_fixture():
 def engine_gradients():
     """Gradients of the engine's group steps on one batch, by the student's parameter names."""
     from stablekd_fast.data import Batch
+    from stablekd_fast.engine.schedule import Optimizer
+    from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
     from stablekd_fast.objectives import Objectives, objective
-    from stablekd_fast.schedule import Optimizer
-    from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
     from stablekd_fast.teacher.live import Relay
 
     def take(paired, groups, images, labels) -> dict[str, torch.Tensor]:

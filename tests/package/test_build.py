@@ -128,7 +128,7 @@ def test_wheel_holds_every_module_and_the_licence(wheel):
     assert {name for name in names if name.endswith(".py")} == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     profiles = {
-        f"stablekd_fast/cache/profiles/{path.name}" for path in (ROOT / "stablekd_fast/cache/profiles").iterdir()
+        f"stablekd_fast/planning/devices/{path.name}" for path in (ROOT / "stablekd_fast/planning/devices").iterdir()
     }
     assert profiles and profiles <= set(names)
 

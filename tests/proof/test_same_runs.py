@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablekd_fast.checkpoint import save_tensors
+from stablekd_fast.engine.checkpoint import save_tensors
 
 spec = importlib.util.spec_from_file_location("same_runs", Path(__file__).parent / "same_runs.py")
 same_runs = importlib.util.module_from_spec(spec)

@@ -14,15 +14,16 @@ import torch
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.columns import Column
-from stablekd_fast.cache.measure import measure_students, measure_teacher
-from stablekd_fast.cache.profiles import Profile, predicted_blocks
 from stablekd_fast.data import Batch, TrainSource
-from stablekd_fast.distributed import GroupCost, Layout, Ranks, ReduceCost, best_layout, linear
+from stablekd_fast.distributed import Layout, Ranks
+from stablekd_fast.engine.schedule import PlannedStage, group_name
+from stablekd_fast.engine.step import named_parameters_of
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.execution.timing import REPEATS, seconds
 from stablekd_fast.objectives import Objectives
-from stablekd_fast.schedule import PlannedStage, group_name
-from stablekd_fast.step import named_parameters_of
+from stablekd_fast.planning.assign import GroupCost, ReduceCost, best_layout, linear
+from stablekd_fast.planning.networks import measure_students, measure_teacher
+from stablekd_fast.planning.profiles import Profile, predicted_blocks
 
 _SIZES = (1 << 12, 1 << 22)
 _REPEATS = 5

@@ -16,27 +16,27 @@ from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.cache.columns import Plan
-from stablekd_fast.checkpoint import (
+from stablekd_fast.data import Batch, EvalSource, StreamSource, TrainSource
+from stablekd_fast.distributed import Layout, Ranks
+from stablekd_fast.engine.checkpoint import (
     check_same_run,
     load_optimizer_tensors,
     load_tensors,
     optimizer_tensors,
     save_tensors,
 )
-from stablekd_fast.data import Batch, EvalSource, StreamSource, TrainSource
-from stablekd_fast.distributed import Layout, Ranks
+from stablekd_fast.engine.evaluate import Metrics, evaluate, with_fresh_batch_norm
+from stablekd_fast.engine.merge import MergeRecord, composed_output, exposure_gap, probe_losses
+from stablekd_fast.engine.schedule import PlannedStage
+from stablekd_fast.engine.stage import Together
+from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.errors import TrainingError
-from stablekd_fast.evaluate import Metrics, evaluate, with_fresh_batch_norm
 from stablekd_fast.execution.capture import HostCopy, Runner, make_runner
 from stablekd_fast.execution.memory import watched
-from stablekd_fast.merge import MergeRecord, composed_output, exposure_gap, probe_losses
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.report import Recorder
-from stablekd_fast.schedule import PlannedStage
-from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.teacher.live import Teacher
 from stablekd_fast.teacher.parts import TeacherPart
-from stablekd_fast.together import Together
 
 PROBE_BATCHES = 4
 """Training batches on which exposure and the loss at a merge are measured."""

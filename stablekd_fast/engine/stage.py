@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from stablekd_fast.distributed import Layout, Ranks
-from stablekd_fast.step import GroupStep
+from stablekd_fast.engine.step import GroupStep
 
 
 class Together:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.schedule import Optimizer
 
 
 def build_optimizer(

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
+from stablekd_fast.engine.schedule import PlannedStage, group_name, method_stages, plan_stages
 from stablekd_fast.errors import ConfigError, CutError
-from stablekd_fast.schedule import PlannedStage, group_name, method_stages, plan_stages
 
 if TYPE_CHECKING:
-    from stablekd_fast.cache.profiles import Profile
     from stablekd_fast.data import Batch
+    from stablekd_fast.planning.profiles import Profile
 
 THIS_MACHINE = "this-machine"
 _MOST_BLOCKS = 12
@@ -108,7 +108,7 @@ class PairPlanned(NamedTuple):
 def plan_pair(asked: PairPlan, paired) -> PairPlanned:
     """Decide for a pair, with speeds measured here or taken from a profile."""
     from stablekd_fast.cache.columns import Plan
-    from stablekd_fast.cache.plan import best_plan, decisions, predict
+    from stablekd_fast.planning.rows import best_plan, decisions, predict
 
     with tempfile.TemporaryDirectory(dir=asked.directory) as scratch:
         costs, basis = _costs(asked, paired, asked.settings(scratch))
@@ -131,8 +131,8 @@ def plan_pair(asked: PairPlan, paired) -> PairPlanned:
 def plan_ranks(asked: PairPlan, paired) -> dict[str, list[dict]]:
     """How ranks could divide the run, by title of a table: other numbers of blocks, and, with a profile, one global
     batch on 1 to 64 ranks."""
-    from stablekd_fast.cache.profiles import profile
-    from stablekd_fast.divide import predicted_scaling
+    from stablekd_fast.planning.profiles import profile
+    from stablekd_fast.planning.ranks import predicted_scaling
 
     title = (
         f"Blocks apart, all of the teacher from a cache, on {asked.ranks} rank(s) that divide them, "
@@ -158,10 +158,10 @@ def _by_number_of_blocks(asked: PairPlan, device: Profile | None) -> Iterator[di
     part of the ranks' time in which they train, as all wait for the busiest."""
     import torch
 
-    from stablekd_fast.cache.measure import measure_students
-    from stablekd_fast.cache.profiles import predicted_blocks
     from stablekd_fast.config import DistillConfig, objectives_of
-    from stablekd_fast.distributed import assign, loads_of
+    from stablekd_fast.planning.assign import assign, loads_of
+    from stablekd_fast.planning.networks import measure_students
+    from stablekd_fast.planning.profiles import predicted_blocks
 
     aims = objectives_of(DistillConfig(method=asked.method))
     batch = _random_batch(asked) if device is None else None
@@ -195,9 +195,9 @@ def _stages(asked: PairPlan, paired) -> list[PlannedStage]:
 def _costs(asked: PairPlan, paired, settings: CacheSettings):
     import torch
 
-    from stablekd_fast.cache.planner import Job, measured_costs, predicted_costs, views_shown
-    from stablekd_fast.cache.profiles import profile
     from stablekd_fast.config import DistillConfig, objectives_of
+    from stablekd_fast.planning.costs import Job, measured_costs, predicted_costs, views_shown
+    from stablekd_fast.planning.profiles import profile
 
     config, stages = DistillConfig(method=asked.method, epochs=asked.epochs), _stages(asked, paired)
     shown = views_shown(asked.views, asked.epochs)

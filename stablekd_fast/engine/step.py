@@ -16,11 +16,11 @@ from stablekd_fast.blocks import PairedBlocks, fuse_norms
 from stablekd_fast.data import Batch
 from stablekd_fast.distributed import Averaging
 from stablekd_fast.distributed import sync_norms as synced
+from stablekd_fast.engine.optimizers import SGD, build_optimizer
+from stablekd_fast.engine.schedule import Optimizer, PlannedStage, group_name
 from stablekd_fast.errors import ConfigError, CutError, TrainingError
 from stablekd_fast.execution.precision import LossScale
 from stablekd_fast.objectives.objectives import Objectives
-from stablekd_fast.optimizers import SGD, build_optimizer
-from stablekd_fast.schedule import Optimizer, PlannedStage, group_name
 from stablekd_fast.teacher.live import Teacher
 
 IMAGES, LABELS = "images", "labels"

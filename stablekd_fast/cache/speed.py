@@ -5,78 +5,45 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stablekd_fast.blocks import PairedBlocks
-from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.cache.codecs import RowFormat
 from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.memory import MemoryRows
-from stablekd_fast.cache.plan import CodecCost, StageCost, TierCost
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
 from stablekd_fast.cache.shard import SUFFIX, drop_pages
 from stablekd_fast.cache.store import RowStore
-from stablekd_fast.data import Batch
 from stablekd_fast.execution.timing import REPEATS, seconds
-from stablekd_fast.objectives import Objectives
-from stablekd_fast.schedule import Optimizer, PlannedStage, group_name
-from stablekd_fast.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.teacher.live import Relay
 
 _PROBE_BYTES = 48 << 20
 _PAGE_CACHE_SHARE = 0.6
 """Of the memory that is free now, what the system can be expected to use for files."""
 
 
-def measure_teacher(paired: PairedBlocks, images: Tensor) -> list[float]:
-    """Seconds per batch of each teacher block, with the bridge behind it."""
-    times, x = [], images
-    with torch.no_grad(), paired.precision.applied(images.device):
-        for k, block in enumerate(paired.teacher_blocks):
-            bridge = paired.bridge_after(k)
+@dataclass(frozen=True)
+class CodecCost:
+    """Of one batch of one output."""
 
-            def call(block=block, bridge=bridge, x=x):
-                y = block(x)
-                if bridge is not None:
-                    bridge(y)
-                return y
-
-            times.append(seconds(call, images.device))
-            x = block(x)
-    return times
+    row_bytes: int
+    encode: float
+    decode: float
+    stored: float = 0.0
+    """Share of the rows that are on disk already."""
+    exact: bool = True
 
 
-def measure_students(
-    paired: PairedBlocks,
-    objectives: Objectives,
-    groupings: Iterable[list[list[int]]],
-    batch: Batch,
-    device: torch.device,
-) -> dict[str, float]:
-    """Seconds per batch of each group's step, by the group's name. The student is left as it was."""
-    saved = {name: value.clone() for name, value in paired.student.state_dict().items()}
-    modes = {module: module.training for module in paired.student.modules()}
-    times: dict[str, float] = {}
-    with untouched(paired.student), torch.enable_grad():
-        nn.ModuleList([paired.student, *paired.student_blocks]).train()
-        for groups in groupings:
-            inputs = StageInputs(device)
-            wanted = objectives.teacher_outputs(groups, len(paired.cuts))
-            load_batch(inputs, Relay(paired), wanted, batch)
-            for group in groups:
-                step = GroupStep(
-                    paired, group, objectives, Optimizer(), inputs, rates=Rates.constant(0.0, device=device)
-                )
-                if step.name not in times:
-                    times[step.name] = seconds(step.run, device)
-    paired.student.load_state_dict(saved)
-    for module, mode in modes.items():
-        module.training = mode
-    return times
+@dataclass(frozen=True)
+class TierCost:
+    """Seconds per byte on each resource; `budget` in bytes."""
+
+    read: Mapping[str, float]
+    write: Mapping[str, float]
+    budget: float
 
 
 def measure_codec(form: RowFormat, example: Tensor, stored: float = 0.0) -> CodecCost:
@@ -183,20 +150,3 @@ def _file_pages() -> int:
         return int(fields["Cached"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return 0
-
-
-def stage_costs(
-    stages: Iterable[PlannedStage], objectives: Objectives, cut_count: int, students: dict[str, float], fill: int
-) -> tuple[StageCost, ...]:
-    """`students`: seconds per batch by group name; `fill`: steps from the start of the run until each view was seen."""
-    made = []
-    for planned in stages:
-        made.append(
-            StageCost(
-                sum(students[group_name(group)] for group in planned.stage.groups),
-                frozenset(objectives.teacher_outputs(planned.stage.groups, cut_count)),
-                planned.last - planned.first,
-                max(0, min(fill, planned.last) - planned.first),
-            )
-        )
-    return tuple(made)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.data import Batch
-from stablekd_fast.step import IMAGES, GroupStep, StageInputs, load_batch
+from stablekd_fast.engine.step import IMAGES, GroupStep, StageInputs, load_batch
 from stablekd_fast.teacher.live import Teacher
 
 WINDOW = 10

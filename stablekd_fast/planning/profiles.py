@@ -10,12 +10,12 @@ from pathlib import Path
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.codecs import RowFormat
-from stablekd_fast.cache.plan import CodecCost, TierCost
-from stablekd_fast.distributed import ReduceCost
+from stablekd_fast.cache.speed import CodecCost, TierCost
+from stablekd_fast.engine.schedule import group_name
 from stablekd_fast.errors import ConfigError, nearest
-from stablekd_fast.schedule import group_name
+from stablekd_fast.planning.assign import ReduceCost
 
-_FOLDER = Path(__file__).parent / "profiles"
+_FOLDER = Path(__file__).parent / "devices"
 _BACKWARD = 2.0
 """A backward pass has about twice the arithmetic of a forward pass."""
 _PASSES = 4.0

@@ -18,21 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from stablekd_fast.cache.columns import Kept, Plan
+from stablekd_fast.cache.speed import CodecCost, TierCost
 
 RESOURCES = ("device", "link", "disk", "loader")
 _MOST_LABELS, _FEW_LABELS = 1000, 10
-
-
-@dataclass(frozen=True)
-class CodecCost:
-    """Of one batch of one output."""
-
-    row_bytes: int
-    encode: float
-    decode: float
-    stored: float = 0.0
-    """Share of the rows that are on disk already."""
-    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,15 +32,6 @@ class OutputCost:
     block: float
     codecs: Mapping[str, CodecCost]
     bridged: bool = False
-
-
-@dataclass(frozen=True)
-class TierCost:
-    """Seconds per byte on each resource; `budget` in bytes."""
-
-    read: Mapping[str, float]
-    write: Mapping[str, float]
-    budget: float
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,14 +14,15 @@ from torch import Tensor
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.codecs import RowFormat
 from stablekd_fast.cache.columns import TIERS, Columns, Kept, Plan, output_name, row_format
-from stablekd_fast.cache.measure import measure_codec, measure_students, measure_teacher, measure_tiers, stage_costs
-from stablekd_fast.cache.plan import CodecCost, Costs, OutputCost, best_plan
-from stablekd_fast.cache.profiles import Profile, predicted_blocks
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
+from stablekd_fast.cache.speed import CodecCost, measure_codec, measure_tiers
 from stablekd_fast.data import Batch, TrainSource
+from stablekd_fast.engine.schedule import PlannedStage, group_name
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.objectives import Objectives
-from stablekd_fast.schedule import PlannedStage, group_name
+from stablekd_fast.planning.networks import measure_students, measure_teacher
+from stablekd_fast.planning.profiles import Profile, predicted_blocks
+from stablekd_fast.planning.rows import Costs, OutputCost, StageCost, best_plan
 
 _TIMED_BATCHES = 4
 
@@ -170,3 +171,20 @@ def predicted_costs(job: Job, device: Profile, examples: dict[int, Tensor], batc
 def views_shown(views: int | None, epochs: float) -> int:
     """How many of `views` (None: endless) a run of some epochs shows."""
     return min(views or math.inf, math.ceil(epochs))
+
+
+def stage_costs(
+    stages: Iterable[PlannedStage], objectives: Objectives, cut_count: int, students: dict[str, float], fill: int
+) -> tuple[StageCost, ...]:
+    """`students`: seconds per batch by group name; `fill`: steps from the start of the run until each view was seen."""
+    made = []
+    for planned in stages:
+        made.append(
+            StageCost(
+                sum(students[group_name(group)] for group in planned.stage.groups),
+                frozenset(objectives.teacher_outputs(planned.stage.groups, cut_count)),
+                planned.last - planned.first,
+                max(0, min(fill, planned.last) - planned.first),
+            )
+        )
+    return tuple(made)

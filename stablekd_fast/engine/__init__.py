@@ -1,0 +1,1 @@
+"""The loop: stages, groups of blocks, steps; merges; exact resume."""

@@ -1,0 +1,75 @@
+"""Accuracy of the composed student, and the measures taken around a merge. None of it changes training."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast.data import Batch
+
+
+@dataclass(frozen=True)
+class Metrics:
+    accuracy: float
+    """Top-1, 0 to 1."""
+    top5: float
+    loss: float
+    """Mean cross entropy."""
+    images: int
+
+
+@torch.no_grad()
+def with_fresh_batch_norm(
+    model: nn.Module, batches: Iterable[Batch], to_device: Callable[[Tensor], Tensor]
+) -> nn.Module:
+    """A copy of `model` in eval mode whose batch-norm statistics are averages over `batches`; without any, its own.
+
+    Blocks trained on the teacher's activations hold statistics of those; composed, the student sees its own.
+    """
+    model = copy.deepcopy(model).eval()
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms, batches = [norm for norm in norms if norm.track_running_stats], iter(batches)
+    first = next(batches, None)
+    if not norms or first is None:
+        return model
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    for batch in itertools.chain([first], batches):
+        model(to_device(batch.images))
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+        norm.eval()
+    return model
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    to_device: Callable[[Tensor], Tensor],
+    total: Callable[[Tensor], Tensor] = lambda own: own,
+) -> Metrics:
+    """Top-1, top-5 and cross entropy of `model` (taken as it is; put it in eval mode first).
+
+    `total` adds up sums over processes, each of which has other batches.
+    """
+    correct = correct5 = count = 0
+    loss = 0.0
+    for batch in batches:
+        images, labels = to_device(batch.images), to_device(batch.labels)
+        logits = model(images).float()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        correct += ranked[:, 0].sum().item()
+        correct5 += ranked.any(1).sum().item()
+        loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += len(labels)
+    correct, correct5, loss, count = total(torch.tensor([correct, correct5, loss, count], dtype=torch.float64)).tolist()
+    return Metrics(correct / count, correct5 / count, loss / count, int(count))

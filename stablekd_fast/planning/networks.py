@@ -1,0 +1,64 @@
+"""How long teacher and student take, measured on the run's own networks and images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.blocks.modes import untouched
+from stablekd_fast.data import Batch
+from stablekd_fast.engine.schedule import Optimizer
+from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.execution.timing import seconds
+from stablekd_fast.objectives import Objectives
+from stablekd_fast.teacher.live import Relay
+
+
+def measure_teacher(paired: PairedBlocks, images: Tensor) -> list[float]:
+    """Seconds per batch of each teacher block, with the bridge behind it."""
+    times, x = [], images
+    with torch.no_grad(), paired.precision.applied(images.device):
+        for k, block in enumerate(paired.teacher_blocks):
+            bridge = paired.bridge_after(k)
+
+            def call(block=block, bridge=bridge, x=x):
+                y = block(x)
+                if bridge is not None:
+                    bridge(y)
+                return y
+
+            times.append(seconds(call, images.device))
+            x = block(x)
+    return times
+
+
+def measure_students(
+    paired: PairedBlocks,
+    objectives: Objectives,
+    groupings: Iterable[list[list[int]]],
+    batch: Batch,
+    device: torch.device,
+) -> dict[str, float]:
+    """Seconds per batch of each group's step, by the group's name. The student is left as it was."""
+    saved = {name: value.clone() for name, value in paired.student.state_dict().items()}
+    modes = {module: module.training for module in paired.student.modules()}
+    times: dict[str, float] = {}
+    with untouched(paired.student), torch.enable_grad():
+        nn.ModuleList([paired.student, *paired.student_blocks]).train()
+        for groups in groupings:
+            inputs = StageInputs(device)
+            wanted = objectives.teacher_outputs(groups, len(paired.cuts))
+            load_batch(inputs, Relay(paired), wanted, batch)
+            for group in groups:
+                step = GroupStep(
+                    paired, group, objectives, Optimizer(), inputs, rates=Rates.constant(0.0, device=device)
+                )
+                if step.name not in times:
+                    times[step.name] = seconds(step.run, device)
+    paired.student.load_state_dict(saved)
+    for module, mode in modes.items():
+        module.training = mode
+    return times

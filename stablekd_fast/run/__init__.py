@@ -1,0 +1,1 @@
+"""A run from its settings: assembled, trained, evaluated, written down."""
