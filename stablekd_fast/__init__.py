@@ -1,6 +1,7 @@
 """Blockwise knowledge distillation after StableKD (arXiv 2312.13223).
 
-Public names: `pair_blocks`, `distill`, `Distiller`, `DistillConfig`, and the operators in `stablekd_fast.kernels`.
+Public names: `pair_blocks`, `distill`, `Distiller`, `DistillConfig`, `open_dataset`, `evaluate_file`, the operators in
+`stablekd_fast.kernels` and the losses in `stablekd_fast.losses`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "pair_blocks": "stablekd_fast.blocks",
-    "distill": "stablekd_fast.distiller",
-    "Distiller": "stablekd_fast.distiller",
+    "distill": "stablekd_fast.run.distiller",
+    "Distiller": "stablekd_fast.run.distiller",
     "DistillConfig": "stablekd_fast.config",
+    "evaluate_file": "stablekd_fast.run.exported",
+    "open_dataset": "stablekd_fast.data",
 }
 
 __all__ = ["__version__", *_HOMES]

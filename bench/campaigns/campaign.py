@@ -16,11 +16,9 @@ from pathlib import Path
 
 import torch
 
-from stablekd_fast.assemble import split_training_images
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig, identity
 from stablekd_fast.data import Dataset, open_dataset
-from stablekd_fast.distiller import Distiller
 from stablekd_fast.engine.checkpoint import check_same_run, load_metadata
 from stablekd_fast.engine.schedule import Optimizer, Stage
 from stablekd_fast.errors import ConfigError
@@ -28,6 +26,8 @@ from stablekd_fast.execution.memory import keep_freed_memory
 from stablekd_fast.execution.precision import PRECISIONS
 from stablekd_fast.report import read_results
 from stablekd_fast.report.events import plain
+from stablekd_fast.run.builders import split_training_images
+from stablekd_fast.run.distiller import Distiller
 
 VIEW_SEED = 0
 """Of all runs: every seed sees the same views in its own order, so that what is remembered serves all."""

@@ -15,7 +15,7 @@ from stablekd_fast.bench.campaigns.accuracy import SGD
 from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
 
-from stablekd_fast.cli.show import print_rows
+from stablekd_fast.cli.terminal import print_rows
 from stablekd_fast.engine.schedule import DECOMPOSED_SHARE, MERGED_LR, Optimizer
 
 LR = Optimizer().lr

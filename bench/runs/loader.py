@@ -37,10 +37,10 @@ from stablekd_fast.data import (
     TrainSource,
     open_dataset,
 )
-from stablekd_fast.data.archives import archive_records, read_index
 from stablekd_fast.data.dali import dali_missing
-from stablekd_fast.data.encoded import DEFAULT_CROP
-from stablekd_fast.data.images import decode_rgb, read_header, resized_crop
+from stablekd_fast.data.formats.archives import archive_records, read_index
+from stablekd_fast.data.formats.encoded import DEFAULT_CROP
+from stablekd_fast.data.pixels import decode_rgb, read_header, resized_crop
 from stablekd_fast.data.records import Records
 from stablekd_fast.data.split import ImageFiles
 from stablekd_fast.data.views import crop_offsets_and_flips, resized_crop_boxes, view_flips

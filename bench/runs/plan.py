@@ -13,8 +13,8 @@ from stablekd_fast import models
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
-from stablekd_fast.distiller import Distiller
 from stablekd_fast.planning.rows import decisions, predict
+from stablekd_fast.run.distiller import Distiller
 
 TEACHER, STUDENT = "resnet56", "resnet20"
 IMAGES, BATCH, EPOCHS, VIEWS = 2560, 128, 4, 1

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stablekd_fast.bench.output import write_document
 
-from stablekd_fast.cli.show import print_rows
+from stablekd_fast.cli.terminal import print_rows
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.report import read_events
 

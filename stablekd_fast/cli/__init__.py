@@ -12,7 +12,7 @@ import jsonargparse
 
 from stablekd_fast import __version__
 from stablekd_fast.cli import bench, cache, diagnose
-from stablekd_fast.cli.show import console, fields_of, print_rows
+from stablekd_fast.cli.terminal import console, fields_of, print_rows
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.execution.memory import keep_freed_memory
@@ -45,14 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demo(options) -> int:
-    from stablekd_fast.demo import run_demo
+    from stablekd_fast.run.demo import run_demo
 
     run_demo(Path(options.out), seeds=options.seeds, device=options.device)
     return 0
 
 
 def _distill(options) -> int:
-    from stablekd_fast.distiller import Distiller
+    from stablekd_fast.run.distiller import Distiller
 
     config = DistillConfig(**fields_of(options))
     distiller = Distiller(config)
@@ -65,7 +65,7 @@ def _distill(options) -> int:
 
 
 def _evaluate(options) -> int:
-    from stablekd_fast.engine.evaluate import evaluate_file
+    from stablekd_fast.run.exported import evaluate_file
 
     metrics = evaluate_file(
         Path(options.weights), model=options.model, data=options.data, split=options.split, device=options.device
@@ -109,7 +109,7 @@ def _selftest(device: str) -> int:
     """Exit code 1 if a claim does not hold."""
     from rich.markup import escape
 
-    from stablekd_fast.assemble import pick_device
+    from stablekd_fast.run.builders import pick_device
     from stablekd_fast.selftest import selftest
 
     chosen = pick_device(device)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import jsonargparse
 
-from stablekd_fast.cli.show import console, listed, print_rows
+from stablekd_fast.cli.terminal import console, listed, print_rows
 from stablekd_fast.errors import ConfigError, StableKDError
 
 if TYPE_CHECKING:

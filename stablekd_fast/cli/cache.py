@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jsonargparse
 
-from stablekd_fast.cli.show import console, fields_of, listed, print_rows
+from stablekd_fast.cli.terminal import console, fields_of, listed, print_rows
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
 
@@ -48,7 +48,7 @@ def _cache_gc(options) -> int:
 
 
 def _cache_build(options) -> int:
-    from stablekd_fast.distiller import Distiller
+    from stablekd_fast.run.distiller import Distiller
 
     distiller = Distiller(DistillConfig(**fields_of(options)))
     stored = distiller.build_cache()

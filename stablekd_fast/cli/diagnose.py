@@ -6,7 +6,7 @@ import dataclasses
 
 import jsonargparse
 
-from stablekd_fast.cli.show import console, fields_of, print_rows
+from stablekd_fast.cli.terminal import console, fields_of, print_rows
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.diagnose.settings import ARMS, END_TO_END, NOT_USED, Probing
 

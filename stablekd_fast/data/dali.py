@@ -12,30 +12,24 @@ the torchvision source does it; so is a batch in which DALI finds a damaged imag
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stablekd_fast.data.decode import BATCHES_AHEAD, Crops, Encoded, Job
-from stablekd_fast.data.images import resize
-from stablekd_fast.data.records import ArchiveRecords, FileRecords, Records
+from stablekd_fast.data.crops import BATCHES_AHEAD, Crops, Encoded, Job
+from stablekd_fast.data.pixels import resize
 from stablekd_fast.data.threads import ordered_map
-from stablekd_fast.errors import ConfigError, DataError
+from stablekd_fast.errors import ConfigError
 
 _READERS = 2
 """Threads that fetch bytes and draw boxes."""
 _PARTS = 4
 """Of a batch, finished side by side."""
-_SHUFFLED = 1024
-"""Encoded images among which DALI's readers draw the next one."""
 
 INSTALL = "pip install 'stablekd_fast[dali]'"
 
@@ -187,7 +181,7 @@ class _Pipeline:
         on_gpu = device.type == "cuda"
 
         @pipeline_def(
-            batch_size=batch_size, num_threads=threads, device_id=_device_id(device), prefetch_queue_depth=depth
+            batch_size=batch_size, num_threads=threads, device_id=device_id_of(device), prefetch_queue_depth=depth
         )
         def cuts():
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
@@ -225,139 +219,21 @@ class _Pipeline:
             self.start(self._last)
         (output,) = self._dali.share_outputs()
         if self.device.type == "cuda":
-            cuts = list(_copied_to_gpu(output, count, self.size, self.device))
+            cuts = list(copied_to_gpu(output, count, self.size, self.device))
         else:
             cuts = [torch.from_numpy(np.array(output.at(place))) for place in range(count)]
         self._dali.release_outputs()
         return cuts
 
 
-class ReaderPipeline:
-    """Batches without an end by DALI's own reader, decoder and random crops, of this rank's shard of the images.
-
-    `samples` int64 `[N]` are read of `records`, for which `can_stream`; `size` and `jitter` are those of
-    `Augmentation`. Boxes have the shares and ratios of `resized_crop_boxes`; contrast varies about mid grey, not about
-    the image's own mean. Every pass shows every sample once, in an order of its own; no batch is short: where a pass
-    ends within one, the next begins there.
-
-    Raises DataError where DALI's reader or decoder fails.
-    """
-
-    def __init__(
-        self,
-        records: Records,
-        samples: np.ndarray,
-        *,
-        size: int,
-        jitter: float,
-        batch_size: int,
-        threads: int,
-        device: torch.device,
-        depth: int,
-        seed: int,
-        rank: int,
-        ranks: int,
-    ) -> None:
-        from nvidia.dali import fn, pipeline_def, types
-
-        order = {"random_shuffle": True, "initial_fill": _SHUFFLED, "shard_id": rank, "num_shards": ranks}
-        boxes = {"random_area": [0.08, 1.0], "random_aspect_ratio": [3 / 4, 4 / 3]}
-        decoder = {"device": "mixed" if device.type == "cuda" else "cpu", "output_type": types.RGB}
-        settings = {"batch_size": batch_size, "num_threads": max(1, threads), "device_id": _device_id(device)}
-
-        @pipeline_def(**settings, prefetch_queue_depth=depth, seed=seed)
-        def crops():
-            encoded, names = reader(**order)
-            crop = fn.decoders.image_random_crop(encoded, **boxes, **decoder)
-            crop = fn.resize(crop, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
-            if jitter:
-                varied = ("brightness", "contrast", "saturation")
-                crop = fn.color_twist(
-                    crop, **{name: fn.random.uniform(range=[1 - jitter, 1 + jitter]) for name in varied}
-                )
-            return crop, names, fn.random.coin_flip(dtype=types.BOOL)
-
-        self.batch_size, self.size, self.device = batch_size, size, device
-        with TemporaryDirectory() as folder, _explained():
-            files = isinstance(records, FileRecords)
-            reader = _file_reader(records, samples) if files else _tar_reader(records, samples, Path(folder))
-            self._dali = crops()
-            self._dali.build()
-
-    def take(self) -> tuple[np.ndarray, Tensor, Tensor]:
-        """The next batch: places in `samples` int64 `[N]`, crops uint8 `[N, S, S, 3]` on the device, and a fair coin
-        for each, bool `[N]`."""
-        with _explained():
-            crops, names, coins = self._dali.run()
-        places = np.array([_place(names.at(k)) for k in range(self.batch_size)])
-        if self.device.type == "cuda":
-            images = _copied_to_gpu(crops, self.batch_size, self.size, self.device)
-        else:
-            images = torch.from_numpy(np.array(crops.as_array()))
-        return places, images, torch.from_numpy(np.array(coins.as_array()))
-
-
-def can_stream(records: Records) -> bool:
-    """Whether `ReaderPipeline` reads them: image files and tars."""
-    return isinstance(records, FileRecords) or all(path.suffix == ".tar" for path in records.archives)
-
-
-def _file_reader(records: FileRecords, samples: np.ndarray) -> Callable:
-    """A sample's place stands where DALI expects its label."""
-    from nvidia.dali import fn
-
-    files = [str(records.paths[sample]) for sample in samples.tolist()]
-    return partial(fn.readers.file, files=files, labels=list(range(len(files))))
-
-
-def _tar_reader(records: ArchiveRecords, samples: np.ndarray, folder: Path) -> Callable:
-    """By index files, in `folder`, of these samples alone, in the order of the archive; a sample's place stands where
-    its name is expected, which DALI hands on."""
-    from nvidia.dali import fn
-
-    paths, indices, found = [], [], records.places[samples]
-    for number in np.unique(found[:, 0]).tolist():
-        own = np.flatnonzero(found[:, 0] == number)
-        own = own[np.argsort(found[own, 1])]
-        lines = [f"jpg {found[place, 1]} {found[place, 2]} {place}\n" for place in own]
-        indices.append(folder / f"{number}.idx")
-        indices[-1].write_text(f"v1.2 {len(lines)}\n" + "".join(lines))
-        paths.append(str(records.archives[number]))
-
-    def reader(**order):
-        encoded = fn.readers.webdataset(paths=paths, index_paths=[str(path) for path in indices], ext=["jpg"], **order)
-        return encoded, fn.get_property(encoded, key="source_info")
-
-    return reader
-
-
-def _place(name: np.ndarray) -> int:
-    """From the label of a file, or from an archive's `path:offset:name`."""
-    return int(name.tobytes().rpartition(b":")[2]) if name.dtype == np.uint8 else int(name[0])
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """DALI's errors, which are pages long, in one sentence and with what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        said = str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
-        raise DataError(
-            f"DALI's reader or decoder failed ({said}); in most cases it cannot say at which image. --source dali "
-            "and --source "
-            "torchvision name a bad image, or leave it out with --on-bad-image skip."
-        ) from error
-
-
-def _device_id(device: torch.device) -> int | None:
+def device_id_of(device: torch.device) -> int | None:
     """As DALI numbers GPUs; None stands for the CPU."""
     if device.type != "cuda":
         return None
     return device.index if device.index is not None else torch.cuda.current_device()
 
 
-def _copied_to_gpu(crops, count: int, size: int, device: torch.device) -> Tensor:
+def copied_to_gpu(crops, count: int, size: int, device: torch.device) -> Tensor:
     """DALI's crops `[N, size, size, 3]`, which lie on the device and will be overwritten there."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 

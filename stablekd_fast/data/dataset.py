@@ -6,13 +6,13 @@ from typing import Literal, get_args
 
 import torch
 
-from stablekd_fast.data.archives import find_archives, open_archives
-from stablekd_fast.data.arrays import find_idx, read_digits, read_idx, read_npz
-from stablekd_fast.data.cifar import read_cifar
-from stablekd_fast.data.encoded import SMALL_SIDE, encoded_splits
-from stablekd_fast.data.folder import find_tree, list_tree
-from stablekd_fast.data.images import resize
-from stablekd_fast.data.presets import PRESETS, class_names, preset_folder
+from stablekd_fast.data.formats.archives import find_archives, open_archives
+from stablekd_fast.data.formats.arrays import find_idx, read_digits, read_idx, read_npz
+from stablekd_fast.data.formats.cifar import read_cifar
+from stablekd_fast.data.formats.encoded import SMALL_SIDE, encoded_splits
+from stablekd_fast.data.formats.folder import find_tree, list_tree
+from stablekd_fast.data.formats.presets import PRESETS, class_names, preset_folder
+from stablekd_fast.data.pixels import resize
 from stablekd_fast.data.split import OnBadImage, Split
 from stablekd_fast.errors import ConfigError, DataError
 

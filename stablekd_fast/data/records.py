@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from stablekd_fast.data.images import BadImage
+from stablekd_fast.data.pixels import BadImage
 
 
 class Records(Protocol):

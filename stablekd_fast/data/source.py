@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stablekd_fast.data.alter import cut_boxes, cut_mixed, draw_partners, draw_shares, jittered, mixed_up
+from stablekd_fast.data.augment import cut_boxes, cut_mixed, draw_partners, draw_shares, jittered, mixed_up
+from stablekd_fast.data.crops import BATCHES_AHEAD, Crops, Job
 from stablekd_fast.data.dataset import Augmentation, Channels
-from stablekd_fast.data.decode import BATCHES_AHEAD, Crops, Job
-from stablekd_fast.data.images import centre_crop, decode_rgb
-from stablekd_fast.data.loaders import make_decoder, pick_loader
+from stablekd_fast.data.decoders import make_decoder, pick_loader
+from stablekd_fast.data.pixels import centre_crop, decode_rgb
 from stablekd_fast.data.split import Split
 from stablekd_fast.data.threads import ordered_map
 from stablekd_fast.data.views import crop_offsets_and_flips, epoch_order, view_flips

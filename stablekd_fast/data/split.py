@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 
-from stablekd_fast.data.images import BadImage, decode_rgb, resize
+from stablekd_fast.data.pixels import BadImage, decode_rgb, resize
 from stablekd_fast.data.records import Records
 from stablekd_fast.data.threads import ordered_map
 from stablekd_fast.data.views import Stream, counter_hash

@@ -13,11 +13,11 @@ from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import Dataset
 from stablekd_fast.diagnose.probe import Probe, probe_inputs
 from stablekd_fast.diagnose.settings import ARMS, END_TO_END, NOT_USED, Probing
-from stablekd_fast.distiller import Distiller
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
 from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.execution.memory import watched
+from stablekd_fast.run.distiller import Distiller
 from stablekd_fast.teacher.live import Relay
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from stablekd_fast import models
-from stablekd_fast.assemble import bn_batches, eval_source, pick_device, split_training_images, train_source
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
 from stablekd_fast.engine.checkpoint import load_tensors
 from stablekd_fast.engine.evaluate import Metrics, evaluate, with_fresh_batch_norm
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.execution.memory import placed
+from stablekd_fast.run.builders import bn_batches, eval_source, pick_device, split_training_images, train_source
 
 _OF_THE_IMAGES = (
     "subset", "subset_seed", "validation", "batch_size", "image_size", "seed", "view_seed", "views", "bn_images",

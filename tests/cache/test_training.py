@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
-from stablekd_fast.data.decode import BATCHES_AHEAD
+from stablekd_fast.data.crops import BATCHES_AHEAD
 from stablekd_fast.data.records import FileRecords
-from stablekd_fast.distiller import Distiller
 from stablekd_fast.engine.checkpoint import load_tensors
 from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.errors import CacheError, CheckpointError, ConfigError
+from stablekd_fast.run.distiller import Distiller
 
 
 def net(depth: int, seed: int, widths=(8, 16, 16), classes: int = 10) -> nn.Sequential:

@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 
 from stablekd_fast.cli import main
-from stablekd_fast.engine.evaluate import evaluate_file
+from stablekd_fast.run.exported import evaluate_file
 
 SMALL = ["--subset", "128", "--validation", "32", "--epochs", "1", "--batch-size", "32", "--bn-images", "64"]
 
@@ -202,7 +202,7 @@ def test_importing_changes_nothing():
     script = """
 import os, torch
 before = torch.get_num_threads(), dict(os.environ), torch.random.get_rng_state()
-import stablekd_fast, stablekd_fast.distiller, stablekd_fast.cli, stablekd_fast.kernels
+import stablekd_fast, stablekd_fast.run.distiller, stablekd_fast.cli, stablekd_fast.kernels
 assert torch.get_num_threads() == before[0] and dict(os.environ) == before[1]
 assert torch.equal(torch.random.get_rng_state(), before[2])
 assert not torch.cuda.is_initialized()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from stablekd_fast.data import Augmentation, Split, TrainSource, open_dataset, views
-from stablekd_fast.data.alter import draw_partners, draw_shares
+from stablekd_fast.data.augment import draw_partners, draw_shares
 from stablekd_fast.errors import ConfigError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

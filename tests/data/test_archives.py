@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from stablekd_fast.data import StreamSource, TrainSource, open_dataset
-from stablekd_fast.data.archives import read_index
+from stablekd_fast.data.formats.archives import read_index
 from stablekd_fast.errors import ConfigError, DataError
 
 
@@ -132,8 +132,8 @@ def test_indexes_made_by_dalis_own_tools_are_used(packed, kind, monkeypatch):
             check=True,
             capture_output=True,
         )
-    monkeypatch.setattr("stablekd_fast.data.archives._members", None)
-    monkeypatch.setattr("stablekd_fast.data.archives._records", None)
+    monkeypatch.setattr("stablekd_fast.data.formats.archives._members", None)
+    monkeypatch.setattr("stablekd_fast.data.formats.archives._records", None)
     assert {path: list(read_index(path)) for path in by_walking} == by_walking
     assert len(open_dataset(folder).train) == 15
 

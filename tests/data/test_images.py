@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stablekd_fast.data.images import (
+from stablekd_fast.data.pixels import (
     BadImage,
     centre_crop,
     decode_rgb,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stablekd_fast.data import presets
 from stablekd_fast.data.dataset import open_dataset
+from stablekd_fast.data.formats import presets
 from stablekd_fast.errors import DataError
 
 

@@ -6,8 +6,8 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
 from stablekd_fast.diagnose.settings import Probing
 from stablekd_fast.diagnose.training import Twin
-from stablekd_fast.distiller import Distiller
 from stablekd_fast.engine.schedule import Optimizer
+from stablekd_fast.run.distiller import Distiller
 
 
 def net(seed: int, dropout: float = 0.0) -> nn.Sequential:

@@ -14,9 +14,9 @@ from conftest import random_batch, settled, small_net
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import TrainSource, open_dataset
-from stablekd_fast.distiller import Distiller
 from stablekd_fast.distributed import join
 from stablekd_fast.engine.loop import Engine
+from stablekd_fast.run.distiller import Distiller
 
 RANK, CPU = int(os.environ.get("RANK", 0)), torch.device("cpu")
 BASE = DistillConfig(

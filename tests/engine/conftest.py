@@ -4,11 +4,11 @@ from torch import nn
 
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Batch, open_dataset
-from stablekd_fast.distiller import Distiller
 from stablekd_fast.engine.checkpoint import load_optimizer_tensors, optimizer_tensors
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage
 from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.execution.capture import make_runner
+from stablekd_fast.run.distiller import Distiller
 from stablekd_fast.teacher.live import LiveTeacher, Relay
 
 CPU = torch.device("cpu")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from stablekd_fast.assemble import pick_image_dtype
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.cache.fingerprint import teacher_fingerprint
@@ -19,6 +18,7 @@ from stablekd_fast.execution import precision as precisions
 from stablekd_fast.execution.capture import make_runner
 from stablekd_fast.execution.precision import LossScale, Precision, pick_precision, seconds_per_pass
 from stablekd_fast.objectives import Objectives, objective
+from stablekd_fast.run.builders import pick_image_dtype
 from stablekd_fast.teacher.live import Relay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,7 +96,7 @@ def test_a_resumed_run_keeps_what_was_chosen_though_a_new_measurement_would_not_
 
     def measured(fp32, bf16):
         taken = {"fp32": fp32, "bf16": bf16}
-        monkeypatch.setattr("stablekd_fast.distiller.seconds_per_pass", lambda precision, *_: taken[precision.name])
+        monkeypatch.setattr("stablekd_fast.run.distiller.seconds_per_pass", lambda precision, *_: taken[precision.name])
 
     measured(2.0, 1.0)
     first = make(**settings)

@@ -22,7 +22,7 @@ from tests_engine_conftest import small_net
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
-from stablekd_fast.distiller import Distiller
+from stablekd_fast.run.distiller import Distiller
 from stablekd_fast.engine.schedule import Optimizer
 
 out, resume, cached = sys.argv[1], sys.argv[2] == "resume", sys.argv[3] == "cached"

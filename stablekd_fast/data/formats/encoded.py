@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from stablekd_fast.data.images import BadImage, read_header
+from stablekd_fast.data.pixels import BadImage, read_header
 from stablekd_fast.data.records import Records
 from stablekd_fast.data.split import ImageFiles, OnBadImage, Split
 from stablekd_fast.errors import DataError

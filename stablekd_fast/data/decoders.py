@@ -7,9 +7,10 @@ from typing import Literal, get_args
 
 import torch
 
+from stablekd_fast.data.crops import Crops, Decoder
 from stablekd_fast.data.dali import DaliDecoder, dali_missing
-from stablekd_fast.data.decode import Crops, Decoder, ThreadDecoder
 from stablekd_fast.data.split import Split
+from stablekd_fast.data.torchvision_decoder import ThreadDecoder
 from stablekd_fast.errors import ConfigError, nearest
 
 SourceName = Literal["auto", "resident", "dali", "torchvision", "dali-stream"]

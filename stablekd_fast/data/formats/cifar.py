@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stablekd_fast.data.arrays import array_split
+from stablekd_fast.data.formats.arrays import array_split
 from stablekd_fast.data.split import Split
 from stablekd_fast.errors import DataError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.distiller import Distiller
 from stablekd_fast.report import read_events, summary_table, write_report, write_results
+from stablekd_fast.run.distiller import Distiller
 
 TEACHER = "resnet32"
 TEACHER_EPOCHS = 12

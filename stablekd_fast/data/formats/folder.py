@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from stablekd_fast.data.images import IMAGE_SUFFIXES
+from stablekd_fast.data.pixels import IMAGE_SUFFIXES
 from stablekd_fast.data.records import FileRecords, Records
 from stablekd_fast.errors import DataError
 

@@ -13,17 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast import models
-from stablekd_fast.assemble import (
-    bn_batches,
-    cache_settings,
-    eval_source,
-    fingerprint,
-    pick_device,
-    pick_image_dtype,
-    split_training_images,
-    train_source,
-    training_stream,
-)
 from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
 from stablekd_fast.blocks.pair import copy_head
 from stablekd_fast.cache.columns import ImageColumn, Plan
@@ -44,6 +33,17 @@ from stablekd_fast.planning.costs import Planner, views_shown
 from stablekd_fast.planning.ranks import measured_layouts
 from stablekd_fast.planning.rows import Costs, decisions, predict
 from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
+from stablekd_fast.run.builders import (
+    bn_batches,
+    cache_settings,
+    eval_source,
+    fingerprint,
+    pick_device,
+    pick_image_dtype,
+    split_training_images,
+    train_source,
+    training_stream,
+)
 from stablekd_fast.teacher.cached import CachedTeacher
 from stablekd_fast.teacher.live import LiveTeacher, Relay, Teacher
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stablekd_fast.data.images import IMAGE_SUFFIXES
+from stablekd_fast.data.pixels import IMAGE_SUFFIXES
 from stablekd_fast.data.records import ArchiveRecords
 from stablekd_fast.errors import DataError
 

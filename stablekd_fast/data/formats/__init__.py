@@ -1,0 +1,1 @@
+"""Formats of data sets: what lies in folders, archives and arrays, as splits."""
