@@ -17,9 +17,9 @@ from pathlib import Path
 
 from stablekd_fast.bench.output import write_document
 
-from stablekd_fast.cli.terminal import print_rows
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.report import read_events
+from stablekd_fast.report.terminal import print_rows
 
 _OF_PARTS = 0.1
 """Relative: by so much losses may differ where images are divided, as batch-norm statistics are those of parts."""

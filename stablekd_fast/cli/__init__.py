@@ -12,11 +12,12 @@ import jsonargparse
 
 from stablekd_fast import __version__
 from stablekd_fast.cli import bench, cache, diagnose
-from stablekd_fast.cli.terminal import console, fields_of, print_rows
+from stablekd_fast.cli.options import fields_of
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.execution.memory import keep_freed_memory
 from stablekd_fast.planning.pair import PairPlan
+from stablekd_fast.report.terminal import console, print_rows
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 import jsonargparse
 
-from stablekd_fast.cli.terminal import console, listed, print_rows
+from stablekd_fast.cli.options import listed
 from stablekd_fast.errors import ConfigError, StableKDError
+from stablekd_fast.report.terminal import console, print_rows
 
 if TYPE_CHECKING:
     from stablekd_fast.bench.core import Measured

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import jsonargparse
 
-from stablekd_fast.cli.terminal import console, fields_of, listed, print_rows
+from stablekd_fast.cli.options import fields_of, listed
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
+from stablekd_fast.report.terminal import console, print_rows
 
 
 def run(options) -> int:

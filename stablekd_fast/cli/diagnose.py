@@ -6,9 +6,10 @@ import dataclasses
 
 import jsonargparse
 
-from stablekd_fast.cli.terminal import console, fields_of, print_rows
+from stablekd_fast.cli.options import fields_of
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.diagnose.settings import ARMS, END_TO_END, NOT_USED, Probing
+from stablekd_fast.report.terminal import console, print_rows
 
 
 def add_arguments(parser: jsonargparse.ArgumentParser) -> None:

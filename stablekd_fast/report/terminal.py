@@ -1,4 +1,4 @@
-"""What the commands share: the terminal, tables on it, options as plain values."""
+"""Rows as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -15,13 +15,3 @@ def print_rows(title: str, rows: list[dict]) -> None:
     for row in rows:
         table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     console.print(table)
-
-
-def listed(names: str | None) -> list[str]:
-    return [name.strip() for name in names.split(",")] if names else []
-
-
-def fields_of(options) -> dict:
-    values = dict(vars(options))
-    values.pop("config", None)
-    return values
