@@ -41,6 +41,17 @@ def test_plain_pytorch(run):
     assert "epoch 0: loss " in run("plain_pytorch.py", "1")
 
 
+def test_one_file(run, tmp_path):
+    printed = run("stablekd_in_one_file.py", "8").splitlines()
+    assert [line.split(":")[0] for line in printed[2:5]] == [
+        "groups [[0], [1], [2], [3]], 6 steps",
+        "groups [[0, 1], [2, 3]], 1 steps",
+        "groups [[0, 1, 2, 3]], 1 steps",
+    ]
+    trained, loaded = (line.split("accuracy ")[1] for line in printed[4:])
+    assert trained == loaded and (tmp_path / "student.safetensors").exists()
+
+
 def test_lightning(run):
     pytest.importorskip("lightning")
     assert "3 steps, last loss " in run("lightning_module.py", "3")
