@@ -67,7 +67,7 @@ class DistillConfig:
     logits: str = "kd"
     logits_options: dict[str, Any] = field(default_factory=dict)
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Of forward passes, the teacher's too. `auto`: bf16 where the hardware has it, measured on CPUs."""
+    """The number format of forward passes, the teacher's too. `auto`: bf16 where the hardware has it, measured on CPUs."""
     capture: Literal["auto", "eager", "cudagraph", "compile", "emulate"] = "auto"
     """How steps run. `auto`: as CUDA graphs on a GPU, eagerly elsewhere and where capture fails; `compile`: by
     torch.compile; `emulate`: recorded and replayed as a graph would be, to look for faults."""
