@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 
@@ -70,7 +70,7 @@ class Engine:
 
     # One step.
 
-    def _batches(self, stage: StageRun) -> Iterator[Batch]:
+    def _batches(self, stage: StageRun) -> Generator[Batch, None, None]:
         """The batches of the rest of the stage; the time that they are waited for is noted."""
         first = max(self.progress.step, stage.planned.first)
         dtype = self.parts.execution.image_dtype
@@ -240,10 +240,10 @@ class Engine:
 
     def _log(self, stage: StageRun) -> None:
         """Take the losses that are being read, check them, log them; nothing where none are."""
-        if not stage.losses.under_way:
-            return
         start = time.perf_counter()
         losses = stage.losses.take()
+        if losses is None:
+            return
         self.progress.train_seconds += time.perf_counter() - start
         for name, step in losses.first_bad.items():
             raise self._diverged(f"loss of blocks {name} is", stage.planned.first + step)

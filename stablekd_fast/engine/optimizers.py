@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -59,11 +57,11 @@ class SGD(torch.optim.Optimizer):
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # there is nothing to evaluate anew
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if params:
-                grads = [parameter.grad for parameter in params]
+                grads = [parameter.grad for parameter in params if parameter.grad is not None]
                 self._step(params, grads, group["lr"], group["weight_decay"])
 
     def _step(self, params: list[Tensor], grads: list[Tensor], lr: Tensor, weight_decay: float) -> None:

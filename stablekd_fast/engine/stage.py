@@ -169,11 +169,6 @@ class LossReader:
         self._reading: _Reading | None = None
 
     @property
-    def under_way(self) -> bool:
-        """Whether a copy was started and not taken yet."""
-        return self._reading is not None
-
-    @property
     def arrived(self) -> bool:
         """Whether a copy was started whose values can be taken without a wait."""
         return self._reading is not None and self._reading.copy.arrived

@@ -221,7 +221,7 @@ class GroupStep:
         """Clip the gradients, take the optimizer's step, and bring the moving average up to date."""
         parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         if self.loss_scale is not None:
-            self.loss_scale.take_off([parameter.grad for parameter in parameters])
+            self.loss_scale.take_off([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.clip is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip, foreach=True)
         self.optimizer.step()
@@ -307,7 +307,7 @@ def _let_skip(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> None:
             "asking "
             "the host; choose optimizer.implementation=auto, or precision=bf16."
         )
-    optimizer.found_inf = loss_scale.skipped
+    optimizer.found_inf = loss_scale.skipped  # type: ignore[attr-defined]  # torch's fused ones and ours look for it
 
 
 def load_batch(inputs: StageInputs, teacher: Teacher, wanted: Collection[int], batch: Batch) -> None:

@@ -157,7 +157,7 @@ def predicted_costs(job: Job, device: Profile, examples: dict[int, Tensor], batc
     for planned in job.stages:
         for group in planned.stage.groups:
             students[group_name(group)] = sum(students[group_name([k])] for k in group)
-    budgets = {tier: float(parse_bytes(getattr(job.settings, f"{tier}_budget") or 0, tier)) for tier in TIERS}
+    budgets = {tier: float(parse_bytes(getattr(job.settings, f"{tier}_budget") or "0", tier)) for tier in TIERS}
     return Costs(
         job.outputs(blocks, examples, lambda k, form: device.codec(form, batch_size)),
         stage_costs(job.stages, job.objectives, len(job.paired.cuts), students, job.fill),
@@ -170,7 +170,8 @@ def predicted_costs(job: Job, device: Profile, examples: dict[int, Tensor], batc
 
 def views_shown(views: int | None, epochs: float) -> int:
     """How many of `views` (None: endless) a run of some epochs shows."""
-    return min(views or math.inf, math.ceil(epochs))
+    shown = math.ceil(epochs)
+    return shown if views is None else min(views, shown)
 
 
 def stage_costs(

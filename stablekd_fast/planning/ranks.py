@@ -78,7 +78,7 @@ def _measured_groups(
         )
         students.append(measure_students(paired, objectives, groupings, images, device))
         teachers.append(measure_teacher(paired, images.images.to(device)) if paired.cuts else [0.0] * len(paired))
-    told = ranks.gather([students, teachers, _measured_feeds(columns, device)])
+    told = ranks.gather((students, teachers, _measured_feeds(columns, device)))
 
     def cost(group: list[int]) -> GroupCost:
         name = group_name(group)
@@ -110,7 +110,8 @@ def _measured_feeds(columns: Mapping[int, Column], device: torch.device) -> dict
     feeds = {}
     for output, form in forms.items():
         parts = [torch.zeros((_PROBED_ROWS, *part.shape), dtype=part.dtype) for part in form.parts]
-        feeds[output] = (seconds(lambda: form.decode(parts), device) + reading[form.row_bytes]) / _PROBED_ROWS
+        decoding = seconds(functools.partial(form.decode, parts), device)
+        feeds[output] = (decoding + reading[form.row_bytes]) / _PROBED_ROWS
     return feeds
 
 

@@ -123,10 +123,9 @@ def _replays(optimizer: str, precision: str) -> Callable[[torch.device], str]:
 def _never_waits(device: torch.device) -> str:
     if device.type != "cuda":
         raise NotHere("only a GPU can be waited for; needs a CUDA device")
-    trial = _Trial(device, _OPTIMIZERS["AdamW"], "bf16")
-    trial.enter(_GROUPS[0])
+    steps = _Trial(device, _OPTIMIZERS["AdamW"], "bf16").enter(_GROUPS[0])
     for mode in ("eager", "cudagraph"):
-        with contextlib.closing(trial.runner(mode)) as runner:
+        with contextlib.closing(steps.runner(mode)) as runner:
             runner.run()  # kernels are compiled and handles made at the first
             torch.cuda.set_sync_debug_mode("error")
             try:
@@ -137,11 +136,9 @@ def _never_waits(device: torch.device) -> str:
 
 
 def _first_losses(device: torch.device) -> list[float]:
-    trial = _Trial(device, _OPTIMIZERS["SGD"], "fp32")
-    trial.enter(_GROUPS[0])
-    for step in trial.steps:
-        step.run()
-    return [step.losses[0].item() for step in trial.steps]
+    steps = _Trial(device, _OPTIMIZERS["SGD"], "fp32").enter(_GROUPS[0])
+    steps.run()
+    return [step.losses[0].item() for step in steps.steps]
 
 
 def _agrees_with_cpu(device: torch.device) -> str:
