@@ -288,8 +288,7 @@ class Engine:
     def _fill(self, stage: StageRun) -> None:
         """Fill the cache together with the other ranks."""
         self.teacher.fill(stage.together.stores(len(self.paired.cuts)))
-        if self.source.crops is not None and self.source.crops.stored is not None:
-            self.source.crops.stored.refresh()
+        self.source.refresh_stored()
 
     def _steps(self, planned: PlannedStage, layout: Layout) -> list[GroupStep]:
         settings, inputs = planned.stage, StageInputs(self.device)

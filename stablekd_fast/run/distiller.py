@@ -109,7 +109,7 @@ class Distiller:
         self.stream = training_stream(self.source, config)
         self.cache = cache_settings(config)
         if config.cache.images and not train.resident:
-            self.source.crops.stored = ImageColumn(self.source, config.cache, views_shown(config.views, config.epochs))
+            self.source.store_images(ImageColumn(self.source, config.cache, views_shown(config.views, config.epochs)))
         self.validation = self._evaluated(held_out) if held_out is not None else None
         self.capture = pick_capture(config.capture, self.device)
         self.plan = Plan()
@@ -168,8 +168,7 @@ class Distiller:
             yield
         finally:
             engine.teacher.close()
-            if self.source.crops is not None and self.source.crops.stored is not None:
-                self.source.crops.stored.close()
+            self.source.close()
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
         student = engine.composed_student()
@@ -301,7 +300,7 @@ class Distiller:
         teacher = self.paired.teacher if self.config.method != "ce" else None
         return {
             "teacher_fingerprint": fingerprint(teacher) if teacher is not None else None,
-            "source": self.stream.loader.name,
+            "source": self.stream.choice.name,
             "training_images": self.source.steps_per_epoch * self.config.batch_size,
             "classes": self.dataset.classes,
             "compiled": self.capture == "compile",
@@ -375,7 +374,7 @@ class Distiller:
             precision=dataclasses.asdict(self.paired.precision),
             fused_norms=self.paired.fuses_norms,
             images=str(self.image_dtype).removeprefix("torch."),
-            source=asdict(self.stream.loader),
+            source=asdict(self.stream.choice),
         )
         if self.costs is not None:
             predicted = [predict(self.costs, plan).seconds for plan in (self.plan, Plan())]

@@ -270,7 +270,7 @@ def test_what_needs_order_or_names_is_refused_in_one_sentence(ramps, tmp_path):
         with pytest.raises(ConfigError, match=f"together with {name}.*use source=dali"):
             run(ramps, tmp_path / "run", **{name: value})
     with pytest.raises(ConfigError, match="Named views are needed here.*use auto, dali or torchvision"):
-        stream_of(ramps, loader="dali-stream")
+        stream_of(ramps, source="dali-stream")
     assert not (tmp_path / "run").exists() and not (tmp_path / "rows").exists()
 
 

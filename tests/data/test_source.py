@@ -32,7 +32,7 @@ def small_source(split=None, **settings) -> TrainSource:
 def large_source(write_large_tree, request):
     def make(on_bad_image="stop", root=None, **settings) -> TrainSource:
         dataset = open_dataset(root or write_large_tree(), image_size=32, on_bad_image=on_bad_image)
-        settings = dict(batch_size=4, seed=7, loader=request.param) | settings
+        settings = dict(batch_size=4, seed=7, source=request.param) | settings
         return TrainSource(dataset.train, dataset.augmentation, MEAN, STD, **settings)
 
     return make
@@ -280,7 +280,7 @@ def test_scaled_decoding_is_another_view_of_the_same_pictures(write_large_tree):
     same = [torch.equal(image, twin) for image, twin in zip(one.images, other.images)]
     assert 0 < sum(same) < 15  # boxes of at least 48 pixels are decoded at a half
     with pytest.raises(ConfigError, match="source=dali cannot do"):
-        TrainSource(dataset.train, scaled, MEAN, STD, batch_size=4, seed=7, loader="dali")
+        TrainSource(dataset.train, scaled, MEAN, STD, batch_size=4, seed=7, source="dali")
 
 
 def test_leaving_early_stops_the_threads(large_source):
@@ -378,8 +378,8 @@ def test_too_large_a_batch_says_what_to_do():
         (dict(prefetch=0), "prefetch=0"),
         (dict(ranks=3), "multiple of 3"),
         (dict(rank=2, ranks=2), "Rank 2 of 2"),
-        (dict(loader="dalli"), "nearest is 'dali'"),
-        (dict(loader="torchvision"), "small and kept in memory"),
+        (dict(source="dalli"), "nearest is 'dali'"),
+        (dict(source="torchvision"), "small and kept in memory"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -405,7 +405,7 @@ import sys
 from stablekd_fast.data import TrainSource, open_dataset
 dataset = open_dataset(sys.argv[1], image_size=32)
 source = TrainSource(
-    dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=0, workers=2, loader=sys.argv[2]
+    dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=0, workers=2, source=sys.argv[2]
 )
 batches = source.batches(0, 100)
 next(batches)
@@ -414,10 +414,10 @@ print("leaving", flush=True)
 """
 
 
-@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
+@pytest.mark.parametrize("kind", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
 @pytest.mark.parametrize("ending, codes", [("", (0,)), ("sys.exit(3)", (3,)), ("raise KeyboardInterrupt", (130, -2))])
-def test_a_process_ends_with_batches_in_work(write_large_tree, loader, ending, codes):
-    command = [sys.executable, "-c", LEAVE_EARLY.format(ending), str(write_large_tree()), loader]
+def test_a_process_ends_with_batches_in_work(write_large_tree, kind, ending, codes):
+    command = [sys.executable, "-c", LEAVE_EARLY.format(ending), str(write_large_tree()), kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.stdout == "leaving\n"
     assert done.returncode in codes
