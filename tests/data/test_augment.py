@@ -97,9 +97,8 @@ def test_cutmix_pastes_a_box_and_labels_by_its_area(kind, write_large_tree):
             rows, columns = foreign.any(1).nonzero().flatten(), foreign.any(0).nonzero().flatten()
             area = len(range(rows[0], rows[-1] + 1)) * len(range(columns[0], columns[-1] + 1)) if len(rows) else 0
             pasted += area > 0
-            if (
-                mixed.split.labels[sample] != mixed.split.labels[partner] and kind == "large"
-            ):  # noise: every pixel of the box differs
+            # Large images are noise, so that every pixel of the box differs.
+            if kind == "large" and mixed.split.labels[sample] != mixed.split.labels[partner]:
                 assert abs(float(label[mixed.split.labels[partner]]) - area / foreign.numel()) < 1e-6
             assert abs(float(label.sum()) - 1) < 1e-6
     assert pasted > 8

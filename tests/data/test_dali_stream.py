@@ -133,7 +133,7 @@ def test_subsets_and_held_out_images_are_respected(ramps):
 
 
 @pytest.mark.dali
-def test_ranks_share_a_pass_and_change_shards(ramps):
+def test_ranks_divide_a_pass_and_change_shards(ramps):
     """Shards of 10 and 11 of 21 images; behind its own a rank reads the other's."""
     ranks = [ids_of(stream_of(ramps, batch_size=2, rank=rank, ranks=2).batches(0, 21)) for rank in range(2)]
     shards = [ranks[0][:10], ranks[1][:11]]
