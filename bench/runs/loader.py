@@ -72,13 +72,11 @@ class Work:
     def batches(self) -> int:
         return self.passes * (len(self.split) // self.batch_size)
 
-    def source(self, loader: str, workers: int) -> TrainSource:
+    def source(self, name: str, workers: int) -> TrainSource:
         """Every pass shows the same view, in an order of its own."""
         data = self.dataset
         batches = {"batch_size": self.batch_size, "seed": SEED, "views": 1}
-        return TrainSource(
-            self.split, data.augmentation, data.mean, data.std, **batches, loader=loader, workers=workers
-        )
+        return TrainSource(self.split, data.augmentation, data.mean, data.std, **batches, source=name, workers=workers)
 
     def order(self) -> list[np.ndarray]:
         """Positions of each batch."""

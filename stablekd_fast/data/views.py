@@ -1,6 +1,6 @@
 """Random crops, flips and orders that are functions of a key, never of a generator's history.
 
-View `v` of sample `i` under seed `s` is the same in every process, thread, loader and epoch, because
+View `v` of sample `i` under seed `s` is the same in every process, thread, source and epoch, because
 each random number is a hash of its key:
 
     hash(f1, f2, ...) = mix(... mix(mix(VIEW_VERSION) ^ f1) ^ f2 ...)      all modulo 2**64
@@ -10,7 +10,7 @@ each random number is a hash of its key:
             x ^ (x >> 31)
 
 `mix` is the SplitMix64 step (Steele, Lea, Flood: "Fast splittable pseudorandom number generators",
-OOPSLA 2014). The first field is a `Stream`, so that no two uses share numbers. An integer in 0..n-1
+OOPSLA 2014). The first field is a `Stream`, so that no two uses draw the same numbers. An integer in 0..n-1
 is `((hash >> 32) * n) >> 32`, a real number in [0, 1) is `(hash >> 11) / 2**53`.
 
 A change of anything here changes every experiment and makes stored views wrong: raise `VIEW_VERSION`.
@@ -42,7 +42,7 @@ class Stream(IntEnum):
     SUBSET = 9
     HOLDOUT = 10
     PARTNER = 11
-    MIX_SHARE = 12
+    MIX_WEIGHT = 12
     CUT_ROW = 13
     CUT_COLUMN = 14
     BRIGHTNESS = 15
@@ -103,7 +103,7 @@ def resized_crop_boxes(
 ) -> np.ndarray:
     """Boxes int64 `[N, 4]` (top, left, height, width, in pixels) inside images of the given sizes `[N]`.
 
-    The box covers a share of the area drawn from `scale` and has width / height drawn from `ratio`
+    The box covers a fraction of the area drawn from `scale` and has width / height drawn from `ratio`
     (uniform in the logarithm), as in Szegedy et al., "Going deeper with convolutions", 2015. The first
     of ten draws that fits is taken; where none fits, the largest centred box of an allowed ratio.
     """

@@ -170,9 +170,7 @@ class Engine:
     def _fill(self, stage: StageRun) -> None:
         """Fill the cache together with the other ranks."""
         self.parts.teacher.fill(stage.divided.stores(len(self.parts.paired.cuts)))
-        source = self.parts.source
-        if source.crops is not None and source.crops.stored is not None:
-            source.crops.stored.refresh()
+        self.parts.source.refresh_stored()
 
     def _steps(self, planned: PlannedStage, layout: Layout) -> list[GroupStep]:
         """The steps of all groups of a stage, with the optimizer states that they go on with."""

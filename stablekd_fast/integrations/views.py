@@ -59,9 +59,9 @@ class SampleViews(Dataset):
             Augmentation("pad_crop", flip, padding) if split.resident else Augmentation("resized_crop", flip, size=size)
         )
         # DALI would begin a pipeline of its own in every worker of the DataLoader.
-        loader = "resident" if split.resident else "torchvision"
+        source = "resident" if split.resident else "torchvision"
         self.source = TrainSource(
-            split, kind, tuple(mean), tuple(std), batch_size=batch_size, seed=seed, views=views, loader=loader
+            split, kind, tuple(mean), tuple(std), batch_size=batch_size, seed=seed, views=views, source=source
         )
         # Shared, so that workers that outlive an epoch see the next one.
         self._epoch = torch.full((), -1, dtype=torch.int64).share_memory_()

@@ -66,7 +66,7 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: 
         views=config.views,
         view_seed=config.view_seed,
         classes=len(dataset.classes),
-        loader="auto" if config.source == STREAM else config.source,
+        source="auto" if config.source == STREAM else config.source,
         workers=config.workers,
         prefetch=config.prefetch,
         device=device,

@@ -74,7 +74,7 @@ def _facts(materials: Materials, plan: Plan) -> dict:
     config, images, paired = materials.config, materials.images, materials.paired
     return {
         "teacher_fingerprint": fingerprint(paired.teacher) if config.method != "ce" else None,
-        "source": images.stream.loader.name,
+        "source": images.stream.choice.name,
         "training_images": images.source.steps_per_epoch * config.batch_size,
         "classes": images.dataset.classes,
         "compiled": materials.capture == "compile",

@@ -184,8 +184,7 @@ class Distiller:
             yield
         finally:
             self.parts.teacher.close()
-            if self.source.crops is not None and self.source.crops.stored is not None:
-                self.source.crops.stored.close()
+            self.source.close()
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
         """Evaluate the composed student on the test split, and export it."""
@@ -232,7 +231,7 @@ class Distiller:
             precision=asdict(materials.paired.precision),
             fused_norms=materials.paired.fuses_norms,
             images=str(materials.image_dtype).removeprefix("torch."),
-            source=asdict(materials.images.stream.loader),
+            source=asdict(materials.images.stream.choice),
         )
         if decided.costs is not None:
             predicted = [predict(decided.costs, plan).seconds for plan in (decided.plan, Plan())]

@@ -138,7 +138,7 @@ def _open_images(config: DistillConfig, dataset: Dataset | None, device: torch.d
     stream = training_stream(source, config)
     cache = cache_settings(config)
     if config.cache.images and not train.resident:
-        source.crops.stored = ImageColumn(source, config.cache, views_shown(config.views, config.epochs))
+        source.store_images(ImageColumn(source, config.cache, views_shown(config.views, config.epochs)))
     validation = eval_source(dataset, held_out, config, ranks.rank, ranks.size) if held_out is not None else None
     splits = [split for split in (train, held_out, dataset.test) if split is not None]
     return Images(dataset, splits, source, stream, validation, cache)
