@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from stablekd_fast.cache.disk import SUFFIX, is_locked
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
-from stablekd_fast.cache.shard import SUFFIX, is_locked
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.errors import CacheError, nearest
 

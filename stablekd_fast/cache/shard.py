@@ -11,9 +11,6 @@ at most one batch of slots whose keys are still -1 or whose checksums do not fit
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -21,13 +18,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stablekd_fast.errors import CacheError, CacheFull
+from stablekd_fast.cache.disk import full_disk, is_locked, lock
+from stablekd_fast.errors import CacheError
 
-SUFFIX = ".safetensors"
 DATA_START = 4096
 KEYS, CHECKSUMS = "keys", "checksums"
 _VERIFIED_AT_ONCE = 16 << 20
@@ -68,6 +66,13 @@ class Part:
 
 
 _KEYS, _CHECKSUMS = Part(KEYS, torch.int64, ()), Part(CHECKSUMS, torch.int32, ())
+
+
+class RowReader(Protocol):
+    """What a shard asks of the C++ core's `RowReader`."""
+
+    def checksum(self, rows: int, count: int, parts: Sequence[tuple[int, int]], out: int, /) -> None:
+        """Write the checksums of `count` rows to the address `out`; `parts` are (bytes of a row, address)."""
 
 
 class Shard:
@@ -118,6 +123,40 @@ class Shard:
         return shard
 
     @staticmethod
+    def open_finished(path: Path, parts: Sequence[Part], rows: int, digest: str, reader: RowReader) -> Shard:
+        """Open a file that is not written any more. Raises CacheError, naming what is damaged, also if `digest` is not
+        that of its keys and checksums."""
+        shard = Shard.open(path, parts, rows)
+        if shard.index_digest() != digest:
+            slot = shard.first_bad_slot(reader)
+            where = "its row numbers" if slot is None else f"row {int(shard.keys[slot])}, slot {slot}"
+            shard.close()
+            raise CacheError(f"The index of {path} is not what was written there: {where} is damaged. {REMEDY}")
+        shard.used = int((shard.keys >= 0).sum())
+        return shard
+
+    @staticmethod
+    def take_up(path: Path, parts: Sequence[Part], reader: RowReader) -> Shard | None:
+        """Become the writer of a file that a dead writer left, behind its last whole row.
+
+        None if its writer lives, or if it died before the header was whole: then the file is deleted.
+        """
+        rows = rows_in(path)
+        try:
+            shard = Shard.open(path, parts, rows, write=True) if rows else None
+        except CacheError:
+            shard = None
+        if shard is None:
+            if not is_locked(path):
+                path.unlink(missing_ok=True)
+            return None
+        if not lock(shard.file):
+            shard.close()
+            return None
+        shard.keep_whole_rows(reader)
+        return shard
+
+    @staticmethod
     def size_of(parts: Sequence[Part], rows: int) -> int:
         """Of such a file, in bytes."""
         return _header(parts, rows)[2]
@@ -153,7 +192,7 @@ class Shard:
             digest.update(tensor.numpy().data)
         return digest.hexdigest()
 
-    def first_bad_slot(self, reader) -> int | None:
+    def first_bad_slot(self, reader: RowReader) -> int | None:
         """Read all rows and compare their checksums; the first slot with a key whose checksum does not fit."""
         chunk = max(1, _VERIFIED_AT_ONCE // sum(part.bytes for part in self.parts))
         for start in range(0, self.rows, chunk):
@@ -167,7 +206,7 @@ class Shard:
                 return start + int(bad.nonzero()[0])
         return None
 
-    def keep_whole_rows(self, reader) -> None:
+    def keep_whole_rows(self, reader: RowReader) -> None:
         """After a crash: go on behind the last of the rows that were written whole, and free the slots behind."""
         bad = self.first_bad_slot(reader)
         self.used = min(self.leading_rows(), self.rows if bad is None else bad)
@@ -199,45 +238,12 @@ def rows_in(path: Path) -> int | None:
         return None
 
 
-def lock(file: int) -> bool:
-    """Become the file's writer, until it is closed; False if another process is."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def is_locked(path: Path) -> bool:
-    """Whether the file has a writer. A file that cannot be opened has none that could be harmed."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return not lock(file.fileno())
-    return False
-
-
-def drop_pages(path: Path) -> None:
-    """Let the system forget what it holds of a file in main memory, so that the next reading is one from disk."""
-    file = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(file)
-
-
-def checksums_of(reader, keys: Tensor, parts: Sequence[Tensor]) -> Tensor:
+def checksums_of(reader: RowReader, keys: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """int32 `[N]`: CRC-32C of each row number and the row's parts `[N, ...]`, contiguous."""
     out = torch.empty(len(keys), dtype=torch.int32)
     numbers = [(values[0].numel() * values.element_size() if len(keys) else 0, values.data_ptr()) for values in parts]
     reader.checksum(keys.data_ptr(), len(keys), numbers, out.data_ptr())
     return out
-
-
-def full_disk(path: Path, size: int, error: OSError) -> CacheFull:
-    reason = error.strerror or str(error)
-    if error.errno == errno.EFBIG:
-        reason = "files may not become that large here"
-    what = f"{size} bytes for {path} were" if size else f"{path} was"
-    return CacheFull(
-        f"{what} refused: {reason}. What is stored already stays readable; free some space, or set --cache.disk_budget."
-    )
 
 
 def _header(parts: Sequence[Part], rows: int) -> tuple[bytes, dict[str, int], int]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.cache.codecs import RowFormat
+from stablekd_fast.cache.disk import SUFFIX, drop_pages
 from stablekd_fast.cache.manifest import Manifest
-from stablekd_fast.cache.memory import MemoryRows
+from stablekd_fast.cache.memory_rows import MemoryRows
 from stablekd_fast.cache.settings import CacheSettings, parse_bytes
-from stablekd_fast.cache.shard import SUFFIX, drop_pages
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.execution.timing import REPEATS, seconds
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from stablekd_fast import models
 from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
 from stablekd_fast.blocks.pair import copy_head
-from stablekd_fast.cache.columns import ImageColumn, Plan
+from stablekd_fast.cache.columns import Plan
 from stablekd_fast.cache.fingerprint import image_fingerprint
+from stablekd_fast.cache.image_column import ImageColumn
 from stablekd_fast.config import DistillConfig, identity, objectives_of
 from stablekd_fast.data import Dataset, EvalSource, Split, open_dataset
 from stablekd_fast.distributed import Layout, join

@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.cache.shard import Part
+from stablekd_fast.cache.tables import has_entry
 from stablekd_fast.errors import CacheFull
-
-
-def listed(table: Tensor, rows: Tensor) -> Tensor:
-    """Whether each of `rows` int64 `[N]` has an entry that is not negative in a table by row number: bool `[N]`."""
-    known = rows < len(table)
-    return known & (table[torch.where(known, rows, 0)] >= 0) if len(table) else known
 
 
 def _indexable(values: Tensor) -> Tensor:
@@ -41,7 +36,7 @@ class MemoryRows:
 
     def present(self, rows: Tensor) -> Tensor:
         """Whether each row of `rows` int64 `[N]` is stored: bool `[N]`."""
-        return listed(self._slots, rows)
+        return has_entry(self._slots, rows)
 
     def put(self, rows: Tensor, parts: Sequence[Tensor]) -> None:
         """Store the rows that are not stored yet. Raises CacheFull behind the last that fits."""
