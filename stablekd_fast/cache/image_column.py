@@ -24,8 +24,8 @@ class ImageColumn:
     """
 
     def __init__(self, source: TrainSource, settings: CacheSettings, views: int) -> None:
-        assert settings.folder is not None
         size = source.augmentation.size
+        assert settings.folder is not None and size is not None
         manifest = Manifest(
             (Part("images", torch.uint8, (size, size, 3)),), source.split.total, image_fingerprint(source)
         )

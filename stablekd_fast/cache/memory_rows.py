@@ -1,4 +1,4 @@
-"""Rows in main or GPU memory, by row number, for one run. The same face as `RowStore`."""
+"""Rows in main or GPU memory, by row number, for one run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stablekd_fast.errors import CacheFull
 
 
 def _indexable(values: Tensor) -> Tensor:
-    """The same memory; torch 2.6 cannot index 8-bit floats on a CPU."""
+    """A view of the same memory that can be indexed; torch 2.6 cannot index 8-bit floats on a CPU."""
     return values.view(torch.uint8) if values.dtype.itemsize == 1 else values
 
 
@@ -32,6 +32,7 @@ class MemoryRows:
         self._slots = torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
+        """Rows that are stored."""
         return self.used
 
     def present(self, rows: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ class MemoryRows:
         return has_entry(self._slots, rows)
 
     def put(self, rows: Tensor, parts: Sequence[Tensor]) -> None:
-        """Store the rows that are not stored yet. Raises CacheFull behind the last that fits."""
+        """Store those of the rows that are not stored yet. Raises CacheFull once all that fit are stored."""
         if not len(rows):
             return
         more = int(rows.max()) + 1 - len(self._slots)
@@ -56,7 +57,7 @@ class MemoryRows:
             raise CacheFull(f"All {self.capacity} rows that were planned for {self.device} are stored.")
 
     def gather(self, rows: Tensor) -> list[Tensor]:
-        """The rows in that order, one tensor `[N, ...]` per part, on the device of the store."""
+        """The rows with the numbers `rows` int64 `[N]`, in that order: one tensor `[N, ...]` per part, on `device`."""
         slots = self._slots[rows].to(self.device, non_blocking=True)
         return [_indexable(part).index_select(0, slots).view(part.dtype) for part in self._parts]
 

@@ -46,7 +46,7 @@ _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class Part:
-    """One of the tensors that a row consists of, e.g. codes, or their scales; `shape` is that of one row."""
+    """One of the tensors of which a row consists, such as codes, or their scales; `shape` is that of one row."""
 
     name: str
     dtype: torch.dtype
@@ -54,14 +54,16 @@ class Part:
 
     @property
     def bytes(self) -> int:
-        """Of one row."""
+        """Bytes of one row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def plain(self) -> dict:
+        """The part as JSON types."""
         return {"name": self.name, "dtype": _DTYPES[self.dtype], "shape": list(self.shape)}
 
     @staticmethod
     def from_plain(values: dict) -> Part:
+        """The part that `plain` described."""
         return Part(values["name"], _BY_NAME[values["dtype"]], tuple(values["shape"]))
 
 
@@ -76,7 +78,10 @@ class RowReader(Protocol):
 
 
 class Shard:
-    """An open shard. `path` may change by renaming; the file stays open."""
+    """An open shard with room for `rows` rows, of which `used` are written.
+
+    `keys` and `checksums` are what the file holds of them. `path` may change by renaming; the file stays open.
+    """
 
     def __init__(self, path: Path, file: int, parts: Sequence[Part], rows: int) -> None:
         self.path, self.file, self.parts, self.rows = path, file, tuple(parts), rows
@@ -88,8 +93,10 @@ class Shard:
 
     @staticmethod
     def create(path: Path, parts: Sequence[Part], rows: int) -> Shard:
-        """A new file with room for `rows` rows, all of it taken from the disk now. Raises CacheFull, leaving
-        nothing."""
+        """Make a file with room for `rows` rows, and take all of it from the disk now.
+
+        Raises CacheFull, and leaves no file, if the disk refuses.
+        """
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -107,8 +114,10 @@ class Shard:
 
     @staticmethod
     def open(path: Path, parts: Sequence[Part], rows: int, *, write: bool = False) -> Shard:
-        """Open a file and read its keys and checksums. Raises CacheError if it is missing, too short, or has another
-        header."""
+        """Open a file and read its keys and checksums.
+
+        Raises CacheError if the file is missing, has another size than it should, or has another header.
+        """
         try:
             file = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as error:
@@ -124,8 +133,10 @@ class Shard:
 
     @staticmethod
     def open_finished(path: Path, parts: Sequence[Part], rows: int, digest: str, reader: RowReader) -> Shard:
-        """Open a file that is not written any more. Raises CacheError, naming what is damaged, also if `digest` is not
-        that of its keys and checksums."""
+        """Open a file that is not written any more.
+
+        Raises CacheError as `open` does, and where `digest` is not that of the file's keys and checksums.
+        """
         shard = Shard.open(path, parts, rows)
         if shard.index_digest() != digest:
             slot = shard.first_bad_slot(reader)
@@ -137,9 +148,9 @@ class Shard:
 
     @staticmethod
     def take_up(path: Path, parts: Sequence[Part], reader: RowReader) -> Shard | None:
-        """Become the writer of a file that a dead writer left, behind its last whole row.
+        """Become the writer of a file that a dead writer left, and go on behind its last whole row.
 
-        None if its writer lives, or if it died before the header was whole: then the file is deleted.
+        None if the writer lives, or if it died before the header was whole; then the file is deleted.
         """
         rows = rows_in(path)
         try:
@@ -158,21 +169,21 @@ class Shard:
 
     @staticmethod
     def size_of(parts: Sequence[Part], rows: int) -> int:
-        """Of such a file, in bytes."""
+        """Bytes of a file with room for `rows` rows."""
         return _header(parts, rows)[2]
 
     def read_index(self) -> None:
-        """Keys and checksums as the file has them now."""
+        """Read keys and checksums as the file has them now."""
         for tensor, name in ((self.keys, KEYS), (self.checksums, CHECKSUMS)):
             _read(self.file, self.starts[name], tensor, self.path)
 
     def leading_rows(self) -> int:
-        """Rows before the first free slot."""
+        """How many rows lie before the first free slot."""
         free = (self.keys < 0).nonzero()
         return int(free[0]) if len(free) else self.rows
 
     def append(self, keys: Tensor, checksums: Tensor, parts: Sequence[Tensor]) -> None:
-        """Write rows into the next free slots. Raises CacheFull if the disk refuses; these rows are then not there."""
+        """Write rows into the next free slots. Raises CacheFull, and adds none, if the disk refuses."""
         start, count = self.used, len(keys)
         try:
             for part, values in zip(self.parts, parts):
@@ -193,7 +204,7 @@ class Shard:
         return digest.hexdigest()
 
     def first_bad_slot(self, reader: RowReader) -> int | None:
-        """Read all rows and compare their checksums; the first slot with a key whose checksum does not fit."""
+        """Read all rows and compare their checksums. Returns the first slot whose row does not fit its checksum."""
         chunk = max(1, _VERIFIED_AT_ONCE // sum(part.bytes for part in self.parts))
         for start in range(0, self.rows, chunk):
             keys = self.keys[start : start + chunk]
@@ -207,13 +218,14 @@ class Shard:
         return None
 
     def keep_whole_rows(self, reader: RowReader) -> None:
-        """After a crash: go on behind the last of the rows that were written whole, and free the slots behind."""
+        """After a crash, free all slots behind the last row that was written whole."""
         bad = self.first_bad_slot(reader)
         self.used = min(self.leading_rows(), self.rows if bad is None else bad)
         self.keys[self.used :] = -1
         _write(self.file, self.starts[KEYS], self.keys)
 
     def close(self) -> None:
+        """Close the file; whoever was its writer is so no more."""
         os.close(self.file)
 
     def _check_header(self) -> None:
@@ -229,7 +241,7 @@ REMEDY = "Delete its column with `stablekd cache gc DIR --columns NAME`; the nex
 
 
 def rows_in(path: Path) -> int | None:
-    """The row count that a shard's header states; None if it cannot be read."""
+    """How many rows a shard has room for, as its header says; None if that cannot be read."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -239,7 +251,7 @@ def rows_in(path: Path) -> int | None:
 
 
 def checksums_of(reader: RowReader, keys: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """int32 `[N]`: CRC-32C of each row number and the row's parts `[N, ...]`, contiguous."""
+    """CRC-32C of each row number `[N]` and the row's parts `[N, ...]`, contiguous: int32 `[N]`."""
     out = torch.empty(len(keys), dtype=torch.int32)
     numbers = [(values[0].numel() * values.element_size() if len(keys) else 0, values.data_ptr()) for values in parts]
     reader.checksum(keys.data_ptr(), len(keys), numbers, out.data_ptr())
@@ -248,7 +260,8 @@ def checksums_of(reader: RowReader, keys: Tensor, parts: Sequence[Tensor]) -> Te
 
 def _header(parts: Sequence[Part], rows: int) -> tuple[bytes, dict[str, int], int]:
     """The first 4096 bytes of the file, where each tensor begins in it, and the size of the file."""
-    entries, starts, position = {"__metadata__": {"format": "stablekd rows 1"}}, {}, 0
+    entries: dict[str, dict] = {"__metadata__": {"format": "stablekd rows 1"}}
+    starts, position = {}, 0
     for part in (*parts, _KEYS, _CHECKSUMS):
         end = position + rows * part.bytes
         entries[part.name] = {
@@ -263,7 +276,8 @@ def _header(parts: Sequence[Part], rows: int) -> tuple[bytes, dict[str, int], in
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    """The bytes of a CPU tensor, in place if it is contiguous."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _write(file: int, offset: int, data: bytes | Tensor) -> None:

@@ -143,7 +143,7 @@ class RowStore:
         return f"Row {row} (sample {sample}, view {view})"
 
     def refresh(self) -> None:
-        """Enter what other processes have stored since, in shards that they finished and in those that they still write.
+        """Enter what other processes have stored since, in shards that they have finished or still write.
 
         Raises CacheError if a shard is damaged.
         """
@@ -203,7 +203,7 @@ class RowStore:
         return count
 
     def close(self) -> None:
-        """Wait for the readings under way, then close all files. Shards that are not full are left to the next writer."""
+        """Wait for the readings under way, then close all files. Shards that are not full wait for the next writer."""
         for ticket in list(self._waiting.values()):
             with contextlib.suppress(CacheError):
                 self.wait(ticket)

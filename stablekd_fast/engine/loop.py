@@ -413,7 +413,7 @@ class Engine:
     def _validate(self) -> None:
         if self.validation is None:
             return
-        metrics = evaluate(self.composed_student(), self.validation.batches(), self.to_device, self.ranks.sum)
+        metrics = evaluate(self.composed_student(), self.validation.batches(), self.to_device, self.ranks.all_reduce)
         self.emit_evaluation("validation", metrics)
 
     def emit_evaluation(self, split: str, metrics: Metrics) -> None:

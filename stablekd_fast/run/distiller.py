@@ -174,7 +174,9 @@ class Distiller:
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
         student = engine.composed_student()
-        metrics = evaluate(student, self._evaluated(self.dataset.test).batches(), engine.to_device, self.ranks.sum)
+        metrics = evaluate(
+            student, self._evaluated(self.dataset.test).batches(), engine.to_device, self.ranks.all_reduce
+        )
         engine.emit_evaluation("test", metrics)
         skipped = [[str(path), reason] for split in self.splits for path, reason in split.skipped]
         if skipped:
