@@ -30,8 +30,9 @@ from stablekd_fast.bench.core import (
 )
 from torch import Tensor
 
+from stablekd_fast.cache.disk import drop_pages
 from stablekd_fast.cache.manifest import Manifest
-from stablekd_fast.cache.shard import Part, as_bytes, drop_pages
+from stablekd_fast.cache.shard import Part, as_bytes
 from stablekd_fast.cache.store import READING_THREADS, RowStore
 
 BATCH, _BATCH_BYTES = 128, 16 << 20
@@ -205,7 +206,7 @@ def _direct_reader(rows: Rows, row_bytes: int) -> tuple[list[int], Callable[[], 
     starts = [shard.starts["rows"] for shard in rows.store._shards]
     buffer = mmap.mmap(-1, len(rows.batches[0]) * row_bytes)
     whole, pool = memoryview(buffer), ThreadPoolExecutor(READING_THREADS)
-    places = rows.store._places
+    places = rows.store.tables.places
 
     def one(job: tuple[int, int]) -> None:
         at, place = job

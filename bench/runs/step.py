@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stablekd_fast.data import Dataset
 from stablekd_fast.errors import StableKDError
-from stablekd_fast.execution.emulator import Operation, Recorder
+from stablekd_fast.execution.emulator import Operation, Recording
 from stablekd_fast.execution.precision import Precision, cpu_has_bf16
 from stablekd_fast.teacher.live import Relay
 
@@ -154,13 +154,13 @@ class Operations:
         self.arm = arm
         arm.turn = -1
         arm.train()
-        recorder = Recorder()
-        with recorder:
+        recording = Recording()
+        with recording:
             for step in arm.steps:
                 outputs, gradients, _ = step.forward()
                 step.backward(outputs, gradients)
                 step.optimizer.zero_grad(set_to_none=True)
-        self.calls = [operation for operation in recorder.operations if _computes(operation)]
+        self.calls = [operation for operation in recording.operations if _computes(operation)]
         arm.turn = -1  # the expected losses are those of the batch that the operations were recorded with
 
     def run(self) -> list[Tensor]:

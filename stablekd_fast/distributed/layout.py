@@ -7,39 +7,46 @@ gradients. A step of the stage takes as long as its busiest rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from stablekd_fast.distributed.ranks import Ranks, average
+from stablekd_fast.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One stage's mesh. Rank `block * data + part` trains the groups whose `places` are `block`, on its part of each
-    batch."""
+    """The mesh of one stage.
+
+    Rank `block * data + part` trains the groups whose place is `block`, on part `part` of each batch.
+    """
 
     blocks: int = 1
+    """How many ranks the mesh has on the blocks axis."""
     data: int = 1
+    """How many ranks the mesh has on the data axis."""
     places: tuple[int, ...] = ()
-    """For each group its place on the blocks axis."""
+    """Each group's place on the blocks axis."""
     seconds: tuple[float, ...] = ()
-    """Predicted for a step at each place; empty where nothing was measured."""
+    """The seconds predicted for a step at each place; empty where nothing was measured."""
     relays: bool = False
     """Whether the teacher's activations are passed on from place to place. Groups then lie in the order of their
     places."""
 
     @staticmethod
     def from_plain(values: dict) -> Layout:
+        """The layout whose fields, as JSON types, are `values`."""
         return Layout(**{**values, "places": tuple(values["places"]), "seconds": tuple(values["seconds"])})
 
     def block_of(self, rank: int) -> int:
+        """The rank's place on the blocks axis."""
         return rank // self.data
 
     def part_of(self, rank: int) -> int:
+        """The rank's place on the data axis: which part of each batch it trains on."""
         return rank % self.data
 
     def owner(self, group: int) -> int:
@@ -47,20 +54,25 @@ class Layout:
         return self.places[group] * self.data
 
     def groups_of(self, rank: int) -> list[int]:
+        """The groups that a rank trains."""
         return [group for group, place in enumerate(self.places) if place == self.block_of(rank)]
 
     def averaging(self, ranks: Ranks, device: torch.device) -> Averaging | None:
-        """What averages gradients over the data axis; None where there is none."""
+        """What averages gradients over this rank's data axis; None where that is one rank."""
         if self.data == 1:
             return None
         group = ranks.mesh(self.blocks, self.data, device).get_group("data")
-        return Averaging(partial(average, ranks, group, self.data), group, self.data)
+        return Averaging(ranks, group, self.data)
 
 
 @dataclass(frozen=True)
 class Averaging:
-    """Means over the data axis: called with tensors, it overwrites them."""
+    """Takes means over the `count` ranks of a data axis, whose process group is `group`."""
 
-    tensors: Callable[[Sequence[Tensor]], None]
-    group: object
+    ranks: Ranks
+    group: ProcessGroup
     count: int
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the tensors with their means."""
+        self.ranks.average_gradients(tensors, self.group, self.count)

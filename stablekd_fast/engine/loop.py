@@ -253,7 +253,7 @@ class Engine:
     def _validate(self) -> None:
         if self.parts.validation is not None:
             batches = self.parts.validation.batches()
-            metrics = evaluate(self.composed_student(), batches, self.to_device, self.ranks.sum)
+            metrics = evaluate(self.composed_student(), batches, self.to_device, self.ranks.all_reduce)
             self.emit_evaluation("validation", metrics)
 
     def emit_evaluation(self, split: str, metrics: Metrics) -> None:

@@ -102,8 +102,8 @@ class DividedSteps:
             return
         random = torch.get_rng_state()
         for number, step in enumerate(self.steps):
-            self.ranks.share(step.state(), self.layout.owner(number))
-        self.ranks.share([random], 0)
+            self.ranks.broadcast(step.state(), self.layout.owner(number))
+        self.ranks.broadcast([random], 0)
         torch.set_rng_state(random)
 
     def broadcast_losses(self) -> float:
@@ -113,14 +113,14 @@ class DividedSteps:
         start = time.perf_counter()
         with self.training():
             for number, step in enumerate(self.steps):
-                self.ranks.share([step.losses, step.first_bad], self.layout.owner(number))
+                self.ranks.broadcast([step.losses, step.first_bad], self.layout.owner(number))
         self.ranks.say_where()
         return time.perf_counter() - start
 
     def report(self, steps: int, seconds: float) -> list[dict]:
         """For each rank what it did in `steps` steps and so many seconds, as predicted and as measured."""
         layout, ranks, before = self.layout, self.ranks, self._bytes_before
-        return ranks.gather(
+        return ranks.all_gather(
             {
                 "rank": ranks.rank,
                 "groups": [step.name for step in self.own],

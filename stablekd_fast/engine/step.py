@@ -215,7 +215,7 @@ class GroupStep:
         """Overwrite gradients and loss with their means over the processes that train this group."""
         if self.averaging is not None:
             gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-            self.averaging.tensors([*gradients, loss])
+            self.averaging.average([*gradients, loss])
 
     def update(self) -> None:
         """Clip the gradients, take the optimizer's step, and bring the moving average up to date."""
@@ -268,7 +268,7 @@ class GroupStep:
         found = {k: self.objectives.feature.whole_batch(targets[k]) for k in sorted(self.aligned)}
         found = {k: value for k, value in found.items() if value is not None}
         if self.averaging is not None and found:
-            self.averaging.tensors(list(found.values()))
+            self.averaging.average(list(found.values()))
         return found
 
     def _split_batch(

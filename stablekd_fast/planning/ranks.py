@@ -78,7 +78,7 @@ def _measured_groups(
         )
         students.append(measure_students(paired, objectives, groupings, images, device))
         teachers.append(measure_teacher(paired, images.images.to(device)) if paired.cuts else [0.0] * len(paired))
-    told = ranks.gather((students, teachers, _measured_feeds(columns, device)))
+    told = ranks.all_gather((students, teachers, _measured_feeds(columns, device)))
 
     def cost(group: list[int]) -> GroupCost:
         name = group_name(group)
@@ -143,12 +143,12 @@ def _measured_reduce(ranks: Ranks, device: torch.device) -> ReduceCost:
         values, taken = torch.zeros(size // 4, device=device), []
         for _ in range(_REPEATS):
             start = time.perf_counter()
-            float(ranks.sum(values)[0])  # waits for a GPU
+            float(ranks.all_reduce(values)[0])  # waits for a GPU
             taken.append(time.perf_counter() - start)
         times.append(statistics.median(taken))
     sent = [ReduceCost.sent(size, ranks.size) for size in _SIZES]
     per_byte = max((times[1] - times[0]) / (sent[1] - sent[0]), 0.0)
-    both = ranks.gather([max(times[0] - per_byte * sent[0], 0.0), per_byte])
+    both = ranks.all_gather([max(times[0] - per_byte * sent[0], 0.0), per_byte])
     return ReduceCost(*(statistics.mean(values) for values in zip(*both)))
 
 
@@ -158,7 +158,7 @@ def _measured_images(source: TrainSource, ranks: Ranks) -> float:
         return 0.0
     start = time.perf_counter()
     count = sum(len(batch.labels) for batch in source.batches(0, _LOADED))
-    return statistics.mean(ranks.gather((time.perf_counter() - start) / count))
+    return statistics.mean(ranks.all_gather((time.perf_counter() - start) / count))
 
 
 def predicted_scaling(

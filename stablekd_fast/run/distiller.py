@@ -191,7 +191,7 @@ class Distiller:
         config, images, progress = self.config, self.materials.images, engine.progress
         student, ranks = engine.composed_student(), self.ranks
         test = eval_source(images.dataset, images.dataset.test, config, ranks.rank, ranks.size)
-        metrics = evaluate(student, test.batches(), engine.to_device, ranks.sum)
+        metrics = evaluate(student, test.batches(), engine.to_device, ranks.all_reduce)
         engine.emit_evaluation("test", metrics)
         skipped = [[str(path), reason] for split in images.splits for path, reason in split.skipped]
         if skipped:

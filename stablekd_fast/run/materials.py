@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stablekd_fast import models
 from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
 from stablekd_fast.blocks.pair import copy_head
-from stablekd_fast.cache.columns import ImageColumn
+from stablekd_fast.cache.image_column import ImageColumn
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset, EvalSource, Split, StreamSource, TrainSource, open_dataset

@@ -17,7 +17,7 @@ from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_
 from stablekd_fast.engine.stage import stage_steps
 from stablekd_fast.engine.step import Rates
 from stablekd_fast.errors import CaptureError
-from stablekd_fast.execution.emulator import Recorder, Watch
+from stablekd_fast.execution.emulator import Recording, Watch
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.live import LiveTeacher, Relay
@@ -118,7 +118,7 @@ def test_the_walk_through_the_graph_is_torch_s_backward():
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-class FakeRecorder(Recorder):
+class FakeRecording(Recording):
     """Records; stands in for fused AdamW, of which it checks that everything lies on the device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -147,7 +147,7 @@ def run_under_fakes(paired, precision, optimizer, ema):
     mode = FakeTensorMode()
     to_fake_cuda(paired, mode)
     aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
-    teacher, steps = FakeRecorder(), FakeRecorder()
+    teacher, steps = FakeRecording(), FakeRecording()
     with mode:
         batch = Batch(
             torch.empty(8, dtype=torch.int64), 0, torch.empty(8, 3, 16, 16), torch.empty(8, dtype=torch.int64)
