@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from stablekd_fast.kernels._checks import FLOATS, describe, require
-from stablekd_fast.kernels._layout import Layout, dense, laid_out_as, layout
+from stablekd_fast.kernels._layout import FeatureLayout, dense, feature_layout, laid_out_as
 from torch import Tensor
 
 CODES = (torch.int8, torch.float8_e4m3fn)
@@ -71,7 +71,7 @@ def per_channel(scales: Tensor, features: Tensor, channel_axis: int) -> Tensor:
     return scales.reshape(shape)
 
 
-def scale_stride(scales: Tensor | None, layout: Layout) -> int:
+def scale_stride(scales: Tensor | None, layout: FeatureLayout) -> int:
     """Elements between the scales of one sample and the next: 0 where all share theirs."""
     return layout.channels if scales is not None and scales.dim() == 2 else 0
 
@@ -88,7 +88,7 @@ class Operands(NamedTuple):
     target: Tensor
     scales: Tensor | None
     gradient: Tensor | None
-    layout: Layout
+    layout: FeatureLayout
 
 
 def operands(
@@ -101,4 +101,4 @@ def operands(
     target = laid_out_as(target, student)
     scales = None if target_scale is None else target_scale.contiguous()
     gradient = torch.empty_like(student) if with_gradient else None
-    return Operands(student, target, scales, gradient, layout(student, channel_axis))
+    return Operands(student, target, scales, gradient, feature_layout(student, channel_axis))

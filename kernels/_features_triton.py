@@ -12,7 +12,7 @@ from stablekd_fast.kernels import _features
 from stablekd_fast.kernels._checks import FLOATS
 from stablekd_fast.kernels._features import Operands
 from stablekd_fast.kernels._launch import aligned, alignment, packed
-from stablekd_fast.kernels._layout import Layout
+from stablekd_fast.kernels._layout import FeatureLayout
 from torch import Tensor
 
 BLOCK = 2048
@@ -40,7 +40,7 @@ def operands(
     return found._replace(student=aligned(found.student), target=target, scales=scales)
 
 
-def fits(found: Layout) -> bool:
+def fits(found: FeatureLayout) -> bool:
     """Whether the kernels can tell which channel and sample an element belongs to."""
     return max(found.channels, found.inner, found.outer // found.samples) <= _LARGEST_EXTENT
 
@@ -54,7 +54,7 @@ def tensors_of(found: Operands) -> dict[str, Tensor | None]:
     return arguments_of(found.student, found.target, found.scales, found.gradient)
 
 
-def extents(found: Layout, scales: Tensor | None) -> dict[str, int]:
+def extents(found: FeatureLayout, scales: Tensor | None) -> dict[str, int]:
     return {
         "outer": found.outer // found.samples,
         "channels": found.channels,

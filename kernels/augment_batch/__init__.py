@@ -87,9 +87,9 @@ def _check(
 
 def _fake(images, rows, offsets, flips, padding, mean, std, dtype, channels_last):
     _, height, width, channels = images.shape
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     shape = (rows.shape[0], channels, height, width)
-    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=memory_format)
 
 
 define(
