@@ -23,8 +23,8 @@ from stablekd_fast.report.terminal import console, print_rows
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code. Errors on purpose are one sentence on stderr and exit code 2."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # before arguments are added
     parser, commands = _parser()
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     words = [underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         settings = parser.parse_args(words)
@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     keep_freed_memory()
-    options = commands[settings.command].instantiate(settings[settings.command])
     try:
+        options = commands[settings.command].instantiate(settings[settings.command])
         return RUN[settings.command](options)
     except StableKDError as error:
         print(f"stablekd: {error}", file=sys.stderr)

@@ -140,6 +140,7 @@ def test_stages_can_be_given_in_yaml(teacher, tmp_path):
         (["distill", "--method", "ce", "--logits-options.temprature", "3"], "nearest is 'temperature'"),
         (["distill", "--teacher-weights", "/no/file.pt"], "/no/file.pt"),
         (["distill", "--epochs", "-1"], "epochs"),
+        (["distill", "--cache.disk-budget", "1GB"], "give --cache.directory"),
         (["evaluate", "/no/student.safetensors"], "/no/student.safetensors"),
         (
             ["plan", "--teacher", "resnet56", "--student", "resnet20", "--image-size", "32", "--cuts", "[layr1]"],
@@ -210,12 +211,19 @@ def test_options_may_be_typed_either_way(spelling, monkeypatch):
         assert str(found) == "3"
 
 
+def test_help_says_what_settings_mean():
+    """A process of its own: what jsonargparse is told about descriptions outlasts a command."""
+    command = [sys.executable, "-m", "stablekd_fast", "distill", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    assert "Training images to use, class-balanced" in " ".join(shown.split())
+
+
 def test_the_command_is_installed_and_fails_with_a_code():
     stablekd = Path(sys.executable).with_name("stablekd")
     assert subprocess.run([stablekd, "--version"], capture_output=True).returncode == 0
     assert subprocess.run([stablekd, "distill", "--method", "x"], capture_output=True).returncode == 2
     module = subprocess.run([sys.executable, "-m", "stablekd_fast", "plan"], capture_output=True, text=True)
-    assert module.returncode == 2 and "plan.teacher" in module.stderr
+    assert module.returncode == 2 and "required: --teacher, --student" in module.stderr
 
 
 def test_importing_changes_nothing():
