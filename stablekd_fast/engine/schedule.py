@@ -40,7 +40,7 @@ class Optimizer:
     weight_decay: float = 0.05
     """Decay of the weights, decoupled from the gradient for AdamW, added to it for SGD."""
     nesterov: bool = False
-    """Nesterov's momentum, for SGD."""
+    """Whether SGD takes the momentum of Nesterov."""
     decay: Literal["all", "weights"] = "all"
     """Which parameters decay: all of them, or neither biases nor the vectors of norms."""
     clip: float | None = None
@@ -91,11 +91,11 @@ class Stage:
     share: float | None = None
     """The stage's part of the steps that stages of fixed length leave, in proportion to the other stages' shares."""
     epochs: float | None = None
-    """Its length in epochs."""
+    """The stage's length in epochs."""
     steps: int | None = None
-    """Its length in steps."""
+    """The stage's length in steps."""
     optimizer: Optimizer = field(default_factory=Optimizer)
-    """Its optimizer; what is left out has the optimizer's own defaults."""
+    """The stage's optimizer."""
     optimizer_state: Literal["carry", "reset"] = "reset"
     """What a merged group does with the moments of the groups it was merged from."""
 
