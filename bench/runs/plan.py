@@ -70,8 +70,12 @@ def _one(dataset, scratch: Path, budget: str, images: int) -> dict:
     networks = {"teacher": models.build(TEACHER, classes, size), "student": models.build(STUDENT, classes, size)}
     distiller = Distiller(config, dataset=dataset, **networks)
     result = distiller.run(progress=False)
-    predicted = predict(distiller.costs, distiller.plan).seconds
-    kept = [row["output"] for row in decisions(distiller.costs, distiller.plan) if row["decision"].startswith("keep")]
+    predicted = predict(distiller.decided.costs, distiller.decided.plan).seconds
+    kept = [
+        row["output"]
+        for row in decisions(distiller.decided.costs, distiller.decided.plan)
+        if row["decision"].startswith("keep")
+    ]
     return {
         "budget": budget,
         "kept": " ".join(kept) or "nothing",

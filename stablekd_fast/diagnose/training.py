@@ -17,7 +17,7 @@ from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
 from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
 from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.execution.memory import watched
-from stablekd_fast.run.distiller import Distiller
+from stablekd_fast.run.materials import Given, Materials, gather
 from stablekd_fast.teacher.live import Relay
 
 
@@ -44,8 +44,8 @@ def measure(
     between: list[dict] = []
     used = DistillConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_USED})
     for seed in range(config.seed, config.seed + probing.seeds):
-        parts = Distiller(replace(used, seed=seed), dataset=dataset)
-        dataset = parts.dataset
+        parts = gather(replace(used, seed=seed), Given(dataset=dataset))
+        dataset = parts.images.dataset
         twin = Twin(parts, probing)
         for arm in ARMS:
             own, cuts = twin.train(arm, progress)
@@ -57,7 +57,7 @@ def measure(
 class Twin:
     """Both arms of one seed: the same first weights, batches, optimizer and probe batches."""
 
-    def __init__(self, parts: Distiller, probing: Probing) -> None:
+    def __init__(self, parts: Materials, probing: Probing) -> None:
         if len(parts.paired) < 2:
             raise ConfigError("The pair has one block; entanglement is between blocks. Give --cuts or --blocks.")
         self.parts, self.probing, self.objectives = parts, probing, objectives_of(parts.config)

@@ -1,5 +1,6 @@
 """Which precision is chosen and why, what computes in it and what stays float32, and the loss scale of float16."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_a_resumed_run_keeps_what_was_chosen_though_a_new_measurement_would_not_
 
     def measured(fp32, bf16):
         taken = {"fp32": fp32, "bf16": bf16}
-        monkeypatch.setattr("stablekd_fast.run.distiller.seconds_per_pass", lambda precision, *_: taken[precision.name])
+        monkeypatch.setattr("stablekd_fast.run.materials.seconds_per_pass", lambda precision, *_: taken[precision.name])
 
     measured(2.0, 1.0)
     first = make(**settings)
@@ -179,8 +180,8 @@ def test_images_handed_out_in_low_precision_change_no_bit(make, name, settings):
     runs = []
     for dtype in (LOW[name], torch.float32):
         distiller = make(out=str(dtype), precision=name, epochs=2.0, **settings)
-        assert distiller.image_dtype == LOW[name]
-        distiller.image_dtype = dtype
+        assert distiller.materials.image_dtype == LOW[name]
+        distiller.materials = dataclasses.replace(distiller.materials, image_dtype=dtype)
         distiller.run(progress=False)
         runs.append(seen_of(distiller))
     (tensors, events), (expected, expected_events) = runs
@@ -193,7 +194,7 @@ def test_rows_of_a_cache_do_not_depend_on_the_type_of_the_images(make, tmp_path)
     for dtype in (torch.bfloat16, torch.float32):  # the second run reads what the first one stored
         cache = CacheSettings(plan="all", directory=str(tmp_path / "rows"))
         distiller = make(out=str(dtype), precision="bf16", epochs=2.0, views=1, cache=cache)
-        distiller.image_dtype = dtype
+        distiller.materials = dataclasses.replace(distiller.materials, image_dtype=dtype)
         distiller.run(progress=False)
         runs.append(seen_of(distiller))
     live = make(out="live", precision="bf16", epochs=2.0, views=1)

@@ -10,10 +10,10 @@ from torch import nn
 
 from stablekd_fast import pair_blocks
 from stablekd_fast.data import Batch
-from stablekd_fast.objectives import objective
-from stablekd_fast.schedule import Optimizer, PlannedStage, Stage
-from stablekd_fast.step import GroupStep, Objectives, Rates, StageInputs, load_batch
-from stablekd_fast.teacher import Relay
+from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
+from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.objectives import Objectives, objective
+from stablekd_fast.teacher.live import Relay
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "stablekd_in_one_file.py"
 STAGES = [([[0], [1], [2], [3]], 20, 0.02), ([[0, 1], [2, 3]], 4, 0.01), ([[0, 1, 2, 3]], 6, 0.002)]
