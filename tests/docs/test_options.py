@@ -61,6 +61,15 @@ class Described:
     untold: int = 1
 
 
+def test_the_example_of_a_file_is_taken(tmp_path):
+    (example,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "run.yaml").write_text(example)
+    parser, commands = cli._parser()
+    settings = parser.parse_args(["distill", "--config", str(tmp_path / "run.yaml"), "--epochs", "12"]).distill
+    settings = commands["distill"].instantiate(settings)
+    assert settings.epochs == 12 and settings.stages[1].optimizer.lr == 0.002
+
+
 def test_every_option_is_taken_with_its_default():
     parser, _ = cli._parser()
     sections = re.split(r"^## `stablekd (\w+)`$", PAGE.read_text(), flags=re.MULTILINE)
