@@ -18,9 +18,9 @@ from stablekd_fast.cache.columns import Columns, Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.data import Batch, Dataset, TrainSource, open_dataset
 from stablekd_fast.engine.schedule import Optimizer
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch, output_key
+from stablekd_fast.engine.stage import stage_steps
+from stablekd_fast.engine.step import Rates, output_key
 from stablekd_fast.errors import StableKDError
-from stablekd_fast.execution.capture import make_runner
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.cached import CachedTeacher
 from stablekd_fast.teacher.live import Relay, Teacher
@@ -82,21 +82,14 @@ class Arm:
         self.paired, self.teacher, self.batches, self.turn = paired, teacher, batches, 0
         self.objectives = objectives or Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
         groups, device = groups or [[k] for k in range(len(paired))], batches[0].images.device
-        self.wanted = self.objectives.teacher_outputs(groups, len(paired.cuts))
-        self.inputs, rates = StageInputs(device), Rates.constant(0.0, device=device)
+        rates, compiled = Rates.constant(0.0, device=device), capture == "compile"
         nn.ModuleList(paired.student_blocks).train()
+        self.stage = stage_steps(paired, groups, self.objectives, optimizer, rates=rates, compiled=compiled)
         self.load()
-        self.steps = [
-            GroupStep(
-                paired, group, self.objectives, optimizer, self.inputs, rates=rates, compiled=capture == "compile"
-            )
-            for group in groups
-        ]
-        state = [tensor for step in self.steps for tensor in step.state()]
-        self.runner = make_runner(capture, [step.run for step in self.steps], state, device, fall_back=False)
+        self.runner = self.stage.runner(capture)
 
     def load(self) -> None:
-        load_batch(self.inputs, self.teacher, self.wanted, self.batches[self.turn])
+        self.stage.load(self.teacher, self.batches[self.turn])
 
     def train(self) -> list[Tensor]:
         """One step of every group; what the teacher gave for it."""
@@ -106,18 +99,18 @@ class Arm:
 
     def students(self) -> list[Tensor]:
         self.runner.run()
-        return [self.inputs[output_key(k)] for k in sorted(self.wanted)]
+        return [self.stage.inputs[output_key(k)] for k in sorted(self.stage.wanted)]
 
     def expected(self, ahead: int = 1) -> list[Tensor]:
         """What the live teacher gives for the batch that `train` takes next, or for the one at hand."""
         batch = self.batches[(self.turn + ahead) % len(self.batches)]
-        outputs = self.paired.teacher_outputs(batch.images, self.wanted)
-        return [outputs[k].double() for k in sorted(self.wanted)]
+        outputs = self.paired.teacher_outputs(batch.images, self.stage.wanted)
+        return [outputs[k].double() for k in sorted(self.stage.wanted)]
 
     def losses(self) -> list[Tensor]:
         """One step of every group; the losses of the groups."""
         self.train()
-        return [step.losses[0].clone() for step in self.steps]
+        return [step.losses[0].clone() for step in self.stage.steps]
 
 
 def make_pair(pair: Pair, dataset: Dataset) -> tuple[PairedBlocks, TrainSource, list[Batch]]:

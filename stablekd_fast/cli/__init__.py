@@ -87,7 +87,7 @@ def _plan(options) -> int:
         print_rows(f"What is kept of the teacher, per batch of {options.batch_size}", found.decisions)
         print_rows(f"The run, {found.basis}", found.totals)
     if asked.ranks:
-        for title, rows in plan_ranks(asked, paired).items():
+        for title, rows in plan_ranks(asked, paired, asked.ranks).items():
             if rows:
                 print_rows(title, rows)
             else:

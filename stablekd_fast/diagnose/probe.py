@@ -14,6 +14,7 @@ from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.data import Batch
 from stablekd_fast.diagnose.measures import GradientNoise, cosine, curvature, difference, relative_change
 from stablekd_fast.engine.schedule import Optimizer
+from stablekd_fast.engine.stage import stage_steps
 from stablekd_fast.engine.step import IMAGES, GroupStep, Rates, StageInputs, load_batch, named_parameters_of
 from stablekd_fast.execution.precision import FP32
 from stablekd_fast.objectives import Objectives
@@ -55,9 +56,9 @@ class Probe:
     ) -> None:
         self.paired, self.inputs = in_float32(paired), inputs
         rates = Rates.constant(0.0, device=inputs[0].device)
-        self.groups = [
-            GroupStep(self.paired, group, objectives, Optimizer("sgd"), inputs[0], rates=rates) for group in groups
-        ]
+        self.groups = stage_steps(
+            self.paired, groups, objectives, Optimizer("sgd"), rates=rates, inputs=inputs[0]
+        ).steps
         self.parameters = [list(named_parameters_of(paired, [k]).values()) for k in range(len(paired))]
         self._entries: list[Tensor] = []
         """What fed each block at the step that was looked at last."""

@@ -14,7 +14,8 @@ from stablekd_fast.data import Dataset
 from stablekd_fast.diagnose.probe import Probe, probe_inputs
 from stablekd_fast.diagnose.settings import ARMS, END_TO_END, NOT_USED, Probing
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.stage import StageSteps, stage_steps
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.execution.memory import watched
 from stablekd_fast.run.materials import Given, Materials, gather
@@ -77,36 +78,31 @@ class Twin:
         """Rows of blocks and of cuts; none without a `look`."""
         parts, probing = self.parts, self.probing
         stage = Stage(self.groups(arm), steps=probing.steps, optimizer=parts.config.optimizer or Optimizer())
-        steps, inputs = self._begin(stage)
+        steps = self._begin(stage)
         probe = Probe(parts.paired, stage.groups, self.objectives, self.inputs)
-        wanted, teacher = self.objectives.teacher_outputs(stage.groups, len(parts.paired.cuts)), Relay(parts.paired)
+        teacher = Relay(parts.paired)
         batches = enumerate(parts.source.batches(0, probing.steps))
         shown = f"seed {parts.config.seed}, {arm}"
         blocks, cuts = [], []
         for number, batch in track(batches, shown, probing.steps, disable=not progress, transient=True):
             before = probe.weights() if look and number in probing.at else None
             with watched(lambda: shown, parts.config.batch_size):
-                load_batch(inputs, teacher, wanted, batch)
-                for step in steps:
-                    step.run()
+                steps.load(teacher, batch)
+                steps.run()
                 if before is not None:
                     seen = probe.look(probing.at.index(number), before)
                     for rows, new in zip((blocks, cuts), seen):
                         rows += [{"step": number, **row} for row in new]
-        self._check(steps, arm)
+        self._check(steps.steps, arm)
         return blocks, cuts
 
-    def _begin(self, stage: Stage) -> tuple[list[GroupStep], StageInputs]:
+    def _begin(self, stage: Stage) -> StageSteps:
         paired, device = self.parts.paired, self.parts.device
         paired.student.load_state_dict(self.first)
         nn.ModuleList([paired.student, *paired.student_blocks]).train()
         torch.manual_seed(self.parts.config.seed)
-        inputs = StageInputs(device)
         rates = Rates.of_stage(PlannedStage(stage, 0, self.probing.steps), None, device)
-        steps = [
-            GroupStep(paired, group, self.objectives, stage.optimizer, inputs, rates=rates) for group in stage.groups
-        ]
-        return steps, inputs
+        return stage_steps(paired, stage.groups, self.objectives, stage.optimizer, rates=rates)
 
     def _check(self, steps: list[GroupStep], arm: str) -> None:
         for step in steps:

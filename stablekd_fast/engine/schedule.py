@@ -15,7 +15,7 @@ from stablekd_fast.errors import ConfigError
 METHODS = ("stablekd", "kd", "kd+features", "blocks", "ce")
 RECIPES = ("default", "progressive", "paper", "paper-end-to-end")
 DECOMPOSED_SHARE, MERGED_LR = 0.75, 0.1
-"""Of the default recipe: the part of the steps in which every block trains alone, and the peak learning rate of the
+"""The default recipe: the fraction of the steps in which every block trains alone, and the peak learning rate of the
 merged student relative to that of the blocks. Measured in docs/results/recipe.md."""
 
 

@@ -16,7 +16,7 @@ from stablekd_fast.data import Batch, StreamSource, TrainSource
 from stablekd_fast.distributed import Layout, Ranks
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage
 from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, StepOptions, load_batch
-from stablekd_fast.execution.capture import HostCopy, Runner
+from stablekd_fast.execution.capture import HostCopy, Runner, make_runner
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.teacher.live import Teacher
 
@@ -41,6 +41,15 @@ class StageSteps:
         """Train every group on the batch in the inputs."""
         for step in self.steps:
             step.run()
+
+    def state(self) -> list[Tensor]:
+        """Return all tensors that the steps change and that outlive them."""
+        return [tensor for step in self.steps for tensor in step.state()]
+
+    def runner(self, capture: str, *, fall_back: bool = False) -> Runner:
+        """Make what runs the steps in a mode of `make_runner`. The inputs must have been loaded once."""
+        bodies = [step.run for step in self.steps]
+        return make_runner(capture, bodies, self.state(), self.inputs.device, fall_back=fall_back)
 
 
 def stage_steps(

@@ -32,7 +32,7 @@ class GroupCost:
 
 @dataclass(frozen=True)
 class ReduceCost:
-    """Of an all-reduce: seconds for nothing, and per byte that a rank sends."""
+    """What an all-reduce costs: seconds for nothing, and per byte that a rank sends."""
 
     latency: float = 0.0
     per_byte: float = 0.0
@@ -122,7 +122,11 @@ def assign(
     if neighbours:
         return _runs(costs, places)
     feeds = feeds or [{}] * len(costs)
-    return _Search(costs, feeds, places).best() if len(costs) <= _EXACT_GROUPS else _longest_first(costs, feeds, places)
+    return (
+        _AssignmentSearch(costs, feeds, places).best()
+        if len(costs) <= _EXACT_GROUPS
+        else _longest_first(costs, feeds, places)
+    )
 
 
 def loads_of(
@@ -162,7 +166,7 @@ def _longest_first(costs: Sequence[float], feeds: Sequence[Mapping[int, float]],
     return chosen
 
 
-class _Search:
+class _AssignmentSearch:
     """Branch and bound: longest groups first, equal places once, branches dropped that cannot beat the best known."""
 
     def __init__(self, costs: Sequence[float], feeds: Sequence[Mapping[int, float]], places: int) -> None:

@@ -110,7 +110,7 @@ class Job:
         return set().union(*(self.objectives.teacher_outputs(s.stage.groups, count) for s in self.stages))
 
     def codecs(self, output: int) -> list[str]:
-        """Those that an output may be kept by, the preferred one first."""
+        """Return the codecs by which an output may be kept, the preferred one first."""
         return [self.settings.logits] if output == len(self.paired.cuts) else self.settings.codecs
 
     def outputs(self, blocks: list[float], examples: dict[int, Tensor], cost: Callable[[int, RowFormat], CodecCost]):

@@ -113,7 +113,7 @@ def predicted_blocks(device: Profile, paired: PairedBlocks, batch: int) -> tuple
 
 
 def _activation_bytes(paired: PairedBlocks, k: int, batch: int) -> tuple[float, float]:
-    """Of one layer's output in teacher and student block `k`, taken to be as large as the block's."""
+    """Return the bytes of one layer's output in teacher and student block `k`, taken to be as large as the block's."""
     if k == len(paired.cuts):
         return 0.0, 0.0
     cut = paired.cuts[k]

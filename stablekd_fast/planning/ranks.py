@@ -136,7 +136,7 @@ def _gradient_bytes(paired: PairedBlocks, group: list[int]) -> int:
 
 
 def _measured_reduce(ranks: Ranks, device: torch.device) -> ReduceCost:
-    """Of an all-reduce over all ranks, two at least: the time of a small and of a large one."""
+    """Time a small and a large all-reduce over all ranks, two at least."""
     times = []
     for size in _SIZES:
         values, taken = torch.zeros(size // 4, device=device), []
@@ -200,7 +200,7 @@ def predicted_scaling(
 
 
 def _predicted(device: Profile, paired: PairedBlocks, stages: Sequence[PlannedStage]) -> list[list[GroupCost]]:
-    """Of each stage's groups. Blocks are predicted once for each number of images."""
+    """Predict the costs of each stage's groups. Blocks are predicted once for each number of images."""
     blocks = functools.cache(lambda images: predicted_blocks(device, paired, images))
 
     def cost(group: list[int]) -> GroupCost:

@@ -153,13 +153,15 @@ def best_plan(costs: Costs) -> Plan:
     better than the other is dropped, and so is one that could not become better than a plan known already. The minimum
     is exact unless more than 1000 partial plans stay side by side; then the most promising are followed.
     """
-    search = _Search(costs)
+    search = _PlanSearch(costs)
     quick = search.run(_FEW_LABELS, math.inf)
     best = search.run(_MOST_LABELS, search.seconds(quick).min())
     return search.plan(best if len(best.used) else quick)
 
 
-class _Search:
+class _PlanSearch:
+    """Grows partial plans output by output, and drops those that cannot become the best."""
+
     def __init__(self, costs: Costs) -> None:
         self.costs, self.tiers = costs, list(costs.tiers)
         self.kinds = sorted({stage.wanted for stage in costs.stages}, key=sorted)
@@ -192,7 +194,7 @@ class _Search:
         return _Labels(*map(np.concatenate, zip(*states.values())))
 
     def seconds(self, labels: _Labels, more: np.ndarray | float = 0.0) -> np.ndarray:
-        """Of the whole run, if `more` is added to the loads."""
+        """Return for each label the seconds of the whole run, if `more` is added to its loads."""
         total, loads = 0.0, labels.loads + more
         for stage in self.costs.stages:
             busiest = (loads[:, self.kinds.index(stage.wanted)] + _constant(self.costs, stage)).max(-1)

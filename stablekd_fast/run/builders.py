@@ -100,7 +100,7 @@ def training_stream(source: TrainSource, config: DistillConfig) -> TrainSource |
 
 
 def cache_settings(config: DistillConfig) -> CacheSettings:
-    """Those in force: rows of images without names could not be found again."""
+    """Return the settings in force: rows of images without names could not be found again."""
     if config.source != STREAM or not config.cache.keeps_rows:
         return config.cache
     reason = (

@@ -59,7 +59,7 @@ class Images:
 
     dataset: Dataset
     splits: list[Split]
-    """Those that the run reads: for training, held out (if there are any), for the test."""
+    """The splits that the run reads: for training, held out (if there are any), for the test."""
     source: TrainSource
     stream: TrainSource | StreamSource
     """What training takes its batches from: `source`, unless another is asked for."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
 from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.execution.capture import Runner, make_runner
+from stablekd_fast.engine.stage import StageSteps, stage_steps
+from stablekd_fast.engine.step import Rates
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.selftest.claim import Broken, Claim, NotHere, difference
@@ -59,34 +59,29 @@ class _Trial:
         self.paired.precision, self.paired.fuses_norms = Precision(precision), pick_fusion("auto", device)
         self.device, self.optimizer = device, optimizer
         self.aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
-        self.steps: list[GroupStep] = []
 
-    def enter(self, groups: list[list[int]]) -> None:
+    def enter(self, groups: list[list[int]]) -> StageSteps:
+        """The steps of a stage, with the first batch loaded."""
         planned = PlannedStage(Stage(groups, steps=_STEPS, optimizer=self.optimizer), 0, _STEPS)
-        rates, self.inputs = Rates.of_stage(planned, None, self.device), StageInputs(self.device)
-        self.wanted = self.aims.teacher_outputs(groups, len(self.paired.cuts))
+        rates = Rates.of_stage(planned, None, self.device)
         nn.ModuleList(self.paired.student_blocks).train()
-        self.load(0)
-        given = (self.aims, self.optimizer, self.inputs)
-        self.steps = [GroupStep(self.paired, group, *given, rates=rates, history=_STEPS) for group in groups]
+        steps = stage_steps(self.paired, groups, self.aims, self.optimizer, rates=rates, history=_STEPS)
+        self.load(steps, 0)
+        return steps
 
-    def load(self, number: int) -> None:
-        load_batch(self.inputs, Relay(self.paired), self.wanted, _batch(number))
-
-    def runner(self, mode: str) -> Runner:
-        state = [tensor for step in self.steps for tensor in step.state()]
-        return make_runner(mode, [step.run for step in self.steps], state, self.device, fall_back=False)
+    def load(self, steps: StageSteps, number: int) -> None:
+        steps.load(Relay(self.paired), _batch(number))
 
     def train(self, mode: str) -> list[Tensor]:
         """Weights, statistics, moments, rates and losses at the end of each stage."""
         seen = []
         for groups in _GROUPS:
-            self.enter(groups)
-            with contextlib.closing(self.runner(mode)) as runner:
+            steps = self.enter(groups)
+            with contextlib.closing(steps.runner(mode)) as runner:
                 for number in range(_STEPS):
-                    self.load(number)
+                    self.load(steps, number)
                     runner.run()
-                seen += [tensor.detach().clone() for step in self.steps for tensor in step.state()]
+                seen += [tensor.detach().clone() for tensor in steps.state()]
         return seen
 
 
