@@ -23,6 +23,12 @@ class Batch:
     images: Tensor | None
     labels: Tensor
 
+    @property
+    def pixels(self) -> Tensor:
+        """The images of a batch that was made with them."""
+        assert self.images is not None, "this batch was asked for without images"
+        return self.images
+
 
 def normalised(
     images: Tensor, mean: Channels, std: Channels, flips: Tensor | None = None, dtype: torch.dtype = torch.float32

@@ -131,9 +131,9 @@ class Merges:
 
     def _images(self, probes: list[Batch]) -> Tensor:
         """The first probe batch's images, in float32 as the composed student computes."""
-        return probes[0].images.to(self.parts.device, non_blocking=True)
+        return probes[0].pixels.to(self.parts.device, non_blocking=True)
 
     def _as_trained(self, batches: list[Batch]) -> Iterator[Batch]:
         """The batches with images as steps read them."""
         dtype = self.parts.execution.image_dtype
-        return (replace(batch, images=batch.images.to(dtype)) for batch in batches)
+        return (replace(batch, images=batch.pixels.to(dtype)) for batch in batches)

@@ -17,9 +17,13 @@ class LogitKD:
     """`kl_weight` * T^2 * KL(teacher || student at temperature T) + `ce_weight` * cross entropy with the labels."""
 
     temperature: float = 4.0
+    """What both logits are divided by before they are compared."""
     kl_weight: float = 0.1
+    """Weight of the divergence from the teacher's prediction."""
     ce_weight: float = 1.0
+    """Weight of the cross entropy with the labels."""
     label_smoothing: float = 0.0
+    """The part of a label that is spread evenly over all classes."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:

@@ -20,7 +20,10 @@ class FeatureMSE:
     """
 
     weight: float = 1.0
+    """Weight of the loss at each cut."""
     normalize: Literal["power", "channel", "l2"] | None = "power"
+    """What brings features to one scale: the target's mean power, a standardisation per channel, or unit length per
+    sample; None leaves them as they are."""
 
 
 def _power(config: FeatureMSE, target: Tensor) -> Tensor | None:

@@ -54,7 +54,7 @@ class Planner:
 
     def examples(self) -> dict[int, Tensor]:
         """The wanted outputs for the first batch."""
-        return self.paired.teacher_outputs(next(self.source.batches(0, 1)).images.to(self.device), self.job.wanted)
+        return self.paired.teacher_outputs(next(self.source.batches(0, 1)).pixels.to(self.device), self.job.wanted)
 
     def plan(self, examples: dict[int, Tensor]) -> tuple[Plan, Costs | None]:
         """The plan by the settings, and the costs if any were measured for it. Raises ConfigError if `all` is asked for
@@ -135,7 +135,7 @@ def measured_costs(
 ) -> Costs:
     """Costs on this machine, measured with one batch and the wanted outputs for it. `images`: seconds that making a
     batch takes; `stored`: share of the rows of an output in a codec that are on disk already."""
-    blocks = measure_teacher(job.paired, batch.images.to(device))
+    blocks = measure_teacher(job.paired, batch.pixels.to(device))
     outputs = job.outputs(blocks, examples, lambda k, form: measure_codec(form, examples[k], stored(k, form.codec)))
     working_set = sum(job.rows * max((c.row_bytes for c in output.codecs.values()), default=0) for output in outputs)
     groupings = [planned.stage.groups for planned in job.stages]

@@ -33,24 +33,35 @@ class PairPlan:
     """How a pair is cut into blocks, and, with a budget, what of the teacher is worth keeping."""
 
     teacher: str
+    """The teacher's name: that of a CIFAR model, torchvision/NAME or timm/NAME."""
     student: str
+    """The student's name, as for the teacher."""
     image_size: int = 224
-    """Pixels."""
+    """The side of the images, in pixels."""
     classes: int = 1000
+    """The number of classes."""
     cuts: list[Any] | None = None
+    """Modules after which to cut; None finds cuts automatically."""
     blocks: int | None = None
+    """How many blocks to cut into; None makes one per spatial size, and the classifier."""
     bridge: str = "select"
+    """How the map between different widths is fitted: select, average or pca."""
     method: str = "stablekd"
+    """One of stablekd, kd, kd+features, blocks, ce."""
     epochs: float = 60.0
+    """How often the run goes through the training images."""
     images: int = 1_281_167
-    """Training images."""
+    """The number of training images."""
     views: int | None = 1
     """Distinct views per image; None for endless new ones."""
     batch_size: int = 64
+    """Images of a batch, of all ranks together."""
     budget_disk: str = "0"
-    """Bytes for rows, e.g. 200GB."""
+    """Most bytes of rows on disk, e.g. 200GB."""
     budget_host: str = "0"
+    """Most bytes of rows in main memory."""
     budget_device: str = "0"
+    """Most bytes of rows in the GPU's memory."""
     codecs: list[str] = field(default_factory=lambda: ["fp32"])
     """Codecs allowed for activations: fp32, bf16, int8, fp8."""
     logits: str = "fp16"
@@ -202,7 +213,7 @@ def _costs(asked: PairPlan, paired: PairedBlocks, settings: CacheSettings) -> tu
         return predicted_costs(job, device, examples, asked.batch_size), basis
     batch = _random_batch(asked)
     basis = "from speeds measured on this machine's processor, without the loading of images"
-    return measured_costs(job, batch, paired.teacher_outputs(batch.images, job.wanted), torch.device("cpu"), 0.0), basis
+    return measured_costs(job, batch, paired.teacher_outputs(batch.pixels, job.wanted), torch.device("cpu"), 0.0), basis
 
 
 def _random_batch(asked: PairPlan) -> Batch:

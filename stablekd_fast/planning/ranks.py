@@ -74,10 +74,10 @@ def _measured_groups(
     students, teachers = [], []
     for size in (part, count):
         images = dataclasses.replace(
-            batch, images=batch.images[:size], labels=batch.labels[:size], sample_ids=batch.sample_ids[:size]
+            batch, images=batch.pixels[:size], labels=batch.labels[:size], sample_ids=batch.sample_ids[:size]
         )
         students.append(measure_students(paired, objectives, groupings, images, device))
-        teachers.append(measure_teacher(paired, images.images.to(device)) if paired.cuts else [0.0] * len(paired))
+        teachers.append(measure_teacher(paired, images.pixels.to(device)) if paired.cuts else [0.0] * len(paired))
     told = ranks.all_gather((students, teachers, _measured_feeds(columns, device)))
 
     def cost(group: list[int]) -> GroupCost:

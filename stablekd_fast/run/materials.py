@@ -68,7 +68,7 @@ class Images:
 
     def first(self, device: torch.device) -> Tensor:
         """The images of the first training batch `[N, C, H, W]`, on `device`."""
-        return next(self.source.batches(0, 1)).images.to(device)
+        return next(self.source.batches(0, 1)).pixels.to(device)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _open_images(config: DistillConfig, dataset: Dataset | None, device: torch.d
 def _pair(config: DistillConfig, given: Given, images: Images, device: torch.device) -> PairedBlocks:
     """Build what the settings name, load the weights, and cut."""
     classes = len(images.dataset.classes)
-    example = torch.cat([batch.images for batch in images.source.batches(0, CALIBRATION_BATCHES)])
+    example = torch.cat([batch.pixels for batch in images.source.batches(0, CALIBRATION_BATCHES)])
     size = example.shape[-1]
     student = given.student
     if student is None:
