@@ -22,13 +22,21 @@ def covering_sample(
 
     Greedy: of some random jobs the one with most new pairs for its price comes next.
     """
-    draw, chosen = draw or random.Random(0), []
-    left = {job: set(pairs(job)) for job in jobs}
+    draw, chosen, bits = draw or random.Random(0), [], {}
+
+    def as_bits(job: Job) -> int:
+        """One bit per pair: what is left of each job is found anew after every choice."""
+        found = 0
+        for pair in pairs(job):
+            found |= 1 << bits.setdefault(pair, len(bits))
+        return found
+
+    left = [(job, as_bits(job)) for job in dict.fromkeys(jobs)]
     while left:
-        job = max(draw.sample(list(left), min(_CANDIDATES, len(left))), key=lambda one: len(left[one]) / price(one))
-        new = left.pop(job)
+        candidates = draw.sample(left, min(_CANDIDATES, len(left)))
+        job, new = max(candidates, key=lambda one: one[1].bit_count() / price(one[0]))
         chosen.append(job)
-        left = {other: rest for other, own in left.items() if (rest := own - new)}
+        left = [(other, rest) for other, own in left if (rest := own & ~new)]
     return chosen
 
 
