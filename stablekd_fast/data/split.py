@@ -84,7 +84,7 @@ class Split:
 
     @property
     def resident(self) -> bool:
-        """Whether the images fit in memory, all of one shape."""
+        """Whether the images are small and kept in memory, all of one shape."""
         return self._files is None or self._files.shape is not None
 
     @property

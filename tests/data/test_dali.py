@@ -59,7 +59,7 @@ def source_of(root, kind: str, *, on_bad_image="skip", size=64, **settings) -> T
 
 
 def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
-    """In dB, of normalised batches `[N, 3, H, W]`."""
+    """Peak signal-to-noise ratio in dB between normalised batches `[N, 3, H, W]`."""
     scale = torch.tensor(IMAGENET_STD)[:, None, None] * 255
     error = ((one - other).double() * scale).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
