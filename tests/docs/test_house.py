@@ -21,6 +21,7 @@ ELSEWHERE = {"train.py", "tools/train.py", "stablekd_fast._C"}
 NAMED = re.compile(
     r"`([\w./-]+\.(?:py|cpp|h|md|cff|toml)|(?:stablekd_fast|kernels|bench|tests|docs|csrc|examples)/[\w./-]*)`"
 )
+INSIDE = re.compile(r"(?<![\w./])(?:stablekd_fast|kernels|bench|tests|docs|csrc)/[\w./-]+\.(?:py|cpp|h|md)\b")
 DOTTED = re.compile(r"\bstablekd_fast(?:\.\w+)+")
 
 
@@ -47,7 +48,8 @@ def names_something(dotted, modules):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page):
-    named = {*NAMED.findall(page.read_text())} - ELSEWHERE
+    text = page.read_text()
+    named = {*NAMED.findall(text), *INSIDE.findall(text)} - ELSEWHERE
     assert {name for name in named if not exists(name, page)} == set()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stablekd_fast import cli
+from stablekd_fast.cli.spelling import underscored
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "options.md"
@@ -78,4 +79,4 @@ def test_every_option_is_taken_with_its_default():
         assert len(rows) > 3, command
         for row in rows:
             words = [command, *NEEDED.get(command, []), f"--{row['name']}={row['default']}"]
-            parser.parse_args([cli._underscored(word) for word in words])
+            parser.parse_args([underscored(word) for word in words])
