@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from stablekd_fast.cache.shard import REMEDY, Part
 from stablekd_fast.errors import CacheError, CacheFull, TrainingError
@@ -77,6 +80,15 @@ class Manifest:
             raise CacheError(
                 f"The rows in {folder} were made for something else ({listed}). Use another --cache.directory, or "
                 f"delete them with `stablekd cache gc {folder.parent} --columns {folder.name}`."
+            )
+
+    def check_parts(self, count: int, parts: Sequence[Tensor], folder: Path) -> None:
+        """Raise CacheError unless `parts` are `count` rows of this kind, contiguous and on the CPU."""
+        found = [(tuple(part.shape), part.dtype, part.device.type, part.is_contiguous()) for part in parts]
+        needed = [((count, *part.shape), part.dtype, "cpu", True) for part in self.parts]
+        if found != needed:
+            raise CacheError(
+                f"Rows of {folder} have the parts {needed} (shape, dtype, device, contiguous); got {found}."
             )
 
 

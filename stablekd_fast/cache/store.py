@@ -113,7 +113,7 @@ class RowStore:
         Raises CacheError if a row is not stored, or if `out` does not fit.
         """
         rows = rows.contiguous()
-        self._check_parts(rows, out)
+        self.manifest.check_parts(len(rows), out, self.folder)
         if len(rows) and not bool(self.present(rows).all()):
             missing = int(rows[~self.present(rows)][0])
             raise CacheError(f"{self.describe(missing)} is not stored in {self.folder}; fill the cache first.")
@@ -180,7 +180,7 @@ class RowStore:
 
         Raises CacheFull where the budget or the disk is used up; the rows before that are stored.
         """
-        self._check_parts(rows, parts)
+        self.manifest.check_parts(len(rows), parts, self.folder)
         with self._mutex:
             if len(rows):
                 self.tables.make_room(int(rows.max()) + 1)
@@ -305,14 +305,6 @@ class RowStore:
         known = self.manifest.shards[name]
         path = self.folder / name
         self._add(Shard.open_finished(path, self.manifest.parts, known["rows"], known["index"], self.reader))
-
-    def _check_parts(self, rows: Tensor, parts: Sequence[Tensor]) -> None:
-        found = [(tuple(part.shape), part.dtype, part.device.type, part.is_contiguous()) for part in parts]
-        needed = [((len(rows), *part.shape), part.dtype, "cpu", True) for part in self.manifest.parts]
-        if found != needed:
-            raise CacheError(
-                f"Rows of {self.folder} have the parts {needed} (shape, dtype, device, contiguous); got {found}."
-            )
 
     def _alone(self) -> contextlib.AbstractContextManager:
         """A context in which no other writer changes the folder."""

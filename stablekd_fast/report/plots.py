@@ -173,10 +173,11 @@ def draw_line(axes: Axes, points: Sequence[tuple[float, float | None]], **style)
 
 def in_our_style() -> AbstractContextManager[None]:
     """A context with matplotlib's defaults and our style on top, whatever the process uses elsewhere."""
-    return matplotlib.rc_context({**_defaults(), **STYLE})
+    settings: dict[Any, Any] = {**_defaults(), **STYLE}
+    return matplotlib.rc_context(settings)
 
 
-def _defaults() -> dict[Any, Any]:
+def _defaults() -> dict:
     # A backend in the settings would be switched to; deprecated keys would warn.
     return {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
 
