@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from stablekd_fast.kernels._checks import FLOATS, describe, require
@@ -15,7 +15,21 @@ CODES = (torch.int8, torch.float8_e4m3fn)
 LENGTH_EPSILON = 1e-12
 
 
-def check_features(student: Tensor, target: Tensor, target_scale: Tensor | None, channel_axis: int) -> None:
+class FeatureOperands(Protocol):
+    """What the losses on feature maps have in common."""
+
+    @property
+    def student(self) -> Tensor: ...
+    @property
+    def target(self) -> Tensor: ...
+    @property
+    def target_scale(self) -> Tensor | None: ...
+    @property
+    def channel_axis(self) -> int: ...
+
+
+def check_features(given: FeatureOperands) -> None:
+    student, target, target_scale, channel_axis = given.student, given.target, given.target_scale, given.channel_axis
     require(
         student.dim() >= 2 and student.is_floating_point() and student.dtype not in CODES,
         f"student is {describe(student)}; it must be floating point with a batch axis and at least one more.",
@@ -81,7 +95,7 @@ def length(features: Tensor, axes: list[int]) -> Tensor:
     return (features.square().sum(dim=axes, keepdim=True) + LENGTH_EPSILON).sqrt()
 
 
-class Operands(NamedTuple):
+class DenseOperands(NamedTuple):
     """Student and target in one dense layout, and the gradient (or None) to be written in that layout."""
 
     student: Tensor
@@ -91,14 +105,13 @@ class Operands(NamedTuple):
     layout: FeatureLayout
 
 
-def operands(
-    student: Tensor, target: Tensor, target_scale: Tensor | None, channel_axis: int, with_gradient: bool
-) -> Operands | None:
+def dense_operands(given: FeatureOperands, with_gradient: bool) -> DenseOperands | None:
     """What the fused implementations take; None for double precision and tensors without elements."""
+    student, target = given.student, given.target
     if student.dtype not in FLOATS or target.dtype not in (*FLOATS, *CODES) or student.numel() == 0:
         return None
     student = dense(student)
     target = laid_out_as(target, student)
-    scales = None if target_scale is None else target_scale.contiguous()
+    scales = None if given.target_scale is None else given.target_scale.contiguous()
     gradient = torch.empty_like(student) if with_gradient else None
-    return Operands(student, target, scales, gradient, feature_layout(student, channel_axis))
+    return DenseOperands(student, target, scales, gradient, feature_layout(student, given.channel_axis))

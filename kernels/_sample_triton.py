@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from stablekd_fast.kernels import _triton_finish
-from stablekd_fast.kernels._features import Operands
+from stablekd_fast.kernels._features import DenseOperands
 from stablekd_fast.kernels._features_triton import (
     BLOCK,
     EXTENTS,
@@ -160,7 +160,7 @@ def elements(
     return student, target, place, inside
 
 
-def loss(found: Operands, factor: float, upstream: Tensor | None, squared_distance: bool) -> Tensor:
+def loss(found: DenseOperands, factor: float, upstream: Tensor | None, squared_distance: bool) -> Tensor:
     """`factor` times `upstream` times the mean over samples of |u - v|^2, or of 1 - u.v; writes the gradient."""
     samples, size = found.layout.samples, found.layout.per_sample
     chunks = triton.cdiv(size, BLOCK)

@@ -21,6 +21,11 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from stablekd_fast.kernels._features import FeatureOperands
+from stablekd_fast.kernels.decoupled_kl import reference as decoupled_kl
+from stablekd_fast.kernels.feature_cosine import reference as feature_cosine
+from stablekd_fast.kernels.feature_mse import reference as feature_mse
+from stablekd_fast.kernels.kd_loss import reference as kd_loss
 from torch import Tensor
 
 from stablekd_fast.errors import ConfigError
@@ -110,9 +115,10 @@ def _logits_cases() -> Iterator[Case]:
             labels = torch.zeros(rows, dtype=torch.int64)
             tensors = [(student, passes), (teacher, passes), (labels, passes), (student, 1)]
             name, words = f"{rows}x{classes} {_short(dtype)}", f"logits {_times(passes)}, gradient once"
-            settings = (student, teacher, None, labels, 4.0, 0.9, 0.0, None, 1.0, None)
-            yield Case("kd_loss", name, settings, tensors, words)
-            yield Case("decoupled_kl", name, (student, teacher, labels, 4.0, 1.0, 8.0, 1.0, None), tensors, words)
+            of_kd = kd_loss.Operands(student, teacher, None, labels, 4.0, 0.9, 0.0, None)
+            of_decoupled = decoupled_kl.Operands(student, teacher, labels, 4.0, 1.0, 8.0)
+            yield Case("kd_loss", name, (of_kd, 1.0, None), tensors, words)
+            yield Case("decoupled_kl", name, (of_decoupled, 1.0, None), tensors, words)
 
 
 def _feature_cases() -> Iterator[Case]:
@@ -121,28 +127,28 @@ def _feature_cases() -> Iterator[Case]:
         scales = torch.ones(64) if codes else None
         target = target.to(torch.int8) if codes else target
         name = f"4x64x28x28 fp32, target {'int8' if codes else 'fp32'}, {_called(layout)}"
-        given = torch.tensor(1.0)
+        known = torch.tensor(1.0)
         for kind, normalize, power, reads, rereads in (
             ("plain", None, None, 1, 1),
-            ("power given", "power", given, 1, 1),
+            ("power given", "power", known, 1, 1),
             ("power", "power", None, 1, 2),
             ("channel", "channel", None, 1, 2),
             ("l2", "l2", None, 2, 2),
         ):
-            arguments = (student, target, scales, normalize, power, 1, 1.0, None)
+            given = feature_mse.Operands(student, target, scales, normalize, power, 1)
             lookups = (rereads if codes else 0) + (normalize == "channel")
-            yield _feature_case("feature_mse", f"{kind}: {name}", arguments, reads, rereads, lookups)
+            yield _feature_case("feature_mse", f"{kind}: {name}", given, reads, rereads, lookups)
         for per, passes in (("position", 1), ("sample", 2)):
-            arguments = (student, target, scales, per, 1, 1.0, None)
+            given = feature_cosine.Operands(student, target, scales, per, 1)
             lookups = passes if codes else 0
-            yield _feature_case("feature_cosine", f"per {per}: {name}", arguments, passes, passes, lookups)
+            yield _feature_case("feature_cosine", f"per {per}: {name}", given, passes, passes, lookups)
 
 
-def _feature_case(op: str, name: str, arguments: tuple, reads: int, rereads: int, lookups: int) -> Case:
-    student, target, *_ = arguments
+def _feature_case(op: str, name: str, given: FeatureOperands, reads: int, rereads: int, lookups: int) -> Case:
+    student, target = given.student, given.target
     tensors = [(student, reads), (target, rereads), (student, 1), (_per_element(student), lookups)]
     words = f"student {_times(reads)}, target {_times(rereads)}, gradient once"
-    return Case(op, name, arguments, tensors, words + _looked_up(lookups))
+    return Case(op, name, (given, 1.0, None), tensors, words + _looked_up(lookups))
 
 
 def _per_element(features: Tensor) -> Tensor:

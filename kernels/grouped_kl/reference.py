@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from stablekd_fast.kernels._checks import accumulator
 from torch import Tensor
 
 
-def grouped_kl(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    threshold: float,
-    primary_weight: float,
-    binary_weight: float,
-) -> Tensor:
-    binary, primary, _, mass = split(student, teacher, temperature, threshold)
-    return (temperature**2 * (binary_weight * binary + primary_weight * mass * primary)).mean()
+class Operands(NamedTuple):
+    """What `grouped_kl` takes."""
+
+    student: Tensor  # [N, C]
+    teacher: Tensor  # [N, C]
+    temperature: float
+    threshold: float
+    primary_weight: float
+    binary_weight: float
+
+
+def grouped_kl(given: Operands) -> Tensor:
+    binary, primary, _, mass = split(given.student, given.teacher, given.temperature, given.threshold)
+    return (given.temperature**2 * (given.binary_weight * binary + given.primary_weight * mass * primary)).mean()
 
 
 def split(

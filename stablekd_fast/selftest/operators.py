@@ -60,7 +60,7 @@ def _features() -> tuple[Tensor, Tensor]:
 
 def _kd_loss(device: torch.device) -> str:
     def exact(s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return kd_by.kd_loss_with_grad(s, t, None, labels, 4.0, 0.9, 0.1, None, 1.0, None)
+        return kd_by.kd_loss_with_grad(kd_by.Operands(s, t, None, labels, 4.0, 0.9, 0.1, None), 1.0, None)
 
     def ours(s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.kd_loss_with_grad(s, t, labels, label_smoothing=0.1)
@@ -70,14 +70,14 @@ def _kd_loss(device: torch.device) -> str:
 
 def _decoupled_kl(device: torch.device) -> str:
     def exact(s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return decoupled_by.decoupled_kl_with_grad(s, t, labels, 4.0, 1.0, 8.0, 1.0, None)
+        return decoupled_by.decoupled_kl_with_grad(decoupled_by.Operands(s, t, labels, 4.0, 1.0, 8.0), 1.0, None)
 
     return _loss_agrees(device, lambda *x: kernels.decoupled_kl_with_grad(*x), exact, _logits)
 
 
 def _feature_mse(normalize: str | None) -> Callable[[torch.device], str]:
     def exact(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return mse_by.feature_mse_with_grad(s, t, None, normalize, None, 1, 1.0, None)
+        return mse_by.feature_mse_with_grad(mse_by.Operands(s, t, None, normalize, None, 1), 1.0, None)
 
     def ours(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.feature_mse_with_grad(s, t, normalize=normalize)
@@ -87,7 +87,7 @@ def _feature_mse(normalize: str | None) -> Callable[[torch.device], str]:
 
 def _feature_cosine(device: torch.device) -> str:
     def exact(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return cosine_by.feature_cosine_with_grad(s, t, None, "position", 1, 1.0, None)
+        return cosine_by.feature_cosine_with_grad(cosine_by.Operands(s, t, None, "position", 1), 1.0, None)
 
     return _loss_agrees(device, lambda *x: kernels.feature_cosine_with_grad(*x), exact, _features)
 
