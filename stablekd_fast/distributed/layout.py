@@ -1,4 +1,4 @@
-"""Which rank trains which groups of a stage, on which part of the batch: a mesh of blocks times data, chosen by costs.
+"""The mesh of a stage, blocks times data: which rank trains which groups, on which part of the batch.
 
 On the *blocks* axis ranks train different groups on the same images; decomposed groups have no gradient in common, so
 nothing of it is exchanged. On the *data* axis ranks train the same groups on different parts of each batch and average
@@ -8,7 +8,7 @@ gradients. A step of the stage takes as long as its busiest rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -32,14 +32,22 @@ class Layout:
     """Each group's place on the blocks axis."""
     seconds: tuple[float, ...] = ()
     """The seconds predicted for a step at each place; empty where nothing was measured."""
-    relays: bool = False
-    """Whether the teacher's activations are passed on from place to place. Groups then lie in the order of their
+    hands_on: bool = False
+    """Whether the live teacher's activations are handed on from place to place. Groups then lie in the order of their
     places."""
 
     @staticmethod
     def from_plain(values: dict) -> Layout:
         """The layout whose fields, as JSON types, are `values`."""
-        return Layout(**{**values, "places": tuple(values["places"]), "seconds": tuple(values["seconds"])})
+        fields = {name: value for name, value in values.items() if name != "relays"}
+        fields |= {"places": tuple(values["places"]), "seconds": tuple(values["seconds"])}
+        return Layout(**fields, hands_on=values["relays"])
+
+    def plain(self) -> dict:
+        """Return the fields under the names that they have in checkpoints."""
+        values = asdict(self)
+        values["relays"] = values.pop("hands_on")
+        return values
 
     def block_of(self, rank: int) -> int:
         """The rank's place on the blocks axis."""

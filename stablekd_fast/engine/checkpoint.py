@@ -152,7 +152,7 @@ def save_run(parts: Parts, state: RunState) -> None:
         "plan": parts.plan.plain(),
         "precision": parts.paired.precision.name,
         "progress": dataclasses.asdict(state.progress),
-        "layouts": [parts.ranks.size, [dataclasses.asdict(layout) for layout in parts.layouts]],
+        "layouts": [parts.ranks.size, [layout.plain() for layout in parts.layouts]],
     }
     save_tensors(parts.checkpoint, tensors, metadata)
 

@@ -163,7 +163,7 @@ class Engine:
 
     def _teacher(self, layout: Layout, groups: list[list[int]]) -> Teacher:
         """The teacher that training asks; what is measured in between asks the whole teacher."""
-        if not layout.relays:
+        if not layout.hands_on:
             return self.parts.teacher
         return TeacherPart(self.parts.paired, layout, groups, self.ranks, self.parts.device)
 

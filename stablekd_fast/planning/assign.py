@@ -59,7 +59,7 @@ def best_layout(
     batch: int,
     reduce: ReduceCost,
     *,
-    relays: bool = False,
+    live: bool = False,
     axis: str = "auto",
     accumulate: int = 1,
     image_seconds: float = 0.0,
@@ -68,7 +68,7 @@ def best_layout(
     passed on, may take up to 10% more: nothing is exchanged in its steps.
 
     Args:
-        relays: the live teacher runs; each place runs the teacher's blocks beside its own groups and passes its
+        live: whether the live teacher runs; each place runs the teacher's blocks beside its own groups and passes its
             activation on, so that neighbours must lie together.
         image_seconds: that a rank's loader takes for an image, while the rank trains.
         axis: `blocks` for as many places for groups as there can be, `data` for one, `auto` for what takes least time.
@@ -85,26 +85,24 @@ def best_layout(
             f"{len(groups)} "
             f"group(s); choose a --batch-size that is a multiple of {ranks * accumulate}."
         )
-    layouts = [_on_mesh(groups, b, d, batch, reduce, relays) for b, d in meshes]
+    layouts = [_on_mesh(groups, b, d, batch, reduce, live) for b, d in meshes]
 
     def weighed(layout: Layout) -> float:
         busiest = max(*layout.seconds, batch / layout.data * image_seconds)
-        return busiest / _WORTH_IT if layout.data == 1 and not relays else busiest
+        return busiest / _WORTH_IT if layout.data == 1 and not live else busiest
 
     return min(layouts, key=weighed)
 
 
-def _on_mesh(
-    groups: Sequence[GroupCost], blocks: int, data: int, batch: int, reduce: ReduceCost, relays: bool
-) -> Layout:
+def _on_mesh(groups: Sequence[GroupCost], blocks: int, data: int, batch: int, reduce: ReduceCost, live: bool) -> Layout:
     images = batch / data
     own = [
-        group.student(images) + (group.teacher(images) if relays else 0.0) + reduce.seconds(group.gradient_bytes, data)
+        group.student(images) + (group.teacher(images) if live else 0.0) + reduce.seconds(group.gradient_bytes, data)
         for group in groups
     ]
-    feeds = [{} if relays else {output: cost * images for output, cost in group.feeds.items()} for group in groups]
-    places = assign(own, blocks, feeds, neighbours=relays)
-    return Layout(blocks, data, tuple(places), tuple(loads_of(own, feeds, places, blocks)), relays and blocks > 1)
+    feeds = [{} if live else {output: cost * images for output, cost in group.feeds.items()} for group in groups]
+    places = assign(own, blocks, feeds, neighbours=live)
+    return Layout(blocks, data, tuple(places), tuple(loads_of(own, feeds, places, blocks)), live and blocks > 1)
 
 
 def assign(

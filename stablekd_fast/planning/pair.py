@@ -154,8 +154,8 @@ def plan_ranks(asked: PairPlan, paired: PairedBlocks, ranks: int) -> dict[str, l
     counts = sorted({*(2**power for power in range(7)), ranks})
     label = f"predicted, not measured, for {device.name}"
     scaling = {
-        f"{where}, {label}": predicted_scaling(device, paired, stages, asked.batch_size, counts, relays=relays)
-        for where, relays in (
+        f"{where}, {label}": predicted_scaling(device, paired, stages, asked.batch_size, counts, live=live)
+        for where, live in (
             ("all of the teacher from a cache", False),
             ("live teacher, passed on from rank to rank", True),
         )

@@ -42,7 +42,7 @@ def measured_layouts(
     ranks: Ranks,
     *,
     columns: Mapping[int, Column],
-    relays: bool,
+    live: bool,
     axis: str = "auto",
     accumulate: int = 1,
 ) -> list[Layout]:
@@ -50,11 +50,11 @@ def measured_layouts(
 
     Args:
         columns: what is cached of the teacher.
-        relays, axis, accumulate: as `best_layout` takes them.
+        live, axis, accumulate: as `best_layout` takes them.
     """
     device, batch = source.device, next(source.batches(0, 1))
     costs = _measured_groups(paired, objectives, groupings, batch, columns, ranks, device)
-    how = {"relays": relays, "axis": axis, "accumulate": accumulate, "image_seconds": _measured_images(source, ranks)}
+    how = {"live": live, "axis": axis, "accumulate": accumulate, "image_seconds": _measured_images(source, ranks)}
     reduce = _measured_reduce(ranks, device)
     return [best_layout(groups, ranks.size, source.batch_size, reduce, **how) for groups in costs]
 
@@ -168,11 +168,11 @@ def predicted_scaling(
     batch: int,
     counts: Sequence[int],
     *,
-    relays: bool,
+    live: bool,
 ) -> list[dict]:
     """What a run would do on each number of ranks: its meshes, images per second and efficiency, all predicted.
 
-    The batch is the same for all of them. `relays`: the teacher runs; otherwise all its outputs come from a cache.
+    The batch is the same for all of them. `live`: the teacher runs; otherwise all its outputs come from a cache.
     Numbers of ranks that cannot divide the batch are left out.
     """
     stage_costs = _predicted(device, paired, stages)
@@ -180,7 +180,7 @@ def predicted_scaling(
     for count in counts:
         try:
             layouts = [
-                best_layout(costs, count, batch, device.reduce(count), relays=relays, image_seconds=image_seconds)
+                best_layout(costs, count, batch, device.reduce(count), live=live, image_seconds=image_seconds)
                 for costs in stage_costs
             ]
         except ConfigError:

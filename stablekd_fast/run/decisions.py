@@ -100,7 +100,7 @@ def _layouts(
         materials.source,
         ranks,
         columns=teacher.columns if isinstance(teacher, CachedTeacher) else {},
-        relays=isinstance(teacher, Relay),
+        live=isinstance(teacher, Relay),
         axis=materials.config.parallel,
         accumulate=materials.config.accumulate,
     )
