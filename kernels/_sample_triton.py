@@ -49,7 +49,7 @@ def sample_products(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Of BLOCK elements of a sample the sums of s * s, t * t and s * t."""
+    """Sum s * s, t * t and s * t over BLOCK elements of a sample."""
     student, target, _, _ = elements(
         student_at, target_at, scales_at, size, chunks, outer, channels, inner, scales_stride, BLOCK, ALIGN
     )

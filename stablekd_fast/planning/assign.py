@@ -39,7 +39,7 @@ class ReduceCost:
 
     @staticmethod
     def sent(size: int, ranks: int) -> float:
-        """Bytes that a rank sends, as a ring does it: twice its data, less its own share."""
+        """Bytes that a rank sends, as a ring does it: twice its data, less the part that it ends with."""
         return size * 2 * (ranks - 1) / ranks
 
     def seconds(self, size: int, ranks: int) -> float:

@@ -134,7 +134,7 @@ def measured_costs(
     stored: Callable[[int, str], float] = lambda output, codec: 0.0,
 ) -> Costs:
     """Costs on this machine, measured with one batch and the wanted outputs for it. `images`: seconds that making a
-    batch takes; `stored`: share of the rows of an output in a codec that are on disk already."""
+    batch takes; `stored`: the fraction of the rows of an output in a codec that are on disk already."""
     blocks = measure_teacher(job.paired, batch.pixels.to(device))
     outputs = job.outputs(blocks, examples, lambda k, form: measure_codec(form, examples[k], stored(k, form.codec)))
     working_set = sum(job.rows * max((c.row_bytes for c in output.codecs.values()), default=0) for output in outputs)
