@@ -75,7 +75,7 @@ def test_gradients_are_those_of_float64(shape, added, relu):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("added", [True, False])
 def test_errors_are_at_most_twice_those_of_pytorch(dtype, added):
-    """Gradients of the output's weighted sum, and of its gradient with respect to x; the float64 answer decides which
+    """Measured are the output's weighted sum and the gradient with respect to x; the float64 answer decides which
     entries pass."""
     draws = []
     for seed in range(6):
