@@ -4,13 +4,10 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
 
 import torch
-from stablekd_fast.kernels._checks import check_upstream, laid_out_like, scaled
+from stablekd_fast.kernels._checks import Given, check_upstream, laid_out_like, scaled
 from torch import Tensor
-
-Given = TypeVar("Given", bound=NamedTuple)
 
 
 def loss_with_grad(
@@ -18,12 +15,12 @@ def loss_with_grad(
 ) -> tuple[Tensor, Tensor]:
     """Return `factor * upstream * loss(given)` and its gradient with respect to the student, laid out like it.
 
-    The student is the first of the operands `given`.
+    The student is the first operand.
     """
     check_upstream(upstream, given[0])
     student, *others = (value.detach() if isinstance(value, Tensor) else value for value in given)
     with torch.enable_grad():
         student.requires_grad_()
-        value = scaled(factor * loss(type(given)(student, *others)), upstream)
+        value = scaled(factor * loss(given._make((student, *others))), upstream)
         (gradient,) = torch.autograd.grad(value, student)
     return value.detach(), laid_out_like(gradient, given[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
-from stablekd_fast.kernels._checks import FLOATS, describe, require
+from stablekd_fast.kernels._checks import FLOATS, OperandError, describe
 from stablekd_fast.kernels._layout import FeatureLayout, dense, feature_layout, laid_out_as
 from torch import Tensor
 
@@ -30,42 +30,44 @@ class FeatureOperands(Protocol):
 
 def check_features(given: FeatureOperands) -> None:
     student, target, target_scale, channel_axis = given.student, given.target, given.target_scale, given.channel_axis
-    require(
-        student.dim() >= 2 and student.is_floating_point() and student.dtype not in CODES,
-        f"student is {describe(student)}; it must be floating point with a batch axis and at least one more.",
-    )
-    require(
-        target.shape == student.shape and (target.is_floating_point() or target.dtype in CODES),
-        f"target is {describe(target)} but student {describe(student)}; they must have one shape, "
-        "so bridge the widths or resize before comparing.",
-    )
+    if not (student.dim() >= 2 and student.is_floating_point() and student.dtype not in CODES):
+        raise OperandError(
+            f"student is {describe(student)}; it must be floating point with a batch axis and at least one more."
+        )
+    if not (target.shape == student.shape and (target.is_floating_point() or target.dtype in CODES)):
+        raise OperandError(
+            f"target is {describe(target)} but student {describe(student)}; they must have one shape, "
+            "so bridge the widths or resize before comparing."
+        )
     check_channel_axis(student, channel_axis)
     if target.dtype in CODES:
         check_scales(target, target_scale, channel_axis, "target")
     else:
-        require(
-            target_scale is None,
-            f"target_scale was given with a target that is {describe(target)}; only int8 and float8_e4m3fn have one.",
-        )
+        if target_scale is not None:
+            raise OperandError(
+                f"target_scale was given with a target that is {describe(target)}; "
+                "only int8 and float8_e4m3fn have one."
+            )
 
 
 def check_channel_axis(features: Tensor, channel_axis: int) -> None:
-    require(
-        -features.dim() <= channel_axis < features.dim() and channel_axis % features.dim() != 0,
-        f"channel_axis={channel_axis} was given for {describe(features)}; it must name an axis other than the batch.",
-    )
+    if not (-features.dim() <= channel_axis < features.dim() and channel_axis % features.dim() != 0):
+        raise OperandError(
+            f"channel_axis={channel_axis} was given for {describe(features)}; "
+            "it must name an axis other than the batch."
+        )
 
 
 def check_scales(codes: Tensor, scales: Tensor | None, channel_axis: int, name: str) -> None:
     samples, channels = codes.shape[0], codes.shape[channel_axis]
-    require(
-        scales is not None
-        and scales.dtype == torch.float32
-        and list(scales.shape) in ([channels], [samples, channels]),
-        f"{name} is {describe(codes)} and its scale {'None' if scales is None else describe(scales)}; "
-        f"such codes need a float32 scale per channel, [{channels}], or per sample and channel, "
-        f"[{samples}, {channels}].",
-    )
+    if not (
+        scales is not None and scales.dtype == torch.float32 and list(scales.shape) in ([channels], [samples, channels])
+    ):
+        raise OperandError(
+            f"{name} is {describe(codes)} and its scale {'None' if scales is None else describe(scales)}; "
+            f"such codes need a float32 scale per channel, [{channels}], or per sample and channel, "
+            f"[{samples}, {channels}]."
+        )
 
 
 def dequantized(codes: Tensor, scales: Tensor | None, channel_axis: int, dtype: torch.dtype) -> Tensor:

@@ -7,15 +7,12 @@ its `reference.py`: the schema follows from it, and every implementation takes i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from stablekd_fast.kernels import _native, _triton
-from stablekd_fast.kernels._checks import accumulator, check_upstream, scaled
+from stablekd_fast.kernels._checks import Given, accumulator, check_upstream, scaled
 from torch import Tensor
-
-Given = TypeVar("Given", bound=NamedTuple)
-"""The operands of a loss. The first of them is the student."""
 
 Loss = Callable[[Given], Tensor]
 LossWithGrad = Callable[[Given, float, Tensor | None], tuple[Tensor, Tensor]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._composite import loss_with_grad
 from stablekd_fast.kernels.attention_transfer import reference
 from stablekd_fast.kernels.attention_transfer.reference import Operands
@@ -37,14 +37,13 @@ def attention_transfer_with_grad(
 def _checked(given: Operands) -> Operands:
     student, target, power = given
     for name, features in (("student", student), ("target", target)):
-        require(
-            features.dim() == 4 and features.is_floating_point(),
-            f"{name} is {describe(features)}; it must be a floating point [N, C, H, W].",
+        if not (features.dim() == 4 and features.is_floating_point()):
+            raise OperandError(f"{name} is {describe(features)}; it must be a floating point [N, C, H, W].")
+    if not (student.shape[0] == target.shape[0] and student.shape[2:] == target.shape[2:]):
+        raise OperandError(
+            f"target is {describe(target)} but student {describe(student)}; batch, height and width must agree, "
+            "so resize one of them before comparing."
         )
-    require(
-        student.shape[0] == target.shape[0] and student.shape[2:] == target.shape[2:],
-        f"target is {describe(target)} but student {describe(student)}; batch, height and width must agree, "
-        "so resize one of them before comparing.",
-    )
-    require(power >= 1, f"power={power} was given; it must be at least 1.")
+    if not power >= 1:
+        raise OperandError(f"power={power} was given; it must be at least 1.")
     return given

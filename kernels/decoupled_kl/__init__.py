@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._logits import check_labels, check_student, check_teacher
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.decoupled_kl import cpu_impl, reference
@@ -55,7 +55,8 @@ def decoupled_kl_with_grad(
 def _checked(given: Operands) -> Operands:
     student = given.student
     check_student(student, given.temperature)
-    require(student.shape[1] >= 2, f"student_logits is {describe(student)}; it must have at least two classes.")
+    if student.shape[1] < 2:
+        raise OperandError(f"student_logits is {describe(student)}; it must have at least two classes.")
     check_teacher(given.teacher, student)
     check_labels(given.labels, student)
     return given

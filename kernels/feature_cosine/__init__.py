@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from stablekd_fast.kernels._checks import require
+from stablekd_fast.kernels._checks import OperandError
 from stablekd_fast.kernels._features import check_features
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.feature_cosine import cpu_impl, reference
@@ -58,7 +58,8 @@ def feature_cosine_with_grad(
 
 def _checked(given: Operands) -> Operands:
     check_features(given)
-    require(given.per in ("position", "sample"), f"per={given.per!r} was given; it must be 'position' or 'sample'.")
+    if given.per not in ("position", "sample"):
+        raise OperandError(f"per={given.per!r} was given; it must be 'position' or 'sample'.")
     return given
 
 

@@ -25,6 +25,7 @@ def feature_cosine_with_grad(given: Operands, factor: float, upstream: Tensor | 
     if found is None:
         return reference.feature_cosine_with_grad(given, factor, upstream)
     loss = _call(found, given.per, factor * number(upstream))
+    assert found.gradient is not None
     return loss, laid_out_like(found.gradient, given.student)
 
 

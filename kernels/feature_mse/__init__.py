@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from stablekd_fast.kernels._checks import require
+from stablekd_fast.kernels._checks import OperandError
 from stablekd_fast.kernels._features import check_features
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.feature_mse import cpu_impl, reference
@@ -67,14 +67,12 @@ def feature_mse_with_grad(
 def _checked(given: Operands) -> Operands:
     check_features(given)
     normalize, scale = given.normalize, given.power
-    require(
-        normalize in (None, "power", "channel", "l2"),
-        f"normalize={normalize!r} was given; it must be None, 'power', 'channel' or 'l2'.",
-    )
-    require(
-        scale is None or (normalize == "power" and scale.dim() == 0),
-        f"scale was given with normalize={normalize!r}; it needs normalize='power' and must be a 0-dim tensor.",
-    )
+    if normalize not in (None, "power", "channel", "l2"):
+        raise OperandError(f"normalize={normalize!r} was given; it must be None, 'power', 'channel' or 'l2'.")
+    if scale is not None and not (normalize == "power" and scale.dim() == 0):
+        raise OperandError(
+            f"scale was given with normalize={normalize!r}; it needs normalize='power' and must be a 0-dim tensor."
+        )
     return given
 
 

@@ -28,6 +28,7 @@ def feature_mse_with_grad(given: Operands, factor: float, upstream: Tensor | Non
     if found is None:
         return reference.feature_mse_with_grad(given, factor, upstream)
     loss = _call(found, given.normalize, given.power, factor * number(upstream))
+    assert found.gradient is not None
     return loss, laid_out_like(found.gradient, given.student)
 
 

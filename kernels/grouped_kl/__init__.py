@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stablekd_fast.kernels._checks import require
+from stablekd_fast.kernels._checks import OperandError
 from stablekd_fast.kernels._composite import loss_with_grad
 from stablekd_fast.kernels._logits import check_student, check_teacher
 from stablekd_fast.kernels.grouped_kl import reference
@@ -58,5 +58,6 @@ def grouped_kl_with_grad(
 def _checked(given: Operands) -> Operands:
     check_student(given.student, given.temperature)
     check_teacher(given.teacher, given.student)
-    require(0 < given.threshold < 1, f"threshold={given.threshold} was given; it must be between 0 and 1.")
+    if not 0 < given.threshold < 1:
+        raise OperandError(f"threshold={given.threshold} was given; it must be between 0 and 1.")
     return given

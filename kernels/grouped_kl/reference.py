@@ -42,9 +42,9 @@ def split(
         _divergence(student, teacher, log_q[place], log_p[place], group & open_)
         for place, group in ((1, inside), (2, ~inside))
     ]
-    shares = [(log_p[place] - log_p[0], log_q[place] - log_q[0]) for place in (1, 2)]
-    binary = sum(_weighted(p, q) for p, q in shares)
-    return binary, groups[0], groups[1], shares[0][0].exp()
+    masses = [(log_p[place] - log_p[0], log_q[place] - log_q[0]) for place in (1, 2)]
+    binary = _weighted(*masses[0]) + _weighted(*masses[1])
+    return binary, groups[0], groups[1], masses[0][0].exp()
 
 
 def _primary(p: Tensor, threshold: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._logits import check_labels, check_student, check_teacher
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.kd_loss import cpu_impl, reference
@@ -70,10 +70,11 @@ def _teacher(given: Tensor | TopK) -> tuple[Tensor, Tensor | None]:
     """Logits and None, or probabilities and indices."""
     if isinstance(given, Tensor):
         return given, None
-    require(
-        isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, Tensor) for part in given),
-        f"teacher_logits is a {type(given).__name__}; give a tensor [N, C], or (indices, probabilities), both [N, k].",
-    )
+    if not (isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, Tensor) for part in given)):
+        raise OperandError(
+            f"teacher_logits is a {type(given).__name__}; "
+            "give a tensor [N, C], or (indices, probabilities), both [N, k]."
+        )
     indices, probabilities = given
     return probabilities, indices
 
@@ -86,20 +87,18 @@ def _checked(given: Operands) -> Operands:
     else:
         fits = teacher.is_floating_point() and indices.dtype == torch.int64 and teacher.shape == indices.shape
         count, classes = student.shape
-        require(
-            fits and teacher.dim() == 2 and teacher.shape[0] == count and 1 <= teacher.shape[1] <= classes,
-            f"the teacher's indices are {describe(indices)} and its probabilities {describe(teacher)}; "
-            f"they must be int64 and floating point, both [{count}, k] with k in 1..{classes}.",
-        )
+        if not (fits and teacher.dim() == 2 and teacher.shape[0] == count and 1 <= teacher.shape[1] <= classes):
+            raise OperandError(
+                f"the teacher's indices are {describe(indices)} and its probabilities {describe(teacher)}; "
+                f"they must be int64 and floating point, both [{count}, k] with k in 1..{classes}."
+            )
     if given.labels is not None:
         check_labels(given.labels, student)
     if weight is not None:
-        require(
-            weight.is_floating_point() and weight.shape == student.shape[:1],
-            f"weight is {describe(weight)}; it must be floating point [{student.shape[0]}].",
-        )
-    smoothing = given.label_smoothing
-    require(0 <= smoothing < 1, f"label_smoothing={smoothing} was given; it must be in [0, 1).")
+        if not (weight.is_floating_point() and weight.shape == student.shape[:1]):
+            raise OperandError(f"weight is {describe(weight)}; it must be floating point [{student.shape[0]}].")
+    if not 0 <= given.label_smoothing < 1:
+        raise OperandError(f"label_smoothing={given.label_smoothing} was given; it must be in [0, 1).")
     return given
 
 

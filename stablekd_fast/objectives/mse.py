@@ -27,6 +27,7 @@ class FeatureMSE:
 
 
 def _power(config: FeatureMSE, target: Tensor) -> Tensor | None:
+    """Return the target's mean square, where the loss is divided by it."""
     if config.normalize != "power":
         return None
     wide = torch.float64 if target.dtype == torch.float64 else torch.float32
@@ -37,6 +38,7 @@ def _power(config: FeatureMSE, target: Tensor) -> Tensor | None:
 def feature_mse(
     config: FeatureMSE, student: Tensor, target: Tensor, channel_axis: int, power: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient. `power` is the mean square of the whole batch's target; None: of this one."""
     return kernels.feature_mse_with_grad(
         student, target, normalize=config.normalize, scale=power, weight=config.weight, channel_axis=channel_axis
     )
