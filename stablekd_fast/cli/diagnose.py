@@ -16,7 +16,7 @@ from stablekd_fast.report.terminal import console, print_rows
 def add_arguments(parser: Parser) -> None:
     """Add the settings of a diagnosis."""
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
-    parser.add_class_arguments(DistillConfig, skip=NOT_USED)
+    parser.add_class_arguments(DistillConfig, skip={*NOT_USED})
     parser.add_class_arguments(Probing)
     parser.add_argument("--out", type=str, default="runs/diagnose", help="directory for diagnose.json and report.html")
 

@@ -1,4 +1,4 @@
-"""The same short training twice, end to end and decomposed, looked at on the way."""
+"""Trains a pair twice for a short time, end to end and decomposed, and looks at its blocks on the way."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from stablekd_fast.teacher.live import Relay
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Rows by arm, seed and step: of blocks, and of cuts between blocks that train together."""
+class Measurements:
+    """What was measured of a pair, in rows by arm, seed and step."""
 
     cuts: list[Cut]
     precision: str
-    """In which the students trained."""
+    """The name of the precision in which the students trained."""
     blocks: list[dict]
+    """A row per block."""
     between: list[dict]
+    """A row per cut between blocks that train together."""
 
 
 def measure(
     config: DistillConfig, probing: Probing, *, progress: bool = True, dataset: Dataset | None = None
-) -> Measured:
+) -> Measurements:
     """Train both arms for every seed from `config.seed` on, and look at them.
 
     Raises ConfigError, DataError, ModelError or CutError if the parts do not fit, TrainingError if a loss is not
@@ -43,6 +45,7 @@ def measure(
     """
     blocks: list[dict] = []
     between: list[dict] = []
+    parts: Materials | None = None
     used = DistillConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_USED})
     for seed in range(config.seed, config.seed + probing.seeds):
         parts = gather(replace(used, seed=seed), Given(dataset=dataset))
@@ -52,18 +55,19 @@ def measure(
             own, cuts = twin.train(arm, progress)
             blocks += [{"arm": arm, "seed": seed, **row} for row in own]
             between += [{"arm": arm, "seed": seed, **row} for row in cuts]
-    return Measured(parts.paired.cuts, parts.paired.precision.name, blocks, between)
+    assert parts is not None  # Probing wants two seeds at least
+    return Measurements(parts.paired.cuts, parts.paired.precision.name, blocks, between)
 
 
 class Twin:
-    """Both arms of one seed: the same first weights, batches, optimizer and probe batches."""
+    """Trains both arms of one seed from the same first weights, on the same batches, with the same optimizer."""
 
     def __init__(self, parts: Materials, probing: Probing) -> None:
         if len(parts.paired) < 2:
             raise ConfigError("The pair has one block; entanglement is between blocks. Give --cuts or --blocks.")
         self.parts, self.probing, self.objectives = parts, probing, objectives_of(parts.config)
         self.first = {name: value.clone() for name, value in parts.paired.student.state_dict().items()}
-        # One batch from each of the epochs after the training: drawn independently, in views of their own.
+        # The probe batches come from the epochs after the training, one from each: independent, in views of their own.
         per_epoch = parts.source.steps_per_epoch
         epoch = -(-probing.steps // per_epoch)
         starts = [(epoch + i) * per_epoch for i in range(probing.probe_batches)]
@@ -71,11 +75,12 @@ class Twin:
         self.inputs = probe_inputs(parts.paired, self.objectives, batches, parts.device)
 
     def groups(self, arm: str) -> list[list[int]]:
+        """Return the groups of blocks that train together: all of them, or each by itself."""
         blocks = list(range(len(self.parts.paired)))
         return [blocks] if arm == END_TO_END else [[block] for block in blocks]
 
     def train(self, arm: str, progress: bool = False, look: bool = True) -> tuple[list[dict], list[dict]]:
-        """Rows of blocks and of cuts; none without a `look`."""
+        """Train one arm; return rows of blocks and of cuts, none without a `look`."""
         parts, probing = self.parts, self.probing
         stage = Stage(self.groups(arm), steps=probing.steps, optimizer=parts.config.optimizer or Optimizer())
         steps = self._begin(stage)
@@ -109,6 +114,5 @@ class Twin:
             if step.first_bad.item() >= 0:
                 raise TrainingError(
                     f"The loss of blocks {step.name} trained {arm} is not finite at step {step.first_bad.item()}. "
-                    "Lower the "
-                    "learning rate (--optimizer.lr) or lengthen its warm-up (--optimizer.warmup)."
+                    "Lower the learning rate (--optimizer.lr) or lengthen its warm-up (--optimizer.warmup)."
                 )

@@ -1,4 +1,4 @@
-"""A small pair in training: captured as eagerly, on the device as on the CPU, and without waiting."""
+"""Claims on a small pair in training: captured as eagerly, on the device as on the CPU, and without waiting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
 from stablekd_fast.engine.stage import StageSteps, stage_steps
 from stablekd_fast.engine.step import Rates
-from stablekd_fast.execution.precision import Precision
+from stablekd_fast.execution.memory import placed
+from stablekd_fast.execution.precision import FP32, Precision
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.selftest.claim import Broken, Claim, NotHere, difference
 from stablekd_fast.teacher.live import Relay
@@ -52,16 +53,17 @@ def _batch(number: int) -> Batch:
 class _Trial:
     """A small pair in training: decomposed blocks first, then the whole student."""
 
-    def __init__(self, device: torch.device, optimizer: Optimizer, precision: str) -> None:
-        nets = [_net(depth, seed).to(device, memory_format=torch.channels_last) for depth, seed in ((2, 1), (1, 2))]
-        teacher, student = nets[0].eval(), nets[1]
-        self.paired: PairedBlocks = pair_blocks(teacher, student, _batch(0).images.to(device), ["0", "1"])
-        self.paired.precision, self.paired.fuses_norms = Precision(precision), pick_fusion("auto", device)
+    def __init__(self, device: torch.device, optimizer: Optimizer, precision: Precision) -> None:
+        teacher, student = (placed(_net(depth, seed), device) for depth, seed in ((2, 1), (1, 2)))
+        images = _batch(0).images
+        assert images is not None
+        self.paired: PairedBlocks = pair_blocks(teacher.eval(), student, images.to(device), ["0", "1"])
+        self.paired.precision, self.paired.fuses_norms = precision, pick_fusion("auto", device)
         self.device, self.optimizer = device, optimizer
         self.aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
 
     def enter(self, groups: list[list[int]]) -> StageSteps:
-        """The steps of a stage, with the first batch loaded."""
+        """Return the steps of a stage, with the first batch loaded."""
         planned = PlannedStage(Stage(groups, steps=_STEPS, optimizer=self.optimizer), 0, _STEPS)
         rates = Rates.of_stage(planned, None, self.device)
         nn.ModuleList(self.paired.student_blocks).train()
@@ -73,7 +75,7 @@ class _Trial:
         steps.load(Relay(self.paired), _batch(number))
 
     def train(self, mode: str) -> list[Tensor]:
-        """Weights, statistics, moments, rates and losses at the end of each stage."""
+        """Train; return weights, statistics, moments, rates and losses at the end of each stage."""
         seen = []
         for groups in _GROUPS:
             steps = self.enter(groups)
@@ -91,7 +93,7 @@ def _captured(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """On a GPU sums may otherwise be taken in another order each time."""
+    """Have sums on a GPU taken in the same order each time."""
     if device.type != "cuda":
         yield
         return
@@ -106,7 +108,7 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = before[1:]
 
 
-def _replays(optimizer: str, precision: str) -> Callable[[torch.device], str]:
+def _replays(optimizer: str, precision: Precision) -> Callable[[torch.device], str]:
     def check(device: torch.device) -> str:
         with _deterministic(device):
             sides = [
@@ -123,7 +125,7 @@ def _replays(optimizer: str, precision: str) -> Callable[[torch.device], str]:
 def _never_waits(device: torch.device) -> str:
     if device.type != "cuda":
         raise NotHere("only a GPU can be waited for; needs a CUDA device")
-    steps = _Trial(device, _OPTIMIZERS["AdamW"], "bf16").enter(_GROUPS[0])
+    steps = _Trial(device, _OPTIMIZERS["AdamW"], Precision("bf16")).enter(_GROUPS[0])
     for mode in ("eager", "cudagraph"):
         with contextlib.closing(steps.runner(mode)) as runner:
             runner.run()  # kernels are compiled and handles made at the first
@@ -136,7 +138,7 @@ def _never_waits(device: torch.device) -> str:
 
 
 def _first_losses(device: torch.device) -> list[float]:
-    steps = _Trial(device, _OPTIMIZERS["SGD"], "fp32").enter(_GROUPS[0])
+    steps = _Trial(device, _OPTIMIZERS["SGD"], FP32).enter(_GROUPS[0])
     steps.run()
     return [step.losses[0].item() for step in steps.steps]
 
@@ -153,9 +155,11 @@ def _agrees_with_cpu(device: torch.device) -> str:
 
 TRAINING = [
     *(
-        Claim(f"captured steps give the bits of eager ones: {optimizer}, {precision}", _replays(optimizer, precision))
+        Claim(
+            f"captured steps give the bits of eager ones: {optimizer}, {precision.name}", _replays(optimizer, precision)
+        )
         for optimizer in _OPTIMIZERS
-        for precision in ("fp32", "bf16")
+        for precision in (FP32, Precision("bf16"))
     ),
     Claim("a step never waits for the device", _never_waits),
     Claim("first losses agree with the CPU's", _agrees_with_cpu),
