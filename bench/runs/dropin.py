@@ -51,8 +51,7 @@ class Setting:
     batches: int = 10
     steps: int = STEPS
     lr: float = 1e-4
-    """Low: at a usual one, networks of this depth amplify roundings beyond 1e-5 within fifty steps, whoever's loss it
-    is."""
+    """A low rate: at a usual one, networks of this depth amplify roundings beyond 1e-5 within fifty steps."""
 
     @property
     def count(self) -> int:

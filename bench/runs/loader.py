@@ -49,8 +49,10 @@ PURE_DECODE = "pure decode"
 TIMED_IMAGES = 960
 """A pass is at least this long, so that filling the pipelines is a small part of it."""
 RESAMPLING = 0.015
-"""Tolerance between resamplers of different make, over the largest normalised value: about two levels of 255, as each
-of their two passes rounds to eight bits."""
+"""The tolerance between resamplers of different make, over the largest normalised value.
+
+It is about two levels of 255, as each of their two passes rounds to eight bits.
+"""
 
 
 @dataclass(frozen=True)

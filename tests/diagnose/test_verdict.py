@@ -78,7 +78,7 @@ def test_intervals_are_student_s():
 
 
 def test_an_interval_holds_the_truth_as_often_as_it_says():
-    """Of 2000 intervals over three normal seeds 95% ± 2% hold the mean (four standard errors)."""
+    """95% ± 2% of 2000 intervals over three normal seeds hold the mean (four standard errors)."""
     draws = stats.norm.rvs(loc=1.0, scale=0.3, size=(2000, 3), random_state=0)
     held = sum(found.low <= 1.0 <= found.high for found in map(interval, draws.tolist()))
     assert abs(held / 2000 - 0.95) < 0.02
