@@ -1,4 +1,4 @@
-"""Bytes that the Triton kernels move, counted by Triton's interpreter, against the least that an operator can move.
+"""Counts the bytes that the Triton kernels move in Triton's interpreter, against the least that an operator can move.
 
 Every load and store of a launch is counted by its lanes that are not masked; repeated ones count each time, although a
 chip's caches may serve them: above all the scales and weights of channels, which each element looks up, and which
@@ -31,7 +31,7 @@ from torch import Tensor
 from stablekd_fast.errors import ConfigError
 
 LIMIT = 1.02
-"""What is allowed of moved over least: partial sums, scales that several programs read, edges."""
+"""The largest ratio of moved to least bytes. It allows for partial sums, scales that several programs read, edges."""
 
 
 class Case(NamedTuple):
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one case. `least` counts every tensor as often as `passes` says."""
+    """The bytes of one case. `least` counts every tensor as often as `passes` says."""
 
     op: str
     case: str
@@ -74,7 +74,7 @@ def count(case: Case) -> Traffic:
             "Traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported."
         )
     kernels = import_module(f"stablekd_fast.kernels.{case.op}.triton_impl")
-    # Of a loss, what makes the gradient as well.
+    # A loss is run in the form that makes its gradient as well.
     function = getattr(kernels, f"{case.op}_with_grad", None) or getattr(kernels, case.op)
     with counted() as counter:
         function(*case.arguments)
@@ -84,7 +84,7 @@ def count(case: Case) -> Traffic:
 
 @contextmanager
 def counted() -> Iterator[SimpleNamespace]:
-    """`moved` of what this gives grows by the bytes of every load and store in the block."""
+    """Give a counter whose `moved` grows by the bytes of every load and store in the block."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     counter = SimpleNamespace(moved=0)
@@ -152,7 +152,7 @@ def _feature_case(op: str, name: str, given: FeatureOperands, reads: int, reread
 
 
 def _per_element(features: Tensor) -> Tensor:
-    """Stands for the scale or weight of its channel that each element looks up."""
+    """Make a stand-in for the scale or weight of its channel that each element looks up."""
     return torch.empty_like(features, dtype=torch.float32)
 
 

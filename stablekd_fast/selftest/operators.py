@@ -25,7 +25,7 @@ LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
 def _loss_agrees(
     device: torch.device, operator: Callable, exact: Callable, draw: Callable[[], tuple[Tensor, ...]]
 ) -> str:
-    """Check `operator` on the device against `exact` in float64 on the same operands: loss and gradient, both dtypes."""
+    """Check loss and gradient on the device against `exact` in float64 on the same operands, in both dtypes."""
     found = []
     for dtype, largest in LARGEST_ERROR.items():
         student, target, *others = draw()
