@@ -1,9 +1,9 @@
 """Checkpoints for exact resume, and the student's export. Safetensors with JSON metadata: nothing is unpickled.
 
 A checkpoint holds, under these names: the student's own tensors (`student/NAME`), the moving average of its parameters
-(`average/NAME`), optimizer states (`optimizer/PARAMETER/KEY`), loss scales (`loss_scale/GROUP/KEY`), bridges (`bridge/CUT`)
-and the states of the random generators (`random/cpu`, `random/cuda`). Its metadata hold the progress, and what was decided
-for the run.
+(`average/NAME`), optimizer states (`optimizer/PARAMETER/KEY`), loss scales (`loss_scale/GROUP/KEY`), bridges
+(`bridge/CUT`) and the states of the random generators (`random/cpu`, `random/cuda`). Its metadata hold the progress,
+and what was decided for the run.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from stablekd_fast.data import Batch
 
 @dataclass(frozen=True)
 class Metrics:
+    """What a network reaches on a split."""
+
     accuracy: float
     """Top-1, 0 to 1."""
     top5: float

@@ -122,7 +122,8 @@ def _apex_adamw(settings: Optimizer, groups: list[dict]) -> torch.optim.Optimize
     except ImportError as error:
         raise ConfigError(
             "optimizer.implementation=apex was given, but NVIDIA apex with its extensions cannot be imported "
-            f"({error}). Build it from github.com/NVIDIA/apex (the PyPI package of that name is another one), or choose auto."
+            f"({error}). Build it from github.com/NVIDIA/apex (the PyPI package of that name is another one), "
+            "or choose auto."
         ) from error
     try:
         optimizer = FusedAdam(groups, lr=0.0, adam_w_mode=True, capturable=True)

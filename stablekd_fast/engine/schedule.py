@@ -178,7 +178,8 @@ def merge_neighbours(blocks: int) -> list[list[list[int]]]:
     groups = [[block] for block in range(blocks)]
     stages = [groups]
     while len(groups) > 1:
-        groups = [sum(groups[i : i + 2], []) for i in range(0, len(groups), 2)]
+        pairs = (groups[i : i + 2] for i in range(0, len(groups), 2))
+        groups = [[block for group in pair for block in group] for pair in pairs]
         stages.append(groups)
     return stages
 

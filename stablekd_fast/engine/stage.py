@@ -1,4 +1,4 @@
-"""A stage in training: its groups' steps, the ranks among which they are divided, and losses on their way to the host."""
+"""A stage in training: its groups' steps, the ranks that divide them, and losses on their way to the host."""
 
 from __future__ import annotations
 

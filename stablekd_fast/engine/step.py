@@ -75,7 +75,8 @@ class Rates:
 
     @classmethod
     def of_stage(cls, planned: PlannedStage, ema: float | None, device: torch.device) -> Rates:
-        """Make the table of a stage. The EMA's decay rises towards `ema`, so that it forgets the first weights quickly."""
+        """Make the table of a stage. The EMA's decay rises towards `ema`, so that it forgets the first weights
+        quickly."""
         settings, rows = planned.stage.optimizer, []
         for step in range(planned.first, planned.last):
             progress = planned.progress(step)
@@ -262,7 +263,8 @@ class GroupStep:
         return self.entry(), {k: self.inputs[output_key(k)] for k in sorted(wanted)}, labels
 
     def _of_whole_batch(self, targets: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Return what the losses of parts need so that they add up to that of the whole batch; nothing without parts."""
+        """Return what the losses of parts need so that they add up to that of the whole batch; nothing without
+        parts."""
         if self.micro_batches == 1 and self.averaging is None:
             return {}
         found = {k: self.objectives.feature.whole_batch(targets[k]) for k in sorted(self.aligned)}

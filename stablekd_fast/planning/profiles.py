@@ -24,7 +24,8 @@ _PASSES = 4.0
 
 @dataclass(frozen=True)
 class Profile:
-    """A device's speeds: FLOP/s and bytes/s as published, and the fraction of each that networks are assumed to reach."""
+    """A device's speeds: FLOP/s and bytes/s as published, and the fraction of each that networks are assumed to
+    reach."""
 
     name: str
     source: str

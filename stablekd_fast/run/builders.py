@@ -131,6 +131,7 @@ def bn_batches(config: DistillConfig, source: TrainSource) -> int:
 
 
 def eval_source(dataset: Dataset, split: Split, config: DistillConfig, rank: int = 0, ranks: int = 1) -> EvalSource:
+    """Batches of unchanged images of a split, on each rank its own ones."""
     return EvalSource(
         split,
         dataset.mean,

@@ -1,4 +1,4 @@
-"""One distillation run: its parts put together, trained, evaluated, written down. The Python face of `stablekd distill`."""
+"""One distillation run: put together, trained, evaluated, written down. The Python side of `stablekd distill`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ class Distiller:
 
     @cached_property
     def materials(self) -> Materials:
-        """What the run works with. Made once; raises ConfigError, DataError, ModelError or CutError if it does not fit."""
+        """What the run works with. Made once; raises ConfigError, DataError, ModelError or CutError if it does not
+        fit."""
         return gather(self.config, self.given)
 
     @cached_property
