@@ -151,7 +151,8 @@ class GroupStep:
         if not self.parameters:
             raise CutError(
                 f"Block {self.name} of the student has nothing to train: no parameter in it, or none that requires a "
-                "gradient. Move its cuts (`stablekd plan` shows the parameters of each block), or merge it with a neighbour."
+                "gradient. Move its cuts (`stablekd plan` shows the parameters of each block), or merge it with a "
+                "neighbour."
             )
         device = self.device = inputs.device
         self.rates = rates.table
