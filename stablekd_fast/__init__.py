@@ -6,17 +6,7 @@ Public names: `pair_blocks`, `distill`, `Distiller`, `DistillConfig`, `open_data
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # what checkers of types see; at run time names come from their homes on first use
-    from stablekd_fast.blocks import pair_blocks
-    from stablekd_fast.config import DistillConfig
-    from stablekd_fast.data import open_dataset
-    from stablekd_fast.run.distiller import Distiller, distill
-    from stablekd_fast.run.exported import evaluate_file
-
 __version__ = "0.1.0"
-__all__ = ["DistillConfig", "Distiller", "__version__", "distill", "evaluate_file", "open_dataset", "pair_blocks"]
 
 _HOMES = {
     "pair_blocks": "stablekd_fast.blocks",
@@ -26,6 +16,9 @@ _HOMES = {
     "evaluate_file": "stablekd_fast.run.exported",
     "open_dataset": "stablekd_fast.data",
 }
+"""Where the public names are; checkers of types read `__init__.pyi` instead."""
+
+__all__ = ["DistillConfig", "Distiller", "__version__", "distill", "evaluate_file", "open_dataset", "pair_blocks"]
 
 
 def __getattr__(name: str):
