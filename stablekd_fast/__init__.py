@@ -18,7 +18,15 @@ _HOMES = {
 }
 """Where the public names are; checkers of types read `__init__.pyi` instead."""
 
-__all__ = ["DistillConfig", "Distiller", "__version__", "distill", "evaluate_file", "open_dataset", "pair_blocks"]
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "DistillConfig",
+    "Distiller",
+    "__version__",
+    "distill",
+    "evaluate_file",
+    "open_dataset",
+    "pair_blocks",
+]
 
 
 def __getattr__(name: str):
