@@ -13,7 +13,7 @@ from torch import Tensor
 from stablekd_fast.errors import StableKDError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What the fused implementations compute in single precision; float64 is the references'."""
+"""The dtypes that the fused implementations take, in single precision; float64 is left to the references."""
 
 
 Given = TypeVar("Given", bound=NamedTuple)
@@ -25,17 +25,17 @@ class OperandError(StableKDError, ValueError):
 
 
 def describe(tensor: Tensor) -> str:
-    """Dtype and shape, as they appear in messages: `float32 [8, 10]`."""
+    """Return dtype and shape as they appear in messages: `float32 [8, 10]`."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that an operator computes in: float64 stays, everything else is at least float32."""
+    """Return the dtype that an operator computes in: float64 stays, everything else becomes float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def laid_out_like(value: Tensor, model: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`value` in `dtype` (by default the model's) and the memory format of `model`, copied only where they differ."""
+    """Return `value` in `dtype` (by default the model's) and the model's memory format, copied only if they differ."""
     dtype = dtype or model.dtype
     if value.dtype == dtype and value.stride() == model.stride():
         return value
@@ -46,7 +46,7 @@ def laid_out_like(value: Tensor, model: Tensor, dtype: torch.dtype | None = None
 
 
 def scaled(value: Tensor, upstream: Tensor | None) -> Tensor:
-    """`value` times the 0-dim `upstream`, where there is one."""
+    """Return `value` times the 0-dim `upstream`, where there is one."""
     return value if upstream is None else value * upstream.to(value.dtype)
 
 

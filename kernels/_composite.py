@@ -1,5 +1,4 @@
-"""Losses that are compositions of torch's own operators: `torch.compile` fuses them, and autograd differentiates
-them."""
+"""Losses that are compositions of torch's own operators, which `torch.compile` fuses and autograd differentiates."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from stablekd_fast.kernels._features import DenseOperands, scale_stride
 
 
 def for_core(found: DenseOperands) -> tuple:
+    """Return the leading arguments of the core's feature losses: student, target, scales, gradient, layout."""
     return (
         found.student.data_ptr(),
         TYPES[found.student.dtype],

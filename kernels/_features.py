@@ -1,4 +1,4 @@
-"""What the operators on feature maps share: checks of their operands, targets stored as 8-bit codes, unit lengths."""
+"""Helpers of the operators on feature maps: checks of operands, targets stored as 8-bit codes, unit lengths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LENGTH_EPSILON = 1e-12
 
 
 class FeatureOperands(Protocol):
-    """What the losses on feature maps have in common."""
+    """The operands that all losses on feature maps have."""
 
     @property
     def student(self) -> Tensor: ...
@@ -71,7 +71,7 @@ def check_scales(codes: Tensor, scales: Tensor | None, channel_axis: int, name: 
 
 
 def dequantized(codes: Tensor, scales: Tensor | None, channel_axis: int, dtype: torch.dtype) -> Tensor:
-    """`codes` times their scales in `dtype`; tensors without scales are only converted."""
+    """Return `codes` times their scales in `dtype`; tensors without scales are only converted."""
     values = codes.to(dtype)
     if scales is None:
         return values
@@ -79,7 +79,7 @@ def dequantized(codes: Tensor, scales: Tensor | None, channel_axis: int, dtype: 
 
 
 def per_channel(scales: Tensor, features: Tensor, channel_axis: int) -> Tensor:
-    """`[C]` or `[N, C]`, shaped to broadcast over features whose channels lie on `channel_axis`."""
+    """Shape scales `[C]` or `[N, C]` to broadcast over features whose channels lie on `channel_axis`."""
     shape = [1] * features.dim()
     shape[channel_axis] = features.shape[channel_axis]
     if scales.dim() == 2:
@@ -88,12 +88,12 @@ def per_channel(scales: Tensor, features: Tensor, channel_axis: int) -> Tensor:
 
 
 def scale_stride(scales: Tensor | None, layout: FeatureLayout) -> int:
-    """Elements between the scales of one sample and the next: 0 where all share theirs."""
+    """Return the elements between the scales of one sample and the next: 0 where all samples have the same."""
     return layout.channels if scales is not None and scales.dim() == 2 else 0
 
 
 def length(features: Tensor, axes: list[int]) -> Tensor:
-    """Root of the sum of squares over `axes`, kept; the epsilon under the root keeps all-zero features at zero."""
+    """Return the root of the sum of squares over `axes`, kept; its epsilon keeps all-zero features at zero."""
     return (features.square().sum(dim=axes, keepdim=True) + LENGTH_EPSILON).sqrt()
 
 
@@ -108,7 +108,7 @@ class DenseOperands(NamedTuple):
 
 
 def dense_operands(given: FeatureOperands, with_gradient: bool) -> DenseOperands | None:
-    """What the fused implementations take; None for double precision and tensors without elements."""
+    """Return what the fused implementations take; None for double precision and tensors without elements."""
     student, target = given.student, given.target
     if student.dtype not in FLOATS or target.dtype not in (*FLOATS, *CODES) or student.numel() == 0:
         return None

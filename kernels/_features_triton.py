@@ -1,4 +1,4 @@
-"""What the Triton kernels on feature maps share: operands in memory order, 8-bit codes, whose element is whose."""
+"""Helpers of the Triton kernels on feature maps: operands in memory order, 8-bit codes, whose element is whose."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LENGTH_EPSILON = tl.constexpr(_features.LENGTH_EPSILON)
 EXTENTS = ("outer", "channels", "inner", "scales_stride")
 """Arguments that say whose element is whose; `outer` counts per sample."""
 
-# `split` is exact below 2^20.
+# `split` is exact below 2^20, and what it divides may exceed an extent by a block of elements.
 _LARGEST_EXTENT = 2**19
 
 _STORED = {torch.float8_e4m3fn: torch.uint8}
 
 
 def aligned_operands(given: FeatureOperands, with_gradient: bool) -> DenseOperands | None:
-    """Aligned operands; None where the reference must serve, extents beyond 2^19 among others."""
+    """Return aligned operands; None where the reference must serve, extents beyond 2^19 among others."""
     found = _features.dense_operands(given, with_gradient)
     if found is None or not fits(found.layout):
         return None
@@ -39,7 +39,7 @@ def aligned_operands(given: FeatureOperands, with_gradient: bool) -> DenseOperan
 
 
 def fits(found: FeatureLayout) -> bool:
-    """Whether the kernels can tell which channel and sample an element belongs to."""
+    """Say whether the kernels can tell which channel and sample an element belongs to."""
     return max(found.channels, found.inner, found.outer // found.samples) <= _LARGEST_EXTENT
 
 

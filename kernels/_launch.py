@@ -49,13 +49,16 @@ class Listed:
 
 
 ALIGNMENTS = (8, 1)
-"""What a number of elements may be promised to be a multiple of; 8 makes accesses of 128 bits possible."""
+"""The multiples that a number of elements may be promised to be; 8 makes accesses of 128 bits possible."""
 
 REGISTERS = 128
-"""Allowed to a thread, `maxnreg`. Left free, the assembler spills a few to fit one more program on a processor."""
+"""The registers allowed to a thread, `maxnreg`.
+
+Left free, the assembler spills a few to fit one more program on a processor.
+"""
 
 watchers: list[Callable[[Specialisation], None]] = []
-"""Called with the variant of every launch; tests and byte counts listen here."""
+"""Functions that are called with the variant of every launch; tests and byte counts listen here."""
 
 
 def variant(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], warps: int) -> Specialisation:

@@ -30,7 +30,7 @@ class FeatureLayout(NamedTuple):
 
 
 def dense(features: Tensor) -> Tensor:
-    """`features` itself if it fills its memory with samples one after another; otherwise a contiguous copy."""
+    """Return `features` itself if it fills its memory with samples one after another; otherwise a contiguous copy."""
     expected = 1
     by_stride = sorted(_extents(features), key=lambda extent: extent[0])
     for stride, size in by_stride:
@@ -42,19 +42,19 @@ def dense(features: Tensor) -> Tensor:
 
 
 def laid_out_as(target: Tensor, model: Tensor) -> Tensor:
-    """`target` itself if its elements lie in memory in the order of the dense `model`; otherwise such a copy."""
+    """Return `target` itself if its elements lie in memory in the order of the dense `model`; otherwise such a copy."""
     if _extents(target) == _extents(model):
         return target
     return target.new_empty(model.shape).as_strided(model.shape, model.stride()).copy_(target)
 
 
 def feature_layout(features: Tensor, channel_axis: int) -> FeatureLayout:
-    """The layout of a dense, non-empty feature map."""
+    """Return the layout of a dense, non-empty feature map."""
     channels = features.shape[channel_axis]
     inner = features.stride(channel_axis) if channels > 1 else 1
     return FeatureLayout(features.shape[0], features.numel() // (channels * inner), channels, inner)
 
 
 def _extents(features: Tensor) -> list[tuple[int, int]]:
-    """Stride and size of the axes that matter: an axis of size 1 may have any stride."""
+    """Return stride and size of the axes that matter: an axis of size 1 may have any stride."""
     return [(stride, size) for stride, size in zip(features.stride(), features.shape) if size != 1]

@@ -1,4 +1,4 @@
-"""What the losses on logits share: checks of their operands, and how the fused implementations take them."""
+"""Helpers of the losses on logits: checks of operands, and the form in which fused implementations take them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_labels(labels: Tensor, student: Tensor) -> None:
 
 
 def in_single_precision(student: Tensor, teacher: Tensor) -> bool:
-    """Whether the fused implementations serve: not float64, nor empty batches, which have no mean."""
+    """Say whether the fused implementations serve: not float64, nor empty batches, which have no mean."""
     return student.dtype in FLOATS and teacher.dtype in FLOATS and student.numel() > 0
 
 
@@ -41,7 +41,7 @@ def row_by_row(student: Tensor) -> Tensor:
 
 
 def as_rows(matrix: Tensor) -> Tensor:
-    """`matrix` `[N, C]` itself where the elements of a row lie side by side, otherwise a contiguous copy."""
+    """Return `matrix` `[N, C]` itself where the elements of a row lie side by side, otherwise a contiguous copy."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 

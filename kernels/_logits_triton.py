@@ -1,4 +1,4 @@
-"""What the Triton losses on logits share: tiles of whole rows, and the divergence between two of them.
+"""Helpers of the Triton losses on logits: tiles of whole rows, and the divergence between two of them.
 
 Rows of up to 8192 classes stay in registers between loss and gradient. Wider ones pass twice, in chunks: once for
 maxima and sums, which are rescaled when the maximum moves, and once for the gradient.
@@ -25,13 +25,13 @@ CHUNK = 4096
 """Width of the pieces in which wider rows are read."""
 
 ALIGNMENTS = (8, 4, 1)
-"""What classes and strides may be promised to be multiples of: 16 bytes of half floats, of floats, or nothing."""
+"""The multiples that classes and strides may be promised to be: 16 bytes of half floats, of floats, or nothing."""
 
 LN2 = tl.constexpr(math.log(2.0))
 
 
 class Tiling(NamedTuple):
-    """How rows are cut into tiles `[rows, block]`; rows wider than `block` are read in chunks of it."""
+    """A way to cut rows into tiles `[rows, block]`; rows wider than `block` are read in chunks of it."""
 
     rows: int
     block: int
@@ -80,8 +80,8 @@ def rounded_rate(temperature: float) -> tuple[float, float]:
 
 @triton.jit
 def compare(student, teacher, rate):
-    """Exponentials of two `[ROWS, BLOCK]` tiles relative to their maxima, sums and maxima `[ROWS]`, and
-    `divergence`."""
+    """Return exponentials of two `[ROWS, BLOCK]` tiles relative to their maxima, sums and maxima `[ROWS]`, and
+    the `divergence`."""
     student_top, teacher_top = tl.max(student, 1), tl.max(teacher, 1)
     student = (student - student_top[:, None]) * rate
     teacher = (teacher - teacher_top[:, None]) * rate

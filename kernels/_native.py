@@ -15,7 +15,7 @@ _OPENMP_RUNTIME = re.compile(r"/lib(gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
 
 
 def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes in this process's memory, torch's own before those of other packages."""
+    """Return the paths of the OpenMP runtimes in this process's memory, torch's own before those of other packages."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     files = {line.split(maxsplit=5)[5] for line in maps if "/" in line}
     home = str(Path(torch.__file__).parent)

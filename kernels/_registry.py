@@ -79,7 +79,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, Tenso
 
 
 def _backward_of(operands: type[Given], loss: Loss[Given], differentiable: list[int]) -> Callable:
-    """The backward of both operators: with respect to the operands at the places in `differentiable`."""
+    """Return the backward of both operators, with respect to the operands at the places in `differentiable`."""
     count = len(operands._fields)
 
     def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -103,7 +103,7 @@ def _backward_of(operands: type[Given], loss: Loss[Given], differentiable: list[
 
 
 def _taking_one_by_one(name: str, implementation: Callable) -> Callable:
-    """`implementation` of the operator `name` as the dispatcher calls it."""
+    """Return `implementation` of the operator `name` as the dispatcher calls it."""
     operands = _OPERANDS.get(name)
     if operands is None:
         return implementation
@@ -141,7 +141,7 @@ def serve_cuda(module: str, **references: Callable) -> None:
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """For each operator the implementation on `cpu` and on `cuda`, and the `reason` for the choice."""
+    """Return for each operator the implementation on `cpu` and on `cuda`, and the `reason` for the choice."""
     table = {}
     for name, entry in sorted(_IMPLEMENTATIONS.items()):
         failure = _triton.failure(name)

@@ -69,7 +69,7 @@ def sample_units(
     SQUARED_DISTANCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What one sample's second pass needs, in double precision: `along` is a difference of nearly equal numbers."""
+    """Compute what one sample's second pass needs, in double precision, as `along` is a difference of near equals."""
     sample = tl.program_id(0).to(tl.int64)
     ss, tt, st = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(0, chunks, BLOCK):
@@ -142,8 +142,10 @@ def elements(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Student and target of this program's chunk of a sample, 0 beyond its end; their places, and which are before
-    it."""
+    """Return student and target of this program's chunk of a sample, 0 beyond its end, and their places.
+
+    The last value says which of them lie before the end.
+    """
     # Dividing and multiplying tells the compiler of the multiple that vector loads and stores need.
     size = size // ALIGN * ALIGN
     program = tl.program_id(0).to(tl.int64)

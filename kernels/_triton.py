@@ -1,5 +1,7 @@
-"""Triton kernels on demand: imported with the first CUDA tensor, replaced by the reference where they do not
-compile."""
+"""Triton kernels on demand.
+
+They are imported with the first CUDA tensor, and replaced by the reference where they do not compile.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ _FAILURES: dict[str, str] = {}
 
 
 def implementation(module: str, name: str, reference: Callable) -> Callable:
-    """The function `name` of `<module>.triton_impl`, or `reference` from its first compilation failure on."""
+    """Return what calls `name` of `<module>.triton_impl`, or `reference` from its first compilation failure on."""
 
     def run(*arguments):
         if name not in _FAILURES:
@@ -31,10 +33,10 @@ def implementation(module: str, name: str, reference: Callable) -> Callable:
 
 
 def failure(name: str) -> str | None:
-    """Why an operator's kernel is no longer used; None while it is."""
+    """Return why an operator's kernel is no longer used; None while it is."""
     return _FAILURES.get(name)
 
 
 def _is_compilation_failure(error: Exception) -> bool:
-    """Errors of Triton's own, and its complaint when there is no C compiler for the launcher."""
+    """Recognise errors of Triton's own, and its complaint when there is no C compiler for the launcher."""
     return type(error).__module__.split(".")[0] == "triton" or "C compiler" in str(error)

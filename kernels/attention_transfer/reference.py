@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """What `attention_transfer` takes."""
+    """The operands of `attention_transfer`."""
 
     student: Tensor  # [N, C, H, W]
     target: Tensor  # [N, D, H, W]

@@ -25,11 +25,19 @@ def augment_batch(
 ) -> Tensor:
     """Training batch `[N, C, H, W]` in `dtype` out of uint8 `images` `[M, H, W, C]`.
 
-    Sample n is image `rows[n]` (int64 `[N]`), padded with `padding` zero pixels on all sides, cropped to H x W at
-    `offsets[n]` (int64 `[N, 2]`: top, left in the padded image, each in 0..2*padding), mirrored left to right where
-    `flips[n]` (bool `[N]`), divided by 255, and normalised per channel to (x - mean) / std. Padding is zero *before*
-    it is normalised, as if the border were black. All tensors lie on one device; arithmetic is float32 (float64 for
-    a float64 `dtype`), rounded to `dtype` once. `channels_last` chooses the memory format.
+    Sample n is image `rows[n]`, padded, cropped to H x W, mirrored, divided by 255, and normalised per channel to
+    (x - mean) / std. Padding is zero *before* it is normalised, as if the border were black. All tensors lie on one
+    device; arithmetic is float32 (float64 for a float64 `dtype`), rounded to `dtype` once.
+
+    Args:
+        images: uint8 `[M, H, W, C]`.
+        rows: int64 `[N]`, the image of each sample.
+        offsets: int64 `[N, 2]`, top and left of each crop in the padded image, each in 0..2*padding.
+        flips: bool `[N]`, which samples are mirrored left to right.
+        padding: zero pixels on all sides.
+        mean, std: one value per channel, of pixels between 0 and 1.
+        dtype: floating point, of the batch.
+        channels_last: the batch's memory format; contiguous where False.
 
     Raises OperandError for shapes or dtypes that do not fit, and on the CPU for rows or offsets that do not; on a GPU,
     where the host must not wait, those end in a device-side assertion that names them.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_bounds(images: Tensor, rows: Tensor, offsets: Tensor, padding: int) -> None:
-    """Raise OperandError unless all rows exist and all crops lie in the padded image. Waits for the device."""
+    """Raise OperandError unless all rows exist and all crops lie in the padded image. This waits for the device."""
     _check("rows", rows, len(images) - 1, f"there are {len(images)} images")
     _check("offsets", offsets, 2 * padding, f"crops of the full size out of images padded by {padding}")
 

@@ -127,7 +127,7 @@ def augment_pixels(
 def pixel_source(
     images_at, rows_at, offsets_at, flips_at, allowed_at, sample, position, count, height, width, channels, padding
 ):
-    """Where the first channel of the pixels at `position` of the crop is read, and which of them are not padding.
+    """Return where the first channel of the pixels at `position` of the crop is read, and which are not padding.
 
     Whether row and offsets are allowed is noted; nothing is read where they are not.
     """

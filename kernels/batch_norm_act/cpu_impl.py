@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the core computes this map."""
+    """Say whether the core computes this map."""
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return channels_last and x.dtype in FLOATS and weight.dtype == torch.float32 and x.numel() > 0
 
@@ -59,5 +59,5 @@ def _vectors(*channels: Tensor) -> list[int]:
 
 
 def _sizes(x: Tensor) -> tuple[int, int]:
-    """Rows and channels."""
+    """Return the numbers of rows and of channels."""
     return x.numel() // x.shape[1], x.shape[1]

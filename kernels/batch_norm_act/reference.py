@@ -35,8 +35,10 @@ def batch_norm_act_backward(
     eps: float,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, weight, bias and residual (empty unless it is asked for); `y` is None without
-    ReLU."""
+    """Return the gradients with respect to x, weight, bias and residual (empty unless it is asked for).
+
+    `y` is None without ReLU.
+    """
     axes = [axis for axis in range(x.dim()) if axis != 1]
     passed = gradient if y is None else torch.where(y > 0, gradient, 0)
     g = passed.to(accumulator(x.dtype))

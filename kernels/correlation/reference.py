@@ -12,7 +12,7 @@ VARIANCE_EPSILON = 1e-16
 
 
 class Operands(NamedTuple):
-    """What `correlation` takes."""
+    """The operands of `correlation`."""
 
     student: Tensor  # [N, C]
     teacher: Tensor  # [N, C]

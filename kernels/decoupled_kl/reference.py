@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """What `decoupled_kl` takes, in the order of its schema."""
+    """The operands of `decoupled_kl`, in the order of its schema."""
 
     student: Tensor  # [N, C]
     teacher: Tensor  # [N, C]
@@ -55,8 +55,10 @@ def _warmed(given: Operands) -> tuple[Tensor, Tensor]:
 
 
 def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of the label `[N]`, log(1 - p) `[N]`, and log p over the other classes alone `[N, C]` (-inf at the
-    label)."""
+    """Return log p of the label `[N]`, log(1 - p) `[N]`, and log p over the other classes alone `[N, C]`.
+
+    The last is -inf at the label.
+    """
     others = logits.scatter(1, labels[:, None], -torch.inf)
     total, rest = torch.logsumexp(logits, dim=1), torch.logsumexp(others, dim=1)
     own = logits.gather(1, labels[:, None]).squeeze(1)

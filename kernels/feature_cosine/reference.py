@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """What `feature_cosine` takes, in the order of its schema."""
+    """The operands of `feature_cosine`, in the order of its schema."""
 
     student: Tensor  # [N, ..., C, ...]
     target: Tensor  # like the student; values or 8-bit codes

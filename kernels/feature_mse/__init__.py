@@ -25,18 +25,26 @@ def feature_mse(
 ) -> Tensor:
     """Mean of (student - target)^2 over all elements of `[N, ...]`, or a normalised form of it.
 
+    `normalize` chooses the form:
+
     - `None`: the plain mean.
-    - `"power"`: the plain mean divided by mean(target^2) over the whole tensor, or by the 0-dim tensor `scale`
-      where one is given (both at least 1e-12). A given one saves a pass over the target.
+    - `"power"`: the plain mean divided by mean(target^2) over the whole tensor, or by `scale` where it is given (both
+      at least 1e-12).
     - `"channel"`: student and target are both standardised with the target's mean and standard deviation per
-      channel (population variance plus 1e-5, over the batch and all positions). Channels lie on `channel_axis`:
-      1 for `[N, C, H, W]`, -1 for tokens `[N, T, C]`.
+      channel (population variance plus 1e-5, over the batch and all positions).
     - `"l2"`: each sample is flattened and scaled to unit length (epsilon 1e-12 under the root); the squared
       distance is *summed* over a sample's elements and averaged over the N samples, so it lies between 0 and 4.
 
-    The target is fp32, bf16, fp16 or fp64, or int8 or float8_e4m3fn codes with float32 `target_scale` `[C]` or
-    `[N, C]`: value = code * scale of its channel, as `quantize_rows` makes them. Student and target are read where
-    they lie if both have one memory format, contiguous or channels-last; otherwise the target is laid out anew.
+    Student and target are read where they lie if both have one memory format, contiguous or channels-last; otherwise
+    the target is laid out anew.
+
+    Args:
+        student: `[N, ..., C, ...]`.
+        target: of the student's shape; fp32, bf16, fp16 or fp64, or int8 or float8_e4m3fn codes.
+        scale: a 0-dim tensor for `"power"`, which saves a pass over the target.
+        target_scale: float32 `[C]` or `[N, C]`, with codes: value = code * scale of its channel, as `quantize_rows`
+            makes them.
+        channel_axis: where channels lie; 1 for `[N, C, H, W]`, -1 for tokens `[N, T, C]`.
 
     Returns a 0-dim tensor, float64 for a float64 student and float32 otherwise. It may be differentiated twice, with
     respect to student, target and scale. Raises OperandError for shapes or settings that do not fit.

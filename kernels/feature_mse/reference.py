@@ -13,7 +13,7 @@ CHANNEL_EPSILON = 1e-5
 
 
 class Operands(NamedTuple):
-    """What `feature_mse` takes, in the order of its schema."""
+    """The operands of `feature_mse`, in the order of its schema."""
 
     student: Tensor  # [N, ..., C, ...]
     target: Tensor  # like the student; values or 8-bit codes

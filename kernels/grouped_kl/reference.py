@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """What `grouped_kl` takes."""
+    """The operands of `grouped_kl`."""
 
     student: Tensor  # [N, C]
     teacher: Tensor  # [N, C]

@@ -26,14 +26,19 @@ def kd_loss(
 ) -> Tensor:
     """alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross entropy, averaged over the batch.
 
-    `student_logits` and `teacher_logits` are `[N, C]`, `labels` int64 `[N]` with values in 0..C-1. Both
-    distributions of the KL term are taken at temperature T, the cross entropy at 1. Without labels the KL term
-    stands alone, with alpha = 1. `weight` `[N]` multiplies each sample's term; the mean stays over N.
     A class whose logit is -inf in both takes no part, in label smoothing neither.
 
-    The teacher may also be given as `(indices, probabilities)` of its k most probable classes, `[N, k]` both, at
-    temperature T; a row names no class twice. What they lack to 1 is spread evenly over the classes that are
-    neither among them nor -inf in the student (marginal smoothing, Shen and Xing: arXiv 2112.01528).
+    Args:
+        student_logits: `[N, C]`.
+        teacher_logits: `[N, C]`, or `(indices, probabilities)` of the teacher's k most probable classes, both
+            `[N, k]`, at temperature T; a row names no class twice. What they lack to 1 is spread evenly over the
+            classes that are neither among them nor -inf in the student (marginal smoothing, Shen and Xing:
+            arXiv 2112.01528).
+        labels: int64 `[N]` with values in 0..C-1. Without them the KL term stands alone, with alpha = 1.
+        temperature: T, of both distributions of the KL term. The cross entropy is taken at 1.
+        alpha: the weight of the KL term.
+        label_smoothing: the part of a label that is spread evenly over all classes.
+        weight: `[N]`, multiplies each sample's term; the mean stays over N.
 
     Returns a 0-dim tensor, float64 for float64 logits and float32 otherwise. It may be differentiated twice, with
     respect to the student's logits, what the teacher gave (logits or probabilities) and the weight. Raises

@@ -238,7 +238,7 @@ def kept_tile(teacher_at, indices_at, cols, rows, present, kept, ROWS: tl.conste
 
 @triton.jit
 def rest(total, others_count):
-    """What each class that is neither named nor masked gets of the mass that the kept ones lack `[ROWS]`."""
+    """Share the mass that the kept classes lack evenly among those neither named nor masked; `[ROWS]`."""
     return tl.maximum(1 - total, 0.0) / tl.maximum(others_count, 1.0)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """What `kd_loss` takes, in the order of its schema."""
+    """The operands of `kd_loss`, in the order of its schema."""
 
     student: Tensor  # [N, C]
     teacher: Tensor  # [N, C] logits; with indices [N, k] probabilities

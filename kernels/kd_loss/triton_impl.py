@@ -93,7 +93,7 @@ def _run(given: Operands, factor: float, upstream: Tensor | None, gradient: Tens
 
 
 def _tile(classes: int, align: int, top_k_teacher: bool) -> Tiling:
-    """What a top-k teacher says of more than 4096 classes does not fit into registers beside them."""
+    """Choose the tiling. A top-k teacher's probabilities of more than 4096 classes do not fit into registers too."""
     return WIDE if top_k_teacher and classes > CHUNK else tiling(classes, align)
 
 

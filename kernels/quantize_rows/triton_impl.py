@@ -187,7 +187,7 @@ def specialisations() -> Iterator[Listed]:
 
 
 def _runs(length: int) -> tuple:
-    """Kernel, constants and warps for channels that are runs of memory."""
+    """Return kernel, constants and warps for channels that are runs of memory."""
     align = alignment(length)
     tile = tiling(length, align)
     kernel = quantize_runs if tile.block >= length else quantize_long_runs
@@ -195,7 +195,7 @@ def _runs(length: int) -> tuple:
 
 
 def _columns(channels: int) -> tuple:
-    """The same for channels-last maps."""
+    """Return kernel, constants and warps for channels-last maps."""
     return quantize_columns, {"ROWS": _TALL, "BLOCK": _BROAD, "ALIGN": alignment(channels)}, _WARPS
 
 

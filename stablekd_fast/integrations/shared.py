@@ -1,4 +1,4 @@
-"""What wrappers of teacher and student share in a loop that is not the engine's."""
+"""The blocks and rows that wrappers of teacher and student share in a loop that is not the engine's."""
 
 from __future__ import annotations
 

@@ -22,15 +22,21 @@ SAMPLE, VIEW = "sample_id", "view"
 
 
 class SampleViews(Dataset):
-    """Training images in views that have keys: gives (image, label, {`sample_id`, `view`}).
+    """Training images in views that have keys: items are (image, label, {`sample_id`, `view`}).
 
-    `dataset`: a path or name that `stablekd distill --data` takes, or torchvision's CIFAR10, CIFAR100, ImageFolder and
-    others that have `data` and `targets`, or `samples`, without transforms. Small images are padded by `padding` and
-    cropped, large ones cut at random and scaled to `size`; both are mirrored where `flip`. Epoch e shows view e modulo
-    `views`, by the generator of `stablekd_fast.data.views`. `batch_size` is the loader's. Mean and standard deviation
-    are the data set's own by default.
+    Call `set_epoch` before each epoch: epoch e shows view e modulo `views`, by the generator of
+    `stablekd_fast.data.views`.
 
-    Call `set_epoch` before each epoch.
+    Args:
+        dataset: a path or name that `stablekd distill --data` takes, or torchvision's CIFAR10, CIFAR100, ImageFolder
+            and others that have `data` and `targets`, or `samples`, without transforms.
+        views: how many views there are.
+        batch_size: the loader's.
+        seed: what views are drawn from.
+        mean, std: per channel, of pixels between 0 and 1; the data set's own by default.
+        padding: pixels by which small images are padded before they are cropped.
+        flip: whether images are mirrored at random.
+        size: pixels to which cuts of large images are scaled.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from stablekd_fast.objectives.registry import FeatureObjective, LogitObjective
 
 @dataclass(frozen=True)
 class Objectives:
-    """What the student is trained towards.
+    """The losses that train a student.
 
     `align`: at which cuts features are aligned, `none`, `ends` (a group's own end) or `all` (cuts inside merged
     groups too). `use_teacher_logits`, `use_labels`: what the head's loss takes.
