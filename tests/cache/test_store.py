@@ -126,7 +126,7 @@ def test_reading_ahead_while_another_thread_writes(tmp_path, wanted, make_rows):
 
         writer = threading.Thread(target=write)
         writer.start()
-        for i in range(50):
+        for _ in range(50):
             asked = [torch.randint(0, 100, (64,)) for _ in range(3)]
             outs = [store.empty(64) for _ in asked]
             tickets = [store.submit(rows, out) for rows, out in zip(asked, outs)]

@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ NAMES_100 = [f"class_{number:02d}" for number in range(100)]
 class Python2Pickler(pickle._Pickler):
     """Writes byte strings as Python 2 did, which is how the published files hold text and pixels."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
     def save_string(self, value: bytes):
         self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
@@ -131,7 +132,7 @@ def test_cifar10(tmp_path, version, place):
     assert (dataset.name, dataset.classes) == ("cifar10", NAMES_10)
     assert np.array_equal(dataset.train.images, expected_images(range(5)))
     assert np.array_equal(dataset.test.images, expected_images([5]))
-    assert dataset.train.labels.tolist() == sum((batch(seed, 10)[1] for seed in range(5)), [])
+    assert dataset.train.labels.tolist() == [label for seed in range(5) for label in batch(seed, 10)[1]]
     assert dataset.test.labels.tolist() == batch(5, 10)[1]
     assert (dataset.augmentation.padding, dataset.augmentation.flip) == (4, True)
     assert dataset.mean == (0.4914, 0.4822, 0.4465)

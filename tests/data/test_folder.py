@@ -65,7 +65,7 @@ def test_only_the_subset_is_decoded(write_tree, monkeypatch):
     assert len(part) == 6 and part.labels.bincount().tolist() == [2, 2, 2]
     assert not opened
     assert part.images.shape == (6, 12, 12, 3)
-    part.images
+    _ = part.images
     assert sorted(opened) == part.paths
     assert all(np.array_equal(image, pixels(path)) for image, path in zip(part.images, part.paths))
 
@@ -139,7 +139,7 @@ def test_one_image_of_another_size_is_named(write_tree):
     root = write_tree()
     Image.new("RGB", (20, 9)).save(root / "train" / "bee" / "003.png")
     with pytest.raises(DataError, match="bee/003.png: it is 20 x 9 pixels and others are 12 x 12"):
-        open_dataset(root).train.images
+        _ = open_dataset(root).train.images
 
 
 def damage(path, how: str) -> None:
@@ -151,7 +151,7 @@ def test_bad_image_stops_with_its_name(write_tree, how):
     root = write_tree()
     damage(root / "train" / "bee" / "004.png", how)
     with pytest.raises(DataError, match="bee/004.png"):
-        open_dataset(root).train.images
+        _ = open_dataset(root).train.images
 
 
 @pytest.mark.parametrize("how", ["empty", "foreign", "truncated"])

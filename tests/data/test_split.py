@@ -87,4 +87,4 @@ def test_impossible_holdouts_are_refused(count):
 
 def test_large_images_are_not_given_out_as_an_array(write_large_tree):
     with pytest.raises(DataError, match="too large"):
-        open_dataset(write_large_tree()).train.images
+        _ = open_dataset(write_large_tree()).train.images

@@ -47,7 +47,7 @@ def test_equal_gradients_have_no_noise_and_opposite_ones_no_signal():
     assert same.noise == 0 and same.signal_share == 1
     assert opposite.signal < 0 and opposite.signal_share == -1
     with pytest.raises(ValueError, match="at least two"):
-        noise_of([gradient]).noise
+        _ = noise_of([gradient]).noise
 
 
 def test_a_share_is_a_ratio():

@@ -16,6 +16,7 @@ from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.live import LiveTeacher, Relay
 
 CPU = torch.device("cpu")
+SGD = Optimizer("sgd", lr=0.01)
 AIMS = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
 
 
@@ -49,7 +50,7 @@ def training(small_net, random_batch, settled, one_thread):
     paired = pair_blocks(settled(small_net(2, 1)), small_net(1, 2), random_batch(0).images, ["0", "1", "2"])
 
     class Training:
-        def __init__(self, groups, mode="emulate", optimizer=Optimizer("sgd", lr=0.01), ema=0.9):
+        def __init__(self, groups, mode="emulate", optimizer=SGD, ema=0.9):
             nn.ModuleList(paired.student_blocks).train()
             self.paired, self.groups = paired, groups
             self.inputs, self.relay = StageInputs(), Relay(paired, LiveTeacher(paired, mode, fall_back=False))

@@ -1,6 +1,7 @@
 """Which precision is chosen and why, what computes in it and what stays float32, and the loss scale of float16."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_a_resumed_run_keeps_what_was_chosen_though_a_new_measurement_would_not_
 def parts(small_net, random_batch, settled):
     """A pair in a precision with a step of all its blocks, inputs loaded."""
 
-    def build(precision, settings=Optimizer("sgd", lr=0.01), ema=None, lr=0.01):
+    def build(precision, settings, ema=None, lr=0.01):
         paired = pair_blocks(settled(small_net(2, 1)), small_net(1, 2), random_batch(0).images, ["0", "1", "2"])
         paired.precision = Precision(precision)
         nn.ModuleList(paired.student_blocks).train()
@@ -341,7 +342,7 @@ def test_whole_steps_that_are_skipped_and_grow_replay_to_the_same_bits(
         stages = [Stage([[0, 1, 2, 3]], steps=30, optimizer=Optimizer("sgd", lr=0.01))]
         seen.append(train_stages(mode, paired, AIMS, stages, [random_batch(seed) for seed in range(3)]))
     assert same_bits(*seen)
-    changes = [after / before for before, after in zip(scales, scales[1:])]
+    changes = [after / before for before, after in pairwise(scales)]
     assert changes[0] == 0.5 and 2.0 in changes and len(scales) == 30
 
 
@@ -355,7 +356,10 @@ def recording(update, scales):
 
 def test_an_optimizer_that_cannot_skip_is_refused(parts, monkeypatch):
     """Such as AdamW by its foreach implementation, which a CPU does not have: torch's plain one stands for it."""
-    plain = lambda settings, parameters, lr, momentum: torch.optim.AdamW(parameters, foreach=True)
+
+    def plain(settings, parameters, lr, momentum):
+        return torch.optim.AdamW(parameters, foreach=True)
+
     monkeypatch.setattr("stablekd_fast.engine.step.build_optimizer", plain)
     parts("bf16", Optimizer("adamw"))
     with pytest.raises(ConfigError, match="precision=fp16.*AdamW.*cannot skip a step.*implementation=auto.*bf16"):

@@ -53,7 +53,7 @@ def no_waiting():
 
 def random_states(device):
     states = [torch.get_rng_state()]
-    return states + [torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 # Bits.

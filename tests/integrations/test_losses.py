@@ -79,7 +79,7 @@ def test_losses_of_logits(name):
         (CosineLoss(), lambda s, t: (1 - F.cosine_similarity(s, t)).mean()),
         (CosineLoss("sample"), lambda s, t: (1 - F.cosine_similarity(s.flatten(1), t.flatten(1))).mean()),
     ],
-    ids=str,
+    ids=lambda loss: str(loss) if isinstance(loss, nn.Module) else "by hand",
 )
 def test_losses_of_features(loss, plain):
     assert_same(loss, plain, *FEATURES)

@@ -262,7 +262,7 @@ def test_large_images_have_views_too(tmp_path):
     dataset = type("Folder", (), {"samples": [(str(path), 0) for path in sorted(folder.iterdir())]})()
     views = SampleViews(dataset, views=1, batch_size=2, mean=(0.5,) * 3, std=(0.5,) * 3, size=32)
     views.set_epoch(0)
-    image, label, keys = views[3]
+    image, _, keys = views[3]
     assert image.shape == (3, 32, 32) and keys == {"sample_id": 3, "view": 0}
     assert torch.equal(image, next(views.source.whole_view(0)).images[1]) is False
     assert torch.equal(image, list(views.source.whole_view(0))[1].images[1])

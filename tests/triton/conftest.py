@@ -1,6 +1,8 @@
 """Triton kernels: on the GPU where there is one, otherwise by Triton's interpreter on CPU tensors (see
 tests/conftest.py)."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -45,8 +47,7 @@ def launches(request):
         assert set(seen) <= _listed(kernels)
 
 
-def _listed(kernels, known={}):
-    if kernels not in known:
-        modules = kernels if isinstance(kernels, tuple) else (kernels,)
-        known[kernels] = {entry.variant for module in modules for entry in module.specialisations()}
-    return known[kernels]
+@cache
+def _listed(kernels):
+    modules = kernels if isinstance(kernels, tuple) else (kernels,)
+    return {entry.variant for module in modules for entry in module.specialisations()}
