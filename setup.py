@@ -10,10 +10,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 MOVED = {"stablekd_fast.kernels": "kernels", "stablekd_fast.bench": "bench"}
+"""Packages that are installed into another one than the one they lie in, and their folders."""
 
 
 def packages() -> list[str]:
-    """All packages: those inside stablekd_fast/, and the rooms at top level that are installed into it."""
+    """Return all packages: those inside stablekd_fast/, and the rooms at top level that are installed into it."""
     names = find_packages(str(ROOT), include=["stablekd_fast", "stablekd_fast.*"])
     for name, folder in MOVED.items():
         names += [name, *(f"{name}.{inner}" for inner in find_packages(str(ROOT / folder)))]
@@ -46,7 +47,7 @@ class CMakeBuild(build_ext):
 
 
 def _reason(error: Exception) -> str:
-    """One line: cmake's own explanation or the compiler's first error, whichever there is."""
+    """Return one line: cmake's own explanation or the compiler's first error, whichever there is."""
     if not isinstance(error, subprocess.CalledProcessError):
         return str(error)
     explanations = (r"CMake Error[^\n]*\n(.+?)(?:\.\s|\nCall Stack)", r"([^\n]*\berror: [^\n]*)")
@@ -57,7 +58,7 @@ def _reason(error: Exception) -> str:
 setup(
     packages=packages(),
     package_dir=MOVED,
-    package_data={"stablekd_fast": ["py.typed"], "stablekd_fast.planning": ["devices/*.json"]},
+    package_data={"stablekd_fast": ["py.typed", "*.pyi"], "stablekd_fast.planning": ["devices/*.json"]},
     ext_modules=[Extension("stablekd_fast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,4 +1,4 @@
-"""A bench's rows beside those of an earlier file: what changed, and what fell too far."""
+"""Compares a bench's rows with those of an earlier file: what changed, and what fell too far."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from stablekd_fast.errors import StableKDError
 from stablekd_fast.report.page import flat
 
 OF_ONE_RUN = ("settings.commit", "settings.command", "settings.load_average")
-"""What may differ between two runs that are alike."""
+"""Settings that may differ between two runs that are alike."""
 
 
 def compare(rows: Sequence[dict], earlier: Sequence[dict]) -> list[dict]:
-    """The rows, each with what became of the earlier one of the same bench, case and contender.
+    """Return the rows, each compared with the earlier one of the same bench, case and contender.
 
     `ratio_against` is the ratio to the baseline now over the ratio then: each was taken within one run, so it holds
     when the machine was slower or is another one. `speed_against` is the time then over the time now. Both are None for
@@ -37,7 +37,7 @@ def _key(row: dict) -> tuple[str, str, str]:
 
 
 def differences(now: dict, then: dict) -> list[str]:
-    """In words, where machines, versions and settings of two documents differ."""
+    """Say where machines, versions and settings of two documents differ."""
     new, old = (
         flat({name: found.get(name, {}) for name in ("machine", "versions", "settings")}) for found in (now, then)
     )
@@ -46,10 +46,10 @@ def differences(now: dict, then: dict) -> list[str]:
 
 
 def fallen(rows: Sequence[dict], least: float) -> list[str]:
-    """In words, the rows of this project's own contenders that are below `least`.
+    """Say which rows of this project's own contenders are below `least`.
 
-    Compared rows by `ratio_against`, rows of a run that is not compared by their ratio to the baseline. Raises
-    StableKDError if there is no such row: a check of nothing must not pass.
+    Rows that were compared go by `ratio_against`, others by their ratio to the baseline. Raises StableKDError if there
+    is no such row: a check of nothing must not pass.
     """
     key = "ratio_against" if any("ratio_against" in row for row in rows) else "ratio"
     ours = [row for row in rows if row.get("role") == "ours" and row["contender"] != row["baseline"]]

@@ -1,4 +1,4 @@
-"""Rivals timed fairly: checked first, then interleaved in one process with the same threads and allocator.
+"""Times rivals fairly: checked first, then interleaved in one process with the same threads and allocator.
 
 A `Case` holds one task and its `Contender`s. `measure` compares every contender's result with a reference in double
 precision, and refuses the whole case if one is wrong. Then it times them in rounds: in each round every contender
@@ -39,7 +39,7 @@ TIMING_SECONDS = 2e-3
 WARM_UP_ROUNDS = 2
 
 SEED = 0
-"""Of the order within rounds, and of the networks, data and views that benches make."""
+"""Fixes the order within rounds, and the networks, data and views that benches make."""
 
 
 class WrongResult(StableKDError):
@@ -52,8 +52,8 @@ class Contender:
 
     `prepare` runs before each timing and is not timed. Contenders of one name that differ in `variant` are settings
     of one rival: the fastest stands for the name. `expected` and `tolerance` replace those of the case where the
-    contender computes something else (a memory floor, a rival on easier terms). A `role` of "limit" has
-    what does less than the task. `flops` are the floating-point operations of a call where arithmetic is the limit, and
+    contender computes something else (a memory floor, a rival on easier terms). What does less than the task has the
+    `role` "limit". `flops` are the floating-point operations of a call where arithmetic is the limit, and
     `limit` replaces that of the case. `extras` go into its row.
     """
 
@@ -93,7 +93,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call of one contender, one number per round; `calls` were made per timing."""
+    """The seconds per call of one contender, one number per round; `calls` were made per timing."""
 
     contender: Contender
     calls: int
@@ -118,7 +118,7 @@ class Measured:
     origin: dict[str, dict] = field(default_factory=dict)
 
     def take(self, find: Callable[[], list[dict]], show: Callable[[list[dict]], None]) -> list[dict]:
-        """Keep and show the rows that `find` gives; none, and a reason in `refused`, if a result is wrong."""
+        """Keep, show and return the rows that `find` gives; if a result is wrong, none, and the reason in `refused`."""
         try:
             rows = find()
         except WrongResult as error:
@@ -141,7 +141,7 @@ def measure_cases(
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A folder in `folder` for the time of a bench; it is there once something is put into it."""
+    """Give a folder in `folder` for the time of a bench; it is there once something is put into it."""
     own = folder / f".bench-{os.getpid()}"
     try:
         yield own
@@ -151,9 +151,10 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def pinned(threads: int | None = None) -> Iterator[dict]:
-    """Within it torch, its compiler and the C++ core use `threads` threads (default: the usable cores), and the
-    allocator keeps freed memory (as it will go on doing). Gives the settings for the record, with how busy the
-    machine was.
+    """Let torch, its compiler and the C++ core use `threads` threads (all usable cores by default) for a while.
+
+    The allocator keeps freed memory, then and afterwards. Gives the settings for the record, with how busy the machine
+    was.
     """
     before = torch.get_num_threads()
     threads = threads or machine()["usable_cores"] or before
@@ -179,7 +180,7 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     watch: Callable[[Contender], None] = lambda contender: None,
 ) -> list[dict]:
-    """Check and time a case; one row per name, in the order of the contenders.
+    """Check and time a case; return one row per name, in the order of the contenders.
 
     `watch` is told each contender just before it is timed. Raises WrongResult before anything is timed.
     """
@@ -230,7 +231,7 @@ def time_rounds(
 
 
 def rows(case: Case, timings: Sequence[Timing]) -> list[dict]:
-    """One row per name.
+    """Return one row per name.
 
     `spread_seconds` is half the interquartile range over the rounds. `ratio` is the median over the rounds of
     baseline time / own time: within a round both met the same machine, so this is steadier than a ratio of medians.
@@ -280,12 +281,12 @@ def _beside_limit(timing: Timing, limit: Timing) -> dict:
 
 
 def _cost(timing: Timing) -> float:
-    """Seconds, for the same work."""
+    """Return seconds for the same work."""
     return timing.median / (timing.contender.flops or 1.0)
 
 
 def _time(contender: Contender, calls: int, device: str, clock: Callable[[], float]) -> float:
-    """Seconds per call."""
+    """Return seconds per call."""
     if contender.prepare:
         contender.prepare()
     contender.call()
@@ -317,7 +318,7 @@ def _compare(who: str, found: list[Tensor], expected: list[Tensor], tolerance: T
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Largest error over the largest magnitude of the reference; NaN where there is one."""
+    """Return the largest error over the reference's largest magnitude; NaN where one of the values is NaN."""
     if reference.numel() == 0:
         return 0.0
     largest = reference.double().abs().max().clamp_min(1e-300)

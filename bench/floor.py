@@ -30,7 +30,7 @@ class Traffic(NamedTuple):
 
 
 def floor_contenders(read: int, written: int, device: str, operands: Sequence[Tensor] = ()) -> list[Contender]:
-    """Variants of the contender `floor`: each reads `read` and writes `written` bytes of arrays made beforehand.
+    """Return variants of the contender `floor`: each reads `read` and writes `written` bytes of arrays made beforehand.
 
     Additions and copies are made by torch, and on the CPU also by the C++ core, through the caches and past them.
     Fills and sums, which only unbalanced traffic has, are torch's. Where the `operands` of the kernel above are two
@@ -53,7 +53,7 @@ def floor_contenders(read: int, written: int, device: str, operands: Sequence[Te
 
 
 def split(reads: int, writes: int) -> Traffic:
-    """The traffic of `reads` and `writes` elements in as few kinds as it takes."""
+    """Divide `reads` and `writes` of elements into as few kinds of traffic as it takes."""
     added = min(max(reads - writes, 0), writes) // _VECTOR * _VECTOR
     copied = min(writes - added, reads - 2 * added)
     return Traffic(added, copied, writes - added - copied, reads - 2 * added - copied)

@@ -26,7 +26,7 @@ COMPARED = {"ratio_against": "ratio\nnow/then", "speed_against": "speed\nnow/the
 
 
 def document(content: dict, settings: dict) -> dict:
-    """The content with machine, versions and settings, and with the commit in a checkout."""
+    """Return the content with machine, versions and settings, and with the commit in a checkout."""
     return {**content, "machine": machine(), "versions": versions(), "settings": {**settings, "commit": commit()}}
 
 
@@ -40,8 +40,11 @@ def write_json(path: Path, found: dict) -> None:
 
 
 def write_csv(path: Path, found: dict) -> None:
-    """Write a document's rows, with the columns that any of them has. Machine, versions and settings are columns too,
-    the same in every row, so that rows of many files may be put together. Raises StableKDError if there are no rows."""
+    """Write a document's rows, with the columns that any of them has.
+
+    Machine, versions and settings are columns too, the same in every row, so that rows of many files may be put
+    together. Raises StableKDError if there are no rows.
+    """
     if not found["rows"]:
         raise StableKDError(f"There are no rows for {path}; what this command finds goes to --json and --html.")
     origin = flat({name: found[name] for name in ("machine", "versions", "settings")})
@@ -54,7 +57,7 @@ def write_csv(path: Path, found: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The document that `write_json` wrote. Raises StableKDError if it is missing or not such a document."""
+    """Read a document that `write_json` wrote. Raises StableKDError if it is missing or not such a document."""
     try:
         found = json.loads(Path(path).read_bytes())
         complete = all(key in row for row in found["rows"] for key in REQUIRED)
@@ -68,7 +71,7 @@ def read_json(path: Path) -> dict:
 
 
 def by_case(rows: Sequence[dict]) -> list[list[dict]]:
-    """The rows of each case, in order of first appearance."""
+    """Return the rows of each case, in order of first appearance."""
     found: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         found.setdefault((row["bench"], row["case"]), []).append(row)
@@ -76,7 +79,7 @@ def by_case(rows: Sequence[dict]) -> list[list[dict]]:
 
 
 def table(rows: Sequence[dict]) -> Group:
-    """The rows of one case under its name."""
+    """Show the rows of one case under its name."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     cells = [cells_of(row) for row in rows]
     for name in dict.fromkeys(name for line in cells for name in line):
@@ -89,7 +92,7 @@ def table(rows: Sequence[dict]) -> Group:
 
 
 def cells_of(row: dict) -> dict[str, str]:
-    """A row as texts by column: the same columns for all rows of a case."""
+    """Return a row as texts by column: the same columns for all rows of a case."""
     variant = row.get("variant")
     cells = {
         "contender": f"{row['contender']} ({variant})" if variant else row["contender"],
@@ -110,7 +113,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _has_own_task(row: dict) -> bool:
-    """Whether the row measures a limit by work of its own: its time stands beside no other."""
+    """Tell whether the row measures a limit by work of its own: its time stands beside no other."""
     return row["contender"] == row.get("limit") and "flops" in row
 
 
@@ -129,7 +132,7 @@ def _limit_text(row: dict) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this file lies in, with `-dirty` for one that was changed; None outside one."""
+    """Return the commit of the checkout that this file lies in, with `-dirty` if it was changed; None outside one."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

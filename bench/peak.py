@@ -1,5 +1,4 @@
-"""The limit of arithmetic: how many floating-point operations per second this machine reaches in a precision,
-measured."""
+"""Measures the limit of arithmetic: how many floating-point operations per second this machine reaches."""
 
 from __future__ import annotations
 
@@ -11,21 +10,22 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 TOLERANCES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2), "fp16": (torch.float16, 2e-3)}
-"""Number format of each precision, and the largest error of its result: that of rounding, as sums are taken in
-float32."""
+"""The dtype of each precision, and the largest error of a result: that of rounding, as sums are taken in float32."""
 
 
 def peak(precision: str) -> str:
-    """The name of the limit."""
+    """Return the name of the limit."""
     return f"peak, {precision}"
 
 
 def peak_contenders(precision: str) -> list[Contender]:
-    """Variants of the limit: a product of large matrices, and a convolution of the kind that networks spend their time
-    in."""
+    """Return variants of the limit: a product of large matrices, and a convolution as networks have them."""
     dtype, tolerance = TOLERANCES[precision]
     generator = torch.Generator().manual_seed(SEED)
-    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
     left, right = draw(1024, 1024), draw(1024, 1024)
     images, weights = draw(8, 128, 28, 28), draw(128, 128, 3, 3)
     images, weights = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (images, weights))
@@ -50,7 +50,7 @@ def _contender(
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """Floating-point operations of the convolutions and matrix products of a call, forward and backward."""
+    """Count the floating-point operations of a call's convolutions and matrix products, forward and backward."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()

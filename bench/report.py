@@ -52,7 +52,7 @@ def _head(found: dict, warnings: Sequence[str]) -> str:
 
 
 def _summary(cases: Sequence[list[dict]]) -> str:
-    """The fastest of ours in each case, against the baseline and the fastest rival."""
+    """Return a section with the fastest of ours in each case, against the baseline and the fastest rival."""
     lines = [_summary_line(rows) for rows in cases]
     lines = [line for line in lines if line is not None]
     if len(lines) < 2:
@@ -95,7 +95,7 @@ def _case(number: int, rows: Sequence[dict]) -> str:
 
 
 def _kind(row: dict) -> str:
-    """A baseline that is the limit as well is shown as the baseline."""
+    """Return what a contender is shown as. A baseline that is the limit as well is shown as the baseline."""
     return "baseline" if row["contender"] == row["baseline"] else row.get("role", "rival")
 
 

@@ -36,10 +36,9 @@ data = [
     for image, label in zip(digits.images, digits.labels)
 ]
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+teacher = vit(4)  # load its weights here
 with tempfile.TemporaryDirectory() as folder:
     settings = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=64, report_to="none", use_cpu=True
     )
-    print(
-        DistillationTrainer(vit(2), settings, train_dataset=data, teacher=vit(4)).train()
-    )  # load the teacher's weights here
+    print(DistillationTrainer(vit(2), settings, train_dataset=data, teacher=teacher).train())

@@ -14,11 +14,8 @@ from stablekd_fast.losses import KDLoss
 class Distillation(lightning.LightningModule):
     def __init__(self, teacher, student):
         super().__init__()
-        self.teacher, self.student, self.criterion = (
-            teacher.eval().requires_grad_(False),
-            student,
-            KDLoss(temperature=4.0),
-        )
+        self.teacher, self.student = teacher.eval().requires_grad_(False), student
+        self.criterion = KDLoss(temperature=4.0)
 
     def on_train_epoch_start(self):
         self.teacher.eval()  # Lightning sets all modules to training mode
@@ -37,8 +34,7 @@ data = SampleViews("digits", views=4, batch_size=64)
 data.set_epoch(0)
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 trainer = lightning.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False)
-distillation = Distillation(
-    models.build("resnet32", 10, 8), models.build("resnet20", 10, 8)
-)  # load the teacher's weights here
+teacher = models.build("resnet32", 10, 8)  # load its weights here
+distillation = Distillation(teacher, models.build("resnet20", 10, 8))
 trainer.fit(distillation, DataLoader(data, batch_size=64, shuffle=True))
 print(f"{trainer.global_step} steps, last loss {distillation.loss:.4f}")

@@ -9,10 +9,8 @@ from stablekd_fast import models
 from stablekd_fast.integrations.views import SampleViews
 from stablekd_fast.losses import KDLoss
 
-teacher, student = (
-    models.build("resnet32", 10, 8).eval(),
-    models.build("resnet20", 10, 8),
-)  # load the teacher's weights here
+teacher = models.build("resnet32", 10, 8).eval()  # load the teacher's weights here
+student = models.build("resnet20", 10, 8)
 data = SampleViews("digits", views=4, batch_size=64)
 criterion = KDLoss(temperature=4.0, alpha=0.9)
 optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)

@@ -6,17 +6,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from stablekd_fast.kernels._checks import check_upstream, laid_out_like, scaled
+from stablekd_fast.kernels._checks import Given, check_upstream, laid_out_like, scaled
 from torch import Tensor
 
 
 def loss_with_grad(
-    loss: Callable[[Tensor], Tensor], student: Tensor, factor: float, upstream: Tensor | None
+    loss: Callable[[Given], Tensor], given: Given, factor: float, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`factor * upstream * loss(student)` and its gradient with respect to the student, laid out like it."""
-    check_upstream(upstream, student)
+    """Return `factor * upstream * loss(given)` and its gradient with respect to the student, laid out like it.
+
+    The student is the first operand.
+    """
+    check_upstream(upstream, given[0])
+    student, *others = (value.detach() if isinstance(value, Tensor) else value for value in given)
     with torch.enable_grad():
-        leaf = student.detach().requires_grad_()
-        value = scaled(factor * loss(leaf), upstream)
-        (gradient,) = torch.autograd.grad(value, leaf)
-    return value.detach(), laid_out_like(gradient, student)
+        student.requires_grad_()
+        value = scaled(factor * loss(given._make((student, *others))), upstream)
+        (gradient,) = torch.autograd.grad(value, student)
+    return value.detach(), laid_out_like(gradient, given[0])

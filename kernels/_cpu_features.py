@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from stablekd_fast.kernels._cpu import TYPES, address
-from stablekd_fast.kernels._features import Operands, scale_stride
+from stablekd_fast.kernels._features import DenseOperands, scale_stride
 
 
-def for_core(found: Operands) -> tuple:
+def for_core(found: DenseOperands) -> tuple:
     return (
         found.student.data_ptr(),
         TYPES[found.student.dtype],

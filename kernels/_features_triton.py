@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from stablekd_fast.kernels import _features
 from stablekd_fast.kernels._checks import FLOATS
-from stablekd_fast.kernels._features import Operands
+from stablekd_fast.kernels._features import DenseOperands, FeatureOperands
 from stablekd_fast.kernels._launch import aligned, alignment, packed
-from stablekd_fast.kernels._layout import Layout
+from stablekd_fast.kernels._layout import FeatureLayout
 from torch import Tensor
 
 BLOCK = 2048
@@ -29,18 +29,16 @@ _LARGEST_EXTENT = 2**19
 _STORED = {torch.float8_e4m3fn: torch.uint8}
 
 
-def operands(
-    student: Tensor, target: Tensor, target_scale: Tensor | None, channel_axis: int, with_gradient: bool
-) -> Operands | None:
+def aligned_operands(given: FeatureOperands, with_gradient: bool) -> DenseOperands | None:
     """Aligned operands; None where the reference must serve, extents beyond 2^19 among others."""
-    found = _features.operands(student, target, target_scale, channel_axis, with_gradient)
+    found = _features.dense_operands(given, with_gradient)
     if found is None or not fits(found.layout):
         return None
     target, scales = as_bytes(aligned(found.target)), packed(found.scales, torch.float32)
     return found._replace(student=aligned(found.student), target=target, scales=scales)
 
 
-def fits(found: Layout) -> bool:
+def fits(found: FeatureLayout) -> bool:
     """Whether the kernels can tell which channel and sample an element belongs to."""
     return max(found.channels, found.inner, found.outer // found.samples) <= _LARGEST_EXTENT
 
@@ -50,11 +48,11 @@ def as_bytes(codes: Tensor) -> Tensor:
     return codes.view(_STORED.get(codes.dtype, codes.dtype))
 
 
-def tensors_of(found: Operands) -> dict[str, Tensor | None]:
+def tensors_of(found: DenseOperands) -> dict[str, Tensor | None]:
     return arguments_of(found.student, found.target, found.scales, found.gradient)
 
 
-def extents(found: Layout, scales: Tensor | None) -> dict[str, int]:
+def extents(found: FeatureLayout, scales: Tensor | None) -> dict[str, int]:
     return {
         "outer": found.outer // found.samples,
         "channels": found.channels,

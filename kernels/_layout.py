@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Layout(NamedTuple):
+class FeatureLayout(NamedTuple):
     """Memory of a feature map as a contiguous `[outer, channels, inner]`, `outer` being a multiple of `samples`."""
 
     samples: int
@@ -48,11 +48,11 @@ def laid_out_as(target: Tensor, model: Tensor) -> Tensor:
     return target.new_empty(model.shape).as_strided(model.shape, model.stride()).copy_(target)
 
 
-def layout(features: Tensor, channel_axis: int) -> Layout:
+def feature_layout(features: Tensor, channel_axis: int) -> FeatureLayout:
     """The layout of a dense, non-empty feature map."""
     channels = features.shape[channel_axis]
     inner = features.stride(channel_axis) if channels > 1 else 1
-    return Layout(features.shape[0], features.numel() // (channels * inner), channels, inner)
+    return FeatureLayout(features.shape[0], features.numel() // (channels * inner), channels, inner)
 
 
 def _extents(features: Tensor) -> list[tuple[int, int]]:

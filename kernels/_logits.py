@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import torch
-from stablekd_fast.kernels._checks import FLOATS, OperandError, describe, require
+from stablekd_fast.kernels._checks import FLOATS, OperandError, describe
 from torch import Tensor
 
 
 def check_student(student: Tensor, temperature: float) -> None:
-    require(
-        student.dim() == 2 and student.is_floating_point(),
-        f"student_logits is {describe(student)}; it must be a floating point [N, C].",
-    )
-    require(temperature > 0, f"temperature={temperature} was given; it must be greater than 0.")
+    if not (student.dim() == 2 and student.is_floating_point()):
+        raise OperandError(f"student_logits is {describe(student)}; it must be a floating point [N, C].")
+    if not temperature > 0:
+        raise OperandError(f"temperature={temperature} was given; it must be greater than 0.")
 
 
 def check_teacher(teacher: Tensor, student: Tensor) -> None:
-    require(
-        teacher.shape == student.shape and teacher.is_floating_point(),
-        f"teacher_logits is {describe(teacher)} but student_logits {describe(student)}; "
-        "teacher and student must have the same batch and classes.",
-    )
+    if not (teacher.shape == student.shape and teacher.is_floating_point()):
+        raise OperandError(
+            f"teacher_logits is {describe(teacher)} but student_logits {describe(student)}; "
+            "teacher and student must have the same batch and classes."
+        )
 
 
 def check_labels(labels: Tensor, student: Tensor) -> None:
-    require(
-        labels.dtype == torch.int64 and labels.shape == student.shape[:1],
-        f"labels is {describe(labels)}; it must be int64 [{student.shape[0]}].",
-    )
+    if not (labels.dtype == torch.int64 and labels.shape == student.shape[:1]):
+        raise OperandError(f"labels is {describe(labels)}; it must be int64 [{student.shape[0]}].")
 
 
 def in_single_precision(student: Tensor, teacher: Tensor) -> bool:
@@ -36,8 +33,10 @@ def in_single_precision(student: Tensor, teacher: Tensor) -> bool:
 
 
 def row_by_row(student: Tensor) -> Tensor:
-    """Room for a gradient, contiguous as the fused implementations write it; `laid_out_like` then gives it its
-    format."""
+    """Return room for a gradient, contiguous as the fused implementations write it.
+
+    `laid_out_like` then gives it the format of the student.
+    """
     return torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
@@ -52,6 +51,7 @@ def refuse_row(row: int, classes: int, labels: Tensor | None, indices: Tensor | 
         raise OperandError(
             f"labels[{row}] is {int(labels[row])}; it must be in 0..{classes - 1}, as there are {classes} classes."
         )
+    assert indices is not None
     raise OperandError(
         f"the teacher's indices[{row}] are {indices[row].tolist()}; they must be in 0..{classes - 1}, "
         f"as there are {classes} classes."

@@ -7,6 +7,7 @@ import re
 import warnings
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,8 +22,8 @@ def openmp_runtimes() -> list[str]:
     return sorted(filter(_OPENMP_RUNTIME.search, files), key=lambda file: (not file.startswith(home), file))
 
 
-def _load():
-    """The core and None, or None and the reason.
+def _load() -> tuple[Any, str | None]:
+    """Return the core and None, or None and the reason.
 
     The core leaves its OpenMP calls unresolved, so that it shares torch's runtime instead of bringing a second one
     with threads of its own. Python hides that runtime's names; opening the mapped file again shows them.

@@ -1,56 +1,88 @@
-"""Registration with torch's dispatcher, and the record of which implementation serves each operator where."""
+"""Registration with torch's dispatcher, and the record of which implementation serves each operator where.
+
+The dispatcher hands operands over one by one. A loss lists its own once, as the fields of a named tuple `Operands` in
+its `reference.py`: the schema follows from it, and every implementation takes it as one argument.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from stablekd_fast.kernels import _native, _triton
-from stablekd_fast.kernels._checks import accumulator, scaled
+from stablekd_fast.kernels._checks import Given, accumulator, check_upstream, scaled
 from torch import Tensor
 
+Loss = Callable[[Given], Tensor]
+LossWithGrad = Callable[[Given, float, Tensor | None], tuple[Tensor, Tensor]]
+"""`(operands, factor, upstream)` -> (loss, gradient with respect to the student), both times `factor` (a number) and
+`upstream` (a 0-dim tensor or None)."""
+
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", str: "str", str | None: "str?"}
+
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {}
+
+_OPERANDS: dict[str, type[NamedTuple]] = {}
+"""For each operator whose implementations take their operands as one argument, the class of that argument."""
 
 
 def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
     """Define `stablekd::<name>` with `reference` as its implementation on every device."""
     torch.library.define(f"stablekd::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"stablekd::{name}", "default", reference)
+    torch.library.impl(f"stablekd::{name}", "default", _taking_one_by_one(name, reference))
     torch.library.register_fake(f"stablekd::{name}", fake)
     _IMPLEMENTATIONS[name] = {"cpu": "reference", "cuda": "reference", "reason": "it has no other implementation"}
 
 
 def define_loss(
-    name: str, arguments: str, loss: Callable, with_grad: Callable, differentiable: tuple[int, ...]
-) -> Callable[..., Tensor]:
-    """Define the operators `<name>` -> loss and `<name>_with_grad` -> (loss, gradient), and give the loss for autograd.
+    name: str, operands: type[Given], loss: Loss[Given], with_grad: LossWithGrad[Given], differentiable: tuple[str, ...]
+) -> tuple[Loss[Given], LossWithGrad[Given]]:
+    """Define the operators `<name>` and `<name>_with_grad` by their references, and return how to call them.
 
-    The first argument is the student. `<name>_with_grad` takes two more arguments, `factor` (a number) and
-    `upstream` (a 0-dim tensor or None), and multiplies loss and gradient by both.
-
-    The function returned takes the arguments of `<name>` and can be differentiated with respect to those at the
-    positions in `differentiable`. Where only the student asks, the gradient is made in the same pass as the loss and
-    waits for backward; in every other case the reference, which is differentiable to any order, is differentiated.
+    The first function returned gives the loss, and can be differentiated with respect to the `differentiable` operands.
+    Where only the student asks, the gradient is made in the same pass as the loss and waits for backward; in every
+    other case the reference, which is differentiable to any order, is differentiated. The second function returned
+    gives loss and gradient, and records nothing for autograd.
     """
+    arguments = ", ".join(f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in get_type_hints(operands).items())
+    with_factors = f"{arguments}, float factor, Tensor? upstream"
+    _OPERANDS[name] = _OPERANDS[f"{name}_with_grad"] = operands
     define(name, f"({arguments}) -> Tensor", loss, _loss_fake)
-    define(
-        f"{name}_with_grad",
-        f"({arguments}, float factor, Tensor? upstream) -> (Tensor, Tensor)",
-        with_grad,
-        _with_grad_fake,
-    )
-    count = arguments.count(",") + 1
+    define(f"{name}_with_grad", f"({with_factors}) -> (Tensor, Tensor)", with_grad, _with_grad_fake)
+    backward = _backward_of(operands, loss, [operands._fields.index(field) for field in differentiable])
+    for operator in (name, f"{name}_with_grad"):
+        torch.library.register_autograd(f"stablekd::{operator}", backward, setup_context=_setup_context)
+    alone, together = (getattr(torch.ops.stablekd, operator).default for operator in (name, f"{name}_with_grad"))
 
-    def setup_context(ctx, inputs, output) -> None:
-        tensors = [value if isinstance(value, Tensor) else None for value in inputs]
-        ctx.settings = [None if isinstance(value, Tensor) else value for value in inputs]
-        gradient = None
-        if isinstance(output, tuple):
-            gradient = output[1]
-            ctx.mark_non_differentiable(gradient)
-        ctx.save_for_backward(*tensors, gradient)
+    def by_autograd(given: Given) -> Tensor:
+        if given[0].requires_grad and torch.is_grad_enabled():
+            return together(*given, 1.0, None)[0]
+        return alone(*given)
 
-    def backward(ctx, upstream: Tensor, *_):
+    def without_autograd(given: Given, factor: float, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+        check_upstream(upstream, given[0])
+        with torch.no_grad():
+            return together(*given, factor, upstream)
+
+    return by_autograd, without_autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
+    tensors = [value if isinstance(value, Tensor) else None for value in inputs]
+    ctx.settings = [None if isinstance(value, Tensor) else value for value in inputs]
+    gradient = None
+    if isinstance(output, tuple):
+        gradient = output[1]
+        ctx.mark_non_differentiable(gradient)
+    ctx.save_for_backward(*tensors, gradient)
+
+
+def _backward_of(operands: type[Given], loss: Loss[Given], differentiable: list[int]) -> Callable:
+    """The backward of both operators: with respect to the operands at the places in `differentiable`."""
+    count = len(operands._fields)
+
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, gradient = ctx.saved_tensors
         gradients: list[Tensor | None] = [None] * len(tensors)
         wanted = [place for place in differentiable if ctx.needs_input_grad[place]]
@@ -61,31 +93,35 @@ def define_loss(
         values = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
         factor, scale = values[count:] or (1.0, None)
         with torch.enable_grad():
-            value = scaled(factor * loss(*values[:count]), scale)
+            value = scaled(factor * loss(operands._make(values[:count])), scale)
             found = torch.autograd.grad(value, [values[place] for place in wanted], upstream, create_graph=create_graph)
         for place, one in zip(wanted, found):
             gradients[place] = one
         return tuple(gradients)
 
-    for operator in (name, f"{name}_with_grad"):
-        torch.library.register_autograd(f"stablekd::{operator}", backward, setup_context=setup_context)
-    alone, together = (getattr(torch.ops.stablekd, operator).default for operator in (name, f"{name}_with_grad"))
+    return backward
 
-    def by_autograd(student: Tensor, *others) -> Tensor:
-        if student.requires_grad and torch.is_grad_enabled():
-            return together(student, *others, 1.0, None)[0]
-        return alone(student, *others)
 
-    return by_autograd
+def _taking_one_by_one(name: str, implementation: Callable) -> Callable:
+    """`implementation` of the operator `name` as the dispatcher calls it."""
+    operands = _OPERANDS.get(name)
+    if operands is None:
+        return implementation
+    make, count = operands._make, len(operands._fields)
+
+    def call(*arguments: Any) -> Any:
+        return implementation(make(arguments[:count]), *arguments[count:])
+
+    return call
 
 
 def serve_cpu(**implementations: Callable) -> None:
     """Let the C++ core serve the named operators on the CPU, if the core is there."""
     for name, implementation in implementations.items():
-        if _native.core is None:
+        if _native.reason is not None:
             _IMPLEMENTATIONS[name]["reason"] = _native.reason
             continue
-        torch.library.impl(f"stablekd::{name}", "cpu", implementation)
+        torch.library.impl(f"stablekd::{name}", "cpu", _taking_one_by_one(name, implementation))
         _IMPLEMENTATIONS[name]["cpu"] = f"C++ core, {_native.core.level()}"
         _IMPLEMENTATIONS[name]["reason"] = "the core is built and loads"
 
@@ -99,7 +135,8 @@ def serve_cuda(module: str, **references: Callable) -> None:
     for name, reference in references.items():
         if _triton.missing is not None:
             continue
-        torch.library.impl(f"stablekd::{name}", "cuda", _triton.implementation(module, name, reference))
+        implementation = _triton.implementation(module, name, reference)
+        torch.library.impl(f"stablekd::{name}", "cuda", _taking_one_by_one(name, implementation))
         _IMPLEMENTATIONS[name]["cuda"] = "Triton"
 
 

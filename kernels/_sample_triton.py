@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from stablekd_fast.kernels import _triton_finish
-from stablekd_fast.kernels._features import Operands
+from stablekd_fast.kernels._features import DenseOperands
 from stablekd_fast.kernels._features_triton import (
     BLOCK,
     EXTENTS,
@@ -49,7 +49,7 @@ def sample_products(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Of BLOCK elements of a sample the sums of s * s, t * t and s * t."""
+    """Sum s * s, t * t and s * t over BLOCK elements of a sample."""
     student, target, _, _ = elements(
         student_at, target_at, scales_at, size, chunks, outer, channels, inner, scales_stride, BLOCK, ALIGN
     )
@@ -160,7 +160,7 @@ def elements(
     return student, target, place, inside
 
 
-def loss(found: Operands, factor: float, upstream: Tensor | None, squared_distance: bool) -> Tensor:
+def loss(found: DenseOperands, factor: float, upstream: Tensor | None, squared_distance: bool) -> Tensor:
     """`factor` times `upstream` times the mean over samples of |u - v|^2, or of 1 - u.v; writes the gradient."""
     samples, size = found.layout.samples, found.layout.per_sample
     chunks = triton.cdiv(size, BLOCK)

@@ -16,8 +16,17 @@ _HOMES = {
     "evaluate_file": "stablekd_fast.run.exported",
     "open_dataset": "stablekd_fast.data",
 }
+"""Where the public names are; checkers of types read `__init__.pyi` instead."""
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "DistillConfig",
+    "Distiller",
+    "__version__",
+    "distill",
+    "evaluate_file",
+    "open_dataset",
+    "pair_blocks",
+]
 
 
 def __getattr__(name: str):

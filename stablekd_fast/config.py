@@ -21,8 +21,11 @@ class DistillConfig:
     """A data set: `digits` (embedded), cifar10, cifar100, fashion-mnist, imagenette, imagewoof, imagenet, or a path: a
     folder of images, of WebDataset tars or of TFRecords, a CIFAR / MNIST archive, or an .npz file."""
     teacher: str = "resnet56"
+    """The teacher's name: that of a CIFAR model, torchvision/NAME or timm/NAME."""
     teacher_weights: str | None = None
+    """The teacher's weights: a safetensors file or a PyTorch one. All methods but ce need them."""
     student: str = "resnet20"
+    """The student's name, as for the teacher."""
     student_weights: str | None = None
     """Start the student from these weights instead of at random."""
     method: str = "stablekd"
@@ -31,13 +34,18 @@ class DistillConfig:
     """`default`, `progressive` for merging neighbours two by two, `paper` for the schedule of the authors' draft,
     `paper-end-to-end` for its extension."""
     epochs: float = 8.0
+    """How often the training images are gone through; fractions are allowed."""
     subset: float | None = None
     """Training images to use, class-balanced: a count above 1, or a fraction."""
     subset_seed: int = 0
+    """Decides which images are held out, and which make the subset."""
     validation: float = 0.04
     """Training images held out for the live metric, a count or a fraction; 0 for none."""
     batch_size: int = 64
+    """Images of a batch, of all ranks together."""
     image_size: int | None = None
+    """The side in pixels to which all images are brought; None keeps small ones (up to 64 pixels) as they are, and
+    trains on large ones at 224."""
     views: int | None = None
     """Distinct augmented views per image, reused in turn; None draws a new one each epoch."""
     jitter: float = 0.0
@@ -45,37 +53,48 @@ class DistillConfig:
     mix: Literal["mixup", "cutmix"] | None = None
     """Mix every training image with another one, and their labels alike."""
     mix_alpha: float = 1.0
-    """Shares of mixed images are drawn from Beta(alpha, alpha)."""
+    """The mix weights are drawn from Beta(alpha, alpha)."""
     scaled_decode: bool = False
     """Decode large JPEGs at a half, a quarter or an eighth of their size where the crop allows: faster, other
     pixels."""
     seed: int = 0
+    """Decides the first weights and the order of images."""
     view_seed: int | None = None
-    """Names the views; None for the seed. Runs of other seeds can share a cache if they share this."""
+    """Names the views; the seed does if it is None. Runs of other seeds can share a cache if they share this."""
     cuts: list[Any] | None = None
     """Modules after which to cut; None finds cuts automatically."""
     blocks: int | None = None
+    """How many blocks to cut into; None makes one per spatial size, and the classifier."""
     bridge: str = "select"
+    """How the map between different widths is fitted: select, average or pca."""
     align: Literal["ends", "all"] = "all"
     """After a merge, align features at the group's end only, or at the cuts inside it too."""
     copy_classifier: bool = True
     """Start the student's head from the teacher's where shapes agree (not for ce)."""
     optimizer: Optimizer | None = None
+    """The optimizer of the first stage, from which the recipe makes those of later ones; None takes the recipe's."""
     stages: list[Stage] | None = None
+    """The stages themselves, in place of those of recipe and optimizer."""
     feature: str = "mse"
+    """The loss at the cuts, by name."""
     feature_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the loss at the cuts."""
     logits: str = "kd"
+    """The loss at the head, by name."""
     logits_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the loss at the head."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Of forward passes, the teacher's too. `auto`: bf16 where the hardware has it, measured on CPUs."""
+    """The number format of forward passes, the teacher's too. `auto`: bf16 where the hardware has it, on CPUs where a
+    trial shows that it pays."""
     capture: Literal["auto", "eager", "cudagraph", "compile", "emulate"] = "auto"
     """How steps run. `auto`: as CUDA graphs on a GPU, eagerly elsewhere and where capture fails; `compile`: by
     torch.compile; `emulate`: recorded and replayed as a graph would be, to look for faults."""
     fuse_norms: Literal["auto", "on", "off"] = "auto"
-    """Batch norm, residual and ReLU of the student in one operator while it trains. `auto`: on CPUs."""
+    """Whether batch norm, residual and ReLU of the student are one operator while it trains. `auto`: on CPUs."""
     ema: float | None = None
     """Decay of a moving average of the student's weights, which is then what is evaluated and exported."""
     cache: CacheSettings = field(default_factory=CacheSettings)
+    """Which of the teacher's outputs are kept, where, and how exactly."""
     bn_images: int = 2048
     """Training images over which batch-norm statistics are re-estimated for evaluation and export; 0 leaves them as
     training left them."""
@@ -89,6 +108,7 @@ class DistillConfig:
     timeout: float = 600.0
     """Seconds after which a rank that does not answer is given up."""
     device: str = "auto"
+    """cpu, cuda, or cuda:N; `auto` takes a GPU if there is one."""
     source: SourceName = "auto"
     """What makes batches: `resident` keeps small images in the device's memory, `dali` and `torchvision` decode large
     ones. `auto` chooses and says why. `dali-stream` leaves order and crops to DALI's own readers."""
@@ -97,13 +117,17 @@ class DistillConfig:
     prefetch: int = BATCHES_AHEAD
     """Batches of large images that are decoded ahead. More of them even out images that take long, and cost memory."""
     on_bad_image: Literal["stop", "skip"] = "stop"
+    """Whether an image that cannot be read stops the run, or is left out and named in the event log."""
     evaluate_every: float = 1.0
     """Epochs between evaluations on the held-out images; 0 for none."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; None writes one per epoch."""
     log_every: int = 20
+    """Steps between two lines of losses in the event log."""
     out: str = "runs/distill"
+    """The folder for checkpoint, student, results, report and event log."""
     resume: bool = False
+    """Go on from the checkpoint in `out`; the bare option means true."""
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)

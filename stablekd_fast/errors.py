@@ -1,11 +1,11 @@
-"""Errors a user can act on. Each message says what was got, what is needed and what to do."""
+"""Errors that a user can act on. Each message says what was given, what is needed, and what to do."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class StableKDError(Exception):
-    """Base of every error raised on purpose; the command line prints its message and exits with 2."""
+    """The base of every error that is raised on purpose; the command prints its message and exits with 2."""
 
 
 class ConfigError(StableKDError):
@@ -33,7 +33,7 @@ class CacheError(StableKDError):
 
 
 class CacheFull(CacheError):
-    """No room for more rows: the byte budget is spent, or the disk is full. What is stored stays readable."""
+    """There is no room for more rows: the budget is used up, or the disk is full. What is stored stays readable."""
 
 
 class TrainingError(StableKDError):
@@ -49,7 +49,7 @@ class CaptureError(TrainingError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The part of a message that offers the valid name nearest to `word`, and all of them."""
+    """The end of a message that offers the valid name nearest to `word`, and lists all names."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, 1, 0.0)
     return f"; the nearest is {near[0]!r} (all: {', '.join(known)})" if near else ""

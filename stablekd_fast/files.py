@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from stablekd_fast.errors import TrainingError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name beside `path`, flush to disk, rename."""
+    """Write `data` to a temporary file beside `path`, flush it to disk, and rename it.
+
+    Raises TrainingError, and leaves what was there before, if the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,6 +27,5 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink()
         raise TrainingError(
             f"Could not write {path} ({len(data)} bytes): {error.strerror or error}. What was there before is "
-            "untouched; "
-            "free some space or choose another --out."
+            "untouched; free some space or choose another --out."
         ) from error

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from stablekd_fast import kernels
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.kernels.feature_cosine import Per
+from stablekd_fast.kernels.feature_mse import Normalize
 
 Reduction = Literal["batchmean", "mean", "sum"]
 
@@ -93,8 +95,10 @@ class KDLoss(nn.Module):
 
 
 class DKDLoss(nn.Module):
-    """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch (Zhao et al., DKD: arXiv 2203.08679). No cross
-    entropy."""
+    """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch (Zhao et al., DKD: arXiv 2203.08679).
+
+    It has no cross entropy.
+    """
 
     def __init__(self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> None:
         super().__init__()
@@ -116,14 +120,14 @@ class MSELoss(nn.Module):
 
     `normalize`: None, `"power"` (over the target's mean square), `"channel"` (both standardised by the target's
     channels) or `"l2"` (samples at unit length), see `kernels.feature_mse`; these are means, so that `"sum"` goes with
-    None only. Shapes must be equal, nothing is broadcast. `channel_axis`: 1 for `[N, C, H, W]`, -1 for tokens `[N, T,
-    C]`.
+    None only. Shapes must be equal, nothing is broadcast. `channel_axis`: 1 for `[N, C, H, W]`, -1 for tokens
+    `[N, T, C]`.
     """
 
     def __init__(
         self,
         reduction: Literal["mean", "sum"] = "mean",
-        normalize: Literal["power", "channel", "l2"] | None = None,
+        normalize: Normalize = None,
         channel_axis: int = 1,
     ) -> None:
         super().__init__()
@@ -132,7 +136,8 @@ class MSELoss(nn.Module):
             raise ConfigError(
                 f"MSELoss was given reduction='sum' with normalize={normalize!r}; normalised errors are means."
             )
-        self.reduction, self.normalize, self.channel_axis = reduction, normalize, channel_axis
+        self.reduction, self.channel_axis = reduction, channel_axis
+        self.normalize: Normalize = normalize
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """`input` (the student's) and `target` (the teacher's) are features `[N, ...]` of one shape."""
@@ -146,9 +151,10 @@ class MSELoss(nn.Module):
 class CosineLoss(nn.Module):
     """Mean of 1 - cosine similarity of features, `per` `"position"` (over channels) or `"sample"` (flattened)."""
 
-    def __init__(self, per: Literal["position", "sample"] = "position", channel_axis: int = 1) -> None:
+    def __init__(self, per: Per = "position", channel_axis: int = 1) -> None:
         super().__init__()
-        self.per, self.channel_axis = per, channel_axis
+        self.per: Per = per
+        self.channel_axis = channel_axis
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """`input` (the student's) and `target` (the teacher's) are features `[N, ...]` of one shape."""
@@ -161,8 +167,8 @@ class CosineLoss(nn.Module):
 def _check_reduction(reduction: str, supported: tuple[str, ...]) -> None:
     if reduction not in supported:
         raise ConfigError(
-            f"reduction={reduction!r} was given; this loss has {', '.join(supported)}. For single terms use torch's "
-            "own loss."
+            f"reduction={reduction!r} was given; this loss has {', '.join(supported)}. "
+            "For single terms use torch's own loss."
         )
 
 

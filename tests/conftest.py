@@ -1,5 +1,4 @@
-"""What holds for all tests: which of them run where, in how many processes, and how many examples hypothesis tries."""
-# ruff: noqa: E402
+"""What holds for all tests: which run where, in how many processes, and how many examples hypothesis tries."""
 
 import os
 from pathlib import Path
@@ -11,9 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest
-import torch
-from hypothesis import settings
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 if not torch.cuda.is_available():
     # Read when Triton is first imported, which torch does for reasons of its own.

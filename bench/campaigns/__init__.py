@@ -1,1 +1,1 @@
-"""Accuracy: many runs of one task."""
+"""Campaigns for accuracy: many runs of one task."""

@@ -1,4 +1,4 @@
-"""Accuracy of the methods under one budget: tuned on held-out training images, tested once, several seeds.
+"""Compares the accuracy of methods under one budget: tuned on held-out images, tested once, with several seeds.
 
     python -m stablekd_fast.bench.campaigns.accuracy tune --data CIFAR --teacher-weights FILE --out DIR
     python -m stablekd_fast.bench.campaigns.accuracy test --data CIFAR --teacher-weights FILE --out DIR
@@ -67,7 +67,7 @@ def tune(campaign: Campaign, out: Path, methods: list[str]) -> None:
 
 
 def tuned_settings(path: Path) -> dict[str, dict]:
-    """The chosen settings of each method in a file of `tune`. Raises StableKDError if it is not such a file."""
+    """Read the chosen settings of each method from a file of `tune`. Raises StableKDError if it is not such a file."""
     try:
         tuning = json.loads(path.read_text())
         return {method: tuning["candidates"][method][name] for method, name in tuning["chosen"].items()}
@@ -78,7 +78,7 @@ def tuned_settings(path: Path) -> dict[str, dict]:
 
 
 def test(campaign: Campaign, out: Path, tuned: dict[str, dict], methods: list[str], seeds: int) -> list[dict]:
-    """Train the chosen settings with several seeds; write results and report. A row for each method."""
+    """Train the chosen settings with several seeds; write results and report; return a row for each method."""
     runs, events = [], {}
     for seed in range(seeds):
         for method in methods:
@@ -93,7 +93,7 @@ def test(campaign: Campaign, out: Path, tuned: dict[str, dict], methods: list[st
 
 
 def test_subsets(campaign: Campaign, out: Path, subsets: list[float], *rest) -> None:
-    """`test` with each number of training images, in a folder of its own where there are several."""
+    """Call `test` for each number of training images, with a folder of its own where there are several."""
     for subset in subsets:
         own = Campaign(dataclasses.replace(campaign.task, subset=subset), campaign.dataset)
         for row in test(own, out / f"{subset:g}" if len(subsets) > 1 else out, *rest):

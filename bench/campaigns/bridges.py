@@ -1,4 +1,4 @@
-"""Bridge kinds compared where teacher and student differ in width: exposure gap, recovery after merges, accuracy.
+"""Compares bridge kinds where teacher and student differ in width: exposure gap, recovery after merges, accuracy.
 
 python -m stablekd_fast.bench.campaigns.bridges --data CIFAR --teacher-weights FILE --out DIR
 """
@@ -17,8 +17,10 @@ from stablekd_fast.report import read_events
 
 
 def measure(campaign: Campaign, out: Path, kind: str, seed: int) -> dict | None:
-    """Train one student with bridges of `kind`; its accuracy on held-out images and what was seen at each merge. None
-    while another process is at it."""
+    """Train one student with bridges of `kind`; return its accuracy on held-out images and what each merge showed.
+
+    None while another process is at it.
+    """
     row = campaign.run(out, {"bridge": kind, "evaluate_every": 0}, seed, tuning=True)
     if row is None:
         return None

@@ -30,7 +30,7 @@ from stablekd_fast.run.builders import split_training_images
 from stablekd_fast.run.distiller import Distiller
 
 VIEW_SEED = 0
-"""Of all runs: every seed sees the same views in its own order, so that what is remembered serves all."""
+"""The view seed of all runs: every seed sees the same views in its own order, so that what is remembered serves all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Task:
     precision: str
     epochs: float = 8.0
     remember: str | None = None
-    """Folder that keeps the teacher's outputs between runs."""
+    """The folder that keeps the teacher's outputs between runs."""
 
 
 def add_task_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
-    """The task's settings, the number of seeds, threads and the output folder."""
+    """Add the task's settings, the number of seeds, threads and the output folder."""
     parser.add_argument("--data", required=True)
     parser.add_argument("--teacher", default="resnet56")
     parser.add_argument("--teacher-weights", required=True)
@@ -69,7 +69,7 @@ def add_task_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
 
 
 def task_of(arguments: argparse.Namespace) -> Task:
-    """The task of parsed arguments; sets the threads and the allocator."""
+    """Return the task of parsed arguments; set the threads and the allocator."""
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     return Task(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Task)})
@@ -83,12 +83,11 @@ class Campaign:
         self.dataset = dataset or open_dataset(task.data)
 
     def run(self, out: Path, settings: dict, seed: int, *, tuning: bool = False) -> dict | None:
-        """Train one setting unless it is done; its row, or None while another process is at it.
+        """Train one setting unless it is done; return its row, or None while another process is at it.
 
         `settings` are fields of `DistillConfig` as plain values. With `tuning` the held-out training images stand in
-        for
-        the test split, which such a run never sees: its accuracy is that on them. Raises CheckpointError if the run in
-        `out` has other settings.
+        for the test split, which such a run never sees: its accuracy is that on them. Raises CheckpointError if the run
+        in `out` has other settings.
         """
         with _claimed(out) as mine:
             if not mine:
@@ -128,16 +127,15 @@ class Campaign:
             "resume": (out / "checkpoint.safetensors").exists(),
         }
         config = DistillConfig(**{**task, **settings, **common})
-        if (
-            remember and "cache" not in settings and config.method != "ce"
-        ):  # rows depend on the size of the teacher's batches
+        if remember and "cache" not in settings and config.method != "ce":
+            # Rows depend on the size of the teacher's batches.
             config.cache = CacheSettings(plan="all", directory=os.path.join(remember, f"batch-{config.batch_size}"))
         return config
 
 
 @contextmanager
 def _claimed(out: Path) -> Iterator[bool]:
-    """Whether this process holds the run `out`; a process that dies lets go."""
+    """Tell whether this process holds the run `out`; a process that dies lets go."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "claim", "w") as file:
         try:

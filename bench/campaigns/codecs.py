@@ -1,4 +1,4 @@
-"""What storing the teacher less exactly costs in accuracy: one recipe, every codec, several seeds.
+"""Measures what storing the teacher less exactly costs in accuracy: one recipe, every codec, several seeds.
 
     python -m stablekd_fast.bench.campaigns.codecs --data CIFAR --teacher-weights FILE --out DIR
 
@@ -20,14 +20,14 @@ from stablekd_fast.cache import CacheSettings
 from stablekd_fast.report import read_events, read_results
 
 EXACT = "fp32"
-"""With exact logits too; all other codecs come with float16 logits."""
+"""The codec that comes with exact logits too; all others come with float16 logits."""
 
 
-def folder(arguments, codec: str, seed: int) -> Path:
+def folder(arguments: argparse.Namespace, codec: str, seed: int) -> Path:
     return Path(arguments.out) / f"{codec}-{seed}"
 
 
-def settings_of(arguments, codec: str) -> dict:
+def settings_of(arguments: argparse.Namespace, codec: str) -> dict:
     cache = CacheSettings(
         plan="all",
         directory=str(Path(arguments.out) / "cache"),
@@ -38,13 +38,16 @@ def settings_of(arguments, codec: str) -> dict:
 
 
 def losses(out: Path) -> list[float]:
-    """The sum of the groups' training losses over the run, as it was logged."""
+    """Read the sum of the groups' training losses over the run, as it was logged."""
     return [sum(event["losses"].values()) for event in read_events(out) if event["kind"] == "train"]
 
 
-def rows(arguments) -> list[dict]:
-    """Per codec: accuracy by seed, its mean difference from the exact one, and the largest and mean relative distance
-    between the two loss curves (of one seed, logged every 20 steps)."""
+def rows(arguments: argparse.Namespace) -> list[dict]:
+    """Return for each codec the accuracy by seed, and its mean difference from the exact codec's.
+
+    Rows also hold the largest and mean relative distance between the loss curves of the two (of one seed, logged every
+    20 steps).
+    """
     folders = {codec: [folder(arguments, codec, seed) for seed in range(arguments.seeds)] for codec in arguments.codecs}
     done = {codec: outs for codec, outs in folders.items() if all((out / "results.json").exists() for out in outs)}
     accuracy = {

@@ -11,6 +11,7 @@ a method gains and what the engine gains are told apart. Evaluation and starting
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -30,7 +31,7 @@ EPOCHS = "epochs to the target accuracy, in percent"
 
 @dataclass(frozen=True)
 class Goal:
-    """`kd:40`: the accuracy to reach is that of this method after so many epochs."""
+    """The accuracy to reach: that of a method after so many epochs, written as `kd:40`."""
 
     method: str
     epochs: float
@@ -49,13 +50,13 @@ class Goal:
 
 @dataclass(frozen=True)
 class Trained:
-    """A method with one budget: a row for each seed."""
+    """A method that was trained with one budget: a row for each seed."""
 
     method: str
     epochs: float
     runs: list[dict]
     stages: list[dict]
-    """`groups` and `steps` of each."""
+    """The `groups` and `steps` of each stage."""
     batch: int
 
     @property
@@ -64,13 +65,13 @@ class Trained:
 
 
 class Race:
-    """Runs of all methods on one task, under `out`; finished runs are read instead of done again."""
+    """Trains all methods on one task, under `out`; finished runs are read instead of done again."""
 
     def __init__(self, task: Task, settings: dict[str, dict], seeds: int, out: Path) -> None:
         self.campaign, self.settings, self.seeds, self.out = Campaign(task), settings, seeds, out
 
     def train(self, method: str, epochs: float) -> Trained:
-        """All seeds. Raises ConfigError while another process trains one of them."""
+        """Train all seeds. Raises ConfigError while another process trains one of them."""
         settings = {**self.settings.get(method, {}), "method": method, "epochs": epochs, "evaluate_every": 0}
         folders = [self.out / "runs" / f"{method}-{epochs:g}-{seed}" for seed in range(self.seeds)]
         rows = [self.campaign.run(folder, settings, seed) for seed, folder in enumerate(folders)]
@@ -83,7 +84,7 @@ class Race:
         return Trained(method, epochs, rows, stages, settings.get("batch_size", self.campaign.task.batch_size))
 
     def reach(self, method: str, budgets: list[float], target: float) -> Trained:
-        """With the smallest budget that reaches the target, or the largest."""
+        """Train with the smallest budget that reaches the target, or with the largest."""
         for epochs in sorted(budgets):
             found = self.train(method, epochs)
             if found.accuracy >= target:
@@ -103,11 +104,10 @@ def run_end_to_end(
     out: Path,
     show: Callable[[list[dict]], None],
 ) -> Measured:
-    """Train, time and compare: rows for each kind of step and for the wall seconds of methods that reached the target,
-    and tables of epochs and wall seconds.
+    """Train, time and compare: how many epochs each method needs, and how many wall seconds to reach the target.
 
-    `settings`: for methods that have been tuned, fields of `DistillConfig`. Raises ConfigError for settings that do not
-    fit, WrongResult if one way to run a step computes something else than another.
+    `settings` are fields of `DistillConfig` for methods that have been tuned. Raises ConfigError for settings that do
+    not fit, WrongResult if one way to run a step computes something else than another.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
@@ -124,7 +124,7 @@ def run_end_to_end(
     reached = [one for one in found if one.accuracy >= target]
     walls = [row for one in reached for row in _wall_rows(one, speeds, base)]
     show(walls)
-    measured.rows = [*sum(speeds.values(), []), *walls]
+    measured.rows = [*itertools.chain(*speeds.values()), *walls]
     return measured
 
 
@@ -146,7 +146,7 @@ def _epochs_row(found: Trained, target: float) -> dict:
 def _speeds(
     found: list[Trained], campaign: Campaign, rounds: int, folder: Path, show: Callable
 ) -> dict[str, list[dict]]:
-    """Rows of the stage bench by kind of step; a kind that several methods share is measured once."""
+    """Return rows of the stage bench by kind of step; a kind that several methods share is measured once."""
     task, speeds = campaign.task, {}
     bench = StageBench(task.teacher, task.student, campaign.dataset, task.precision, folder)
     for one in found:
@@ -163,8 +163,10 @@ def _kind(found: Trained, stage: dict) -> str:
 
 
 def _wall_rows(found: Trained, speeds: dict[str, list[dict]], goal: Trained) -> list[dict]:
-    """A row for each way to run the method's steps, against the goal's in plain PyTorch. `spread_seconds` is that of a
-    run whose steps all lie at the edge of theirs."""
+    """Return a row for each way to run the method's steps, against the goal's in plain PyTorch.
+
+    `spread_seconds` is that of a run whose steps all lie at the edge of theirs.
+    """
     baseline = _totals(goal, PLAIN, speeds)["median_seconds"]
     ways = {way: _totals(found, way, speeds) for way in (PLAIN, TUNED, LIVE, CACHE)}
     return [
@@ -186,7 +188,7 @@ def _wall_rows(found: Trained, speeds: dict[str, list[dict]], goal: Trained) -> 
 
 
 def _totals(found: Trained, way: str, speeds: dict[str, list[dict]]) -> dict[str, float]:
-    """Seconds of all steps of a run; 0 if its steps cannot be run this way."""
+    """Add up the seconds of all steps of a run; 0 if its steps cannot be run this way."""
     totals = dict.fromkeys(("median_seconds", "spread_seconds", "limit_seconds"), 0.0)
     for stage in found.stages:
         for row in speeds[_kind(found, stage)]:

@@ -1,4 +1,4 @@
-"""What each choice of the default recipe is worth: one choice changed at a time, several seeds, held-out images.
+"""Measures what each choice of the default recipe is worth: one changed at a time, several seeds, held-out images.
 
     python -m stablekd_fast.bench.campaigns.recipe --data CIFAR --teacher-weights FILE --out DIR
 
@@ -23,7 +23,7 @@ BLOCKS, HALVES, WHOLE = [[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2, 3]]
 
 
 def _stages(*stages: tuple[list[list[int]], float, float], **every) -> dict:
-    """Groups, share of the steps and peak learning rate of each; `every` goes into all of them."""
+    """Make stages of groups, a fraction of the steps and a peak learning rate each; `every` goes into all of them."""
     return {
         "stages": [{"groups": groups, "share": share, "optimizer": {"lr": lr}, **every} for groups, share, lr in stages]
     }
@@ -72,8 +72,10 @@ CHOICES: dict[str, dict[str, dict]] = {
 
 
 def table(results: dict[tuple[str, str], list[float]]) -> list[dict]:
-    """A row for each variant whose runs are there: accuracy on held-out images by seed, and the mean difference from
-    the default over the seeds that both have."""
+    """Return a row for each variant whose runs are there: its accuracy on held-out images by seed.
+
+    Rows also hold the mean difference from the default over the seeds that both have.
+    """
     default, rows = results.get((DEFAULT, ""), []), []
     for (choice, variant), accuracies in results.items():
         differences = [own - other for own, other in zip(accuracies, default)]

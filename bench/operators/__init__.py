@@ -1,1 +1,1 @@
-"""The operators alone: against PyTorch, and against the memory's speed; what can be shown of them without a GPU."""
+"""Benches of the operators alone: against PyTorch and the speed of memory, and what can be shown without a GPU."""

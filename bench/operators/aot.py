@@ -35,7 +35,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities, times ten."""
 
 Job = tuple[str, Specialisation, int]
-"""Operator, variant and chip."""
+"""An operator, a variant of its kernel, and a chip."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Compiled:
 
 
 def operators() -> list[str]:
-    """Those that have Triton kernels."""
+    """Return the operators that have Triton kernels."""
     return sorted(path.parent.name for path in Path(kernels.__file__).parent.glob("*/triton_impl.py"))
 
 
 def check_operators(ops: Iterable[str]) -> None:
-    """Raises ConfigError where Triton is missing, and for operators without a kernel of it."""
+    """Raise ConfigError where Triton is missing, and for operators without a Triton kernel."""
     if _triton.missing:
         raise ConfigError(f"Nothing can be compiled: {_triton.missing}.")
     known = operators()
@@ -72,19 +72,19 @@ def check_operators(ops: Iterable[str]) -> None:
 
 
 def reachable(ops: Iterable[str]) -> Iterator[tuple[str, Listed]]:
-    """(operator, Listed) for every variant of the operators."""
+    """Yield (operator, Listed) for every variant of the operators."""
     for op in ops:
         for listed in import_module(f"stablekd_fast.kernels.{op}.triton_impl").specialisations():
             yield op, listed
 
 
 def every(ops: Iterable[str]) -> list[Job]:
-    """All variants for all chips."""
+    """Return all variants for all chips."""
     return [(op, listed.variant, chip) for (op, listed), chip in product(reachable(ops), ARCHITECTURES)]
 
 
 def covering(ops: Iterable[str]) -> list[Job]:
-    """Few of `every`: each pair of types, constants or chip that occurs in a variant is still compiled together.
+    """Choose a few of `every`. Each pair of types, constants or chip that occurs in a variant still occurs together.
 
     The choice is the same on every run.
     """
@@ -93,7 +93,7 @@ def covering(ops: Iterable[str]) -> list[Job]:
 
 
 def _by_kernel(jobs: Iterable[Job]) -> Iterable[list[Job]]:
-    """The jobs of each kernel, those of kernels that several operators use only once."""
+    """Return the jobs of each kernel. A kernel that several operators use appears once."""
     kernels, known = {}, set()
     for job in jobs:
         if job[1:] not in known:
@@ -108,7 +108,7 @@ def _pairs(job: Job) -> set:
 
 
 def compiled(jobs: Sequence[Job]) -> Iterator[Compiled]:
-    """Compile the jobs in parallel processes, without Triton's cache on disk, in the order given.
+    """Compile the jobs in parallel processes, without Triton's cache on disk; yield them in the order given.
 
     Raises ConfigError under Triton's interpreter.
     """
@@ -168,7 +168,7 @@ def _fault(listed: Listed, spilled: int, loads: dict[int, int], stores: dict[int
 
 
 def _read(cubin: bytes) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
-    """Registers, spilled bytes, static shared bytes, and widths of global loads and stores, from machine code."""
+    """Read registers, spilled bytes, static shared bytes, and widths of global loads and stores from machine code."""
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

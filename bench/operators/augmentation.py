@@ -60,8 +60,11 @@ def _case(batch: int, setting: Setting) -> Case:
 
 
 def _torchvision(stores: dict[str, Tensor], draw: Draw) -> list[Contender]:
-    """torchvision cannot crop each sample of a batch differently. Sample by sample it does what is asked; one crop
-    and no flip for the whole batch is the rival on easier terms."""
+    """Return torchvision's contenders.
+
+    torchvision cannot crop each sample of a batch differently. Sample by sample it does what is asked; one crop and no
+    flip for the whole batch is the rival on easier terms.
+    """
     shared = replace(draw, offsets=draw.offsets[:1].expand_as(draw.offsets), flips=torch.zeros_like(draw.flips))
     found = []
     for variant, store in stores.items():

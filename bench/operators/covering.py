@@ -1,4 +1,4 @@
-"""A few of many combinations in which every pair of values that occurs still occurs together."""
+"""Chooses a few of many combinations, such that every pair of values that occurs still occurs together."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def covering_sample(
     draw: random.Random | None = None,
     price: Callable[[Job], float] = lambda job: 1.0,
 ) -> list[Job]:
-    """Few of `jobs` with all the `pairs` of all of them. The choice is the same on every run.
+    """Choose a few of `jobs` with all the `pairs` of all of them. The choice is the same on every run.
 
-    Greedy: of some random jobs the one with most new pairs for its price comes next.
+    It is greedy: of some random jobs the one with most new pairs for its price comes next.
     """
     draw, chosen, bits = draw or random.Random(0), [], {}
 
@@ -43,7 +43,7 @@ def covering_sample(
 def covering_levels(
     *factors: Collection[Hashable], among: int = 2000, price: Callable[[tuple], float] = lambda levels: 1.0
 ) -> list[tuple]:
-    """Few of all combinations of the factors' levels, with every pair of levels of two factors in one of them.
+    """Choose a few combinations of the factors' levels, with every pair of levels of two factors in one of them.
 
     Chosen from `among` random combinations where there are more.
     """
@@ -54,5 +54,5 @@ def covering_levels(
 
 
 def level_pairs(levels: tuple) -> set:
-    """The pairs of levels in one combination."""
+    """Return the pairs of levels in one combination."""
     return set(combinations(enumerate(levels), 2))

@@ -87,7 +87,7 @@ def _given_power_case(features: Map, setting: Setting) -> Case:
 
 
 def _coded_case(features: Map, code: torch.dtype, setting: Setting) -> Case:
-    """An 8-bit target; beside it, as `stablekd-wide-target`, the same values already in the student's dtype."""
+    """Time an 8-bit target; beside it, as `stablekd-wide-target`, the same values already in the student's dtype."""
     student = features.draw(0, setting.device)
     codes, scales = kernels.quantize_rows(features.draw(1, setting.device), code)
     wide = kernels.dequantize_rows(codes, scales, features.dtype)

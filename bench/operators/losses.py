@@ -14,8 +14,10 @@ from torch import Tensor
 from stablekd_fast import kernels
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Largest error of loss and gradient, each over its largest magnitude. Autograd that stays in bfloat16 rounds every
-intermediate result, and errs up to about 1e-2."""
+"""The largest error of loss and gradient, each over its largest magnitude, by dtype.
+
+Autograd that stays in bfloat16 rounds every intermediate result, and errs up to about 1e-2.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def decoupled_kl_cases(setting: Setting) -> Iterator[Case]:
 
 
 def loss_case(loss: Loss, setting: Setting, extra: tuple[Contender, ...] = ()) -> Case:
-    """`eager`, `compiled`, `stablekd` (loss and gradient at once), `stablekd-autograd` and the floor."""
+    """Set `eager`, `compiled`, `stablekd` (loss and gradient at once) and `stablekd-autograd` against the floor."""
     op, fused = getattr(kernels, loss.op), getattr(kernels, f"{loss.op}_with_grad")
     contenders = [Contender("eager", _by_autograd(loss.plain, loss))]
     if loss.student.dtype != torch.float32:
@@ -99,7 +101,7 @@ def loss_case(loss: Loss, setting: Setting, extra: tuple[Contender, ...] = ()) -
 def random_features(
     shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str, seed: int
 ) -> Tensor:
-    """Features as networks make them: channels of different mean and spread."""
+    """Draw features as networks make them: channels of different mean and spread."""
     generator = torch.Generator().manual_seed(seed)
     per_channel = (1, shape[1], 1, 1)
     spread, centre = (torch.rand(per_channel, generator=generator) + 0.5 for _ in range(2))
@@ -111,8 +113,9 @@ def _logits_loss(
     op: str, plain: Callable, options: dict, samples: int, classes: int, dtype: torch.dtype, setting: Setting
 ) -> Loss:
     generator = torch.Generator().manual_seed(0)
-    draw = lambda: (3 * torch.randn(samples, classes, generator=generator)).to(setting.device, dtype)
-    student, teacher = draw(), draw()
+    student, teacher = (
+        (3 * torch.randn(samples, classes, generator=generator)).to(setting.device, dtype) for _ in range(2)
+    )
     labels = torch.randint(classes, (samples,), generator=generator).to(setting.device)
     name = f"{samples}x{classes} {str(dtype).removeprefix('torch.')}"
     return Loss(op, name, student, (teacher, labels), plain, (teacher, labels), options)
@@ -129,7 +132,7 @@ def _by_autograd(function: Callable[..., Tensor], loss: Loss) -> Callable[[], tu
 
 
 def _compiled(loss: Loss) -> list[Contender]:
-    """The forward pass compiled and differentiated by autograd, and loss with gradient compiled as one graph."""
+    """Return the forward pass compiled and differentiated by autograd, and loss with gradient compiled as one graph."""
     forward = torch.compile(loss.plain, dynamic=False)
     both = torch.compile(torch.func.grad_and_value(loss.plain), dynamic=False)
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from stablekd_fast import kernels
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Largest error of output and gradients, each over its largest magnitude."""
+"""The largest error of output and gradients, each over its largest magnitude, by dtype."""
 _MAPS = [
     Map(shape, dtype, CHANNELS_LAST) for shape in ((128, 16, 32, 32), (32, 64, 56, 56)) for dtype in (FLOAT, BFLOAT)
 ]
 _QUICK = [Map((16, 32, 8, 8), FLOAT, CHANNELS_LAST)]
 _FAR = 12.0
-"""Added to the bias, so that hardly an element lies at the ReLU's kink, where a rounding decides about its gradient."""
+"""The bias, so large that hardly an element lies at the ReLU's kink, where a rounding decides about its gradient."""
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -43,7 +43,8 @@ def _case(features: Map, setting: Setting) -> Case:
     if setting.compile:
         contenders.append(Contender("compiled", _both(torch.compile(_plain, dynamic=False), operands, gradient)))
     contenders.append(Contender("stablekd", _both(_fused, operands, gradient), role="ours"))
-    read, written = 5 * x.nbytes, 3 * x.nbytes  # forward x, residual; backward gradient, x, y. y, and both gradients
+    # Read: x and the residual forward; the gradient, x and y backward. Written: y, and the gradients of x and residual.
+    read, written = 5 * x.nbytes, 3 * x.nbytes
     contenders += floor_contenders(read, written, setting.device)
     exact = _both(_plain, tuple(tensor.double() for tensor in operands), gradient.double())
     name = f"batch_norm_act {features}"

@@ -1,5 +1,4 @@
-"""What can be shown of the Triton kernels without a GPU: how they compile for real chips, and how many bytes they
-move."""
+"""Shows what can be shown of the Triton kernels without a GPU: how they compile for real chips, and the bytes moved."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from stablekd_fast.errors import StableKDError
 
 
 class Proof(NamedTuple):
-    """Rows of `aot.Compiled` and of `traffic.Traffic`, and in words what breaks a promise."""
+    """The rows of `aot.Compiled` and of `traffic.Traffic`, and in words what breaks a promise."""
 
     compiled: list[dict]
     moved: list[dict]
@@ -48,17 +47,17 @@ def prove(ops: Sequence[str] = (), every_variant: bool = False) -> Proof:
 
 
 def compiled_rows(ops: Sequence[str], every_variant: bool = False) -> Iterator[dict]:
-    """Rows of `aot.Compiled`."""
+    """Yield rows of `aot.Compiled`."""
     return _rows(aot, [*ops, *(["--every-variant"] if every_variant else [])], interpreted=False)
 
 
 def traffic_rows(ops: Sequence[str]) -> Iterator[dict]:
-    """Rows of `traffic.Traffic` with their ratio."""
+    """Yield rows of `traffic.Traffic` with their ratio."""
     return _rows(traffic, ops, interpreted=True)
 
 
 def _rows(module: ModuleType, words: Sequence[str], interpreted: bool) -> Iterator[dict]:
-    """What a module prints in a process of its own: whether Triton interprets is settled when it is imported."""
+    """Yield what a module prints in a process of its own: whether Triton interprets is settled when it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted))}
     command = [sys.executable, "-m", module.__name__, *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -68,7 +67,7 @@ def _rows(module: ModuleType, words: Sequence[str], interpreted: bool) -> Iterat
 
 
 def kernel_table(rows: Sequence[dict]) -> Table:
-    """One line per kernel: the most of each resource in any variant on any chip; how many have 128-bit accesses."""
+    """Show one line per kernel: the most of each resource in any variant and chip; how many have 128-bit accesses."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("kernel", no_wrap=True)
     for name in ("compiled", "registers", "spilled", "shared", "wide loads", "wide stores"):
@@ -82,7 +81,7 @@ def kernel_table(rows: Sequence[dict]) -> Table:
 
 
 def traffic_table(rows: Sequence[dict]) -> Table:
-    """One line per case: bytes moved over the least, and what the least is."""
+    """Show one line per case: bytes moved over the least, and what the least is."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("operator", "case", "least"):
         table.add_column(name, overflow="fold")

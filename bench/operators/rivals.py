@@ -33,14 +33,16 @@ def _label_or_not(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def kd_term(student: Tensor, teacher: Tensor) -> Tensor:
-    """The divergence with the operations that mdistiller's KD takes for it."""
+    """Return the divergence, with the operations that mdistiller's KD takes for it."""
     log_q, p = F.log_softmax(student / TEMPERATURE, dim=1), F.softmax(teacher / TEMPERATURE, dim=1)
     return F.kl_div(log_q, p, reduction="none").sum(1).mean() * TEMPERATURE**2
 
 
 def dkd_term(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """The decoupled divergence with the operations that mdistiller's DKD takes for it: masks, sums under them, and
-    logits of the label lowered by 1000."""
+    """Return the decoupled divergence, with the operations that mdistiller's DKD takes for it.
+
+    They are masks, sums under them, and logits of the label lowered by 1000.
+    """
     own = torch.zeros_like(student).scatter_(1, labels[:, None], 1).bool()
     rest = torch.ones_like(student).scatter_(1, labels[:, None], 0).bool()
     q, p = F.softmax(student / TEMPERATURE, dim=1), F.softmax(teacher / TEMPERATURE, dim=1)
@@ -100,7 +102,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows(features: Tensor) -> Tensor:
-    """`[N, C, H, W]` as `[N, elements]` in the order of memory, so that neither format pays for a copy."""
+    """Flatten `[N, C, H, W]` to `[N, elements]` in the order of memory, so that neither format pays for a copy."""
     if features.is_contiguous():
         return features.flatten(1)
     return features.permute(0, 2, 3, 1).flatten(1)
@@ -109,7 +111,7 @@ def rows(features: Tensor) -> Tensor:
 def augment(
     images: Tensor, rows: Tensor, offsets: Tensor, flips: Tensor, padding: int, mean: Tensor, std: Tensor
 ) -> Tensor:
-    """Pad, crop and flip each sample by indexing; normalised in the dtype of `mean`."""
+    """Pad, crop and flip each sample by indexing, and normalise in the dtype of `mean`."""
     height, width = images.shape[1:3]
     padded = F.pad(images[rows], (0, 0, padding, padding, padding, padding))
     down = offsets[:, :1] + torch.arange(height, device=images.device)

@@ -1,4 +1,4 @@
-"""Bytes that the Triton kernels move, counted by Triton's interpreter, against the least that an operator can move.
+"""Counts the bytes that the Triton kernels move in Triton's interpreter, against the least that an operator can move.
 
 Every load and store of a launch is counted by its lanes that are not masked; repeated ones count each time, although a
 chip's caches may serve them: above all the scales and weights of channels, which each element looks up, and which
@@ -21,12 +21,17 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from stablekd_fast.kernels._features import FeatureOperands
+from stablekd_fast.kernels.decoupled_kl import reference as decoupled_kl
+from stablekd_fast.kernels.feature_cosine import reference as feature_cosine
+from stablekd_fast.kernels.feature_mse import reference as feature_mse
+from stablekd_fast.kernels.kd_loss import reference as kd_loss
 from torch import Tensor
 
 from stablekd_fast.errors import ConfigError
 
 LIMIT = 1.02
-"""What is allowed of moved over least: partial sums, scales that several programs read, edges."""
+"""The largest ratio of moved to least bytes. It allows for partial sums, scales that several programs read, edges."""
 
 
 class Case(NamedTuple):
@@ -42,7 +47,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one case. `least` counts every tensor as often as `passes` says."""
+    """The bytes of one case. `least` counts every tensor as often as `passes` says."""
 
     op: str
     case: str
@@ -69,7 +74,7 @@ def count(case: Case) -> Traffic:
             "Traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported."
         )
     kernels = import_module(f"stablekd_fast.kernels.{case.op}.triton_impl")
-    # Of a loss, what makes the gradient as well.
+    # A loss is run in the form that makes its gradient as well.
     function = getattr(kernels, f"{case.op}_with_grad", None) or getattr(kernels, case.op)
     with counted() as counter:
         function(*case.arguments)
@@ -79,7 +84,7 @@ def count(case: Case) -> Traffic:
 
 @contextmanager
 def counted() -> Iterator[SimpleNamespace]:
-    """`moved` of what this gives grows by the bytes of every load and store in the block."""
+    """Give a counter whose `moved` grows by the bytes of every load and store in the block."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     counter = SimpleNamespace(moved=0)
@@ -110,9 +115,10 @@ def _logits_cases() -> Iterator[Case]:
             labels = torch.zeros(rows, dtype=torch.int64)
             tensors = [(student, passes), (teacher, passes), (labels, passes), (student, 1)]
             name, words = f"{rows}x{classes} {_short(dtype)}", f"logits {_times(passes)}, gradient once"
-            settings = (student, teacher, None, labels, 4.0, 0.9, 0.0, None, 1.0, None)
-            yield Case("kd_loss", name, settings, tensors, words)
-            yield Case("decoupled_kl", name, (student, teacher, labels, 4.0, 1.0, 8.0, 1.0, None), tensors, words)
+            of_kd = kd_loss.Operands(student, teacher, None, labels, 4.0, 0.9, 0.0, None)
+            of_decoupled = decoupled_kl.Operands(student, teacher, labels, 4.0, 1.0, 8.0)
+            yield Case("kd_loss", name, (of_kd, 1.0, None), tensors, words)
+            yield Case("decoupled_kl", name, (of_decoupled, 1.0, None), tensors, words)
 
 
 def _feature_cases() -> Iterator[Case]:
@@ -121,32 +127,32 @@ def _feature_cases() -> Iterator[Case]:
         scales = torch.ones(64) if codes else None
         target = target.to(torch.int8) if codes else target
         name = f"4x64x28x28 fp32, target {'int8' if codes else 'fp32'}, {_called(layout)}"
-        given = torch.tensor(1.0)
+        known = torch.tensor(1.0)
         for kind, normalize, power, reads, rereads in (
             ("plain", None, None, 1, 1),
-            ("power given", "power", given, 1, 1),
+            ("power given", "power", known, 1, 1),
             ("power", "power", None, 1, 2),
             ("channel", "channel", None, 1, 2),
             ("l2", "l2", None, 2, 2),
         ):
-            arguments = (student, target, scales, normalize, power, 1, 1.0, None)
+            given = feature_mse.Operands(student, target, scales, normalize, power, 1)
             lookups = (rereads if codes else 0) + (normalize == "channel")
-            yield _feature_case("feature_mse", f"{kind}: {name}", arguments, reads, rereads, lookups)
+            yield _feature_case("feature_mse", f"{kind}: {name}", given, reads, rereads, lookups)
         for per, passes in (("position", 1), ("sample", 2)):
-            arguments = (student, target, scales, per, 1, 1.0, None)
+            given = feature_cosine.Operands(student, target, scales, per, 1)
             lookups = passes if codes else 0
-            yield _feature_case("feature_cosine", f"per {per}: {name}", arguments, passes, passes, lookups)
+            yield _feature_case("feature_cosine", f"per {per}: {name}", given, passes, passes, lookups)
 
 
-def _feature_case(op: str, name: str, arguments: tuple, reads: int, rereads: int, lookups: int) -> Case:
-    student, target, *_ = arguments
+def _feature_case(op: str, name: str, given: FeatureOperands, reads: int, rereads: int, lookups: int) -> Case:
+    student, target = given.student, given.target
     tensors = [(student, reads), (target, rereads), (student, 1), (_per_element(student), lookups)]
     words = f"student {_times(reads)}, target {_times(rereads)}, gradient once"
-    return Case(op, name, arguments, tensors, words + _looked_up(lookups))
+    return Case(op, name, (given, 1.0, None), tensors, words + _looked_up(lookups))
 
 
 def _per_element(features: Tensor) -> Tensor:
-    """Stands for the scale or weight of its channel that each element looks up."""
+    """Make a stand-in for the scale or weight of its channel that each element looks up."""
     return torch.empty_like(features, dtype=torch.float32)
 
 

@@ -30,20 +30,23 @@ from stablekd_fast.bench.core import (
 )
 from torch import Tensor
 
+from stablekd_fast.cache.disk import drop_pages
 from stablekd_fast.cache.manifest import Manifest
-from stablekd_fast.cache.shard import Part, as_bytes, drop_pages
+from stablekd_fast.cache.shard import Part, as_bytes
 from stablekd_fast.cache.store import READING_THREADS, RowStore
 
 BATCH, _BATCH_BYTES = 128, 16 << 20
 ROW_SIZES = (4 << 10, 16 << 10, 64 << 10, 200 << 10)
-"""Bytes: from int8 rows of small images to float32 rows of large ones."""
+"""Sizes in bytes, from int8 rows of small images to float32 rows of large ones."""
 
 
 @dataclass
 class Rows:
-    """A store with the rows that it holds in memory as well. Batches of row numbers, in random order, are taken in
-    turn,
-    as in training: a batch that was just read would come out of the processor's caches."""
+    """A store whose rows are in memory as well.
+
+    Batches of row numbers, in random order, are taken in turn, as in training: a batch that was just read would come
+    out of the processor's caches.
+    """
 
     store: RowStore
     values: Tensor
@@ -81,13 +84,13 @@ class Rows:
         return self.values[self.following].double()
 
     def in_order(self, ahead: int = 0) -> Tensor:
-        """As many rows that lie side by side, another stretch each time; `ahead` is 1 for those of the next call."""
+        """Return as many rows side by side, another stretch each time; `ahead` is 1 for those of the next call."""
         size = len(self.batches[0])
         return self.values[(self.turn + ahead) % len(self.batches) * size :][:size]
 
 
 def page_cache_cases(folder: Path, total: int) -> Iterator[Case]:
-    """Files in main memory. `memcpy` copies as many bytes between two arrays, in order or row by row."""
+    """Read files in main memory. `memcpy` copies as many bytes between two arrays, in order or row by row."""
     for row_bytes in ROW_SIZES:
         place = folder / f"{row_bytes}"
         rows = Rows.make(place, row_bytes, total)
@@ -118,7 +121,7 @@ def _contenders(folder: Path, rows: Rows, row_bytes: int) -> list[Contender]:
     shard, pool, halves = rows.store._shards[0], ThreadPoolExecutor(2), rows.out[0].tensor_split(2)
 
     def read() -> Tensor:
-        """One call per thread, each for half of the bytes, somewhere in a file: what the system itself gives."""
+        """Read half of the bytes per thread in one call, somewhere in a file: what the system itself gives."""
         rows.next()
         start = shard.starts["rows"] + rows.turn % (shard.rows // len(rows.out[0])) * rows.out[0].nbytes
         offsets = (start, start + halves[0].nbytes)
@@ -150,8 +153,7 @@ def _contenders(folder: Path, rows: Rows, row_bytes: int) -> list[Contender]:
 
 
 def _settle() -> None:
-    """OpenMP's threads go on spinning for some milliseconds after a parallel loop; the next contender wants the
-    cores."""
+    """Wait until OpenMP's threads, which go on spinning for some milliseconds after a loop, have left the cores."""
     time.sleep(0.01)
 
 
@@ -164,7 +166,7 @@ def _one_file_per_sample(folder: Path, rows: Rows, wanted: Tensor) -> list[Path]
 
 
 def disk_rows(folder: Path, total: int, rounds: int) -> list[dict]:
-    """Files that are not in main memory: every timing begins after their pages were dropped.
+    """Time files that are not in main memory: every timing begins after their pages were dropped.
 
     The rival reads the same rows past the page cache (O_DIRECT), from as many threads. Raises WrongResult.
     """
@@ -200,12 +202,12 @@ def disk_rows(folder: Path, total: int, rounds: int) -> list[dict]:
 
 
 def _direct_reader(rows: Rows, row_bytes: int) -> tuple[list[int], Callable[[], Tensor]]:
-    """File descriptors, and a function that reads the wanted rows with O_DIRECT from as many threads as the store."""
+    """Return open files, and a function that reads their rows with O_DIRECT in as many threads as the store."""
     files = [os.open(shard.path, os.O_RDONLY | os.O_DIRECT) for shard in rows.store._shards]
     starts = [shard.starts["rows"] for shard in rows.store._shards]
     buffer = mmap.mmap(-1, len(rows.batches[0]) * row_bytes)
     whole, pool = memoryview(buffer), ThreadPoolExecutor(READING_THREADS)
-    places = rows.store._places
+    places = rows.store.tables.places
 
     def one(job: tuple[int, int]) -> None:
         at, place = job
@@ -241,7 +243,7 @@ print(most - before, len(order) * store.manifest.row_bytes)
 
 
 def memory_row(folder: Path, total: int) -> dict:
-    """How much the memory of a process grows while it reads an epoch of `total` bytes in random order."""
+    """Measure how much a process's memory grows while it reads an epoch of `total` bytes in random order."""
     rows = Rows.make(folder / "epoch", 64 << 10, total)
     rows.store.close()
     script = _EPOCH.format(batch=BATCH)
@@ -253,7 +255,7 @@ def memory_row(folder: Path, total: int) -> dict:
 
 
 def run_cache(folder: Path, rounds: int, show: Callable[[list[dict]], None], quick: bool = False) -> Measured:
-    """Rows of all cases, and the growth of memory over an epoch. Leaves nothing in `folder`."""
+    """Measure all cases, and the growth of memory over an epoch. Leaves nothing in `folder`."""
     total = (32 << 20) if quick else (512 << 20)
     with scratch(folder) as own, pinned() as pins:
         measured = measure_cases(page_cache_cases(own, total), rounds, show)

@@ -32,10 +32,10 @@ STEPS_TOLERANCE = 1e-5
 STEPS = 50
 CLASSES = 100
 OBJECTIVE = {"temperature": 4.0, "alpha": 0.9}
-"""Of torchdistill's sample config for CIFAR-10."""
+"""The settings of torchdistill's sample config for CIFAR-10."""
 
 WEIGHTS = {"mdistiller KD": (0.1, 0.9), "mdistiller DKD": (1.0, 1 / 20)}
-"""Of cross entropy and divergence in mdistiller's configs; DKD's is that of the first epoch of its warm-up."""
+"""The weights of cross entropy and divergence in mdistiller's configs; DKD's is of the first epoch of its warm-up."""
 
 Term = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -51,12 +51,11 @@ class Setting:
     batches: int = 10
     steps: int = STEPS
     lr: float = 1e-4
-    """Low: at a usual one, networks of this depth amplify roundings beyond 1e-5 within fifty steps, whoever's loss it
-    is."""
+    """A low rate: at a usual one, networks of this depth amplify roundings beyond 1e-5 within fifty steps."""
 
     @property
     def count(self) -> int:
-        """Images."""
+        """The number of images."""
         return self.batches * self.batch
 
 
@@ -66,8 +65,11 @@ QUICK = Setting("resnet20", "resnet20", 8, 8, 2, 3)
 def run_dropin(
     directory: Path, data: str | None, rounds: int, show: Callable[[list[dict]], None], *, quick: bool = False
 ) -> Measured:
-    """`directory` is where the teacher's rows are put for the time of the bench; `data`: small images, random ones by
-    default."""
+    """Measure losses and whole objectives.
+
+    The teacher's rows are put into `directory` for the time of the bench. `data` names small images; random ones are
+    made by default.
+    """
     setting = QUICK if quick else Setting()
     images = Noise(setting.count, setting.size) if data is None else Pixels(data, setting.count)
     with pinned() as pins, scratch(directory) as folder:
@@ -86,14 +88,14 @@ def run_dropin(
 
 
 def loss_cases(setting: Setting) -> Iterator[Case]:
-    """Forward and backward pass of one loss."""
+    """Time the forward and backward pass of each loss."""
     for samples, classes in ((setting.batch, 10), (setting.batch, CLASSES), (2 * setting.batch, 1000)):
         for name, (theirs, ours) in _terms().items():
             yield _loss_case(f"{name}, {samples}x{classes}", theirs, ours, samples, classes)
 
 
 def _terms() -> dict[str, tuple[Term, Term]]:
-    """The rival's loss and ours, of student's logits, teacher's logits and labels."""
+    """Return the rival's loss and ours, as functions of the student's logits, the teacher's logits and labels."""
     from torchdistill.losses.mid_level import KDLoss
 
     def in_box(loss: nn.Module) -> Term:
@@ -142,8 +144,7 @@ class Noise:
 
 
 class Pixels:
-    """Images of a data set in memory, as a torchvision data set holds them. Raises DataError if they are not in
-    memory."""
+    """Images of a data set as a torchvision data set holds them. Raises DataError if they do not lie in memory."""
 
     transform = None
 
@@ -159,8 +160,7 @@ Images = Noise | Pixels
 
 
 class Run:
-    """Some steps of training from the same weights over the same batches. Gives the losses, and all weights in one
-    row."""
+    """Trains some steps from the same weights over the same batches; gives the losses, and all weights in one row."""
 
     def __init__(
         self,
@@ -182,7 +182,8 @@ class Run:
 
 def _networks(setting: Setting) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    return tuple(models.build(name, CLASSES, setting.size) for name in (setting.teacher, setting.student))
+    teacher, student = (models.build(name, CLASSES, setting.size) for name in (setting.teacher, setting.student))
+    return teacher, student
 
 
 def _batches(setting: Setting, images: Images) -> tuple[SampleViews, list]:
@@ -192,7 +193,7 @@ def _batches(setting: Setting, images: Images) -> tuple[SampleViews, list]:
 
 
 def _settle(teacher: nn.Module, batches: list) -> nn.Module:
-    """Batch-norm statistics of the data, without which activations fade."""
+    """Give the teacher batch-norm statistics of the data, without which activations fade."""
     with torch.no_grad():
         for images, *_ in batches:
             teacher.train()(images)
@@ -200,8 +201,10 @@ def _settle(teacher: nn.Module, batches: list) -> nn.Module:
 
 
 def torchdistill_case(setting: Setting, images: Images, folder: Path) -> Case:
-    """torchdistill's sample objective in its own box: its loss, ours, and ours with the teacher's logits from rows on
-    disk."""
+    """Train torchdistill's sample objective in its own box: with its loss, with ours, and with ours and a kept teacher.
+
+    The logits of a kept teacher come from rows on disk.
+    """
     views, batches = _batches(setting, images)
     wrapper = {
         "key": "StableKDTeacher",
@@ -232,7 +235,7 @@ def torchdistill_case(setting: Setting, images: Images, folder: Path) -> Case:
 
 
 def mdistiller_cases(setting: Setting, images: Images) -> Iterator[Case]:
-    """Cross entropy and the formula in a plain loop."""
+    """Train cross entropy and the formula in a plain loop."""
     _, batches = _batches(setting, images)
     for name, weights in WEIGHTS.items():
         theirs, ours = (_plain_run(setting, batches, term, weights) for term in _terms()[name])

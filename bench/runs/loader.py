@@ -1,10 +1,8 @@
-"""`stablekd bench loader`: images per second of every source, against torchvision's DataLoader, Pillow and the bare
-decoder.
+"""`stablekd bench loader`: images per second of every source, against torchvision's DataLoader and the bare decoder.
 
 All contenders make the same batches: the same views of the same images in the same order, float32, normalised,
 channels-last. Every one is checked against the view's definition before anything is timed. DALI's own readers alone
-choose
-order and crops themselves: they are checked to show each image of a pass once.
+choose order and crops themselves: they are checked to show each image of a pass once.
 """
 
 from __future__ import annotations
@@ -51,8 +49,10 @@ PURE_DECODE = "pure decode"
 TIMED_IMAGES = 960
 """A pass is at least this long, so that filling the pipelines is a small part of it."""
 RESAMPLING = 0.015
-"""Tolerance between resamplers of different make, over the largest normalised value: about two levels of 255, as each
-of their two passes rounds to eight bits."""
+"""The tolerance between resamplers of different make, over the largest normalised value.
+
+It is about two levels of 255, as each of their two passes rounds to eight bits.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,27 +72,25 @@ class Work:
     def batches(self) -> int:
         return self.passes * (len(self.split) // self.batch_size)
 
-    def source(self, loader: str, workers: int) -> TrainSource:
-        """Every pass shows the same view, in an order of its own."""
+    def source(self, name: str, workers: int) -> TrainSource:
+        """Open a source. Every pass shows the same view, in an order of its own."""
         data = self.dataset
         batches = {"batch_size": self.batch_size, "seed": SEED, "views": 1}
-        return TrainSource(
-            self.split, data.augmentation, data.mean, data.std, **batches, loader=loader, workers=workers
-        )
+        return TrainSource(self.split, data.augmentation, data.mean, data.std, **batches, source=name, workers=workers)
 
     def order(self) -> list[np.ndarray]:
-        """Positions of each batch."""
+        """Return the positions of each batch."""
         source = self.source("auto", 0)
         return [source.positions(step) for step in range(self.batches)]
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 `[N, H, W, 3]` to float64 `[N, 3, H, W]`."""
+        """Normalise uint8 `[N, H, W, 3]` to float64 `[N, 3, H, W]`."""
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.dataset.mean, self.dataset.std))
         return ((pixels.double() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def open_large(path: Path) -> Dataset:
-    """A folder data set, or one tar archive of images in folders by class."""
+    """Open a folder data set, or one tar archive of images in folders by class."""
     if path.suffix != ".tar":
         return open_dataset(path)
     samples = list(read_index(path))
@@ -108,13 +106,12 @@ def open_large(path: Path) -> Dataset:
 
 
 def _decoded(records: Records, number: int) -> Tensor:
-    """uint8 `[3, H, W]`, by torchvision."""
+    """Decode an image to uint8 `[3, H, W]`, by torchvision."""
     return decode_jpeg(torch.frombuffer(bytearray(records.read(number)), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
 class _LargeImages(torch.utils.data.Dataset):
-    """What torchvision's users write: Pillow, crop, flip, tensor, normalise. The boxes are given, to be the same for
-    all."""
+    """What torchvision's users write: Pillow, crop, flip, tensor, normalise. The boxes are given, the same for all."""
 
     def __init__(self, work: Work, boxes: np.ndarray, flips: np.ndarray) -> None:
         self.records, self.size = work.split.records, work.dataset.augmentation.size
@@ -140,7 +137,7 @@ class _LargeTensors(_LargeImages):
 
 
 def large_case(work: Work) -> Case:
-    """Random resized crops of photographs."""
+    """Make random resized crops of photographs."""
     headers = [read_header(work.split.records.read(k), work.split.records.name(k)) for k in range(len(work.split))]
     sizes = np.array([(header.height, header.width) for header in headers])
     ids = np.arange(len(work.split))
@@ -180,7 +177,7 @@ def large_case(work: Work) -> Case:
 
 
 def _stream(work: Work, workers: int) -> Contender:
-    """DALI's own readers, order and crops, begun anew for each timing. The result is how many images a pass shows."""
+    """Take DALI's own readers, order and crops, begun anew for each timing. The result counts the images of a pass."""
     stream = StreamSource(work.source("auto", workers))
     count = min(len(work.split), work.batches * work.batch_size)
 
@@ -208,7 +205,10 @@ def _pure_decode(work: Work, order: list[np.ndarray]) -> Contender:
         return list(pool.map(decode, chunks))[-1]
 
     last = int(order[-1][-1])
-    expected = lambda: decode_rgb(records.read(last), records.name(last)).permute(2, 0, 1).double()  # noqa: E731
+
+    def expected() -> Tensor:
+        return decode_rgb(records.read(last), records.name(last)).permute(2, 0, 1).double()
+
     return Contender(PURE_DECODE, call, f"{work.workers} threads", expected=expected, tolerance=0.0, role="limit")
 
 
@@ -241,7 +241,7 @@ class _SmallImages(torch.utils.data.Dataset):
 
 
 def small_case(work: Work) -> Case:
-    """Padded crops of images that are kept in memory."""
+    """Make padded crops of images that are kept in memory."""
     augmentation, ids = work.dataset.augmentation, work.split.sample_ids.numpy()
     offsets, flips = crop_offsets_and_flips(0, ids, VIEW, augmentation.padding, flip=augmentation.flip)
     order = work.order()
@@ -261,8 +261,7 @@ def small_case(work: Work) -> Case:
 
 
 def _memory_floor(work: Work, values: int) -> list[Contender]:
-    """Read the bytes of as many images, of `values` each, and write them as floats, batch by batch, and nothing
-    else."""
+    """Read the bytes of as many images, of `values` each, write them as floats, batch by batch, and nothing else."""
 
     def every_batch(once: Contender) -> Contender:
         return dataclasses.replace(once, call=lambda: _last_of(once.call() for _ in range(work.batches)))
@@ -272,11 +271,11 @@ def _memory_floor(work: Work, values: int) -> list[Contender]:
     ]
 
 
-# Both.
+# Images of both kinds.
 
 
 def _workers(work: Work) -> tuple[int, ...]:
-    """Rivals and sources are tried with one more too: while one waits another works."""
+    """Return the numbers of workers to try. One more than asked for is tried too: while one waits another works."""
     return (work.workers, work.workers + 1)
 
 
@@ -325,7 +324,10 @@ def run_loader(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> Measured:
-    """Of the cases of `cases`. `workers`: threads or processes; all usable cores by default."""
+    """Measure small images and, if there are any, photographs.
+
+    `workers` is the number of threads or processes; all usable cores by default.
+    """
     with pinned() as settings:
         workers = workers or settings["threads"]
         measured = measure_cases(cases(small, large, batch_size, workers), rounds, show)
@@ -334,7 +336,7 @@ def run_loader(
 
 
 def cases(small: str | None, large: str | None, batch_size: int, workers: int) -> Iterator[Case]:
-    """Of small images, by default the digits, and of photographs if there are any."""
+    """Yield the case of small images, by default the digits, and that of photographs if there are any."""
     datasets = [(open_dataset(small or "digits"), small_case)] + (
         [(open_large(Path(large)), large_case)] if large else []
     )

@@ -1,4 +1,4 @@
-"""Training loops as people write them: the rivals of `stablekd bench step` and `stablekd bench end-to-end`.
+"""Training loops as people write them: the rivals in `stablekd bench step` and `stablekd bench end-to-end`.
 
 All train with a learning rate of zero, so that their losses can be checked at any time.
 """
@@ -27,7 +27,7 @@ class Loop:
         return self.step(self.batches[self.turn])
 
     def step(self, batch: Batch) -> list[Tensor]:
-        """Train on a batch; its losses."""
+        """Train on a batch; return its losses."""
         raise NotImplementedError
 
 
@@ -42,7 +42,7 @@ def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, kl_weight: float =
 
 
 class OrdinaryKD(Loop):
-    """The teacher's whole forward pass, the student's forward and backward pass, end to end."""
+    """Runs the teacher's whole forward pass, and the student's forward and backward pass end to end."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[Batch], *, bf16: bool = False) -> None:
         super().__init__(batches)
@@ -73,7 +73,7 @@ LOGITS = {
 def torchdistill_box(
     teacher: nn.Module, student: nn.Module, kd: dict, *, lr: float = 0.0, teacher_settings: dict | None = None
 ):
-    """torchdistill's distillation box with one term, `kd` its key and settings besides the places of the logits."""
+    """Make torchdistill's distillation box with one term. `kd` holds its key, and its settings but for `LOGITS`."""
     from torchdistill.core.distillation import DistillationBox
 
     class Box(DistillationBox):
@@ -96,7 +96,7 @@ def torchdistill_box(
 
 
 class TorchdistillKD(Loop):
-    """torchdistill's distillation box with its KD loss, fed with batches as its training scripts feed it."""
+    """Feeds torchdistill's distillation box, with its KD loss, as its training scripts feed it."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[Batch]) -> None:
         super().__init__(batches)
@@ -110,8 +110,7 @@ class TorchdistillKD(Loop):
 
 
 class OrdinaryBlockwise(Loop):
-    """Each block alone: the teacher runs from the images to the block's target, and autograd through a squared
-    error."""
+    """Trains each block alone: the teacher runs from the images to the block's target, autograd through an MSE."""
 
     def __init__(self, paired: PairedBlocks, batches: list[Batch]) -> None:
         super().__init__(batches)
@@ -133,8 +132,11 @@ class OrdinaryBlockwise(Loop):
 
 
 class OrdinaryStage(Loop):
-    """Any method's step: one pass of the teacher that keeps its features, then each group's forward pass, losses by
-    autograd, backward pass and update. `objectives` says what is aligned to what; the weights are the defaults."""
+    """Trains a stage of any method.
+
+    One pass of the teacher keeps its features; then comes each group's forward pass, losses by autograd, backward pass
+    and update. `objectives` says what is aligned to what; the weights are the defaults.
+    """
 
     def __init__(
         self,

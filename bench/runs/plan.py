@@ -12,22 +12,29 @@ from stablekd_fast.bench.core import SEED, Case, Contender, Measured, Timing, pi
 from stablekd_fast import models
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.data import open_dataset
+from stablekd_fast.data import Dataset, open_dataset
 from stablekd_fast.planning.rows import decisions, predict
 from stablekd_fast.run.distiller import Distiller
 
 TEACHER, STUDENT = "resnet56", "resnet20"
 IMAGES, BATCH, EPOCHS, VIEWS = 2560, 128, 4, 1
 BUDGETS = ("0", "60MB", "100MB", "150MB", "400MB")
-"""None, and what holds one, the other, two, and all three of the teacher's activations."""
+"""Nothing, and what holds one, the other, two, and all three of the teacher's activations."""
 
 
 def run_plan(
-    folder: Path, data: str, show: Callable[[list[dict]], None], rounds: int = 1, budgets=BUDGETS, images: int = IMAGES
+    folder: Path,
+    data: str,
+    show: Callable[[list[dict]], None],
+    rounds: int = 1,
+    budgets: Sequence[str] = BUDGETS,
+    images: int = IMAGES,
 ) -> Measured:
-    """One row per budget, the first one, which holds nothing, as baseline; and a table with one line per run, the
-    budgets in
-    turn for each round: what was kept, predicted and measured seconds. Leaves nothing in `folder`."""
+    """Run every budget in turn, for `rounds` rounds; return a row per budget and a table with a line per run.
+
+    The baseline is the first budget, which holds nothing. The table says what was kept, and the predicted and measured
+    seconds. Leaves nothing in `folder`.
+    """
     dataset, runs = open_dataset(data), []
     with scratch(folder) as own, pinned() as pins:
         for number in range(rounds):
@@ -39,7 +46,7 @@ def run_plan(
 
 
 def _rows(runs: list[dict], budgets: Sequence[str], name: str) -> list[dict]:
-    """The runs train real students, which other tests compare bit by bit: there is no result to check here."""
+    """Return rows of the runs. They train real students, which tests compare bit by bit: no result is checked here."""
     timings = []
     for budget in budgets:
         own = [run for run in runs if run["budget"] == budget]
@@ -50,7 +57,7 @@ def _rows(runs: list[dict], budgets: Sequence[str], name: str) -> list[dict]:
     return core.rows(case, timings)
 
 
-def _one(dataset, scratch: Path, budget: str, images: int) -> dict:
+def _one(dataset: Dataset, scratch: Path, budget: str, images: int) -> dict:
     torch.manual_seed(SEED)
     classes, size = len(dataset.classes), dataset.train.images.shape[1]
     config = DistillConfig(
@@ -70,8 +77,12 @@ def _one(dataset, scratch: Path, budget: str, images: int) -> dict:
     networks = {"teacher": models.build(TEACHER, classes, size), "student": models.build(STUDENT, classes, size)}
     distiller = Distiller(config, dataset=dataset, **networks)
     result = distiller.run(progress=False)
-    predicted = predict(distiller.costs, distiller.plan).seconds
-    kept = [row["output"] for row in decisions(distiller.costs, distiller.plan) if row["decision"].startswith("keep")]
+    predicted = predict(distiller.decided.costs, distiller.decided.plan).seconds
+    kept = [
+        row["output"]
+        for row in decisions(distiller.decided.costs, distiller.decided.plan)
+        if row["decision"].startswith("keep")
+    ]
     return {
         "budget": budget,
         "kept": " ".join(kept) or "nothing",

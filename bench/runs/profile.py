@@ -20,10 +20,11 @@ from stablekd_fast.objectives import Objectives
 
 
 class Phases:
-    """Seconds by block and phase; each is waited for on its device, and named in a trace."""
+    """Adds up seconds by block and phase; each is waited for on its device, and named in a trace."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, defaultdict(float)
+        self.device = device
+        self.seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
 
     @contextlib.contextmanager
     def timed(self, block: str, phase: str) -> Iterator[None]:
@@ -40,7 +41,7 @@ class Phases:
 
 
 def profile_steps(folder: Path, images: Images, trace: Path | None) -> Measured:
-    """A table for each pair, as `profile_step` gives it. Leaves nothing in `folder`."""
+    """Return a table for each pair, as `profile_step` gives it. Leaves nothing in `folder`."""
     with scratch(folder) as own, pinned() as pins:
         profiles = {pair.name: profile_step(pair, dataset, own, trace) for pair, dataset in images.of_pairs()}
     tables = {f"{name}: milliseconds per step": rows for name, rows in profiles.items()}
@@ -48,8 +49,10 @@ def profile_steps(folder: Path, images: Images, trace: Path | None) -> Measured:
 
 
 def profile_step(pair: Pair, dataset: Dataset, folder: Path, trace: Path | None, steps: int = 10) -> list[dict]:
-    """Milliseconds per step of each block (means over `steps` decomposed steps from a cache) by forward, loss, backward
-    and update, and of copying the batch in. `trace`: a file for a Chrome trace of one more step."""
+    """Measure milliseconds per step of each block: forward, loss, backward and update; and of copying the batch in.
+
+    They are means over `steps` decomposed steps from a cache. `trace` is a file for a Chrome trace of one more step.
+    """
     paired, source, batches = make_pair(pair, dataset)
     paired.fuses_norms = pick_fusion("auto", torch.device("cpu"))
     arm = Arm(paired, cached(paired, source, batches, folder / "profile", "fp32"), batches)

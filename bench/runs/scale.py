@@ -21,19 +21,20 @@ from stablekd_fast.errors import StableKDError
 from stablekd_fast.report import read_events
 from stablekd_fast.report.terminal import print_rows
 
-_OF_PARTS = 0.1
-"""Relative: by so much losses may differ where images are divided, as batch-norm statistics are those of parts."""
+_DIVIDED = 0.1
+"""By so much, relatively, losses may differ where images are divided: batch-norm statistics are those of a part."""
 
 
 def run_scale(
     settings: Sequence[str], ranks: Sequence[int], rounds: int, folder: Path, show: Callable[[str, list[dict]], None]
 ) -> list[dict]:
-    """Rows of images/s per stage and number of ranks, and of their ratio to the first number's: medians over rounds,
-    which take the numbers of ranks in turn.
+    """Return rows of images/s per stage and number of ranks, with the ratio to the first number's.
+
+    They are medians over rounds, which take the numbers of ranks in turn.
 
     Args:
         settings: options of `stablekd distill`, but for `--out` and the cache's folder.
-        folder: for runs and rows.
+        folder: where runs and rows are put.
 
     Raises StableKDError if a run fails, or if one trains something else than the others.
     """
@@ -51,7 +52,7 @@ def run_scale(
             meshes = {event["stage"]: event for event in events if event["kind"] == "ranks"}
             for stage, trained in enumerate(_stages(events)):
                 divided = stage in meshes and meshes[stage]["mesh"]["data"] > 1
-                check_losses(known.setdefault(stage, trained), trained, count, _OF_PARTS if divided else 0.0)
+                check_losses(known.setdefault(stage, trained), trained, count, _DIVIDED if divided else 0.0)
                 speeds.setdefault((stage, count), []).append(trained[-1]["images_per_second"])
             for stage, event in meshes.items():
                 found += [
@@ -72,13 +73,12 @@ def check_losses(first: list[dict], other: list[dict], count: int, tolerance: fl
             if not math.isclose(loss, b["losses"][name], rel_tol=tolerance):
                 raise StableKDError(
                     f"On {count} ranks the loss of blocks {name} at step {a['step']} is {b['losses'][name]}, in the "
-                    f"first run {loss}: "
-                    "no speed is shown."
+                    f"first run {loss}: no speed is shown."
                 )
 
 
 def _stages(events: list[dict]) -> Iterator[list[dict]]:
-    """The logged steps of each stage."""
+    """Yield the logged steps of each stage."""
     starts = [event for event in events if event["kind"] == "stage_start"]
     for start in starts:
         yield [e for e in events if e["kind"] == "train" and start["first_step"] < e["step"] <= start["last_step"]]

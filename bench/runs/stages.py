@@ -1,5 +1,4 @@
-"""Seconds of one step of any stage of any method: as people write it, and by the engine from the live teacher and a
-cache."""
+"""Times one step of any stage of any method: as people write it, and by the engine with and without a cache."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ class StageBench:
         self.precision, self.folder = precision, folder
 
     def seconds(self, method: str, groups: list[list[int]], batch: int, rounds: int) -> list[dict]:
-        """A row for each way to run the stage, and for the limits. Raises WrongResult if one computes something
-        else."""
+        """Measure each way to run the stage, and the limits. Raises WrongResult if one computes something else."""
         return measure(self.case(method, groups, batch), rounds)
 
     def case(self, method: str, groups: list[list[int]], batch: int) -> Case:
@@ -88,7 +86,7 @@ class StageBench:
 def _contender(
     name: str, call: Callable[[], list[Tensor]], reference: OrdinaryStage, precision: str, *, role: Role = "rival"
 ) -> Contender:
-    """Its losses are to be the reference's on the batch that it takes next."""
+    """Make a contender whose losses are to be the reference's on the batch that it takes next."""
 
     def expected() -> list[Tensor]:
         reference.turn = call.__self__.turn

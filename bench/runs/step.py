@@ -1,5 +1,6 @@
-"""`stablekd bench step`: images per second of whole training steps, ours in every mode against the usual loops; what
-the engine costs beside the networks' own operations; what compiling costs.
+"""`stablekd bench step`: images per second of whole training steps, ours in every mode against the usual loops.
+
+It also shows what the engine costs beside the networks' own operations, and what compiling costs.
 
 Every contender trains with a learning rate of zero, so that its losses can be checked against float64 at any time.
 """
@@ -21,20 +22,21 @@ from torch import Tensor
 
 from stablekd_fast.data import Dataset
 from stablekd_fast.errors import StableKDError
-from stablekd_fast.execution.emulator import Operation, Recorder
+from stablekd_fast.execution.emulator import Operation, Recording
 from stablekd_fast.execution.precision import Precision, cpu_has_bf16
 from stablekd_fast.teacher.live import Relay
 
 TOLERANCE = 1e-4
-"""Of losses in float32, compiled or not; bf16 has its own."""
+"""The largest error of losses in float32, compiled or not."""
 BF16_TOLERANCE = 5e-2
+"""The largest error of losses in bf16."""
 OVERHEAD = "the engine beside the operations of its networks and losses"
 EPOCH = 50_000
-"""Images, for the statement when compiling has paid for itself."""
+"""The images of the epochs after which compiling is said to have paid for itself."""
 
 
 class Expected:
-    """The losses of contenders in float64, one batch at a time."""
+    """Knows the losses of contenders in float64, one batch at a time."""
 
     def __init__(self, pair: Pair, dataset: Dataset) -> None:
         paired, _, batches = make_pair(pair, dataset)
@@ -46,7 +48,7 @@ class Expected:
         paired.teacher.eval()
 
     def of(self, contender: Loop | Arm) -> Callable[[], list[Tensor]]:
-        """What the contender's next step should give."""
+        """Return what the contender's next step should give."""
         reference, step = self.kd, self.kd.train
         if isinstance(contender, Arm):
             reference, step = self.ours, self.ours.losses
@@ -61,13 +63,13 @@ class Expected:
 
 
 class Contest:
-    """The networks of one pair, made anew for each contender."""
+    """Makes the networks of one pair anew for each contender."""
 
     def __init__(self, pair: Pair, dataset: Dataset, folder: Path) -> None:
         self.pair, self.dataset, self.kept = pair, dataset, Path(folder) / str(pair.size)
 
     def rival(self, kind: type[Loop], *, channels_last: bool = False, **options) -> Loop:
-        """A loop as people write it, in the layout that torch has by default or in ours."""
+        """Make a loop as people write it, in the layout that torch has by default or in ours."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         paired, _, batches = make_pair(self.pair, self.dataset)
         paired.teacher.to(memory_format=layout), paired.student.to(memory_format=layout)
@@ -141,26 +143,28 @@ def _precision(name: str) -> str:
 
 
 def _eager_losses(eager: Arm, other: Arm) -> list[Tensor]:
-    """The bits that the other arm's next step should give."""
+    """Return the bits that the other arm's next step should give."""
     eager.turn = other.turn
     return eager.losses()
 
 
 class Operations:
-    """The convolutions, norms, activations and losses of one step of all groups, called back to back: no Python of the
-    engine, no autograd, no update, no batch."""
+    """Calls the convolutions, norms, activations and losses of one step of all groups back to back.
+
+    That is a step without the engine's Python, autograd, updates and loading of a batch.
+    """
 
     def __init__(self, arm: Arm) -> None:
         self.arm = arm
         arm.turn = -1
         arm.train()
-        recorder = Recorder()
-        with recorder:
+        recording = Recording()
+        with recording:
             for step in arm.steps:
                 outputs, gradients, _ = step.forward()
                 step.backward(outputs, gradients)
                 step.optimizer.zero_grad(set_to_none=True)
-        self.calls = [operation for operation in recorder.operations if _computes(operation)]
+        self.calls = [operation for operation in recording.operations if _computes(operation)]
         arm.turn = -1  # the expected losses are those of the batch that the operations were recorded with
 
     def run(self) -> list[Tensor]:
@@ -174,7 +178,7 @@ class Operations:
 
 
 def _computes(operation: Operation) -> bool:
-    """Neither a view, nor a copy, nor memory without contents."""
+    """Tell whether an operation is neither a view, nor a copy, nor memory without contents."""
     if operation.function.is_view or any(word in str(operation.function) for word in ("empty", "copy")):
         return False
     inputs = {tensor.untyped_storage().data_ptr() for tensor in operation.inputs}
@@ -183,8 +187,7 @@ def _computes(operation: Operation) -> bool:
 
 
 def compile_cost(arms: dict[str, Arm], rows: list[dict]) -> list[dict]:
-    """For each compiled arm the seconds of a first step, compiling included, and the epoch in which they are made
-    up."""
+    """Return for each compiled arm the seconds of a first step, with compiling, and the epochs that make them up."""
     seconds, found = {row["contender"]: row["median_seconds"] for row in rows}, []
     for name, arm in arms.items():
         if "compiled" in name:
@@ -204,7 +207,7 @@ def _first_compiled_step(arm: Arm) -> float:
 
 
 def overhead(rows: list[dict]) -> dict:
-    """A step of ours (eager, from the cache) beside its operations alone."""
+    """Set a step of ours (eager, from the cache) beside its operations alone."""
     by_name = {row["contender"]: row for row in rows}
     step, alone = by_name["ours, cache"], by_name["ours, operations alone"]
     return {
@@ -216,7 +219,7 @@ def overhead(rows: list[dict]) -> dict:
 
 
 def run_step(folder: Path, images: Images, rounds: int, compiled: bool, show: Callable[[list[dict]], None]) -> Measured:
-    """Rows, and tables of the engine's overhead and of the cost of compiling. Leaves nothing in `folder`.
+    """Measure steps, the engine's overhead and the cost of compiling. Leaves nothing in `folder`.
 
     Raises StableKDError if torchdistill is not installed.
     """

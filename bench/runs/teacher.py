@@ -1,9 +1,12 @@
-"""`stablekd bench teacher`: decomposed steps fed by the teacher's prefix run again for each block, by one relayed pass,
-and by the cache, against students that have their inputs already."""
+"""`stablekd bench teacher`: decomposed steps that the teacher feeds in several ways.
+
+Its prefix is run again for each block, it runs once and hands on its activations, or its rows come out of the cache.
+The limit is students that have their inputs already.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +21,9 @@ from stablekd_fast.cache.columns import Columns, Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.data import Batch, Dataset, TrainSource, open_dataset
 from stablekd_fast.engine.schedule import Optimizer
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch, output_key
+from stablekd_fast.engine.stage import stage_steps
+from stablekd_fast.engine.step import Rates, output_key
 from stablekd_fast.errors import StableKDError
-from stablekd_fast.execution.capture import make_runner
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.cached import CachedTeacher
 from stablekd_fast.teacher.live import Relay, Teacher
@@ -31,7 +34,7 @@ RERUN, ALONE = "prefix run again", "students alone"
 
 @dataclass(frozen=True)
 class Pair:
-    """Two networks at one image size; `batches` of `batch` images are taken in turn."""
+    """Two networks at one image size. `batches` batches of `batch` images are taken in turn."""
 
     teacher: str
     student: str
@@ -49,12 +52,12 @@ LARGE = Pair("torchvision/resnet34", "torchvision/resnet18", 224, 32, batches=2)
 
 
 class Rerun:
-    """The usual practice: to train a block, the teacher runs from the images up to that block, for each block anew."""
+    """The usual practice: for each block anew the teacher runs from the images up to that block."""
 
     def __init__(self, paired: PairedBlocks) -> None:
         self.paired = paired
 
-    def outputs(self, wanted, images: Tensor, batch: Batch) -> dict[int, Tensor]:
+    def outputs(self, wanted: Collection[int], images: Tensor, batch: Batch) -> dict[int, Tensor]:
         found = {}
         for k in sorted(wanted):
             found |= self.paired.teacher_outputs(images, {k - 1, k} & set(wanted))
@@ -62,8 +65,7 @@ class Rerun:
 
 
 class Arm:
-    """All groups of a stage (by default every block alone) trained side by side, fed by one kind of teacher, their
-    steps run by one mode.
+    """Trains all groups of a stage, by default every block alone, fed by one kind of teacher and run in one mode.
 
     The learning rate is zero, so that every step has the same weights to compute with.
     """
@@ -77,51 +79,45 @@ class Arm:
         *,
         groups: list[list[int]] | None = None,
         objectives: Objectives | None = None,
-        optimizer: Optimizer = Optimizer("sgd"),
+        optimizer: Optimizer | None = None,
     ) -> None:
         self.paired, self.teacher, self.batches, self.turn = paired, teacher, batches, 0
         self.objectives = objectives or Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
         groups, device = groups or [[k] for k in range(len(paired))], batches[0].images.device
-        self.wanted = self.objectives.teacher_outputs(groups, len(paired.cuts))
-        self.inputs, rates = StageInputs(device), Rates.constant(0.0, device=device)
+        rates, compiled = Rates.constant(0.0, device=device), capture == "compile"
+        optimizer = optimizer or Optimizer("sgd")
         nn.ModuleList(paired.student_blocks).train()
+        self.stage = stage_steps(paired, groups, self.objectives, optimizer, rates=rates, compiled=compiled)
         self.load()
-        self.steps = [
-            GroupStep(
-                paired, group, self.objectives, optimizer, self.inputs, rates=rates, compiled=capture == "compile"
-            )
-            for group in groups
-        ]
-        state = [tensor for step in self.steps for tensor in step.state()]
-        self.runner = make_runner(capture, [step.run for step in self.steps], state, device, fall_back=False)
+        self.runner = self.stage.runner(capture)
 
     def load(self) -> None:
-        load_batch(self.inputs, self.teacher, self.wanted, self.batches[self.turn])
+        self.stage.load(self.teacher, self.batches[self.turn])
 
     def train(self) -> list[Tensor]:
-        """One step of every group; what the teacher gave for it."""
+        """Run one step of every group; return what the teacher gave for it."""
         self.turn = (self.turn + 1) % len(self.batches)
         self.load()
         return self.students()
 
     def students(self) -> list[Tensor]:
         self.runner.run()
-        return [self.inputs[output_key(k)] for k in sorted(self.wanted)]
+        return [self.stage.inputs[output_key(k)] for k in sorted(self.stage.wanted)]
 
     def expected(self, ahead: int = 1) -> list[Tensor]:
-        """What the live teacher gives for the batch that `train` takes next, or for the one at hand."""
+        """Return what the live teacher gives for the batch that `train` takes next, or for the one at hand."""
         batch = self.batches[(self.turn + ahead) % len(self.batches)]
-        outputs = self.paired.teacher_outputs(batch.images, self.wanted)
-        return [outputs[k].double() for k in sorted(self.wanted)]
+        outputs = self.paired.teacher_outputs(batch.images, self.stage.wanted)
+        return [outputs[k].double() for k in sorted(self.stage.wanted)]
 
     def losses(self) -> list[Tensor]:
-        """One step of every group; the losses of the groups."""
+        """Run one step of every group; return the losses of the groups."""
         self.train()
-        return [step.losses[0].clone() for step in self.steps]
+        return [step.losses[0].clone() for step in self.stage.steps]
 
 
 def make_pair(pair: Pair, dataset: Dataset) -> tuple[PairedBlocks, TrainSource, list[Batch]]:
-    """Networks with random weights and real images."""
+    """Make networks with random weights, and batches of real images."""
     torch.manual_seed(SEED)
     classes = len(dataset.classes)
     networks = [
@@ -145,7 +141,7 @@ def make_pair(pair: Pair, dataset: Dataset) -> tuple[PairedBlocks, TrainSource, 
 
 
 def cached(paired: PairedBlocks, source: TrainSource, batches: list[Batch], folder: Path, codec: str) -> CachedTeacher:
-    """A teacher whose rows for these batches are on disk."""
+    """Make a teacher whose rows for these batches are on disk."""
     settings = CacheSettings(plan="all", directory=str(folder), codecs=[codec])
     examples = paired.teacher_outputs(batches[0].images)
     plan = Plan({k: Kept("disk", LOGITS if k == len(paired.cuts) else codec) for k in examples})
@@ -157,7 +153,7 @@ def cached(paired: PairedBlocks, source: TrainSource, batches: list[Batch], fold
 
 
 def feeding_case(pair: Pair, dataset: Dataset, folder: Path) -> Case:
-    """The four ways to feed the blocks of one pair."""
+    """Feed the blocks of one pair in all ways."""
     paired, source, batches = make_pair(pair, dataset)
     arms = {
         RERUN: Arm(paired, Rerun(paired), batches),
@@ -179,7 +175,7 @@ def feeding_case(pair: Pair, dataset: Dataset, folder: Path) -> Case:
 
 
 def size_case(dataset: Dataset, folder: Path) -> Case:
-    """The same student from the caches of a large and of a small teacher."""
+    """Feed the same student from the caches of a large and of a small teacher."""
     contenders = []
     for name in ("resnet110", "resnet20"):
         pair = Pair(name, SMALL.student, SMALL.size, SMALL.batch)
@@ -221,7 +217,7 @@ def cases(folder: Path, images: Images) -> Iterator[Case]:
 
 
 def run_teacher(folder: Path, images: Images, rounds: int, show: Callable[[list[dict]], None]) -> Measured:
-    """Leaves nothing in `folder`."""
+    """Measure all ways to feed blocks. Leaves nothing in `folder`."""
     with scratch(folder) as own, pinned() as pins:
         measured = measure_cases(cases(own, images), rounds, show)
     measured.settings = pins

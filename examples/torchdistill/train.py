@@ -1,5 +1,4 @@
-"""What torchdistill's examples/torchvision/image_classification.py does with a config, without evaluation and
-devices."""
+"""What torchdistill's examples/torchvision/image_classification.py does with a config, less evaluation and devices."""
 
 import sys
 
@@ -14,15 +13,12 @@ config = yaml_util.load_yaml_file(sys.argv[1])
 import_dependencies(config["dependencies"])
 teacher, student = (models.build(config["models"][f"{role}_model"]["key"], 10, 8) for role in ("teacher", "student"))
 load_ckpt(config["models"]["teacher_model"]["src_ckpt"], model=teacher)
-if (
-    config["models"]["teacher_model"]["src_ckpt"] is None
-):  # an untrained teacher: have its batch norms meet the data at least
+if config["models"]["teacher_model"]["src_ckpt"] is None:
+    # The teacher is untrained: its batch norms shall have met the data at least.
     with torch.no_grad():
-        [
-            teacher.train()(batch.images)
-            for views in config["datasets"].values()
-            for batch in views.source.batches(0, 28)
-        ]
+        for views in config["datasets"].values():
+            for batch in views.source.batches(0, 28):
+                teacher.train()(batch.images)
 teacher.eval()
 box = get_distillation_box(teacher, student, config["datasets"], config["train"], torch.device("cpu"), None, False, 1)
 for epoch in range(box.num_epochs):

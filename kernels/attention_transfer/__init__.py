@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._composite import loss_with_grad
 from stablekd_fast.kernels.attention_transfer import reference
+from stablekd_fast.kernels.attention_transfer.reference import Operands
 from torch import Tensor
 
 
@@ -18,8 +19,7 @@ def attention_transfer(student: Tensor, target: Tensor, *, power: float = 2.0) -
     Returns a 0-dim tensor, float64 for a float64 student and float32 otherwise, differentiable to any order where
     |x|^power is. Raises OperandError for shapes or settings that do not fit.
     """
-    _check(student, target, power)
-    return reference.attention_transfer(student, target, power)
+    return reference.attention_transfer(_checked(Operands(student, target, power)))
 
 
 def attention_transfer_with_grad(
@@ -30,20 +30,20 @@ def attention_transfer_with_grad(
     `upstream` is a 0-dim tensor. The gradient has the student's shape, dtype and memory format. Nothing is recorded
     for autograd and the host never waits.
     """
-    _check(student, target, power)
-    target = target.detach()
-    return loss_with_grad(lambda leaf: reference.attention_transfer(leaf, target, power), student, weight, upstream)
+    given = _checked(Operands(student, target, power))
+    return loss_with_grad(reference.attention_transfer, given, weight, upstream)
 
 
-def _check(student: Tensor, target: Tensor, power: float) -> None:
+def _checked(given: Operands) -> Operands:
+    student, target, power = given
     for name, features in (("student", student), ("target", target)):
-        require(
-            features.dim() == 4 and features.is_floating_point(),
-            f"{name} is {describe(features)}; it must be a floating point [N, C, H, W].",
+        if not (features.dim() == 4 and features.is_floating_point()):
+            raise OperandError(f"{name} is {describe(features)}; it must be a floating point [N, C, H, W].")
+    if not (student.shape[0] == target.shape[0] and student.shape[2:] == target.shape[2:]):
+        raise OperandError(
+            f"target is {describe(target)} but student {describe(student)}; batch, height and width must agree, "
+            "so resize one of them before comparing."
         )
-    require(
-        student.shape[0] == target.shape[0] and student.shape[2:] == target.shape[2:],
-        f"target is {describe(target)} but student {describe(student)}; batch, height and width must agree, "
-        "so resize one of them before comparing.",
-    )
-    require(power >= 1, f"power={power} was given; it must be at least 1.")
+    if not power >= 1:
+        raise OperandError(f"power={power} was given; it must be at least 1.")
+    return given

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from stablekd_fast.kernels._checks import accumulator
 from stablekd_fast.kernels._features import length
 from torch import Tensor
 
 
-def attention_transfer(student: Tensor, target: Tensor, power: float) -> Tensor:
-    dtype = accumulator(student.dtype)
-    apart = _attention(student.to(dtype), power) - _attention(target.to(dtype), power)
-    return apart.square().mean()
+class Operands(NamedTuple):
+    """What `attention_transfer` takes."""
+
+    student: Tensor  # [N, C, H, W]
+    target: Tensor  # [N, D, H, W]
+    power: float
+
+
+def attention_transfer(given: Operands) -> Tensor:
+    dtype = accumulator(given.student.dtype)
+    difference = _attention(given.student.to(dtype), given.power) - _attention(given.target.to(dtype), given.power)
+    return difference.square().mean()
 
 
 def _attention(features: Tensor, power: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from stablekd_fast.kernels._checks import describe, require
+from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._registry import define, serve_cpu, serve_cuda
 from stablekd_fast.kernels.augment_batch import cpu_impl, reference
 from torch import Tensor
@@ -58,38 +58,35 @@ def _check(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> None:
-    require(
-        images.dtype == torch.uint8 and images.dim() == 4,
-        f"images is {describe(images)}; it must be uint8 [M, H, W, C].",
-    )
+    if not (images.dtype == torch.uint8 and images.dim() == 4):
+        raise OperandError(f"images is {describe(images)}; it must be uint8 [M, H, W, C].")
     count, channels = rows.shape[0] if rows.dim() else 0, images.shape[3]
     for name, tensor, kind, shape in (
         ("rows", rows, torch.int64, [count]),
         ("offsets", offsets, torch.int64, [count, 2]),
         ("flips", flips, torch.bool, [count]),
     ):
-        require(
-            tensor.dtype == kind and list(tensor.shape) == shape,
-            f"{name} is {describe(tensor)}; it must be {str(kind).removeprefix('torch.')} {shape}.",
+        if not (tensor.dtype == kind and list(tensor.shape) == shape):
+            raise OperandError(f"{name} is {describe(tensor)}; it must be {str(kind).removeprefix('torch.')} {shape}.")
+        if tensor.device != images.device:
+            raise OperandError(f"{name} is on {tensor.device} but images on {images.device}; move it there first.")
+    if padding < 0:
+        raise OperandError(f"padding={padding} was given; it must not be negative.")
+    if not len(mean) == len(std) == channels:
+        raise OperandError(
+            f"mean has {len(mean)} and std {len(std)} values; images with {channels} channels need {channels} each."
         )
-        require(
-            tensor.device == images.device,
-            f"{name} is on {tensor.device} but images on {images.device}; move it there first.",
-        )
-    require(padding >= 0, f"padding={padding} was given; it must not be negative.")
-    require(
-        len(mean) == len(std) == channels,
-        f"mean has {len(mean)} and std {len(std)} values; images with {channels} channels need {channels} each.",
-    )
-    require(all(value > 0 for value in std), f"std={list(std)} was given; every value must be greater than 0.")
-    require(dtype.is_floating_point, f"dtype={dtype} was given; it must be a floating point type.")
+    if not all(value > 0 for value in std):
+        raise OperandError(f"std={list(std)} was given; every value must be greater than 0.")
+    if not dtype.is_floating_point:
+        raise OperandError(f"dtype={dtype} was given; it must be a floating point type.")
 
 
 def _fake(images, rows, offsets, flips, padding, mean, std, dtype, channels_last):
     _, height, width, channels = images.shape
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     shape = (rows.shape[0], channels, height, width)
-    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=memory_format)
 
 
 define(

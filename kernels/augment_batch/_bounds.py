@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from stablekd_fast.kernels._checks import require
+from stablekd_fast.kernels._checks import OperandError
 from torch import Tensor
 
 
 def check_bounds(images: Tensor, rows: Tensor, offsets: Tensor, padding: int) -> None:
-    """Raises OperandError unless all rows exist and all crops lie in the padded image. Waits for the device."""
+    """Raise OperandError unless all rows exist and all crops lie in the padded image. Waits for the device."""
     _check("rows", rows, len(images) - 1, f"there are {len(images)} images")
     _check("offsets", offsets, 2 * padding, f"crops of the full size out of images padded by {padding}")
 
@@ -16,4 +16,5 @@ def _check(name: str, values: Tensor, last: int, why: str) -> None:
     if values.numel() == 0:
         return
     low, high = (int(bound) for bound in values.aminmax())
-    require(low >= 0 and high <= last, f"{name} has values in {low}..{high}; they must lie in 0..{last} ({why}).")
+    if low < 0 or high > last:
+        raise OperandError(f"{name} has values in {low}..{high}; they must lie in 0..{last} ({why}).")

@@ -27,8 +27,8 @@ def augment_batch(
         return reference.augment_batch(images, rows, offsets, flips, padding, mean, std, dtype, channels_last)
     images, rows, offsets, flips = (tensor.contiguous() for tensor in (images, rows, offsets, flips))
     _, height, width, channels = images.shape
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((len(rows), channels, height, width), dtype=dtype, memory_format=layout)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty((len(rows), channels, height, width), dtype=dtype, memory_format=memory_format)
     done = core.augment_batch(
         images.data_ptr(),
         len(images),

@@ -38,6 +38,8 @@ def augment_batch(
     # A Python 255 would be a multiplication by 1/255 on some devices, which rounds differently.
     white = torch.tensor(255, dtype=wide, device=images.device)
     normalised = (crops.to(wide) / white - centre) / spread
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((len(rows), channels, height, width), dtype=dtype, device=images.device, memory_format=layout)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(
+        (len(rows), channels, height, width), dtype=dtype, device=images.device, memory_format=memory_format
+    )
     return out.copy_(normalised.permute(0, 3, 1, 2))

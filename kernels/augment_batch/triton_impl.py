@@ -179,8 +179,10 @@ def augment_batch(
     count, height, width, channels = images.shape
     if dtype not in FLOATS or 0 in (len(rows), images.numel()) or height * width * channels > _LARGEST_IMAGE:
         return reference.augment_batch(images, rows, offsets, flips, padding, mean, std, dtype, channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((len(rows), channels, height, width), dtype=dtype, device=images.device, memory_format=layout)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(
+        (len(rows), channels, height, width), dtype=dtype, device=images.device, memory_format=memory_format
+    )
     allowed = torch.empty(len(rows), dtype=torch.bool, device=images.device)
     # Images are read byte by byte, and a copy of them all would cost far more than the batch.
     picks = [aligned(tensor.contiguous()) for tensor in (rows, offsets, flips)]

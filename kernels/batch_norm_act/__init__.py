@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from stablekd_fast.kernels._checks import accumulator, describe, require
+from stablekd_fast.kernels._checks import OperandError, accumulator, describe
 from stablekd_fast.kernels._registry import define, serve_cpu
 from stablekd_fast.kernels.batch_norm_act import cpu_impl, reference
 from torch import Tensor
@@ -30,25 +30,23 @@ def batch_norm_act(
 
     Raises OperandError for shapes or dtypes that do not fit.
     """
-    require(x.dim() >= 2 and x.is_floating_point(), f"x is {describe(x)}; it must be floating point [N, C, ...].")
-    require(x.numel() > x.shape[1], f"x is {describe(x)}; a variance needs more than one value per channel.")
+    if not (x.dim() >= 2 and x.is_floating_point()):
+        raise OperandError(f"x is {describe(x)}; it must be floating point [N, C, ...].")
+    if x.numel() <= x.shape[1]:
+        raise OperandError(f"x is {describe(x)}; a variance needs more than one value per channel.")
     for name, vector in (
         ("weight", weight),
         ("bias", bias),
         ("running_mean", running_mean),
         ("running_var", running_var),
     ):
-        require(
-            vector is None or vector.shape == (x.shape[1],),
-            f"{name} is {vector is not None and describe(vector)}; it must be [{x.shape[1]}], one value per channel "
-            "of x.",
-        )
-    require(
-        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
-        f"residual is {residual is not None and describe(residual)}; it must be like x, {describe(x)}.",
-    )
+        if vector is not None and vector.shape != (x.shape[1],):
+            raise OperandError(f"{name} is {describe(vector)}; it must be [{x.shape[1]}], one value per channel of x.")
+    if residual is not None and not (residual.shape == x.shape and residual.dtype == x.dtype):
+        raise OperandError(f"residual is {describe(residual)}; it must be like x, {describe(x)}.")
     y, mean, variance = torch.ops.stablekd.batch_norm_act(x, residual, weight, bias, eps, relu)
     if running_mean is not None:
+        assert running_var is not None
         with torch.no_grad():
             count = x.numel() // x.shape[1]
             running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from stablekd_fast.kernels._composite import loss_with_grad
 from stablekd_fast.kernels._logits import check_student, check_teacher
 from stablekd_fast.kernels.correlation import reference
+from stablekd_fast.kernels.correlation.reference import Operands
 from torch import Tensor
 
 
@@ -25,8 +26,7 @@ def correlation(
     Returns a 0-dim tensor, float64 for float64 logits and float32 otherwise, differentiable to any order. Raises
     OperandError for shapes or settings that do not fit.
     """
-    _check(student_logits, teacher_logits, temperature)
-    return reference.correlation(student_logits, teacher_logits, temperature, inter, intra)
+    return reference.correlation(_checked(Operands(student_logits, teacher_logits, temperature, inter, intra)))
 
 
 def correlation_with_grad(
@@ -44,13 +44,11 @@ def correlation_with_grad(
     `upstream` is a 0-dim tensor. The gradient is `[N, C]` in the student's dtype. Nothing is recorded for autograd and
     the host never waits.
     """
-    _check(student_logits, teacher_logits, temperature)
-    teacher = teacher_logits.detach()
-    return loss_with_grad(
-        lambda leaf: reference.correlation(leaf, teacher, temperature, inter, intra), student_logits, scale, upstream
-    )
+    given = _checked(Operands(student_logits, teacher_logits, temperature, inter, intra))
+    return loss_with_grad(reference.correlation, given, scale, upstream)
 
 
-def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
-    check_student(student, temperature)
-    check_teacher(teacher, student)
+def _checked(given: Operands) -> Operands:
+    check_student(given.student, given.temperature)
+    check_teacher(given.teacher, given.student)
+    return given

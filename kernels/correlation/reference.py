@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from stablekd_fast.kernels._checks import accumulator
 from torch import Tensor
@@ -9,10 +11,20 @@ from torch import Tensor
 VARIANCE_EPSILON = 1e-16
 
 
-def correlation(student: Tensor, teacher: Tensor, temperature: float, inter: float, intra: float) -> Tensor:
-    dtype = accumulator(student.dtype)
-    q, p = (torch.softmax(logits.to(dtype) / temperature, dim=1) for logits in (student, teacher))
-    return temperature**2 * (inter * _distance(q, p, 1) + intra * _distance(q, p, 0))
+class Operands(NamedTuple):
+    """What `correlation` takes."""
+
+    student: Tensor  # [N, C]
+    teacher: Tensor  # [N, C]
+    temperature: float
+    inter: float
+    intra: float
+
+
+def correlation(given: Operands) -> Tensor:
+    dtype = accumulator(given.student.dtype)
+    q, p = (torch.softmax(logits.to(dtype) / given.temperature, dim=1) for logits in (given.student, given.teacher))
+    return given.temperature**2 * (given.inter * _distance(q, p, 1) + given.intra * _distance(q, p, 0))
 
 
 def _distance(q: Tensor, p: Tensor, axis: int) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from stablekd_fast.kernels._checks import check_upstream, describe, require
+from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._logits import check_labels, check_student, check_teacher
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.decoupled_kl import cpu_impl, reference
+from stablekd_fast.kernels.decoupled_kl.reference import Operands
 from torch import Tensor
-
-_ARGUMENTS = "Tensor student, Tensor teacher, Tensor labels, float temperature, float alpha, float beta"
 
 
 def decoupled_kl(
@@ -31,8 +29,7 @@ def decoupled_kl(
     respect to the logits of both. Raises OperandError for shapes or settings that do not fit; labels out of range
     give NaN on GPUs and an OperandError on the CPU.
     """
-    _check(student_logits, teacher_logits, labels, temperature)
-    return _by_autograd(student_logits, teacher_logits, labels, temperature, alpha, beta)
+    return _loss(_checked(Operands(student_logits, teacher_logits, labels, temperature, alpha, beta)))
 
 
 def decoupled_kl_with_grad(
@@ -51,23 +48,26 @@ def decoupled_kl_with_grad(
     `upstream` is a 0-dim tensor, for factors that change from step to step. The gradient is `[N, C]` in the
     student's dtype. Nothing is recorded for autograd and the host never waits.
     """
-    _check(student_logits, teacher_logits, labels, temperature)
-    check_upstream(upstream, student_logits)
-    with torch.no_grad():
-        return torch.ops.stablekd.decoupled_kl_with_grad(
-            student_logits, teacher_logits, labels, temperature, alpha, beta, scale, upstream
-        )
+    given = _checked(Operands(student_logits, teacher_logits, labels, temperature, alpha, beta))
+    return _loss_with_grad(given, scale, upstream)
 
 
-def _check(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> None:
-    check_student(student, temperature)
-    require(student.shape[1] >= 2, f"student_logits is {describe(student)}; it must have at least two classes.")
-    check_teacher(teacher, student)
-    check_labels(labels, student)
+def _checked(given: Operands) -> Operands:
+    student = given.student
+    check_student(student, given.temperature)
+    if student.shape[1] < 2:
+        raise OperandError(f"student_logits is {describe(student)}; it must have at least two classes.")
+    check_teacher(given.teacher, student)
+    check_labels(given.labels, student)
+    return given
 
 
-_by_autograd = define_loss(
-    "decoupled_kl", _ARGUMENTS, reference.decoupled_kl, reference.decoupled_kl_with_grad, differentiable=(0, 1)
+_loss, _loss_with_grad = define_loss(
+    "decoupled_kl",
+    Operands,
+    reference.decoupled_kl,
+    reference.decoupled_kl_with_grad,
+    differentiable=("student", "teacher"),
 )
 serve_cpu(decoupled_kl=cpu_impl.decoupled_kl, decoupled_kl_with_grad=cpu_impl.decoupled_kl_with_grad)
 serve_cuda(__name__, decoupled_kl=reference.decoupled_kl, decoupled_kl_with_grad=reference.decoupled_kl_with_grad)

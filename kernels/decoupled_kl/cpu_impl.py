@@ -8,45 +8,26 @@ from stablekd_fast.kernels._cpu import EXPONENTIAL_GRAIN, TYPES, address, number
 from stablekd_fast.kernels._logits import as_rows, in_single_precision, refuse_row, row_by_row
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.decoupled_kl import reference
+from stablekd_fast.kernels.decoupled_kl.reference import Operands
 from torch import Tensor
 
 
-def decoupled_kl(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, beta: float
-) -> Tensor:
-    if not in_single_precision(student, teacher):
-        return reference.decoupled_kl(student, teacher, labels, temperature, alpha, beta)
-    return _call(student, teacher, labels, temperature, alpha, beta, 1.0, None)
+def decoupled_kl(given: Operands) -> Tensor:
+    if not in_single_precision(given.student, given.teacher):
+        return reference.decoupled_kl(given)
+    return _call(given, 1.0, None)
 
 
-def decoupled_kl_with_grad(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    temperature: float,
-    alpha: float,
-    beta: float,
-    factor: float,
-    upstream: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if not in_single_precision(student, teacher):
-        return reference.decoupled_kl_with_grad(student, teacher, labels, temperature, alpha, beta, factor, upstream)
-    gradient = row_by_row(student)
-    loss = _call(student, teacher, labels, temperature, alpha, beta, factor * number(upstream), gradient)
-    return loss, laid_out_like(gradient, student)
+def decoupled_kl_with_grad(given: Operands, factor: float, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not in_single_precision(given.student, given.teacher):
+        return reference.decoupled_kl_with_grad(given, factor, upstream)
+    gradient = row_by_row(given.student)
+    loss = _call(given, factor * number(upstream), gradient)
+    return loss, laid_out_like(gradient, given.student)
 
 
-def _call(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    temperature: float,
-    alpha: float,
-    beta: float,
-    factor: float,
-    gradient: Tensor | None,
-) -> Tensor:
-    student, teacher, labels = as_rows(student), as_rows(teacher), labels.contiguous()
+def _call(given: Operands, factor: float, gradient: Tensor | None) -> Tensor:
+    student, teacher, labels = as_rows(given.student), as_rows(given.teacher), given.labels.contiguous()
     samples, classes = student.shape
     loss, bad_row = core.decoupled_kl(
         (student.data_ptr(), TYPES[student.dtype], student.stride(0)),
@@ -55,9 +36,9 @@ def _call(
         address(gradient),
         samples,
         classes,
-        temperature,
-        alpha,
-        beta,
+        given.temperature,
+        given.alpha,
+        given.beta,
         factor,
         threads(student.numel(), EXPONENTIAL_GRAIN),
     )

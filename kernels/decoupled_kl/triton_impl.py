@@ -29,6 +29,7 @@ from stablekd_fast.kernels._logits_triton import (
     tilings,
 )
 from stablekd_fast.kernels.decoupled_kl import reference
+from stablekd_fast.kernels.decoupled_kl.reference import Operands
 from torch import Tensor
 
 _INTEGERS = ("samples", "classes", "student_stride", "teacher_stride")
@@ -177,29 +178,18 @@ def of_odds(odds):
     return tl.minimum(odds, 0.0) * LN2 + log_more, tl.minimum(-odds, 0.0) * LN2 + log_more, p, rest
 
 
-def decoupled_kl(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, beta: float
-) -> Tensor:
-    if not in_single_precision(student, teacher):
-        return reference.decoupled_kl(student, teacher, labels, temperature, alpha, beta)
-    return _run(student, teacher, labels, temperature, alpha, beta, 1.0, None, None)
+def decoupled_kl(given: Operands) -> Tensor:
+    if not in_single_precision(given.student, given.teacher):
+        return reference.decoupled_kl(given)
+    return _run(given, 1.0, None, None)
 
 
-def decoupled_kl_with_grad(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    temperature: float,
-    alpha: float,
-    beta: float,
-    factor: float,
-    upstream: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if not in_single_precision(student, teacher):
-        return reference.decoupled_kl_with_grad(student, teacher, labels, temperature, alpha, beta, factor, upstream)
-    gradient = row_by_row(student)
-    loss = _run(student, teacher, labels, temperature, alpha, beta, factor, upstream, gradient)
-    return loss, laid_out_like(gradient, student)
+def decoupled_kl_with_grad(given: Operands, factor: float, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not in_single_precision(given.student, given.teacher):
+        return reference.decoupled_kl_with_grad(given, factor, upstream)
+    gradient = row_by_row(given.student)
+    loss = _run(given, factor, upstream, gradient)
+    return loss, laid_out_like(gradient, given.student)
 
 
 def specialisations() -> Iterator[Listed]:
@@ -220,27 +210,17 @@ def specialisations() -> Iterator[Listed]:
         )
 
 
-def _run(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    temperature: float,
-    alpha: float,
-    beta: float,
-    factor: float,
-    upstream: Tensor | None,
-    gradient: Tensor | None,
-) -> Tensor:
-    samples, classes = student.shape
-    student, teacher, labels = as_rows(student), as_rows(teacher), packed(labels, torch.int64)
+def _run(given: Operands, factor: float, upstream: Tensor | None, gradient: Tensor | None) -> Tensor:
+    samples, classes = given.student.shape
+    student, teacher, labels = as_rows(given.student), as_rows(given.teacher), packed(given.labels, torch.int64)
     upstream = packed(upstream, torch.float32)
     losses = torch.empty(samples, dtype=torch.float32, device=student.device)
     strides = (student.stride(0), teacher.stride(0))
-    rate, temperature = rounded_rate(temperature)
+    rate, temperature = rounded_rate(given.temperature)
     arguments = _arguments(
         (student, teacher, labels, upstream, gradient, losses),
         (samples, classes, *strides),
-        (rate, alpha, beta, temperature**2, temperature * factor / samples),
+        (rate, given.alpha, given.beta, temperature**2, temperature * factor / samples),
     )
     align = alignment(classes, *strides)
     tile = tiling(classes, align)

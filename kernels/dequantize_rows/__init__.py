@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from stablekd_fast.kernels._checks import FLOATS, describe, require
+from stablekd_fast.kernels._checks import FLOATS, OperandError, describe
 from stablekd_fast.kernels._features import CODES, check_channel_axis, check_scales
 from stablekd_fast.kernels._registry import define, serve_cpu, serve_cuda
 from stablekd_fast.kernels.dequantize_rows import cpu_impl, reference
@@ -19,14 +19,12 @@ def dequantize_rows(
     implementation gives the same bits. Shape and memory format are those of `codes`. Raises OperandError for shapes
     or dtypes that do not fit.
     """
-    require(
-        codes.dim() >= 2 and codes.dtype in CODES,
-        f"codes is {describe(codes)}; it must be int8 or float8_e4m3fn with a batch axis and at least one more.",
-    )
-    require(
-        dtype in FLOATS,
-        f"dtype={dtype} was given; it must be torch.float32, torch.bfloat16 or torch.float16.",
-    )
+    if not (codes.dim() >= 2 and codes.dtype in CODES):
+        raise OperandError(
+            f"codes is {describe(codes)}; it must be int8 or float8_e4m3fn with a batch axis and at least one more."
+        )
+    if dtype not in FLOATS:
+        raise OperandError(f"dtype={dtype} was given; it must be torch.float32, torch.bfloat16 or torch.float16.")
     check_channel_axis(codes, channel_axis)
     check_scales(codes, scales, channel_axis, "codes")
     return torch.ops.stablekd.dequantize_rows(codes, scales, dtype, channel_axis)

@@ -6,7 +6,7 @@ import torch
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._cpu import GRAIN, TYPES, threads
 from stablekd_fast.kernels._features import scale_stride
-from stablekd_fast.kernels._layout import dense, layout
+from stablekd_fast.kernels._layout import dense, feature_layout
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.dequantize_rows import reference
 from torch import Tensor
@@ -16,7 +16,7 @@ def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype, channel_a
     if codes.numel() == 0:
         return reference.dequantize_rows(codes, scales, dtype, channel_axis)
     filled, scales = dense(codes), scales.contiguous()
-    values, shape = torch.empty_like(filled, dtype=dtype), layout(filled, channel_axis)
+    values, shape = torch.empty_like(filled, dtype=dtype), feature_layout(filled, channel_axis)
     core.dequantize_rows(
         filled.data_ptr(),
         TYPES[filled.dtype],

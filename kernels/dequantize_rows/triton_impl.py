@@ -20,7 +20,7 @@ from stablekd_fast.kernels._features_triton import (
     owners,
 )
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, aligned, launch, packed, variant
-from stablekd_fast.kernels._layout import dense, layout
+from stablekd_fast.kernels._layout import dense, feature_layout
 from stablekd_fast.kernels.dequantize_rows import reference
 from torch import Tensor
 
@@ -49,11 +49,11 @@ def dequantize_elements(
 
 def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype, channel_axis: int) -> Tensor:
     filled = dense(codes)
-    if codes.numel() == 0 or not fits(layout(filled, channel_axis)):
+    if codes.numel() == 0 or not fits(feature_layout(filled, channel_axis)):
         return reference.dequantize_rows(codes, scales, dtype, channel_axis)
     out = torch.empty_like(filled, dtype=dtype)
     arguments = _arguments(aligned(as_bytes(filled)), packed(scales, torch.float32), out, codes.numel())
-    arguments |= extents(layout(filled, channel_axis), scales)
+    arguments |= extents(feature_layout(filled, channel_axis), scales)
     launch(dequantize_elements, (triton.cdiv(codes.numel(), BLOCK),), arguments, *flat(codes.numel()))
     return laid_out_like(out, codes, dtype)
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from stablekd_fast.kernels._checks import check_upstream, require
+from stablekd_fast.kernels._checks import OperandError
 from stablekd_fast.kernels._features import check_features
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.feature_cosine import cpu_impl, reference
+from stablekd_fast.kernels.feature_cosine.reference import Operands
 from torch import Tensor
 
 Per = Literal["position", "sample"]
-
-_ARGUMENTS = "Tensor student, Tensor target, Tensor? target_scale, str per, int channel_axis"
 
 
 def feature_cosine(
@@ -36,8 +34,7 @@ def feature_cosine(
     Returns a 0-dim tensor, float64 for a float64 student and float32 otherwise. It may be differentiated twice, with
     respect to student and target. Raises OperandError for shapes or settings that do not fit.
     """
-    _check(student, target, per, target_scale, channel_axis)
-    return _by_autograd(student, target, target_scale, per, channel_axis)
+    return _loss(_checked(Operands(student, target, target_scale, per, channel_axis)))
 
 
 def feature_cosine_with_grad(
@@ -55,25 +52,23 @@ def feature_cosine_with_grad(
     `upstream` is a 0-dim tensor, for factors that change from step to step. The gradient has the student's shape,
     dtype and memory format. Nothing is recorded for autograd and the host never waits.
     """
-    _check(student, target, per, target_scale, channel_axis)
-    check_upstream(upstream, student)
-    with torch.no_grad():
-        return torch.ops.stablekd.feature_cosine_with_grad(
-            student, target, target_scale, per, channel_axis, weight, upstream
-        )
+    given = _checked(Operands(student, target, target_scale, per, channel_axis))
+    return _loss_with_grad(given, weight, upstream)
 
 
-def _check(student: Tensor, target: Tensor, per: Per, target_scale: Tensor | None, channel_axis: int) -> None:
-    check_features(student, target, target_scale, channel_axis)
-    require(per in ("position", "sample"), f"per={per!r} was given; it must be 'position' or 'sample'.")
+def _checked(given: Operands) -> Operands:
+    check_features(given)
+    if given.per not in ("position", "sample"):
+        raise OperandError(f"per={given.per!r} was given; it must be 'position' or 'sample'.")
+    return given
 
 
-_by_autograd = define_loss(
+_loss, _loss_with_grad = define_loss(
     "feature_cosine",
-    _ARGUMENTS,
+    Operands,
     reference.feature_cosine,
     reference.feature_cosine_with_grad,
-    differentiable=(0, 1),
+    differentiable=("student", "target"),
 )
 serve_cpu(feature_cosine=cpu_impl.feature_cosine, feature_cosine_with_grad=cpu_impl.feature_cosine_with_grad)
 serve_cuda(

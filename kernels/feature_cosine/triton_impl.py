@@ -15,19 +15,20 @@ import triton
 import triton.language as tl
 from stablekd_fast.kernels import _sample_triton, _triton_finish
 from stablekd_fast.kernels._checks import laid_out_like
-from stablekd_fast.kernels._features import Operands
+from stablekd_fast.kernels._features import DenseOperands
 from stablekd_fast.kernels._features_triton import (
     EXTENTS,
     LENGTH_EPSILON,
+    aligned_operands,
     dequantized,
     extents,
     operand_types,
-    operands,
     split,
     tensors_of,
 )
 from stablekd_fast.kernels._launch import Listed, alignment, launch, packed, variant
 from stablekd_fast.kernels.feature_cosine import reference
+from stablekd_fast.kernels.feature_cosine.reference import Operands
 from torch import Tensor
 
 _MOST_CHANNELS = {True: 8192, False: 2048}
@@ -145,37 +146,29 @@ def angles(student, target, AXIS: tl.constexpr):
     return apart, 0.5 * (distance + (1.0 / length + 1.0 / other) * LENGTH_EPSILON), length
 
 
-def feature_cosine(student: Tensor, target: Tensor, target_scale: Tensor | None, per: str, channel_axis: int) -> Tensor:
-    found = _operands(student, target, target_scale, per, channel_axis, with_gradient=False)
+def feature_cosine(given: Operands) -> Tensor:
+    found = _operands(given, with_gradient=False)
     if found is None:
-        return reference.feature_cosine(student, target, target_scale, per, channel_axis)
-    return _loss(found, per, 1.0, None)
+        return reference.feature_cosine(given)
+    return _loss(found, given.per, 1.0, None)
 
 
-def feature_cosine_with_grad(
-    student: Tensor,
-    target: Tensor,
-    target_scale: Tensor | None,
-    per: str,
-    channel_axis: int,
-    factor: float,
-    upstream: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    found = _operands(student, target, target_scale, per, channel_axis, with_gradient=True)
+def feature_cosine_with_grad(given: Operands, factor: float, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+    found = _operands(given, with_gradient=True)
     if found is None:
-        return reference.feature_cosine_with_grad(student, target, target_scale, per, channel_axis, factor, upstream)
-    loss = _loss(found, per, factor, packed(upstream, torch.float32))
-    return loss, laid_out_like(found.gradient, student)
+        return reference.feature_cosine_with_grad(given, factor, upstream)
+    loss = _loss(found, given.per, factor, packed(upstream, torch.float32))
+    return loss, laid_out_like(found.gradient, given.student)
 
 
-def _operands(student, target, target_scale, per: str, channel_axis: int, with_gradient: bool) -> Operands | None:
-    found = operands(student, target, target_scale, channel_axis, with_gradient)
-    if found is None or per == "sample":
+def _operands(given: Operands, with_gradient: bool) -> DenseOperands | None:
+    found = aligned_operands(given, with_gradient)
+    if found is None or given.per == "sample":
         return found
     return found if found.layout.channels <= _MOST_CHANNELS[found.layout.inner == 1] else None
 
 
-def _loss(found: Operands, per: str, factor: float, upstream: Tensor | None) -> Tensor:
+def _loss(found: DenseOperands, per: str, factor: float, upstream: Tensor | None) -> Tensor:
     if per == "sample":
         return _sample_triton.loss(found, factor, upstream, squared_distance=False)
     shape = found.layout

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from stablekd_fast.kernels._checks import check_upstream, require
+from stablekd_fast.kernels._checks import OperandError
 from stablekd_fast.kernels._features import check_features
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.feature_mse import cpu_impl, reference
+from stablekd_fast.kernels.feature_mse.reference import Operands
 from torch import Tensor
 
 Normalize = Literal["power", "channel", "l2"] | None
-
-_ARGUMENTS = "Tensor student, Tensor target, Tensor? target_scale, str? normalize, Tensor? power, int channel_axis"
 
 
 def feature_mse(
@@ -43,8 +41,7 @@ def feature_mse(
     Returns a 0-dim tensor, float64 for a float64 student and float32 otherwise. It may be differentiated twice, with
     respect to student, target and scale. Raises OperandError for shapes or settings that do not fit.
     """
-    _check(student, target, normalize, scale, target_scale, channel_axis)
-    return _by_autograd(student, target, target_scale, normalize, scale, channel_axis)
+    return _loss(_checked(Operands(student, target, target_scale, normalize, scale, channel_axis)))
 
 
 def feature_mse_with_grad(
@@ -63,35 +60,28 @@ def feature_mse_with_grad(
     `upstream` is a 0-dim tensor, for factors that change from step to step. The gradient has the student's shape,
     dtype and memory format. Nothing is recorded for autograd and the host never waits.
     """
-    _check(student, target, normalize, scale, target_scale, channel_axis)
-    check_upstream(upstream, student)
-    with torch.no_grad():
-        return torch.ops.stablekd.feature_mse_with_grad(
-            student, target, target_scale, normalize, scale, channel_axis, weight, upstream
+    given = _checked(Operands(student, target, target_scale, normalize, scale, channel_axis))
+    return _loss_with_grad(given, weight, upstream)
+
+
+def _checked(given: Operands) -> Operands:
+    check_features(given)
+    normalize, scale = given.normalize, given.power
+    if normalize not in (None, "power", "channel", "l2"):
+        raise OperandError(f"normalize={normalize!r} was given; it must be None, 'power', 'channel' or 'l2'.")
+    if scale is not None and not (normalize == "power" and scale.dim() == 0):
+        raise OperandError(
+            f"scale was given with normalize={normalize!r}; it needs normalize='power' and must be a 0-dim tensor."
         )
+    return given
 
 
-def _check(
-    student: Tensor,
-    target: Tensor,
-    normalize: Normalize,
-    scale: Tensor | None,
-    target_scale: Tensor | None,
-    channel_axis: int,
-) -> None:
-    check_features(student, target, target_scale, channel_axis)
-    require(
-        normalize in (None, "power", "channel", "l2"),
-        f"normalize={normalize!r} was given; it must be None, 'power', 'channel' or 'l2'.",
-    )
-    require(
-        scale is None or (normalize == "power" and scale.dim() == 0),
-        f"scale was given with normalize={normalize!r}; it needs normalize='power' and must be a 0-dim tensor.",
-    )
-
-
-_by_autograd = define_loss(
-    "feature_mse", _ARGUMENTS, reference.feature_mse, reference.feature_mse_with_grad, differentiable=(0, 1, 4)
+_loss, _loss_with_grad = define_loss(
+    "feature_mse",
+    Operands,
+    reference.feature_mse,
+    reference.feature_mse_with_grad,
+    differentiable=("student", "target", "power"),
 )
 serve_cpu(feature_mse=cpu_impl.feature_mse, feature_mse_with_grad=cpu_impl.feature_mse_with_grad)
 serve_cuda(__name__, feature_mse=reference.feature_mse, feature_mse_with_grad=reference.feature_mse_with_grad)

@@ -6,49 +6,33 @@ import torch
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._cpu import GRAIN, number, threads
 from stablekd_fast.kernels._cpu_features import for_core
-from stablekd_fast.kernels._features import Operands, operands
+from stablekd_fast.kernels._features import DenseOperands, dense_operands
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.feature_mse import reference
+from stablekd_fast.kernels.feature_mse.reference import Operands
 from torch import Tensor
 
 _NORMALIZE = {None: 0, "power": 1, "channel": 2, "l2": 3}
 """The numbers of `Normalize` in csrc/kernels.h."""
 
 
-def feature_mse(
-    student: Tensor,
-    target: Tensor,
-    target_scale: Tensor | None,
-    normalize: str | None,
-    power: Tensor | None,
-    channel_axis: int,
-) -> Tensor:
-    found = operands(student, target, target_scale, channel_axis, with_gradient=False)
+def feature_mse(given: Operands) -> Tensor:
+    found = dense_operands(given, with_gradient=False)
     if found is None:
-        return reference.feature_mse(student, target, target_scale, normalize, power, channel_axis)
-    return _call(found, normalize, power, 1.0)
+        return reference.feature_mse(given)
+    return _call(found, given.normalize, given.power, 1.0)
 
 
-def feature_mse_with_grad(
-    student: Tensor,
-    target: Tensor,
-    target_scale: Tensor | None,
-    normalize: str | None,
-    power: Tensor | None,
-    channel_axis: int,
-    factor: float,
-    upstream: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    found = operands(student, target, target_scale, channel_axis, with_gradient=True)
+def feature_mse_with_grad(given: Operands, factor: float, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+    found = dense_operands(given, with_gradient=True)
     if found is None:
-        return reference.feature_mse_with_grad(
-            student, target, target_scale, normalize, power, channel_axis, factor, upstream
-        )
-    loss = _call(found, normalize, power, factor * number(upstream))
-    return loss, laid_out_like(found.gradient, student)
+        return reference.feature_mse_with_grad(given, factor, upstream)
+    loss = _call(found, given.normalize, given.power, factor * number(upstream))
+    assert found.gradient is not None
+    return loss, laid_out_like(found.gradient, given.student)
 
 
-def _call(found: Operands, normalize: str | None, power: Tensor | None, factor: float) -> Tensor:
+def _call(found: DenseOperands, normalize: str | None, power: Tensor | None, factor: float) -> Tensor:
     loss = core.feature_mse(
         *for_core(found),
         _NORMALIZE[normalize],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
 from stablekd_fast.kernels._features import dequantized, length
 from torch import Tensor
@@ -10,54 +12,54 @@ POWER_FLOOR = 1e-12
 CHANNEL_EPSILON = 1e-5
 
 
-def feature_mse(
-    student: Tensor,
-    target: Tensor,
-    target_scale: Tensor | None,
-    normalize: str | None,
-    power: Tensor | None,
-    channel_axis: int,
-) -> Tensor:
+class Operands(NamedTuple):
+    """What `feature_mse` takes, in the order of its schema."""
+
+    student: Tensor  # [N, ..., C, ...]
+    target: Tensor  # like the student; values or 8-bit codes
+    target_scale: Tensor | None  # float32 [C] or [N, C], of codes
+    normalize: str | None
+    power: Tensor | None  # [], given for the target's own mean square
+    channel_axis: int
+
+
+def feature_mse(given: Operands) -> Tensor:
     """See `stablekd_fast.kernels.feature_mse`. Differentiable, to any order."""
-    student, target = _operands(student, target, target_scale, channel_axis)
-    if normalize == "l2":
+    return _loss(*_widened(given), given)
+
+
+def feature_mse_with_grad(given: Operands, factor: float, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The scaled loss and its gradient with respect to the student, in closed form."""
+    student, target = _widened(given)
+    if given.normalize == "l2":
+        loss = _loss(student, target, given)
+        gradient = _l2_gradient(student, target) * (factor / max(len(student), 1))
+    else:
+        difference = student - target
+        pull = difference
+        if given.normalize == "channel":
+            pull = difference / _channel_variance(target, given.channel_axis)
+        divisor = _power(target, given.power) if given.normalize == "power" else 1
+        loss = (difference * pull).mean() / divisor
+        gradient = pull * (2 * factor / max(student.numel(), 1) / divisor)
+    return scaled(factor * loss, upstream), laid_out_like(scaled(gradient, upstream), given.student)
+
+
+def _loss(student: Tensor, target: Tensor, given: Operands) -> Tensor:
+    """The loss of student and target in the dtype that is computed in."""
+    if given.normalize == "l2":
         return (_unit(student)[0] - _unit(target)[0]).square().sum() / max(len(student), 1)
     squares = (student - target).square()
-    if normalize == "channel":
-        squares = squares / _channel_variance(target, channel_axis)
+    if given.normalize == "channel":
+        squares = squares / _channel_variance(target, given.channel_axis)
     loss = squares.mean()
-    return loss / _power(target, power) if normalize == "power" else loss
+    return loss / _power(target, given.power) if given.normalize == "power" else loss
 
 
-def feature_mse_with_grad(
-    student: Tensor,
-    target: Tensor,
-    target_scale: Tensor | None,
-    normalize: str | None,
-    power: Tensor | None,
-    channel_axis: int,
-    factor: float,
-    upstream: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The scaled loss and its gradient with respect to the student, in closed form."""
-    wide, wide_target = _operands(student, target, target_scale, channel_axis)
-    if normalize == "l2":
-        loss = feature_mse(wide, wide_target, None, normalize, power, channel_axis)
-        gradient = _l2_gradient(wide, wide_target) * (factor / max(len(wide), 1))
-    else:
-        difference = wide - wide_target
-        pull = difference
-        if normalize == "channel":
-            pull = difference / _channel_variance(wide_target, channel_axis)
-        divisor = _power(wide_target, power) if normalize == "power" else 1
-        loss = (difference * pull).mean() / divisor
-        gradient = pull * (2 * factor / max(wide.numel(), 1) / divisor)
-    return scaled(factor * loss, upstream), laid_out_like(scaled(gradient, upstream), student)
-
-
-def _operands(student: Tensor, target: Tensor, target_scale: Tensor | None, channel_axis: int) -> tuple[Tensor, Tensor]:
-    dtype = accumulator(student.dtype)
-    return student.to(dtype), dequantized(target, target_scale, channel_axis, dtype)
+def _widened(given: Operands) -> tuple[Tensor, Tensor]:
+    """Student and the target's values in the dtype that is computed in."""
+    dtype = accumulator(given.student.dtype)
+    return given.student.to(dtype), dequantized(given.target, given.target_scale, given.channel_axis, dtype)
 
 
 def _power(target: Tensor, power: Tensor | None) -> Tensor:

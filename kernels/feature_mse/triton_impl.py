@@ -15,21 +15,22 @@ import triton
 import triton.language as tl
 from stablekd_fast.kernels import _sample_triton, _triton_finish
 from stablekd_fast.kernels._checks import laid_out_like
-from stablekd_fast.kernels._features import Operands
+from stablekd_fast.kernels._features import DenseOperands
 from stablekd_fast.kernels._features_triton import (
     BLOCK,
     EXTENTS,
+    aligned_operands,
     dequantized,
     extents,
     flat,
     operand_types,
-    operands,
     owners,
     split,
     tensors_of,
 )
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, launch, packed, variant
 from stablekd_fast.kernels.feature_mse import reference
+from stablekd_fast.kernels.feature_mse.reference import Operands
 from torch import Tensor
 
 _CHANNEL_EPSILON = tl.constexpr(reference.CHANNEL_EPSILON)
@@ -181,41 +182,23 @@ def merge_moments(
     tl.store(pulls_at + channel, 1.0 / (deviation / count.to(tl.float32) + _CHANNEL_EPSILON), mask=inside)
 
 
-def feature_mse(
-    student: Tensor,
-    target: Tensor,
-    target_scale: Tensor | None,
-    normalize: str | None,
-    power: Tensor | None,
-    channel_axis: int,
-) -> Tensor:
-    found = operands(student, target, target_scale, channel_axis, with_gradient=False)
+def feature_mse(given: Operands) -> Tensor:
+    found = aligned_operands(given, with_gradient=False)
     if found is None:
-        return reference.feature_mse(student, target, target_scale, normalize, power, channel_axis)
-    return _loss(found, normalize, power, 1.0, None)
+        return reference.feature_mse(given)
+    return _loss(found, given.normalize, given.power, 1.0, None)
 
 
-def feature_mse_with_grad(
-    student: Tensor,
-    target: Tensor,
-    target_scale: Tensor | None,
-    normalize: str | None,
-    power: Tensor | None,
-    channel_axis: int,
-    factor: float,
-    upstream: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    found = operands(student, target, target_scale, channel_axis, with_gradient=True)
+def feature_mse_with_grad(given: Operands, factor: float, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+    found = aligned_operands(given, with_gradient=True)
     if found is None:
-        return reference.feature_mse_with_grad(
-            student, target, target_scale, normalize, power, channel_axis, factor, upstream
-        )
-    loss = _loss(found, normalize, power, factor, packed(upstream, torch.float32))
-    return loss, laid_out_like(found.gradient, student)
+        return reference.feature_mse_with_grad(given, factor, upstream)
+    loss = _loss(found, given.normalize, given.power, factor, packed(upstream, torch.float32))
+    return loss, laid_out_like(found.gradient, given.student)
 
 
 def _loss(
-    found: Operands, normalize: str | None, power: Tensor | None, factor: float, upstream: Tensor | None
+    found: DenseOperands, normalize: str | None, power: Tensor | None, factor: float, upstream: Tensor | None
 ) -> Tensor:
     if normalize == "l2":
         return _sample_triton.loss(found, factor, upstream, squared_distance=True)
@@ -233,11 +216,11 @@ def _loss(
     return _triton_finish.total(partials, factor / count, upstream)
 
 
-def _one_per_program(found: Operands) -> Tensor:
+def _one_per_program(found: DenseOperands) -> Tensor:
     return torch.empty(triton.cdiv(found.layout.numel, BLOCK), dtype=torch.float32, device=found.student.device)
 
 
-def _power(found: Operands) -> Tensor:
+def _power(found: DenseOperands) -> Tensor:
     """The target's mean square; 0-dim, float32."""
     count = found.layout.numel
     partials = _one_per_program(found)
@@ -247,7 +230,7 @@ def _power(found: Operands) -> Tensor:
     return _triton_finish.total(partials, 1.0 / count, None)
 
 
-def _pulls(found: Operands) -> Tensor:
+def _pulls(found: DenseOperands) -> Tensor:
     """1 / (variance + epsilon) of each channel of the target; float32 `[C]`."""
     channels, count = found.layout.channels, found.layout.numel // found.layout.channels
     rows, cols = _TILES[found.layout.inner == 1]

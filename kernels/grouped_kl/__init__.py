@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from stablekd_fast.kernels._checks import require
+from stablekd_fast.kernels._checks import OperandError
 from stablekd_fast.kernels._composite import loss_with_grad
 from stablekd_fast.kernels._logits import check_student, check_teacher
 from stablekd_fast.kernels.grouped_kl import reference
+from stablekd_fast.kernels.grouped_kl.reference import Operands
 from torch import Tensor
 
 
@@ -30,8 +31,8 @@ def grouped_kl(
     Returns a 0-dim tensor, float64 for float64 logits and float32 otherwise, differentiable to any order. Raises
     OperandError for shapes or settings that do not fit.
     """
-    _check(student_logits, teacher_logits, temperature, threshold)
-    return reference.grouped_kl(student_logits, teacher_logits, temperature, threshold, primary_weight, binary_weight)
+    given = Operands(student_logits, teacher_logits, temperature, threshold, primary_weight, binary_weight)
+    return reference.grouped_kl(_checked(given))
 
 
 def grouped_kl_with_grad(
@@ -50,13 +51,13 @@ def grouped_kl_with_grad(
     `upstream` is a 0-dim tensor. The gradient is `[N, C]` in the student's dtype. Nothing is recorded for autograd and
     the host never waits.
     """
-    _check(student_logits, teacher_logits, temperature, threshold)
-    teacher = teacher_logits.detach()
-    settings = (temperature, threshold, primary_weight, binary_weight)
-    return loss_with_grad(lambda leaf: reference.grouped_kl(leaf, teacher, *settings), student_logits, scale, upstream)
+    given = Operands(student_logits, teacher_logits, temperature, threshold, primary_weight, binary_weight)
+    return loss_with_grad(reference.grouped_kl, _checked(given), scale, upstream)
 
 
-def _check(student: Tensor, teacher: Tensor, temperature: float, threshold: float) -> None:
-    check_student(student, temperature)
-    check_teacher(teacher, student)
-    require(0 < threshold < 1, f"threshold={threshold} was given; it must be between 0 and 1.")
+def _checked(given: Operands) -> Operands:
+    check_student(given.student, given.temperature)
+    check_teacher(given.teacher, given.student)
+    if not 0 < given.threshold < 1:
+        raise OperandError(f"threshold={given.threshold} was given; it must be between 0 and 1.")
+    return given

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from stablekd_fast.kernels._checks import accumulator
 from torch import Tensor
 
 
-def grouped_kl(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    threshold: float,
-    primary_weight: float,
-    binary_weight: float,
-) -> Tensor:
-    binary, primary, _, mass = split(student, teacher, temperature, threshold)
-    return (temperature**2 * (binary_weight * binary + primary_weight * mass * primary)).mean()
+class Operands(NamedTuple):
+    """What `grouped_kl` takes."""
+
+    student: Tensor  # [N, C]
+    teacher: Tensor  # [N, C]
+    temperature: float
+    threshold: float
+    primary_weight: float
+    binary_weight: float
+
+
+def grouped_kl(given: Operands) -> Tensor:
+    binary, primary, _, mass = split(given.student, given.teacher, given.temperature, given.threshold)
+    return (given.temperature**2 * (given.binary_weight * binary + given.primary_weight * mass * primary)).mean()
 
 
 def split(
@@ -36,9 +42,9 @@ def split(
         _divergence(student, teacher, log_q[place], log_p[place], group & open_)
         for place, group in ((1, inside), (2, ~inside))
     ]
-    shares = [(log_p[place] - log_p[0], log_q[place] - log_q[0]) for place in (1, 2)]
-    binary = sum(_weighted(p, q) for p, q in shares)
-    return binary, groups[0], groups[1], shares[0][0].exp()
+    masses = [(log_p[place] - log_p[0], log_q[place] - log_q[0]) for place in (1, 2)]
+    binary = _weighted(*masses[0]) + _weighted(*masses[1])
+    return binary, groups[0], groups[1], masses[0][0].exp()
 
 
 def _primary(p: Tensor, threshold: float) -> Tensor:

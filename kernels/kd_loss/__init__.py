@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import torch
-from stablekd_fast.kernels._checks import check_upstream, describe, require
+from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._logits import check_labels, check_student, check_teacher
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.kd_loss import cpu_impl, reference
+from stablekd_fast.kernels.kd_loss.reference import Operands
 from torch import Tensor
-
-_ARGUMENTS = (
-    "Tensor student, Tensor teacher, Tensor? indices, Tensor? labels, "
-    "float temperature, float alpha, float label_smoothing, Tensor? weight"
-)
 
 TopK = tuple[Tensor, Tensor]
 """A teacher's largest probabilities at the temperature in use: class `indices` int64 `[N, k]`, and `[N, k]` values."""
@@ -44,9 +40,8 @@ def kd_loss(
     OperandError for shapes or settings that do not fit; labels and indices out of range give NaN on GPUs and an
     OperandError on the CPU.
     """
-    teacher, indices = _teacher(teacher_logits)
-    _check(student_logits, teacher, indices, labels, temperature, label_smoothing, weight)
-    return _by_autograd(student_logits, teacher, indices, labels, temperature, alpha, label_smoothing, weight)
+    teacher = _teacher(teacher_logits)
+    return _loss(_checked(Operands(student_logits, *teacher, labels, temperature, alpha, label_smoothing, weight)))
 
 
 def kd_loss_with_grad(
@@ -66,59 +61,53 @@ def kd_loss_with_grad(
     `upstream` is a 0-dim tensor, for factors that change from step to step. The gradient is `[N, C]` in the
     student's dtype. Nothing is recorded for autograd and the host never waits.
     """
-    teacher, indices = _teacher(teacher_logits)
-    _check(student_logits, teacher, indices, labels, temperature, label_smoothing, weight)
-    check_upstream(upstream, student_logits)
-    with torch.no_grad():
-        return torch.ops.stablekd.kd_loss_with_grad(
-            student_logits, teacher, indices, labels, temperature, alpha, label_smoothing, weight, scale, upstream
-        )
+    teacher = _teacher(teacher_logits)
+    given = _checked(Operands(student_logits, *teacher, labels, temperature, alpha, label_smoothing, weight))
+    return _loss_with_grad(given, scale, upstream)
 
 
 def _teacher(given: Tensor | TopK) -> tuple[Tensor, Tensor | None]:
     """Logits and None, or probabilities and indices."""
     if isinstance(given, Tensor):
         return given, None
-    require(
-        isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, Tensor) for part in given),
-        f"teacher_logits is a {type(given).__name__}; give a tensor [N, C], or (indices, probabilities), both [N, k].",
-    )
+    if not (isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, Tensor) for part in given)):
+        raise OperandError(
+            f"teacher_logits is a {type(given).__name__}; "
+            "give a tensor [N, C], or (indices, probabilities), both [N, k]."
+        )
     indices, probabilities = given
     return probabilities, indices
 
 
-def _check(
-    student: Tensor,
-    teacher: Tensor,
-    indices: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    label_smoothing: float,
-    weight: Tensor | None,
-) -> None:
-    check_student(student, temperature)
+def _checked(given: Operands) -> Operands:
+    student, teacher, indices, weight = given.student, given.teacher, given.indices, given.weight
+    check_student(student, given.temperature)
     if indices is None:
         check_teacher(teacher, student)
     else:
         fits = teacher.is_floating_point() and indices.dtype == torch.int64 and teacher.shape == indices.shape
         count, classes = student.shape
-        require(
-            fits and teacher.dim() == 2 and teacher.shape[0] == count and 1 <= teacher.shape[1] <= classes,
-            f"the teacher's indices are {describe(indices)} and its probabilities {describe(teacher)}; "
-            f"they must be int64 and floating point, both [{count}, k] with k in 1..{classes}.",
-        )
-    if labels is not None:
-        check_labels(labels, student)
+        if not (fits and teacher.dim() == 2 and teacher.shape[0] == count and 1 <= teacher.shape[1] <= classes):
+            raise OperandError(
+                f"the teacher's indices are {describe(indices)} and its probabilities {describe(teacher)}; "
+                f"they must be int64 and floating point, both [{count}, k] with k in 1..{classes}."
+            )
+    if given.labels is not None:
+        check_labels(given.labels, student)
     if weight is not None:
-        require(
-            weight.is_floating_point() and weight.shape == student.shape[:1],
-            f"weight is {describe(weight)}; it must be floating point [{student.shape[0]}].",
-        )
-    require(0 <= label_smoothing < 1, f"label_smoothing={label_smoothing} was given; it must be in [0, 1).")
+        if not (weight.is_floating_point() and weight.shape == student.shape[:1]):
+            raise OperandError(f"weight is {describe(weight)}; it must be floating point [{student.shape[0]}].")
+    if not 0 <= given.label_smoothing < 1:
+        raise OperandError(f"label_smoothing={given.label_smoothing} was given; it must be in [0, 1).")
+    return given
 
 
-_by_autograd = define_loss(
-    "kd_loss", _ARGUMENTS, reference.kd_loss, reference.kd_loss_with_grad, differentiable=(0, 1, 7)
+_loss, _loss_with_grad = define_loss(
+    "kd_loss",
+    Operands,
+    reference.kd_loss,
+    reference.kd_loss_with_grad,
+    differentiable=("student", "teacher", "weight"),
 )
 serve_cpu(kd_loss=cpu_impl.kd_loss, kd_loss_with_grad=cpu_impl.kd_loss_with_grad)
 serve_cuda(__name__, kd_loss=reference.kd_loss, kd_loss_with_grad=reference.kd_loss_with_grad)

@@ -8,62 +8,29 @@ from stablekd_fast.kernels._cpu import EXPONENTIAL_GRAIN, TYPES, address, number
 from stablekd_fast.kernels._logits import as_rows, in_single_precision, refuse_row, row_by_row
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.kd_loss import reference
+from stablekd_fast.kernels.kd_loss.reference import Operands
 from torch import Tensor
 
 
-def kd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    indices: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    weight: Tensor | None,
-) -> Tensor:
-    if not in_single_precision(student, teacher):
-        return reference.kd_loss(student, teacher, indices, labels, temperature, alpha, label_smoothing, weight)
-    return _call(student, teacher, indices, labels, temperature, alpha, label_smoothing, weight, 1.0, None)
+def kd_loss(given: Operands) -> Tensor:
+    if not in_single_precision(given.student, given.teacher):
+        return reference.kd_loss(given)
+    return _call(given, 1.0, None)
 
 
-def kd_loss_with_grad(
-    student: Tensor,
-    teacher: Tensor,
-    indices: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    weight: Tensor | None,
-    factor: float,
-    upstream: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if not in_single_precision(student, teacher):
-        return reference.kd_loss_with_grad(
-            student, teacher, indices, labels, temperature, alpha, label_smoothing, weight, factor, upstream
-        )
-    gradient = row_by_row(student)
-    factor *= number(upstream)
-    loss = _call(student, teacher, indices, labels, temperature, alpha, label_smoothing, weight, factor, gradient)
-    return loss, laid_out_like(gradient, student)
+def kd_loss_with_grad(given: Operands, factor: float, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not in_single_precision(given.student, given.teacher):
+        return reference.kd_loss_with_grad(given, factor, upstream)
+    gradient = row_by_row(given.student)
+    loss = _call(given, factor * number(upstream), gradient)
+    return loss, laid_out_like(gradient, given.student)
 
 
-def _call(
-    student: Tensor,
-    teacher: Tensor,
-    indices: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    weight: Tensor | None,
-    factor: float,
-    gradient: Tensor | None,
-) -> Tensor:
-    student, teacher = as_rows(student), as_rows(teacher)
-    indices = None if indices is None else indices.contiguous()
-    labels = None if labels is None else labels.contiguous()
-    weight = None if weight is None else weight.to(torch.float32).contiguous()
+def _call(given: Operands, factor: float, gradient: Tensor | None) -> Tensor:
+    student, teacher = as_rows(given.student), as_rows(given.teacher)
+    indices = None if given.indices is None else given.indices.contiguous()
+    labels = None if given.labels is None else given.labels.contiguous()
+    weight = None if given.weight is None else given.weight.to(torch.float32).contiguous()
     samples, classes = student.shape
     loss, bad_row = core.kd_loss(
         (student.data_ptr(), TYPES[student.dtype], student.stride(0)),
@@ -75,9 +42,9 @@ def _call(
         address(gradient),
         samples,
         classes,
-        temperature,
-        alpha,
-        label_smoothing,
+        given.temperature,
+        given.alpha,
+        given.label_smoothing,
         factor,
         threads(student.numel(), EXPONENTIAL_GRAIN),
     )

@@ -28,43 +28,22 @@ from stablekd_fast.kernels._logits_triton import (
 )
 from stablekd_fast.kernels.kd_loss import reference
 from stablekd_fast.kernels.kd_loss._triton_kernels import INTEGERS, NUMBERS, kd_rows, kd_wide_rows
+from stablekd_fast.kernels.kd_loss.reference import Operands
 from torch import Tensor
 
 
-def kd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    indices: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    weight: Tensor | None,
-) -> Tensor:
-    settings = (temperature, alpha, label_smoothing)
-    if not in_single_precision(student, teacher):
-        return reference.kd_loss(student, teacher, indices, labels, *settings, weight)
-    return _run(student, teacher, indices, labels, *settings, weight, 1.0, None, None)
+def kd_loss(given: Operands) -> Tensor:
+    if not in_single_precision(given.student, given.teacher):
+        return reference.kd_loss(given)
+    return _run(given, 1.0, None, None)
 
 
-def kd_loss_with_grad(
-    student: Tensor,
-    teacher: Tensor,
-    indices: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    weight: Tensor | None,
-    factor: float,
-    upstream: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    settings = (temperature, alpha, label_smoothing)
-    if not in_single_precision(student, teacher):
-        return reference.kd_loss_with_grad(student, teacher, indices, labels, *settings, weight, factor, upstream)
-    gradient = row_by_row(student)
-    loss = _run(student, teacher, indices, labels, *settings, weight, factor, upstream, gradient)
-    return loss, laid_out_like(gradient, student)
+def kd_loss_with_grad(given: Operands, factor: float, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not in_single_precision(given.student, given.teacher):
+        return reference.kd_loss_with_grad(given, factor, upstream)
+    gradient = row_by_row(given.student)
+    loss = _run(given, factor, upstream, gradient)
+    return loss, laid_out_like(gradient, given.student)
 
 
 def specialisations() -> Iterator[Listed]:
@@ -90,34 +69,21 @@ def specialisations() -> Iterator[Listed]:
             )
 
 
-def _run(
-    student: Tensor,
-    teacher: Tensor,
-    indices: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    weight: Tensor | None,
-    factor: float,
-    upstream: Tensor | None,
-    gradient: Tensor | None,
-) -> Tensor:
-    samples, classes = student.shape
-    student = as_rows(student)
-    teacher = as_rows(teacher) if indices is None else packed(teacher, teacher.dtype)
-    indices, labels = packed(indices, torch.int64), packed(labels, torch.int64)
-    weight, upstream = packed(weight, torch.float32), packed(upstream, torch.float32)
+def _run(given: Operands, factor: float, upstream: Tensor | None, gradient: Tensor | None) -> Tensor:
+    samples, classes = given.student.shape
+    student = as_rows(given.student)
+    teacher = as_rows(given.teacher) if given.indices is None else packed(given.teacher, given.teacher.dtype)
+    indices, labels = packed(given.indices, torch.int64), packed(given.labels, torch.int64)
+    weight, upstream = packed(given.weight, torch.float32), packed(upstream, torch.float32)
     losses = torch.empty(samples, dtype=torch.float32, device=student.device)
-    if labels is None:
-        alpha = 1.0
+    alpha = 1.0 if labels is None else given.alpha
     kept = 0 if indices is None else indices.shape[1]
     strides = (student.stride(0), teacher.stride(0))
-    rate, temperature = rounded_rate(temperature)
+    rate, temperature = rounded_rate(given.temperature)
     arguments = _arguments(
         (student, teacher, indices, labels, weight, upstream, gradient, losses),
         (samples, classes, kept, *strides),
-        (rate, alpha * temperature**2, alpha * temperature, 1 - alpha, label_smoothing, factor / samples),
+        (rate, alpha * temperature**2, alpha * temperature, 1 - alpha, given.label_smoothing, factor / samples),
     )
     align = alignment(classes, *(strides if indices is None else strides[:1]))
     tile = _tile(classes, align, indices is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from stablekd_fast.kernels._checks import FLOATS, describe, require
+from stablekd_fast.kernels._checks import FLOATS, OperandError, describe
 from stablekd_fast.kernels._features import CODES, check_channel_axis
 from stablekd_fast.kernels._registry import define, serve_cpu, serve_cuda
 from stablekd_fast.kernels.quantize_rows import cpu_impl, reference
@@ -21,11 +21,13 @@ def quantize_rows(rows: Tensor, dtype: torch.dtype = torch.int8, *, channel_axis
 
     Every implementation gives the same bits. Raises OperandError for shapes or dtypes that do not fit.
     """
-    require(
-        rows.dim() >= 2 and rows.dtype in FLOATS,
-        f"rows is {describe(rows)}; it must be float32, bfloat16 or float16 with a batch axis and at least one more.",
-    )
-    require(dtype in CODES, f"dtype={dtype} was given; it must be torch.int8 or torch.float8_e4m3fn.")
+    if not (rows.dim() >= 2 and rows.dtype in FLOATS):
+        raise OperandError(
+            f"rows is {describe(rows)}; "
+            "it must be float32, bfloat16 or float16 with a batch axis and at least one more."
+        )
+    if dtype not in CODES:
+        raise OperandError(f"dtype={dtype} was given; it must be torch.int8 or torch.float8_e4m3fn.")
     check_channel_axis(rows, channel_axis)
     return torch.ops.stablekd.quantize_rows(rows, dtype, channel_axis)
 

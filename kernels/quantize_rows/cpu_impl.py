@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._cpu import GRAIN, TYPES, threads
-from stablekd_fast.kernels._layout import dense, layout
+from stablekd_fast.kernels._layout import dense, feature_layout
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.quantize_rows import reference
 from torch import Tensor
@@ -23,7 +23,7 @@ def quantize_rows(rows: Tensor, dtype: torch.dtype, channel_axis: int) -> tuple[
         codes.data_ptr(),
         TYPES[dtype],
         scales.data_ptr(),
-        layout(filled, channel_axis),
+        feature_layout(filled, channel_axis),
         threads(rows.numel(), GRAIN),
     )
     return laid_out_like(codes, rows, dtype), scales

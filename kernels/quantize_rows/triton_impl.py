@@ -15,7 +15,7 @@ import triton.language as tl
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._features_triton import as_bytes
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, aligned, alignment, launch, variant
-from stablekd_fast.kernels._layout import dense, layout
+from stablekd_fast.kernels._layout import dense, feature_layout
 from stablekd_fast.kernels._logits_triton import BLOCKS, tiling
 from stablekd_fast.kernels.quantize_rows import reference
 from torch import Tensor
@@ -159,7 +159,7 @@ def quantize_rows(rows: Tensor, dtype: torch.dtype, channel_axis: int) -> tuple[
     if rows.numel() == 0:
         return reference.quantize_rows(rows, dtype, channel_axis)
     filled = aligned(dense(rows))
-    shape = layout(filled, channel_axis)
+    shape = feature_layout(filled, channel_axis)
     if shape.inner > 1 and shape.outer > shape.samples:
         return reference.quantize_rows(rows, dtype, channel_axis)
     codes = torch.empty_like(filled, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Cut teacher and student into paired blocks; bridges where widths differ."""
+"""Teacher and student cut into paired blocks, with bridges where widths differ."""
 
 from stablekd_fast.blocks.bridge import Bridge, fit_bridge
 from stablekd_fast.blocks.describe import describe_blocks

@@ -15,10 +15,10 @@ KINDS = ("select", "average", "pca")
 
 
 class Bridge(nn.Module):
-    """Maps a teacher activation to the student's width and layout.
+    """Maps a teacher activation to the student's width and layout."""
 
-    `weight` is `[student width, teacher width]`, or None where only the layout differs.
-    """
+    weight: Tensor | None
+    """`[student width, teacher width]`; None where only the layout differs."""
 
     def __init__(self, weight: Tensor | None, teacher_axis: int = 1, student_axis: int = 1, kind: str = "given"):
         super().__init__()
@@ -26,7 +26,7 @@ class Bridge(nn.Module):
         self.teacher_axis, self.student_axis, self.kind = teacher_axis, student_axis, kind
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, C_teacher, ...]` (or channels last) to `[N, C_student, ...]` in the student's layout."""
+        """Map `[N, C_teacher, ...]` (or channels last) to `[N, C_student, ...]` in the student's layout."""
         channels_last = x.movedim(self.teacher_axis, -1)
         if self.weight is not None:
             channels_last = nn.functional.linear(channels_last, self.weight.to(x.dtype))
@@ -40,12 +40,12 @@ class Bridge(nn.Module):
 def fit_bridge(kind: str, activation: Tensor, student_width: int, teacher_axis: int, student_axis: int) -> Bridge:
     """Fit a bridge to teacher activations of a calibration batch.
 
-    - `select`: the student-width subset of teacher channels that leaves least of the others unexplained (pivoted
-      Cholesky of the second moments). Signs and scale stay as they are, so a student block that ends in ReLU can
-      reach its target.
-    - `average`: every teacher channel joins the selected channel it is most similar to, and groups are averaged.
-      Non-negative too.
-    - `pca`: principal directions of the uncentred second moments. Keeps most power, but has negative values.
+    - `select`: as many teacher channels as the student has, chosen to leave least of the other channels unexplained
+      (pivoted Cholesky of the second moments). Signs and scale stay as they are, so a student block that ends in ReLU
+      can reach its target.
+    - `average`: every teacher channel joins the selected channel that it is most similar to, and each group is
+      averaged. The values stay non-negative too.
+    - `pca`: principal directions of the uncentred second moments. They keep most power, but have negative values.
 
     A student wider than its teacher gets the teacher's channels repeated, whatever the kind.
     Raises ConfigError for an unknown kind.
@@ -72,7 +72,7 @@ def fit_bridge(kind: str, activation: Tensor, student_width: int, teacher_axis: 
 
 
 def _pivot_channels(moments: Tensor, count: int) -> Tensor:
-    """Greedy choice: each step takes the channel with most power left after projecting out those taken."""
+    """Choose greedily: each step takes the channel with most power left after projecting out those taken before."""
     residual, chosen = moments.clone(), []
     for _ in range(count):
         power = residual.diagonal().clone()
@@ -85,6 +85,7 @@ def _pivot_channels(moments: Tensor, count: int) -> Tensor:
 
 
 def _group_means(moments: Tensor, chosen: Tensor) -> Tensor:
+    """A weight `[len(chosen), channels]` that averages every channel with the chosen one that it is most similar to."""
     norms = moments.diagonal().clamp_min(1e-12).sqrt()
     similarity = moments[:, chosen] / (norms[:, None] * norms[chosen])
     member = similarity.argmax(1)

@@ -1,4 +1,4 @@
-"""What a pairing consists of, as rows of plain values."""
+"""The blocks of a pairing as rows of plain values."""
 
 from __future__ import annotations
 

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from stablekd_fast import kernels
+from stablekd_fast.blocks.trace import called_module
 from stablekd_fast.errors import ConfigError
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-
-
 FUSIONS = ("auto", "on", "off")
 
 
 def pick_fusion(name: str, device: torch.device) -> bool:
-    """Whether norms are fused. `auto`: on a CPU for which the C++ core is built.
+    """Whether norms are fused; `auto` fuses them on a CPU for which the C++ core is built.
 
-    Raises ConfigError if they were asked for where there is no fast kernel.
+    Raises ConfigError if fused norms were asked for where there is no fast kernel.
     """
     if name not in FUSIONS:
         raise ConfigError(f"fuse_norms={name!r} was given; choose one of {', '.join(FUSIONS)}.")
@@ -36,9 +37,10 @@ def pick_fusion(name: str, device: torch.device) -> bool:
 
 
 class NormAct(nn.Module):
-    """A batch norm of the network itself, with the addition and the ReLU that follow it.
+    """A batch norm of the network, together with the addition and the ReLU that follow it.
 
-    In evaluation, and for what `kernels.batch_norm_act` does not take at full speed, it computes as the network does.
+    In evaluation, and for inputs that `kernels.batch_norm_act` does not take at full speed, it computes as the network
+    does.
     """
 
     def __init__(self, norm: nn.BatchNorm2d, relu: bool) -> None:
@@ -59,6 +61,7 @@ class NormAct(nn.Module):
 
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
         norm = self.norm
+        assert norm.momentum is not None  # see `_joinable`
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         return kernels.batch_norm_act(
@@ -70,28 +73,30 @@ class NormAct(nn.Module):
 def fuse_norms(block: nn.Module) -> nn.Module:
     """The same block with `NormAct` in place of batch norms and of what can be joined to them.
 
-    It shares all parameters and buffers. A block that was not traced comes back as it is.
+    The new block shares all parameters and buffers. A block that was not traced is returned as it is.
     """
     if not isinstance(block, fx.GraphModule):
         return block
     fused = fx.GraphModule(block, copy.deepcopy(block.graph))
     for node in list(fused.graph.nodes):
-        if node.op == "call_module" and _joinable(fused.get_submodule(node.target)):
-            _join(fused, node)
+        if node.op == "call_module" and _joinable(norm := called_module(fused, node)):
+            _join(fused, node, norm)
     fused.delete_all_unused_submodules()
     fused.graph.lint()
     fused.recompile()
     return fused
 
 
-def _joinable(module: nn.Module) -> bool:
-    """Subclasses may compute something else, and hooks want to see the module called."""
+def _joinable(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether a module is a batch norm that can be replaced. Subclasses may compute something else, and hooks expect
+    the module to be called."""
     if type(module) is not nn.BatchNorm2d or module._forward_hooks or module._forward_pre_hooks:
         return False
     return module.affine and module.momentum is not None
 
 
-def _join(fused: fx.GraphModule, norm: fx.Node) -> None:
+def _join(fused: fx.GraphModule, norm: fx.Node, module: nn.BatchNorm2d) -> None:
+    """Replace a norm, and the addition and the ReLU behind it, by one `NormAct`."""
     add = _only_user(norm, _is_add)
     relu = _only_user(add or norm, _is_relu)
     if add and (relu is None or _writes_to_another(add, norm)):
@@ -99,7 +104,7 @@ def _join(fused: fx.GraphModule, norm: fx.Node) -> None:
     last = relu or norm
     others = [operand for operand in add.args if operand is not norm] if add else []
     name = f"norm_act_{norm.name}"
-    fused.add_submodule(name, NormAct(fused.get_submodule(norm.target), relu is not None))
+    fused.add_submodule(name, NormAct(module, relu is not None))
     with fused.graph.inserting_before(last):
         made = fused.graph.call_module(name, (norm.args[0], *others))
     last.replace_all_uses_with(made)
@@ -109,23 +114,25 @@ def _join(fused: fx.GraphModule, norm: fx.Node) -> None:
 
 
 def _writes_to_another(add: fx.Node, norm: fx.Node) -> bool:
-    """An addition in place to the residual, which may be used again."""
+    """Whether an addition overwrites the residual, which may be used again."""
     return add.target in (operator.iadd, "add_") and add.args[0] is not norm
 
 
-def _only_user(node: fx.Node, kind) -> fx.Node | None:
+def _only_user(node: fx.Node, kind: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """The one node that uses the result of `node`, if it is of a kind; else None."""
     users = list(node.users)
     return users[0] if len(users) == 1 and kind(users[0]) else None
 
 
 def _is_relu(node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return type(node.graph.owning_module.get_submodule(node.target)) is nn.ReLU
+    root = node.graph.owning_module
+    if node.op == "call_module" and root is not None:
+        return type(called_module(root, node)) is nn.ReLU
     return node.target in {"call_function": _RELU_FUNCTIONS, "call_method": ("relu", "relu_")}.get(node.op, ())
 
 
 def _is_add(node: fx.Node) -> bool:
-    """Of two different values, without a factor."""
+    """Whether a node adds two different values, without a factor."""
     if node.target not in {"call_function": _ADD_FUNCTIONS, "call_method": ("add", "add_")}.get(node.op, ()):
         return False
     operands = [operand for operand in node.args if isinstance(operand, fx.Node)]

@@ -1,16 +1,17 @@
-"""Modes of a network for a while: evaluation, and a run that leaves no trace."""
+"""Contexts for running a network: in evaluation mode, or without a trace."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module):
-    """`model.eval()` for a while; every submodule's own flag comes back afterwards."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which the model is in evaluation mode; every submodule gets its own flag back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -21,8 +22,8 @@ def evaluation_mode(model: nn.Module):
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module):
-    """Run the model in any mode without a trace: buffers and random state come back afterwards."""
+def untouched(model: nn.Module) -> Iterator[None]:
+    """A context in which the model can run in any mode; buffers and random state are put back afterwards."""
     saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:

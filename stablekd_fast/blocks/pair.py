@@ -18,7 +18,7 @@ from stablekd_fast.execution.precision import FP32, Precision
 
 @dataclass(frozen=True)
 class Cut:
-    """A border between two blocks: where it is in each network, and what crosses it per image."""
+    """A border between two blocks: where it lies in each network, and the shape of what crosses it per image."""
 
     teacher: str
     student: str
@@ -29,6 +29,7 @@ class Cut:
 
     @property
     def name(self) -> str:
+        """The name of the place where it lies: one if both networks call it the same, else both."""
         return self.student if self.teacher == self.student else f"{self.teacher}/{self.student}"
 
 
@@ -36,8 +37,8 @@ class Cut:
 class PairedBlocks:
     """K teacher blocks and K student blocks with the K-1 cuts and bridges between them.
 
-    Blocks refer to the parameters of `teacher` and `student` themselves: training the blocks trains the plain
-    student, whose `state_dict` keys are its own.
+    Blocks use the very parameters of `teacher` and `student`: training the blocks trains the plain student, whose
+    `state_dict` keeps its own keys.
     """
 
     teacher: nn.Module
@@ -47,10 +48,11 @@ class PairedBlocks:
     cuts: list[Cut]
     bridges: list[Bridge | None]
     teacher_flops: list[int]
-    """FLOPs per image of each block; zeros for blocks given by hand."""
+    """FLOPs per image of each teacher block; zeros for blocks given by hand."""
     student_flops: list[int]
+    """FLOPs per image of each student block; zeros for blocks given by hand."""
     precision: Precision = FP32
-    """In which both networks' forward passes compute."""
+    """The precision in which the forward passes of both networks compute."""
     fuses_norms: bool = False
     """Whether the student trains with `fuse_norms`."""
 
@@ -63,7 +65,7 @@ class PairedBlocks:
         return len(self.student_blocks)
 
     def bridge_after(self, block: int) -> Bridge | None:
-        """What maps the teacher's output after a block; None where nothing needs to, as behind the last block."""
+        """The bridge behind a block; None where the teacher's output is passed on as it is."""
         return self.bridges[block] if block < len(self.cuts) else None
 
     @torch.no_grad()
@@ -72,8 +74,8 @@ class PairedBlocks:
     ) -> dict[int, Tensor]:
         """Outputs of the wanted teacher blocks (all by default), bridged to the student's widths.
 
-        One pass, as far as needed: no teacher block runs twice. The last block's output is the logits. `known` are
-        outputs at cuts without a bridge, from which the teacher goes on instead of from the images.
+        One pass, only as far as needed; no teacher block runs twice. The last block's output is the logits. `known`
+        holds outputs at cuts without a bridge, from which the teacher goes on instead of from the images.
         """
         known = known or {}
         outputs, x, at = {}, images, -1
@@ -92,8 +94,10 @@ class PairedBlocks:
     def student_outputs(
         self, groups: Sequence[Sequence[int]], images: Tensor, teacher_outputs: Mapping[int, Tensor]
     ) -> list[Tensor]:
-        """The student's output after every block, for autograd: a group of merged blocks begins at the teacher's output
-        before it, so that no gradient leaves it."""
+        """The student's output after every block, with gradients.
+
+        A group of merged blocks starts from the teacher's output before it, so that no gradient leaves the group.
+        """
         outputs = []
         for group in groups:
             x = images if group[0] == 0 else teacher_outputs[group[0] - 1].detach()
@@ -117,7 +121,7 @@ def pair_blocks(
     """Cut two networks into paired blocks that share the networks' own parameters.
 
     Args:
-        teacher, student: image classifiers, `[N, 3, H, W]` to logits `[N, classes]`.
+        teacher, student: image classifiers that map `[N, 3, H, W]` to logits `[N, classes]`.
         example_input: real images `[N, 3, H, W]`, normalised. Two are enough to find the cuts; bridges are fitted to
             all of them, so give a few hundred where widths differ.
         cuts: `"auto"`, or names of modules after which to cut, in order; `(teacher name, student name)` where they
@@ -157,13 +161,14 @@ def pair_blocks(
     for model, model_blocks, role in ((teacher, parts[0], "teacher"), (student, parts[1], "student")):
         _check_composition(model, model_blocks, example_input[:2], role)
     paired = PairedBlocks(
-        teacher, student, parts[0], parts[1], found, [None] * len(found), list(flops[0]), list(flops[1])
+        teacher, student, list(parts[0]), list(parts[1]), found, [None] * len(found), list(flops[0]), list(flops[1])
     )
     paired.bridges = _fit_bridges(paired, example_input, bridge)
     return paired
 
 
 def _fit_bridges(paired: PairedBlocks, images: Tensor, kind: str) -> list[Bridge | None]:
+    """A bridge for every cut at which width or layout differ, fitted to the teacher's activations on `images`."""
     with evaluation_mode(paired.teacher):
         activations = paired.teacher_outputs(images, range(len(paired.cuts)))
     bridges: list[Bridge | None] = []
@@ -178,10 +183,12 @@ def _fit_bridges(paired: PairedBlocks, images: Tensor, kind: str) -> list[Bridge
 
 
 def _unbatched(axis: int) -> int:
+    """The same axis in a shape without the batch axis."""
     return axis - 1 if axis > 0 else axis
 
 
 def _run_through(blocks: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
+    """The output of every block."""
     outputs = [images]
     for block in blocks:
         outputs.append(block(outputs[-1]))
@@ -215,9 +222,8 @@ def _check_disjoint(student: nn.Module, blocks: Sequence[nn.Module]) -> None:
             if owner.setdefault(id(parameter), k) != k:
                 raise CutError(
                     f"The parameter {names.get(id(parameter), '?')!r} is used in blocks {owner[id(parameter)]} and "
-                    f"{k}; "
-                    "blocks that train alone cannot share parameters. Move the cut so that one block holds all its "
-                    "uses."
+                    f"{k}; blocks that train alone cannot share parameters. Move the cut so that one block holds all "
+                    "its uses."
                 )
     unused = [name for key, name in names.items() if key not in owner]
     if unused:
@@ -240,7 +246,7 @@ def _check_composition(model: nn.Module, blocks: Sequence[nn.Module], images: Te
 
 
 def copy_head(paired: PairedBlocks) -> bool:
-    """Start the student's last block from the teacher's if all shapes agree; says whether it did."""
+    """Copy the teacher's last block into the student's if all shapes agree. Returns whether they do."""
     theirs = list(paired.teacher_blocks[-1].state_dict().values())
     ours = list(paired.student_blocks[-1].state_dict().values())
     if [tensor.shape for tensor in theirs] != [tensor.shape for tensor in ours]:

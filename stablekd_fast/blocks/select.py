@@ -1,8 +1,9 @@
-"""Choose pairs of cuts, by hand-given names or automatically by spatial size and cost."""
+"""Choose pairs of cuts: by the names that a user gave, or by spatial size and cost."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,11 +14,11 @@ from stablekd_fast.errors import CutError
 
 PointPair = tuple[CutPoint, CutPoint]
 
-SMALLEST_SHARE = 0.05
-"""A block that costs less than this share of its network is joined to the next one (the head stands alone)."""
+SMALLEST_FRACTION = 0.05
+"""A block that costs less than this fraction of its network is joined to the next one (the head stands alone)."""
 
 DEFAULT_BLOCKS = 4
-"""For networks of one spatial size throughout, such as vision transformers: bodies plus head."""
+"""How many blocks, head included, a network of one spatial size throughout gets, such as a vision transformer."""
 
 
 def named_pairs(
@@ -40,7 +41,7 @@ def named_pairs(
         pairs.append(pair)
     for network, side in ((teacher, 0), (student, 1)):
         order = [network.points.index(pair[side]) for pair in pairs]
-        if any(a >= b for a, b in zip(order, order[1:])):
+        if any(a >= b for a, b in itertools.pairwise(order)):
             raise CutError(
                 f"Cuts must be given in the order of execution, each once; in the {('teacher', 'student')[side]} "
                 f"{[pair[side].name for pair in pairs]} is not. Reorder them."
@@ -98,7 +99,7 @@ def _extended(point: CutPoint) -> bool:
 
 
 def _stage_ends(teacher: TracedNetwork, student: TracedNetwork) -> list[PointPair]:
-    """For each spatial size that both networks have: the end of its stage in each."""
+    """Pairs of cuts: for each spatial size that both networks have, the end of its stage in each."""
     ends = [_stage_end(teacher), _stage_end(student)]
     pairs = sorted(
         ((ends[0][spatial], ends[1][spatial]) for spatial in ends[1] if spatial in ends[0]),
@@ -112,9 +113,9 @@ def _stage_ends(teacher: TracedNetwork, student: TracedNetwork) -> list[PointPai
 
 
 def _stage_end(network: TracedNetwork) -> dict[tuple[int, ...], CutPoint]:
-    """Per spatial size the end of its stage: the last cut that ends an outermost module.
+    """By spatial size, the end of its stage: the last cut that ends an outermost module.
 
-    Cuts in the first tenth of the stage's cost are left aside, so that a cheap stem of that size is not taken for it.
+    Cuts in the first tenth of the stage's cost are left aside, so that a cheap stem is not taken for the stage.
     """
     stages: dict[tuple[int, ...], list[CutPoint]] = {}
     for point in network.points:
@@ -130,13 +131,14 @@ def _stage_end(network: TracedNetwork) -> dict[tuple[int, ...], CutPoint]:
 
 
 def _drop_cheap(teacher: TracedNetwork, student: TracedNetwork, pairs: list[PointPair]) -> list[PointPair]:
+    """The pairs without those that end a block of less than `SMALLEST_FRACTION`; the last pair stays in any case."""
     kept: list[PointPair] = []
     for pair in pairs:
         before = [kept[-1][side].flops if kept else 0 for side in (0, 1)]
-        share = min(
+        fraction = min(
             (pair[0].flops - before[0]) / max(teacher.flops, 1), (pair[1].flops - before[1]) / max(student.flops, 1)
         )
-        if share >= SMALLEST_SHARE:
+        if fraction >= SMALLEST_FRACTION:
             kept.append(pair)
         elif pair is pairs[-1] and kept:
             kept[-1] = pair
@@ -146,10 +148,10 @@ def _drop_cheap(teacher: TracedNetwork, student: TracedNetwork, pairs: list[Poin
 def _balanced(
     teacher: TracedNetwork, student: TracedNetwork, head: list[PointPair], count: int
 ) -> list[PointPair] | None:
-    """`count` pairs before `head` whose blocks have even cost in the student and equal shares in both.
+    """`count` pairs before `head` that give blocks of even cost in the student, and of equal fractions in both.
 
-    Exact, by dynamic programming over pairs: a pair's penalty depends only on how far its cumulative costs are from
-    even shares, so states are (number of cuts placed, last pair).
+    The choice is exact, by dynamic programming: the penalty of a pair depends only on how far its cumulative costs are
+    from even fractions, so a state is (number of cuts placed, last pair). None if there are too few pairs.
     """
     if count == 0:
         return []
@@ -162,18 +164,18 @@ def _balanced(
     ]
     if len(pairs) < count:
         return None
-    shares = np.array([(t.flops / max(ends[0], 1), s.flops / max(ends[1], 1)) for t, s in pairs])
+    fractions = np.array([(t.flops / max(ends[0], 1), s.flops / max(ends[1], 1)) for t, s in pairs])
     order_t = np.array([teacher.points.index(t) for t, _ in pairs])
     order_s = np.array([student.points.index(s) for _, s in pairs])
     costs_s = np.array([s.flops for _, s in pairs])
     follows = (order_t[None] > order_t[:, None]) & (costs_s[None] > costs_s[:, None])  # [previous, next]
-    # Of cuts with about equal cost: ends of outer modules first, then the last, which comes after the activation.
+    # Among cuts of about equal cost, ends of outer modules are preferred, then the last, which follows the activation.
     depth = np.array([min(t.depth, 9) + min(s.depth, 9) for t, s in pairs])
     taste = 1e-3 * depth - 1e-9 * (order_t + order_s)
 
     def penalty(k: int) -> np.ndarray:
         even = (k + 1) / (count + 1)
-        return ((shares - even) ** 2).sum(1) + ((shares[:, 0] - shares[:, 1]) ** 2) + taste
+        return ((fractions - even) ** 2).sum(1) + ((fractions[:, 0] - fractions[:, 1]) ** 2) + taste
 
     best, came_from = penalty(0), []
     for k in range(1, count):

@@ -8,6 +8,7 @@ and goes on honouring `.train()` and `.eval()`. Blocks refer to the network's ow
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from stablekd_fast.blocks.modes import evaluation_mode
 from stablekd_fast.errors import CutError
 
 UNNAMED = 1_000
+"""The depth of a cut point at which no module ends."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,13 @@ class CutPoint:
     aliases: tuple[str, ...]
     node: fx.Node
     shape: tuple[int, ...]
-    """Without the batch axis."""
+    """The shape for one image, without the batch axis."""
     channel_axis: int
-    """Position of the channels in the batched tensor: 1 for `[N, C, H, W]`, -1 for `[N, H, W, C]` and tokens."""
+    """The axis of the channels in the batched tensor: 1 for `[N, C, H, W]`, -1 for `[N, H, W, C]` and tokens."""
     flops: int
     """FLOPs per image from the input up to here."""
     depth: int
-    """How deep in the module tree the outermost module that ends here lies; `UNNAMED` between modules."""
+    """How deep in the tree of modules the outermost one that ends here lies; `UNNAMED` where none ends."""
 
     @property
     def spatial(self) -> tuple[int, ...]:
@@ -62,7 +64,7 @@ class TracedNetwork:
         borders = [entry, *(point.node for point in points), exit_node]
         return [
             _segment(self.root, nodes[position[first] + 1 : position[last] + 1], first, last)
-            for first, last in zip(borders, borders[1:])
+            for first, last in itertools.pairwise(borders)
         ]
 
 
@@ -91,7 +93,7 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> TracedNetwork:
 
 
 class _BlockTracer(fx.Tracer):
-    """Follows containers, keeps as leaves what a trace would freeze or cannot follow."""
+    """Traces into containers, and keeps as leaves the modules that a trace would freeze or cannot follow."""
 
     def __init__(self, image_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -101,24 +103,24 @@ class _BlockTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Images(node, self) if node.op == "placeholder" else super().proxy(node)
 
-    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        childless = next(module.children(), None) is None
-        return childless or _reads_training_flag(module) or super().is_leaf_module(module, path)
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        childless = next(m.children(), None) is None
+        return childless or _reads_training_flag(m) or super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(self, module, forward, args, kwargs):
-        path = self.path_of_module(module)
+    def call_module(self, m, forward, args, kwargs):
+        path = self.path_of_module(m)
         nodes_before, stack_before = set(self.graph.nodes), dict(self.module_stack)
         try:
-            result = super().call_module(module, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
         except Exception:
-            # Whatever Python the module runs, it cannot be followed: take back its half-made nodes, make it a leaf.
+            # The module runs Python that cannot be traced: take back its half-made nodes, and make it a leaf.
             for node in reversed(list(self.graph.nodes)):
                 if node not in nodes_before:
                     self.graph.erase_node(node)
             self.module_stack.clear()
             self.module_stack.update(stack_before)
             result = self.create_proxy("call_module", path, args, kwargs)
-        # Modules that also return what is looked at from outside give what goes on in the network first.
+        # A module that returns several values, such as features to look at, gives what the network goes on with first.
         carried = result[0] if isinstance(result, tuple) and result else result
         if isinstance(carried, fx.Proxy):
             self.module_outputs[path] = carried.node
@@ -126,10 +128,11 @@ class _BlockTracer(fx.Tracer):
 
 
 class _Images(fx.Proxy):
-    """The network's input. Branches on the size of an image can be followed; the number of images stays open."""
+    """The network's input: Python can branch on the size of an image, while the number of images stays open."""
 
     @property
     def shape(self) -> tuple:
+        assert isinstance(self.tracer, _BlockTracer)
         return (self.size(0), *self.tracer.image_shape)
 
 
@@ -139,6 +142,7 @@ def _reads_training_flag(module: nn.Module) -> bool:
 
 
 def _trace_graph(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """The network's graph from one input to its logits, and the node of each module's output by the module's path."""
     tracer = _BlockTracer(image_shape)
     try:
         with evaluation_mode(model):
@@ -170,23 +174,25 @@ def _trace_graph(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[fx.Gra
 
 
 def _drop_unused(graph: fx.Graph) -> None:
-    """Take out what the logits do not depend on, such as features that are returned beside them."""
+    """Remove nodes on which the logits do not depend, such as features that are returned beside them."""
     for node in reversed(graph.nodes):
         if node.op not in ("placeholder", "output") and not node.users:
             graph.erase_node(node)
 
 
 class _Profiler(fx.Interpreter):
+    """Runs a graph and notes each node's shape and FLOPs."""
+
     def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
         super().__init__(module)
         self.counter, self.shapes, self.flops = counter, {}, {}
 
-    def run_node(self, node: fx.Node):
+    def run_node(self, n: fx.Node):
         before = self.counter.get_total_flops()
-        result = super().run_node(node)
-        self.flops[node] = self.counter.get_total_flops() - before
+        result = super().run_node(n)
+        self.flops[n] = self.counter.get_total_flops() - before
         if isinstance(result, torch.Tensor):
-            self.shapes[node] = tuple(result.shape)
+            self.shapes[n] = tuple(result.shape)
         return result
 
 
@@ -225,9 +231,9 @@ def _single_carriers(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _channel_axis(model: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> int:
-    """1 for `[N, C, ...]`, -1 for channels last: told by the nearest layer that declares a width.
+    """1 for `[N, C, ...]`, -1 for channels last, as the nearest layer that declares a width has it.
 
-    Only nodes of the same shape are followed, up and down: beyond them the layout may be another.
+    The search follows only nodes of the same shape, up and down: beyond them the layout may be another.
     """
     shape = shapes[node]
     if len(shape) == 1:
@@ -240,7 +246,7 @@ def _channel_axis(model: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[i
         for neighbour in (here, *here.users):
             if neighbour.op == "call_module":
                 side = "out" if neighbour is here else "in"
-                axis = _declared_axis(model.get_submodule(neighbour.target), shape, side)
+                axis = _declared_axis(called_module(model, neighbour), shape, side)
                 if axis is not None:
                     return axis
         for neighbour in (*here.users, *here.all_input_nodes):
@@ -250,7 +256,14 @@ def _channel_axis(model: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[i
     return 1
 
 
+def called_module(root: nn.Module, node: fx.Node) -> nn.Module:
+    """The submodule of `root` that a `call_module` node of its graph calls."""
+    assert isinstance(node.target, str)
+    return root.get_submodule(node.target)
+
+
 def _declared_axis(module: nn.Module, shape: tuple[int, ...], side: str) -> int | None:
+    """The channel axis that a layer wants on its `side`, "in" or "out"; None if the layer does not say."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
         return 1
     width = getattr(module, "normalized_shape", (getattr(module, f"{side}_features", None),))[-1]
@@ -260,6 +273,7 @@ def _declared_axis(module: nn.Module, shape: tuple[int, ...], side: str) -> int 
 
 
 def _segment(root: nn.Module, nodes: list[fx.Node], entry: fx.Node, exit_node: fx.Node) -> fx.GraphModule:
+    """A module of the given nodes, which map the value of `entry` to that of `exit_node`."""
     graph = fx.Graph()
     copies = {entry: graph.placeholder("x")}
 

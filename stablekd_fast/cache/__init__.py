@@ -1,4 +1,4 @@
-"""Rows of the teacher: where they are stored, when they may be used again, and whether storing them pays."""
+"""Rows of the teacher: how and where they are stored, and when stored ones may be used again."""
 
 from stablekd_fast.cache.settings import CacheSettings
 

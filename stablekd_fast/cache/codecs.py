@@ -31,7 +31,7 @@ _EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 class RowFormat:
     """The stored form of tensors `[N, *shape]` of one `dtype`.
 
-    `channels_last`: `[N, C, H, W]` lies in memory as `[N, H, W, C]`, and is stored so.
+    With `channels_last`, `[N, C, H, W]` lies in memory as `[N, H, W, C]` and is stored in that order.
     """
 
     codec: str
@@ -42,13 +42,14 @@ class RowFormat:
 
     @staticmethod
     def of(codec: str, example: Tensor, channel_axis: int = 1) -> RowFormat:
-        """For tensors shaped and laid out like `example` `[N, ...]`."""
+        """The format for tensors shaped and laid out like `example` `[N, ...]`."""
         last = example.dim() == 4 and example.is_contiguous(memory_format=torch.channels_last)
         keeps_order = last and not example.is_contiguous()
         return RowFormat(codec, tuple(example.shape[1:]), channel_axis, keeps_order, example.dtype)
 
     @property
     def lossless(self) -> bool:
+        """Whether a stored row decodes to the very bits that were encoded."""
         return self.codec in _PLAIN and self._plain_dtype == self.dtype
 
     @property
@@ -57,6 +58,7 @@ class RowFormat:
 
     @property
     def parts(self) -> tuple[Part, ...]:
+        """The parts of a row, in the order of `encode` and `decode`."""
         if self.codec in _PLAIN:
             return (Part("rows", self._plain_dtype, self._stored_shape),)
         if self.codec in _EIGHT_BITS:
@@ -72,10 +74,11 @@ class RowFormat:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row."""
         return sum(part.bytes for part in self.parts)
 
     def encode(self, values: Tensor) -> list[Tensor]:
-        """Contiguous parts `[N, ...]` on the device of `values` `[N, *shape]`."""
+        """Turn `values` `[N, *shape]` into parts `[N, ...]`, contiguous and on the same device."""
         if self.codec in _PLAIN:
             return [self._to_memory_order(values).to(self._plain_dtype).contiguous()]
         if self.codec in _EIGHT_BITS:
@@ -86,16 +89,15 @@ class RowFormat:
         return [top.half(), indices.to(self.parts[1].dtype), rest]
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """`[N, *shape]` in the tensors' own dtype, on the device of the parts."""
+        """Turn parts `[N, ...]` back into values `[N, *shape]` of `dtype`, on the device of the parts."""
         if self.codec in _PLAIN:
             return self._from_memory_order(parts[0]).to(self.dtype)
         if self.codec in _EIGHT_BITS:
             return self._dequantize(self._from_memory_order(parts[0]), parts[1])
         top, indices, rest = parts
-        others = self.shape[0] - top.shape[1]
-        values = (
-            (rest - math.log(others)).expand(-1, self.shape[0]) if others else rest.new_zeros(len(top), self.shape[0])
-        )
+        classes = self.shape[0]
+        others = classes - top.shape[1]
+        values = (rest - math.log(others)).expand(-1, classes) if others else rest.new_zeros(len(top), classes)
         return values.scatter(1, indices.long(), top.float()).to(self.dtype)
 
     @property
@@ -104,7 +106,7 @@ class RowFormat:
 
     @property
     def _channel(self) -> int:
-        """The channels' axis in a batch, counted from the front."""
+        """The axis of the channels in a batch, counted from the front."""
         return self.channel_axis % (len(self.shape) + 1)
 
     def _to_memory_order(self, values: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ class RowFormat:
 
 
 def top_of(codec: str) -> int:
-    """How many logits `topK` keeps. Raises ConfigError if it is no such name."""
+    """How many logits the codec `topK` keeps. Raises ConfigError if the name is no such codec."""
     match = re.fullmatch(r"top([1-9]\d*)", codec)
     if not match:
         raise ConfigError(
@@ -131,7 +133,7 @@ def top_of(codec: str) -> int:
 
 
 def check_codecs(activations: Sequence[str], logits: str) -> None:
-    """Raises ConfigError for a codec that does not exist, or not for this."""
+    """Raise ConfigError for a codec that does not exist, or that does not serve activations or logits."""
     for codec in activations:
         if codec not in ACTIVATION_CODECS:
             raise ConfigError(f"Activations have no codec {codec!r}; choose from {', '.join(ACTIVATION_CODECS)}.")

@@ -1,10 +1,9 @@
-"""The columns of a run, opened as its plan says."""
+"""The columns of a run: which of the teacher's outputs are kept, where, and how the rows are opened."""
 
 from __future__ import annotations
 
 import os
 import re
-import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,36 +14,16 @@ from torch import Tensor
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.codecs import RowFormat
-from stablekd_fast.cache.fingerprint import image_fingerprint, teacher_fingerprint
+from stablekd_fast.cache.fingerprint import teacher_fingerprint
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
-from stablekd_fast.cache.memory import MemoryRows
-from stablekd_fast.cache.settings import CacheSettings, parse_bytes
-from stablekd_fast.cache.shard import Part
+from stablekd_fast.cache.memory_rows import MemoryRows
+from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.data import TrainSource
 from stablekd_fast.errors import CacheFull, ConfigError
 
-
-@dataclass
-class Column:
-    """The stored rows of one teacher output."""
-
-    name: str
-    format: RowFormat
-    rows: RowStore | MemoryRows
-    bridged: bool = False
-    """Whether a bridge was applied before storing; the teacher cannot go on from such a row."""
-    closed: bool = False
-    """No more rows are put: there was no room for one."""
-
-    @property
-    def on_disk(self) -> bool:
-        return isinstance(self.rows, RowStore)
-
-    @property
-    def continues(self) -> bool:
-        """Whether the teacher can go on from a stored row and give the bits that it gives from the images."""
-        return self.format.lossless and not self.bridged
+TIERS = ("device", "host", "disk")
+"""Where rows can be kept: in the memory of the training device, in main memory, on disk."""
 
 
 @dataclass(frozen=True)
@@ -57,34 +36,45 @@ class Kept:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is kept, by output. What is left out is relayed, or computed again from a kept output before it."""
+    """What is kept, by output. Any other output is computed anew, from the images or from a kept output before it."""
 
     kept: dict[int, Kept] = field(default_factory=dict)
 
-    def plain(self) -> list:
-        """For JSON."""
+    def plain(self) -> list[list]:
+        """The plan as JSON types: `[output, tier, codec]` for each kept output."""
         return [[output, kept.tier, kept.codec] for output, kept in sorted(self.kept.items())]
 
     @staticmethod
     def from_plain(values: Iterable) -> Plan:
+        """The plan that `plain` described."""
         return Plan({output: Kept(tier, codec) for output, tier, codec in values})
 
 
-def output_name(paired: PairedBlocks, output: int) -> str:
-    return paired.cuts[output].teacher if output < len(paired.cuts) else "logits"
+@dataclass
+class Column:
+    """The stored rows of one teacher output."""
 
+    name: str
+    format: RowFormat
+    rows: RowStore | MemoryRows
+    bridged: bool = False
+    """Whether a bridge was applied before storing; the teacher cannot go on from such a row."""
+    closed: bool = False
+    """Whether the column takes no more rows: there was no room for one, or the folder may only be read."""
 
-def row_format(paired: PairedBlocks, output: int, example: Tensor, codec: str) -> RowFormat:
-    """How one of the teacher's outputs is stored, given an example of it `[N, ...]`."""
-    axis = paired.cuts[output].student_channel_axis if output < len(paired.cuts) else 1
-    return RowFormat.of(codec, example, axis)
+    @property
+    def on_disk(self) -> bool:
+        """Whether the rows outlive the run."""
+        return isinstance(self.rows, RowStore)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the teacher can go on from a stored row and give the bits that it gives from the images."""
+        return self.format.lossless and not self.bridged
 
 
 class Columns:
-    """Opens columns for one run: one teacher, one source of views.
-
-    `views`: how many the run will show.
-    """
+    """Opens the columns of one run, which has one teacher and shows `views` views of one source's samples."""
 
     def __init__(
         self, paired: PairedBlocks, source: TrainSource, settings: CacheSettings, device: torch.device, views: int
@@ -92,26 +82,22 @@ class Columns:
         self.paired, self.source, self.settings, self.device = paired, source, settings, device
         self.expected = len(source.split) * views
         self._fingerprints: list[dict] | None = None
-        self._room = {
-            tier: parse_bytes(getattr(settings, f"{tier}_budget"), f"cache.{tier}_budget")
-            for tier in ("host", "device")
-        }
+        self._room = {tier: settings.budget(tier) or 0 for tier in ("host", "device")}
 
     def open(self, plan: Plan, examples: dict[int, Tensor]) -> dict[int, Column]:
-        """The columns that the plan keeps. One for which a memory has no room holds nothing, with a warning: the live
-        teacher serves instead, through the same codec.
+        """Open the columns that the plan keeps, given an example `[N, ...]` of each output.
 
-        Raises CacheError if a column on disk holds rows of something else, or is damaged.
+        Where a memory has no room for a column, the column stays empty, with a warning: the live teacher serves
+        instead, through the same codec. Raises CacheError if a column on disk is damaged or holds rows of something
+        else.
         """
         columns = {}
         for output, kept in plan.kept.items():
             try:
                 columns[output] = self._open(output, kept, examples[output])
             except CacheFull as error:
-                name, form = (
-                    output_name(self.paired, output),
-                    row_format(self.paired, output, examples[output], kept.codec),
-                )
+                name = output_name(self.paired, output)
+                form = row_format(self.paired, output, examples[output], kept.codec)
                 columns[output] = Column(name, form, MemoryRows(form.parts, 0, torch.device("cpu")), closed=True)
                 warnings.warn(
                     f"{name} is not cached, the live teacher serves instead: {error}", RuntimeWarning, stacklevel=2
@@ -150,11 +136,12 @@ class Columns:
         self._room[tier] -= size
 
     def _folder(self, output: int, codec: str) -> Path | None:
-        if self.settings.directory is None:
+        """A folder for each output, bridge and codec."""
+        if self.settings.folder is None:
             return None
         name = re.sub(r"[^\w.]", "_", output_name(self.paired, output))
         bridge = self._fingerprint(output)["bridge"]
-        return Path(self.settings.directory).expanduser() / f"{name}{'-' + bridge[:8] if bridge else ''}.{codec}"
+        return self.settings.folder / f"{name}{'-' + bridge[:8] if bridge else ''}.{codec}"
 
     def _manifest(self, output: int, form: RowFormat) -> Manifest:
         layout = {"codec": form.codec, "channels_last": form.channels_last}
@@ -166,13 +153,24 @@ class Columns:
         return self._fingerprints[output]
 
 
+def output_name(paired: PairedBlocks, output: int) -> str:
+    """The teacher's name for the end of a block; `logits` for the last."""
+    return paired.cuts[output].teacher if output < len(paired.cuts) else "logits"
+
+
+def row_format(paired: PairedBlocks, output: int, example: Tensor, codec: str) -> RowFormat:
+    """How one of the teacher's outputs is stored, given an example of it `[N, ...]`."""
+    axis = paired.cuts[output].student_channel_axis if output < len(paired.cuts) else 1
+    return RowFormat.of(codec, example, axis)
+
+
 def open_store(folder: Path, manifest: Manifest, settings: CacheSettings, expected: int) -> RowStore:
-    budget = None if settings.disk_budget is None else parse_bytes(settings.disk_budget, "cache.disk_budget")
+    """Open a column's rows as the settings say, for writing where that is allowed; `expected` rows will be put."""
     return RowStore(
         folder,
         manifest,
         write=_may_write(folder),
-        budget=budget,
+        budget=settings.budget("disk"),
         verify=settings.verify,
         expected=expected,
     )
@@ -182,43 +180,3 @@ def _may_write(folder: Path) -> bool:
     """Whether rows can be added; a finished cache may lie where only reading is allowed."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return os.access(existing, os.W_OK)
-
-
-class ImageColumn:
-    """Decoded views on disk, for a `TrainSource`. Where a row cannot be stored it is decoded again next time."""
-
-    def __init__(self, source: TrainSource, settings: CacheSettings, views: int) -> None:
-        size = source.augmentation.size
-        manifest = Manifest(
-            (Part("images", torch.uint8, (size, size, 3)),), source.split.total, image_fingerprint(source)
-        )
-        folder = Path(settings.directory).expanduser() / "images.uint8"
-        self.store = open_store(folder, manifest, settings, len(source.split) * views)
-        self._mutex, self._closed = threading.Lock(), not self.store.write
-
-    def get(self, sample: int, view: int) -> Tensor | None:
-        row = torch.tensor([view * self.store.manifest.samples + sample])
-        if not bool(self.store.present(row)):
-            return None
-        return self.store.gather(row)[0][0]
-
-    def put(self, sample: int, view: int, image: Tensor) -> None:
-        row = torch.tensor([view * self.store.manifest.samples + sample])
-        with self._mutex:
-            if self._closed:
-                return
-            try:
-                self.store.put(row, [image.contiguous()[None]])
-            except CacheFull as error:
-                self._closed = True
-                warnings.warn(f"Images are cached no further: {error}", RuntimeWarning, stacklevel=2)
-
-    def refresh(self) -> None:
-        """Take up what other processes have stored since."""
-        self.store.refresh()
-
-    def close(self) -> None:
-        self.store.close()
-
-
-TIERS = ("device", "host", "disk")

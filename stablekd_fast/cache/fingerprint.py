@@ -12,6 +12,7 @@ import PIL
 import torch
 import torchvision
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.blocks.bridge import Bridge
@@ -20,9 +21,9 @@ from stablekd_fast.data.views import VIEW_VERSION
 
 
 def prefix_digests(paired: PairedBlocks) -> list[str]:
-    """For each teacher block a digest of the computation from the images to its end: weights, buffers, operations.
+    """For each teacher block, a digest of the computation from the images to its end: weights, buffers, operations.
 
-    It does not depend on the cuts before: `layer2` is the same prefix, whether there is a cut at `layer1` or not.
+    A digest does not depend on earlier cuts: `layer2` ends the same prefix, whether there is a cut at `layer1` or not.
     """
     digests, state, operations = [], {}, []
     for k, block in enumerate(paired.teacher_blocks):
@@ -34,14 +35,14 @@ def prefix_digests(paired: PairedBlocks) -> list[str]:
 
 
 def digest_of(tensor: Tensor) -> str:
-    """Of a tensor's shape, dtype and values."""
+    """A digest of a tensor's shape, dtype and values."""
     values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     head = f"{tensor.dtype} {list(tensor.shape)}".encode()
     return hashlib.blake2b(values, digest_size=16, person=hashlib.blake2b(head, digest_size=16).digest()).hexdigest()
 
 
 def image_fingerprint(source: TrainSource) -> dict:
-    """Of the uint8 images that a source's views are."""
+    """What the uint8 images of a source's views depend on, as JSON types."""
     split, augmentation = source.split, source.augmentation
     facts = {
         "data": split.identity(),
@@ -74,7 +75,7 @@ def image_fingerprint(source: TrainSource) -> dict:
 
 
 def teacher_fingerprint(paired: PairedBlocks, source: TrainSource, device: torch.device) -> list[dict]:
-    """Of the teacher's output at each cut (bridged), and of its logits."""
+    """What the teacher's output at each cut (bridged) and its logits depend on, as JSON types, one entry each."""
     common = {
         **image_fingerprint(source),
         "normalisation": {"mean": list(source.mean), "std": list(source.std)},
@@ -83,13 +84,14 @@ def teacher_fingerprint(paired: PairedBlocks, source: TrainSource, device: torch
         "device": _device(device),
         "torch": torch.__version__,
     }
-    facts = []
-    for k, prefix in enumerate(prefix_digests(paired)):
-        facts.append({**common, "teacher": prefix, "bridge": bridge_digest(paired.bridge_after(k))})
-    return facts
+    return [
+        {**common, "teacher": prefix, "bridge": bridge_digest(paired.bridge_after(k))}
+        for k, prefix in enumerate(prefix_digests(paired))
+    ]
 
 
 def bridge_digest(bridge: Bridge | None) -> str | None:
+    """A digest of what a bridge computes; None without one."""
     if bridge is None:
         return None
     weight = None if bridge.weight is None else digest_of(bridge.weight)
@@ -105,7 +107,7 @@ def _device(device: torch.device) -> str:
 
 
 def _operations(block: nn.Module) -> list:
-    """What a block computes, apart from its tensors: operations, modules' settings, sources of modules not of torch."""
+    """What a block computes, apart from its tensors: operations, settings of modules, sources of those not of torch."""
     if not isinstance(block, fx.GraphModule):
         return [[repr(block), _sources(block)]]
     listed = []
@@ -120,8 +122,8 @@ def _operations(block: nn.Module) -> list:
 
 
 def _plain_arguments(node: fx.Node) -> str:
-    """Arguments that are not results of other nodes."""
-    return str(fx.node.map_arg((node.args, node.kwargs), lambda other: None))
+    """The node's arguments as text, without results of other nodes."""
+    return str(map_arg((node.args, node.kwargs), lambda other: None))
 
 
 def _sources(module: nn.Module) -> list[str]:
@@ -131,7 +133,7 @@ def _sources(module: nn.Module) -> list[str]:
         try:
             texts.append(_code_of(inspect.getsource(kind)))
         except (OSError, TypeError):
-            texts.append(kind.__qualname__)
+            texts.append(kind.__qualname__)  # its source is not at hand
     return texts
 
 

@@ -1,4 +1,4 @@
-"""Looking after a cache on disk: what it holds, whether it is whole, and what may go."""
+"""Look after a cache on disk: what it holds, whether it is whole, and what may be deleted."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from stablekd_fast.cache.disk import SUFFIX, is_locked
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
-from stablekd_fast.cache.shard import SUFFIX, is_locked
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.errors import CacheError, nearest
 
 
 def columns_in(directory: Path) -> list[Path]:
-    """The folders of all columns. Raises CacheError if there is no such directory, or no column in it."""
+    """The folders of all columns. Raises CacheError if the directory does not exist or has no column."""
     found = sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
     if not found:
         raise CacheError(f"There is no cache in {directory}; give the directory of a run's --cache.directory.")
@@ -22,8 +22,11 @@ def columns_in(directory: Path) -> list[Path]:
 
 
 def describe(directory: Path) -> list[dict]:
-    """One row per column: finished rows, how many views of all samples they would make, bytes, shards, and what the
-    rows were made from. Raises CacheError if a manifest is damaged."""
+    """One row per column: its finished rows, how many views of all samples they would make, bytes, shards, and what the
+    rows were made from.
+
+    Raises CacheError if a manifest is damaged.
+    """
     rows = []
     for folder in columns_in(directory):
         manifest = Manifest.load(folder)
@@ -48,7 +51,10 @@ def describe(directory: Path) -> list[dict]:
 
 
 def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
-    """Read every finished row of every column and compare its checksum: rows by column, and what is damaged."""
+    """Read every finished row of every column and compare its checksum.
+
+    Returns how many rows each whole column has, and messages on the damaged ones.
+    """
     whole, damaged = {}, []
     for folder in columns_in(directory):
         try:
@@ -60,9 +66,10 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def collect(directory: Path, columns: Sequence[str] = (), *, half_filled: bool = False) -> list[str]:
-    """Delete the named columns, or all shards that a writer left half filled; what was deleted.
+    """Delete the named columns, and with `half_filled` all shards that a writer left half filled.
 
-    Raises CacheError for a column that does not exist, or that is being written; then nothing is deleted.
+    Returns the paths that were deleted, relative to `directory`. Raises CacheError for a column that does not exist or
+    is being written; then nothing is deleted.
     """
     folders = {folder.name: folder for folder in columns_in(directory)}
     for name in columns:
@@ -82,4 +89,5 @@ def collect(directory: Path, columns: Sequence[str] = (), *, half_filled: bool =
 
 
 def unfinished(folder: Path) -> list[Path]:
+    """The shards of a column that are not full."""
     return sorted(folder.glob(f".shard-*{SUFFIX}"))

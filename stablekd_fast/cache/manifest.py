@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from stablekd_fast.cache.shard import REMEDY, Part
 from stablekd_fast.errors import CacheError, CacheFull, TrainingError
@@ -17,20 +20,23 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Manifest:
-    """`samples`: of the whole data set; row number = view * samples + sample."""
+    """What the rows of a column are, and which shards are finished."""
 
     parts: tuple[Part, ...]
     samples: int
+    """The samples of the whole data set: the row of a view has the number view * samples + sample."""
     fingerprint: dict
+    """What the rows depend on."""
     shards: dict[str, dict] = field(default_factory=dict)
-    """Per finished file: `rows`, and `index`, the digest of its keys and checksums."""
+    """For each finished file its `rows`, and as `index` the digest of its keys and checksums."""
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row."""
         return sum(part.bytes for part in self.parts)
 
     def save(self, folder: Path) -> None:
-        """Raises CacheFull if the disk refuses; what was there before stays."""
+        """Write the manifest, whole or not at all. Raises CacheFull if the disk refuses."""
         content = {
             "format": FORMAT,
             "parts": [part.plain() for part in self.parts],
@@ -46,7 +52,7 @@ class Manifest:
 
     @staticmethod
     def load(folder: Path) -> Manifest:
-        """Raises CacheError if there is none, if it is damaged, or if its format is another."""
+        """Read the manifest of a folder. Raises CacheError if there is none, if it is damaged, or of another format."""
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_bytes())
@@ -63,15 +69,26 @@ class Manifest:
         return Manifest(parts, content["samples"], content["fingerprint"], content["shards"])
 
     def check_same(self, wanted: Manifest, folder: Path) -> None:
-        """Raises CacheError that lists what differs, if rows of `wanted` could be others than those stored here."""
-        sides = [_flat({"parts": [part.plain() for part in m.parts], "samples": m.samples, **m.fingerprint})
-                 for m in (self, wanted)]  # fmt: skip
-        differing = sorted(key for key in sides[0].keys() | sides[1].keys() if sides[0].get(key) != sides[1].get(key))
+        """Raise CacheError, listing what differs, unless rows of `wanted` are the very rows that are stored here."""
+        stored, now = (
+            _flat({"parts": [part.plain() for part in one.parts], "samples": one.samples, **one.fingerprint})
+            for one in (self, wanted)
+        )
+        differing = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
         if differing:
-            listed = "; ".join(f"{key}: stored {sides[0].get(key)!r}, now {sides[1].get(key)!r}" for key in differing)
+            listed = "; ".join(f"{key}: stored {stored.get(key)!r}, now {now.get(key)!r}" for key in differing)
             raise CacheError(
                 f"The rows in {folder} were made for something else ({listed}). Use another --cache.directory, or "
                 f"delete them with `stablekd cache gc {folder.parent} --columns {folder.name}`."
+            )
+
+    def check_parts(self, count: int, parts: Sequence[Tensor], folder: Path) -> None:
+        """Raise CacheError unless `parts` are `count` rows of this kind, contiguous and on the CPU."""
+        found = [(tuple(part.shape), part.dtype, part.device.type, part.is_contiguous()) for part in parts]
+        needed = [((count, *part.shape), part.dtype, "cpu", True) for part in self.parts]
+        if found != needed:
+            raise CacheError(
+                f"Rows of {folder} have the parts {needed} (shape, dtype, device, contiguous); got {found}."
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from stablekd_fast.cache.codecs import check_codecs
@@ -14,7 +15,7 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 @dataclass
 class CacheSettings:
-    """Which teacher outputs are kept, where, and how exactly."""
+    """Which of the teacher's outputs are kept, where, and by which codec."""
 
     plan: Literal["auto", "all", "none"] = "auto"
     """`auto` keeps what the planner expects to pay, `all` every output that is used, `none` nothing."""
@@ -37,24 +38,30 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         check_codecs(self.codecs, self.logits)
-        for name in ("disk_budget", "host_budget", "device_budget"):
-            value = getattr(self, name)
-            if value is not None:
-                parse_bytes(value, f"cache.{name}")
+        for tier in ("disk", "host", "device"):
+            self.budget(tier)
         if self.directory is None and (self.images or self.disk_budget is not None):
             raise ConfigError("cache.images and cache.disk_budget need a place on disk; give --cache.directory.")
 
     @property
     def keeps_rows(self) -> bool:
         """Whether there is a place for rows, and the plan may use it."""
-        places = self.directory is not None or any(
-            parse_bytes(budget, "") for budget in (self.host_budget, self.device_budget)
-        )
-        return self.plan != "none" and (places or self.plan == "all")
+        places = self.directory is not None or self.budget("host") or self.budget("device")
+        return self.plan != "none" and (bool(places) or self.plan == "all")
+
+    @property
+    def folder(self) -> Path | None:
+        """The directory as a path; None keeps no rows on disk."""
+        return None if self.directory is None else Path(self.directory).expanduser()
+
+    def budget(self, tier: str) -> int | None:
+        """Most bytes of rows on `device`, `host` or `disk`; None for what the disk has. Raises ConfigError."""
+        text = getattr(self, f"{tier}_budget")
+        return None if text is None else parse_bytes(text, f"cache.{tier}_budget")
 
 
 def parse_bytes(text: str, name: str) -> int:
-    """`"200GB"` and the like as a number of bytes (powers of ten). Raises ConfigError naming the setting."""
+    """Read `"200GB"` and the like as a number of bytes (powers of ten). Raises ConfigError naming the setting."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kMGT]?)B?\s*", str(text))
     if not match:
         raise ConfigError(f"{name}={text!r} was given; write a number of bytes such as 500MB, 200GB or 1.5TB.")

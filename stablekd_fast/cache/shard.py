@@ -11,9 +11,6 @@ at most one batch of slots whose keys are still -1 or whose checksums do not fit
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -21,13 +18,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stablekd_fast.errors import CacheError, CacheFull
+from stablekd_fast.cache.disk import full_disk, is_locked, lock
+from stablekd_fast.errors import CacheError
 
-SUFFIX = ".safetensors"
 DATA_START = 4096
 KEYS, CHECKSUMS = "keys", "checksums"
 _VERIFIED_AT_ONCE = 16 << 20
@@ -48,7 +46,7 @@ _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class Part:
-    """One of the tensors that a row consists of, e.g. codes, or their scales; `shape` is that of one row."""
+    """One of the tensors of which a row consists, such as codes, or their scales; `shape` is that of one row."""
 
     name: str
     dtype: torch.dtype
@@ -56,22 +54,34 @@ class Part:
 
     @property
     def bytes(self) -> int:
-        """Of one row."""
+        """Bytes of one row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def plain(self) -> dict:
+        """The part as JSON types."""
         return {"name": self.name, "dtype": _DTYPES[self.dtype], "shape": list(self.shape)}
 
     @staticmethod
     def from_plain(values: dict) -> Part:
+        """The part that `plain` described."""
         return Part(values["name"], _BY_NAME[values["dtype"]], tuple(values["shape"]))
 
 
 _KEYS, _CHECKSUMS = Part(KEYS, torch.int64, ()), Part(CHECKSUMS, torch.int32, ())
 
 
+class RowReader(Protocol):
+    """What a shard asks of the C++ core's `RowReader`."""
+
+    def checksum(self, rows: int, count: int, parts: Sequence[tuple[int, int]], out: int, /) -> None:
+        """Write the checksums of `count` rows to the address `out`; `parts` are (bytes of a row, address)."""
+
+
 class Shard:
-    """An open shard. `path` may change by renaming; the file stays open."""
+    """An open shard with room for `rows` rows, of which `used` are written.
+
+    `keys` and `checksums` are what the file holds of them. `path` may change by renaming; the file stays open.
+    """
 
     def __init__(self, path: Path, file: int, parts: Sequence[Part], rows: int) -> None:
         self.path, self.file, self.parts, self.rows = path, file, tuple(parts), rows
@@ -83,8 +93,10 @@ class Shard:
 
     @staticmethod
     def create(path: Path, parts: Sequence[Part], rows: int) -> Shard:
-        """A new file with room for `rows` rows, all of it taken from the disk now. Raises CacheFull, leaving
-        nothing."""
+        """Make a file with room for `rows` rows, and take all of it from the disk now.
+
+        Raises CacheFull, and leaves no file, if the disk refuses.
+        """
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -102,8 +114,10 @@ class Shard:
 
     @staticmethod
     def open(path: Path, parts: Sequence[Part], rows: int, *, write: bool = False) -> Shard:
-        """Open a file and read its keys and checksums. Raises CacheError if it is missing, too short, or has another
-        header."""
+        """Open a file and read its keys and checksums.
+
+        Raises CacheError if the file is missing, has another size than it should, or has another header.
+        """
         try:
             file = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as error:
@@ -118,22 +132,58 @@ class Shard:
         return shard
 
     @staticmethod
+    def open_finished(path: Path, parts: Sequence[Part], rows: int, digest: str, reader: RowReader) -> Shard:
+        """Open a file that is not written any more.
+
+        Raises CacheError as `open` does, and where `digest` is not that of the file's keys and checksums.
+        """
+        shard = Shard.open(path, parts, rows)
+        if shard.index_digest() != digest:
+            slot = shard.first_bad_slot(reader)
+            where = "its row numbers" if slot is None else f"row {int(shard.keys[slot])}, slot {slot}"
+            shard.close()
+            raise CacheError(f"The index of {path} is not what was written there: {where} is damaged. {REMEDY}")
+        shard.used = int((shard.keys >= 0).sum())
+        return shard
+
+    @staticmethod
+    def take_up(path: Path, parts: Sequence[Part], reader: RowReader) -> Shard | None:
+        """Become the writer of a file that a dead writer left, and go on behind its last whole row.
+
+        None if the writer lives, or if it died before the header was whole; then the file is deleted.
+        """
+        rows = rows_in(path)
+        try:
+            shard = Shard.open(path, parts, rows, write=True) if rows else None
+        except CacheError:
+            shard = None
+        if shard is None:
+            if not is_locked(path):
+                path.unlink(missing_ok=True)
+            return None
+        if not lock(shard.file):
+            shard.close()
+            return None
+        shard.keep_whole_rows(reader)
+        return shard
+
+    @staticmethod
     def size_of(parts: Sequence[Part], rows: int) -> int:
-        """Of such a file, in bytes."""
+        """Bytes of a file with room for `rows` rows."""
         return _header(parts, rows)[2]
 
     def read_index(self) -> None:
-        """Keys and checksums as the file has them now."""
+        """Read keys and checksums as the file has them now."""
         for tensor, name in ((self.keys, KEYS), (self.checksums, CHECKSUMS)):
             _read(self.file, self.starts[name], tensor, self.path)
 
     def leading_rows(self) -> int:
-        """Rows before the first free slot."""
+        """How many rows lie before the first free slot."""
         free = (self.keys < 0).nonzero()
         return int(free[0]) if len(free) else self.rows
 
     def append(self, keys: Tensor, checksums: Tensor, parts: Sequence[Tensor]) -> None:
-        """Write rows into the next free slots. Raises CacheFull if the disk refuses; these rows are then not there."""
+        """Write rows into the next free slots. Raises CacheFull, and adds none, if the disk refuses."""
         start, count = self.used, len(keys)
         try:
             for part, values in zip(self.parts, parts):
@@ -153,8 +203,8 @@ class Shard:
             digest.update(tensor.numpy().data)
         return digest.hexdigest()
 
-    def first_bad_slot(self, reader) -> int | None:
-        """Read all rows and compare their checksums; the first slot with a key whose checksum does not fit."""
+    def first_bad_slot(self, reader: RowReader) -> int | None:
+        """Read all rows and compare their checksums. Returns the first slot whose row does not fit its checksum."""
         chunk = max(1, _VERIFIED_AT_ONCE // sum(part.bytes for part in self.parts))
         for start in range(0, self.rows, chunk):
             keys = self.keys[start : start + chunk]
@@ -167,14 +217,15 @@ class Shard:
                 return start + int(bad.nonzero()[0])
         return None
 
-    def keep_whole_rows(self, reader) -> None:
-        """After a crash: go on behind the last of the rows that were written whole, and free the slots behind."""
+    def keep_whole_rows(self, reader: RowReader) -> None:
+        """After a crash, free all slots behind the last row that was written whole."""
         bad = self.first_bad_slot(reader)
         self.used = min(self.leading_rows(), self.rows if bad is None else bad)
         self.keys[self.used :] = -1
         _write(self.file, self.starts[KEYS], self.keys)
 
     def close(self) -> None:
+        """Close the file; whoever was its writer is so no more."""
         os.close(self.file)
 
     def _check_header(self) -> None:
@@ -190,7 +241,7 @@ REMEDY = "Delete its column with `stablekd cache gc DIR --columns NAME`; the nex
 
 
 def rows_in(path: Path) -> int | None:
-    """The row count that a shard's header states; None if it cannot be read."""
+    """How many rows a shard has room for, as its header says; None if that cannot be read."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -199,50 +250,18 @@ def rows_in(path: Path) -> int | None:
         return None
 
 
-def lock(file: int) -> bool:
-    """Become the file's writer, until it is closed; False if another process is."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def is_locked(path: Path) -> bool:
-    """Whether the file has a writer. A file that cannot be opened has none that could be harmed."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return not lock(file.fileno())
-    return False
-
-
-def drop_pages(path: Path) -> None:
-    """Let the system forget what it holds of a file in main memory, so that the next reading is one from disk."""
-    file = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(file)
-
-
-def checksums_of(reader, keys: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """int32 `[N]`: CRC-32C of each row number and the row's parts `[N, ...]`, contiguous."""
+def checksums_of(reader: RowReader, keys: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """CRC-32C of each row number `[N]` and the row's parts `[N, ...]`, contiguous: int32 `[N]`."""
     out = torch.empty(len(keys), dtype=torch.int32)
     numbers = [(values[0].numel() * values.element_size() if len(keys) else 0, values.data_ptr()) for values in parts]
     reader.checksum(keys.data_ptr(), len(keys), numbers, out.data_ptr())
     return out
 
 
-def full_disk(path: Path, size: int, error: OSError) -> CacheFull:
-    reason = error.strerror or str(error)
-    if error.errno == errno.EFBIG:
-        reason = "files may not become that large here"
-    what = f"{size} bytes for {path} were" if size else f"{path} was"
-    return CacheFull(
-        f"{what} refused: {reason}. What is stored already stays readable; free some space, or set --cache.disk_budget."
-    )
-
-
 def _header(parts: Sequence[Part], rows: int) -> tuple[bytes, dict[str, int], int]:
     """The first 4096 bytes of the file, where each tensor begins in it, and the size of the file."""
-    entries, starts, position = {"__metadata__": {"format": "stablekd rows 1"}}, {}, 0
+    entries: dict[str, dict] = {"__metadata__": {"format": "stablekd rows 1"}}
+    starts, position = {}, 0
     for part in (*parts, _KEYS, _CHECKSUMS):
         end = position + rows * part.bytes
         entries[part.name] = {
@@ -257,7 +276,8 @@ def _header(parts: Sequence[Part], rows: int) -> tuple[bytes, dict[str, int], in
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    """The bytes of a CPU tensor, in place if it is contiguous."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _write(file: int, offset: int, data: bytes | Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What the planner needs to know about this machine, measured on the run's own networks and data."""
+"""How fast codecs and tiers are on this machine, measured on the run's own rows."""
 
 from __future__ import annotations
 
@@ -13,41 +13,47 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.cache.codecs import RowFormat
+from stablekd_fast.cache.disk import SUFFIX, drop_pages
 from stablekd_fast.cache.manifest import Manifest
-from stablekd_fast.cache.memory import MemoryRows
-from stablekd_fast.cache.settings import CacheSettings, parse_bytes
-from stablekd_fast.cache.shard import SUFFIX, drop_pages
+from stablekd_fast.cache.memory_rows import MemoryRows
+from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.execution.timing import REPEATS, seconds
 
 _PROBE_BYTES = 48 << 20
-_PAGE_CACHE_SHARE = 0.6
-"""Of the memory that is free now, what the system can be expected to use for files."""
+_PAGE_CACHE_FRACTION = 0.6
+"""The fraction of the memory that is free now which the system can be expected to use for files."""
 
 
 @dataclass(frozen=True)
 class CodecCost:
-    """Of one batch of one output."""
+    """What a codec takes for one output."""
 
     row_bytes: int
     encode: float
+    """Seconds for a batch."""
     decode: float
+    """Seconds for a batch."""
     stored: float = 0.0
-    """Share of the rows that are on disk already."""
+    """The fraction of the rows that are on disk already."""
     exact: bool = True
+    """Whether rows decode to the very bits that were encoded."""
 
 
 @dataclass(frozen=True)
 class TierCost:
-    """Seconds per byte on each resource; `budget` in bytes."""
+    """What it takes to read and to write rows in a tier."""
 
     read: Mapping[str, float]
+    """Seconds per byte on each resource that is used: `device`, `link` or `disk`."""
     write: Mapping[str, float]
+    """Seconds per byte on each resource that is used."""
     budget: float
+    """Bytes that the rows may take."""
 
 
 def measure_codec(form: RowFormat, example: Tensor, stored: float = 0.0) -> CodecCost:
-    """Encoding and decoding a batch `example` `[N, ...]` on its device."""
+    """Time how a batch `example` `[N, ...]` is encoded and decoded on its device."""
     parts = form.encode(example)
     return CodecCost(
         form.row_bytes,
@@ -61,9 +67,9 @@ def measure_codec(form: RowFormat, example: Tensor, stored: float = 0.0) -> Code
 def measure_tiers(
     settings: CacheSettings, example: Tensor, working_set: int, device: torch.device
 ) -> dict[str, TierCost]:
-    """The memories that the settings allow, each with its speed for rows like those of `example` `[N, ...]`.
+    """Time the tiers that the settings allow, with rows like those of `example` `[N, ...]`.
 
-    `working_set`: bytes that will be read again and again. If they fit into free main memory, files are read from
+    `working_set` is how many bytes will be read again and again: if they fit into free main memory, files are read from
     there.
     """
     form = RowFormat.of("fp32", example)
@@ -75,10 +81,10 @@ def measure_tiers(
     ]
     tiers = {}
     for tier, memory in (("device", device), ("host", torch.device("cpu"))):
-        budget = parse_bytes(getattr(settings, f"{tier}_budget"), f"cache.{tier}_budget")
+        budget = settings.budget(tier)
         if budget and not (tier == "device" and device.type == "cpu"):
             tiers[tier] = TierCost(*_memory_rates(form, rows, parts, len(example), memory, device), budget)
-    if settings.directory is not None:
+    if settings.folder is not None:
         tiers["disk"] = _disk(settings, form, rows, parts, len(example), working_set, device)
     return tiers
 
@@ -106,7 +112,8 @@ def _disk(
     device: torch.device,
 ) -> TierCost:
     """Reading costs the processor a copy, and the disk its time where the rows do not stay in main memory."""
-    directory = Path(settings.directory).expanduser()
+    directory = settings.folder
+    assert directory is not None
     probe, size = directory / f".probe-{os.getpid()}", len(rows) * form.row_bytes
     try:
         with RowStore(probe / "rows", Manifest(form.parts, len(rows), {}), write=True) as store:
@@ -123,20 +130,21 @@ def _disk(
             cold = (time.perf_counter() - start) / (len(rows) // 2 * form.row_bytes)
     finally:
         shutil.rmtree(probe, ignore_errors=True)
-    stays = working_set < _PAGE_CACHE_SHARE * free_memory()
+    stays = working_set < _PAGE_CACHE_FRACTION * free_memory()
     read = {"disk": cached if stays else cold}
     if device.type == "cpu":
         read["device"] = cached
     else:
         staged = torch.empty(8 << 20, pin_memory=True)
         read["link"] = seconds(lambda: staged.to(device, non_blocking=True), device) / (staged.numel() * 4)
-    return TierCost(read, {"device": write}, _disk_budget(settings, directory))
+    return TierCost(read, {"device": write}, _disk_budget(directory, settings.budget("disk")))
 
 
-def _disk_budget(settings: CacheSettings, directory: Path) -> float:
+def _disk_budget(directory: Path, budget: int | None) -> float:
+    """What all rows may take, those that are stored already among them."""
     held = sum(path.stat().st_size for path in directory.rglob(f"*{SUFFIX}"))
     free = 0.95 * shutil.disk_usage(directory).free + held
-    return free if settings.disk_budget is None else min(free, parse_bytes(settings.disk_budget, "cache.disk_budget"))
+    return free if budget is None else min(free, budget)
 
 
 def free_memory() -> int:

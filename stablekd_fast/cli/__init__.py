@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 
 from stablekd_fast import __version__
 from stablekd_fast.cli import bench, cache, diagnose
 from stablekd_fast.cli.options import fields_of
+from stablekd_fast.cli.spelling import Parser, explained, underscored
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.execution.memory import keep_freed_memory
@@ -21,21 +22,21 @@ from stablekd_fast.report.terminal import console, print_rows
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code. Errors on purpose are one sentence on stderr and exit code 2."""
+    """Run one command and return its exit code. Errors on purpose are one sentence on stderr and exit code 2."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # before arguments are added
     parser, commands = _parser()
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    words = [underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         settings = parser.parse_args(words)
     except jsonargparse.ArgumentError as error:
-        print(f"stablekd: {_with_nearest(str(error), commands, words)}", file=sys.stderr)
+        print(f"stablekd: {explained(error, commands, words)}", file=sys.stderr)
         return 2
     if settings.command is None:
         parser.print_help()
         return 2
     keep_freed_memory()
-    options = commands[settings.command].instantiate(settings[settings.command])
     try:
+        options = commands[settings.command].instantiate(settings[settings.command])
         return RUN[settings.command](options)
     except StableKDError as error:
         print(f"stablekd: {error}", file=sys.stderr)
@@ -45,14 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _demo(options) -> int:
+def _demo(options: jsonargparse.Namespace) -> int:
     from stablekd_fast.run.demo import run_demo
 
     run_demo(Path(options.out), seeds=options.seeds, device=options.device)
     return 0
 
 
-def _distill(options) -> int:
+def _distill(options: jsonargparse.Namespace) -> int:
     from stablekd_fast.run.distiller import Distiller
 
     config = DistillConfig(**fields_of(options))
@@ -65,7 +66,7 @@ def _distill(options) -> int:
     return 0
 
 
-def _evaluate(options) -> int:
+def _evaluate(options: jsonargparse.Namespace) -> int:
     from stablekd_fast.run.exported import evaluate_file
 
     metrics = evaluate_file(
@@ -75,7 +76,7 @@ def _evaluate(options) -> int:
     return 0
 
 
-def _plan(options) -> int:
+def _plan(options: jsonargparse.Namespace) -> int:
     from stablekd_fast.blocks import describe_blocks
     from stablekd_fast.planning.pair import plan_pair, plan_ranks
 
@@ -87,7 +88,7 @@ def _plan(options) -> int:
         print_rows(f"What is kept of the teacher, per batch of {options.batch_size}", found.decisions)
         print_rows(f"The run, {found.basis}", found.totals)
     if asked.ranks:
-        for title, rows in plan_ranks(asked, paired).items():
+        for title, rows in plan_ranks(asked, paired, asked.ranks).items():
             if rows:
                 print_rows(title, rows)
             else:
@@ -95,7 +96,7 @@ def _plan(options) -> int:
     return 0
 
 
-def _info(options) -> int:
+def _info(options: jsonargparse.Namespace) -> int:
     from stablekd_fast import kernels
     from stablekd_fast.report import machine, versions
 
@@ -107,7 +108,7 @@ def _info(options) -> int:
 
 
 def _selftest(device: str) -> int:
-    """Exit code 1 if a claim does not hold."""
+    """Check the claims and return the exit code: 1 if one does not hold."""
     from rich.markup import escape
 
     from stablekd_fast.run.builders import pick_device
@@ -131,12 +132,10 @@ RUN = {
 }
 
 
-def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.ArgumentParser]]:
-    parser = jsonargparse.ArgumentParser(
-        prog="stablekd", description="Blockwise knowledge distillation.", exit_on_error=False, version=__version__
-    )
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(prog="stablekd", description="Blockwise knowledge distillation.", version=__version__)
     chosen = parser.add_subcommands(required=False, dest="command")
-    commands = {name: jsonargparse.ArgumentParser(exit_on_error=False) for name in RUN}
+    commands = {name: Parser() for name in RUN}
 
     demo = commands["demo"]
     demo.add_argument("--out", type=str, default="demo", help="directory for results and report")
@@ -150,7 +149,7 @@ def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.Argum
     evaluate.add_argument("weights", type=str, help="student.safetensors, checkpoint.safetensors or a weights file")
     evaluate.add_argument("--data", type=str | None, default=None, help="data set; that of the run by default")
     evaluate.add_argument("--model", type=str | None, default=None, help="model name; that of the run by default")
-    evaluate.add_argument("--split", type=str, default="test", choices=["test", "train"])
+    evaluate.add_argument("--split", default="test", choices=["test", "train"])
     evaluate.add_argument("--device", type=str, default="auto")
 
     commands["plan"].add_class_arguments(PairPlan)
@@ -159,7 +158,7 @@ def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.Argum
 
     info = commands["info"]
     info.add_argument("--selftest", action="store_true", help="check the essential claims; exit code 1 if one fails")
-    info.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="of the self-test")
+    info.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="device of the self-test")
 
     helps = {
         "demo": "compare methods on embedded real data",
@@ -179,33 +178,10 @@ def _parser() -> tuple[jsonargparse.ArgumentParser, dict[str, jsonargparse.Argum
     return parser, commands | inner
 
 
-def _underscored(word: str) -> str:
-    """Options may be written with hyphens, as people expect, or with underscores, as in the YAML file."""
-    if not word.startswith("--") or len(word) == 2:
-        return word
-    if word == "--resume":
-        return "--resume=true"
-    name, equals, value = word[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
-
-
-def _with_nearest(message: str, commands: dict, words: list[str]) -> str:
-    """Add the nearest valid name to a complaint about an unknown one."""
-    unknown = re.search(r"--([\w.]+)", message) or re.search(r"option ['\"]([\w.]+)", message)
-    command = next((name for name in (" ".join(words[:2]), *words) if name in commands), None)
-    if unknown is None or command is None:
-        return message
-    valid = [action.dest for action in commands[command]._actions if action.dest]
-    near = difflib.get_close_matches(unknown.group(1), valid, 1, 0.5)
-    if not near or unknown.group(1) in valid:
-        return message
-    return f"{message} The nearest valid name is {near[0]!r}."
-
-
 def _plan_row(row: dict) -> dict:
-    """A described block in the widths of a terminal; two values are teacher / student."""
+    """Return a described block in the widths of a terminal. Two values in a cell are teacher / student."""
 
-    def both(name: str, form) -> str:
+    def both(name: str, form: Callable[[Any], str]) -> str:
         pair = [form(row[f"{side}_{name}"]) for side in ("teacher", "student")]
         return pair[0] if pair[0] == pair[1] else " / ".join(pair)
 
@@ -221,6 +197,7 @@ def _plan_row(row: dict) -> dict:
 
 
 def _short(number: int) -> str:
+    """Return three digits and a unit."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"

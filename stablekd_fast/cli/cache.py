@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jsonargparse
+from jsonargparse import Namespace
 
 from stablekd_fast.cli.options import fields_of, listed
+from stablekd_fast.cli.spelling import Parser
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.report.terminal import console, print_rows
 
 
-def run(options) -> int:
+def run(options: Namespace) -> int:
+    """Run the command that was chosen."""
     return COMMANDS[options.what](options[options.what])
 
 
-def _cache_info(options) -> int:
+def _cache_info(options: Namespace) -> int:
     from stablekd_fast.cache.maintain import describe
 
     rows = describe(Path(options.directory))
@@ -26,7 +28,7 @@ def _cache_info(options) -> int:
     return 0
 
 
-def _cache_verify(options) -> int:
+def _cache_verify(options: Namespace) -> int:
     from stablekd_fast.cache.maintain import verify
 
     whole, damaged = verify(Path(options.directory))
@@ -37,7 +39,7 @@ def _cache_verify(options) -> int:
     return 0
 
 
-def _cache_gc(options) -> int:
+def _cache_gc(options: Namespace) -> int:
     from stablekd_fast.cache.maintain import collect
 
     if not options.columns and not options.half_filled:
@@ -48,7 +50,7 @@ def _cache_gc(options) -> int:
     return 0
 
 
-def _cache_build(options) -> int:
+def _cache_build(options: Namespace) -> int:
     from stablekd_fast.run.distiller import Distiller
 
     distiller = Distiller(DistillConfig(**fields_of(options)))
@@ -65,9 +67,10 @@ def _cache_build(options) -> int:
 COMMANDS = {"info": _cache_info, "verify": _cache_verify, "gc": _cache_gc, "build": _cache_build}
 
 
-def add_commands(cache: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.ArgumentParser]:
+def add_commands(cache: Parser) -> dict[str, Parser]:
+    """Add the subcommands; return their parsers by name."""
     chosen = cache.add_subcommands(required=True, dest="what")
-    caches = {name: jsonargparse.ArgumentParser(exit_on_error=False) for name in COMMANDS}
+    caches = {name: Parser() for name in COMMANDS}
     for name in ("info", "verify", "gc"):
         caches[name].add_argument("directory", type=str, help="the --cache.directory of a run")
     caches["gc"].add_argument("--columns", type=str | None, default=None, help="columns to delete, with commas between")

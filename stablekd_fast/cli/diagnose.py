@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 
-import jsonargparse
+from jsonargparse import Namespace
 
 from stablekd_fast.cli.options import fields_of
+from stablekd_fast.cli.spelling import Parser
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.diagnose.settings import ARMS, END_TO_END, NOT_USED, Probing
 from stablekd_fast.report.terminal import console, print_rows
 
 
-def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
+    """Add the settings of a diagnosis."""
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
-    parser.add_class_arguments(DistillConfig, skip=NOT_USED)
+    parser.add_class_arguments(DistillConfig, skip={*NOT_USED})
     parser.add_class_arguments(Probing)
     parser.add_argument("--out", type=str, default="runs/diagnose", help="directory for diagnose.json and report.html")
 
 
-def run(options) -> int:
+def run(options: Namespace) -> int:
+    """Diagnose a pair and show what was found."""
     from stablekd_fast.diagnose.diagnosis import diagnose
 
     values = fields_of(options)
@@ -37,8 +40,10 @@ def run(options) -> int:
 
 
 def _row(block: dict) -> dict:
-    """In the widths of a terminal: intervals of what decides, means of the rest; two values are end to end /
-    decomposed."""
+    """Return a block in the widths of a terminal: intervals of what decides, means of the rest.
+
+    Two values in a cell are end to end / decomposed.
+    """
 
     def both(name: str) -> str:
         return " / ".join("–" if block[arm][name] is None else f"{block[arm][name].mean:.2g}" for arm in ARMS)
@@ -51,5 +56,5 @@ def _row(block: dict) -> dict:
     }
 
 
-def _text(value) -> str:
+def _text(value: object) -> str:
     return "–" if value is None else str(value)

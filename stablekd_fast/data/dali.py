@@ -1,21 +1,22 @@
 """Decoding by NVIDIA DALI: our order, our boxes, its decoder, which decodes no more of an image than its box needs.
 
 On a CPU the boxes are then scaled as the torchvision source scales them, in threads: DALI's own scaling is slower
-there. On a GPU decoding is DALI's "mixed" one (hardware decoder or nvJPEG), and it scales on the device. What DALI is
-not given, because decoders differ in how they take it (other formats, CMYK, turned or cut short JPEGs), is decoded as
-the torchvision source does it; so is a batch in which DALI finds a damaged image, which is then named and treated as
-`on_bad_image` says.
+there. On a GPU decoding is DALI's "mixed" one (hardware decoder or nvJPEG), and it scales on the device. Images that
+decoders differ on (other formats, CMYK, turned or cut short JPEGs) are not given to DALI but decoded as the torchvision
+source does it; so is a batch in which DALI finds a damaged image, which is then named and treated as `on_bad_image`
+says.
 
-`ReaderPipeline` is the other way: DALI's own readers, order and random crops, for `stream.StreamSource`.
+The other way to use DALI, with its own readers, order and random crops, is `dali_stream.StreamSource`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +28,15 @@ from stablekd_fast.data.threads import ordered_map
 from stablekd_fast.errors import ConfigError
 
 _READERS = 2
-"""Threads that fetch bytes and draw boxes."""
+"""So many threads fetch bytes and draw boxes."""
 _PARTS = 4
-"""Of a batch, finished side by side."""
+"""So many parts of a batch are finished side by side."""
 
 INSTALL = "pip install 'stablekd_fast[dali]'"
 
 
 def dali_missing() -> str | None:
-    """Why DALI cannot be used; None if it can."""
+    """Return why DALI cannot be used; None if it can."""
     try:
         # The package `nvidia-dali` of PyPI is an empty stub, which lacks this module.
         import nvidia.dali.fn  # noqa: F401
@@ -45,10 +46,18 @@ def dali_missing() -> str | None:
 
 
 def require_dali(source: str) -> None:
-    """Raises ConfigError where DALI, which `source` needs, is not installed."""
+    """Raise ConfigError where DALI, which `source` needs, is not installed."""
     missing = dali_missing()
     if missing:
         raise ConfigError(f"The source {source} was asked for, but {missing}, or choose --source torchvision.")
+
+
+def load_dali() -> Any:
+    """Return the package. It goes untyped, as its stubs lack `types` and declare what may be left out as needed."""
+    import nvidia.dali.fn
+    import nvidia.dali.types
+
+    return nvidia.dali
 
 
 @dataclass
@@ -58,22 +67,22 @@ class _Batch:
     positions: np.ndarray
     view: int
     kept: dict[int, Tensor]
-    """Crops that were stored, by place in the batch."""
+    """The crops that were stored, by place in the batch."""
     encoded: dict[int, Encoded | None]
     """The others by place; None for bad ones."""
     images: Tensor
-    """uint8 `[N, S, S, 3]`, to be filled."""
+    """The crops of the batch, uint8 `[N, S, S, 3]`, to be filled."""
     cuts: dict[int, Tensor] = field(default_factory=dict)
     """What DALI decoded, by place: the boxes, on a GPU scaled already."""
 
     @property
-    def plain(self) -> list[int]:
-        """Places of the images that DALI is given."""
-        return [place for place, image in self.encoded.items() if image is not None and image.header.plain]
+    def plain(self) -> dict[int, Encoded]:
+        """The images that DALI is given, by place."""
+        return {place: image for place, image in self.encoded.items() if image is not None and image.header.plain}
 
 
 class DaliDecoder:
-    """Crops of batches of up to `batch_size` images, decoded on `device` by `threads` threads, `depth` batches ahead.
+    """Decodes batches of up to `batch_size` images on `device` with `threads` threads, `depth` batches ahead.
 
     Raises ConfigError where DALI is not installed.
     """
@@ -93,11 +102,9 @@ class DaliDecoder:
         self._pipeline: _Pipeline | None = None
 
     def identity(self) -> dict:
-        from nvidia.dali import __version__
+        return {"source": "dali", "version": load_dali().__version__, "device": self.device.type}
 
-        return {"source": "dali", "version": __version__, "device": self.device.type}
-
-    def decode(self, jobs: Iterator[Job]) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def decode(self, jobs: Iterator[Job]) -> Generator[tuple[np.ndarray, Tensor]]:
         finishing = 0 if self.device.type == "cuda" else self.threads
         with closing(ordered_map(self._read, jobs, workers=_READERS, ahead=self.depth)) as batches:
             with closing(self._through_pipeline(batches)) as decoded:
@@ -108,16 +115,16 @@ class DaliDecoder:
 
     def _read(self, job: Job) -> _Batch:
         positions, view = job
-        kept = {place: self.crops.kept(position, view) for place, position in enumerate(positions.tolist())}
-        kept = {place: crop for place, crop in kept.items() if crop is not None}
+        stored = {place: self.crops.kept(position, view) for place, position in enumerate(positions.tolist())}
+        kept = {place: crop for place, crop in stored.items() if crop is not None}
         missing = [place for place in range(len(positions)) if place not in kept]
         encoded = self.crops.encoded([int(positions[place]) for place in missing], view)
         size = self.crops.size
         images = torch.empty(len(positions), size, size, 3, dtype=torch.uint8, device=self.device)
         return _Batch(positions.copy(), view, kept, dict(zip(missing, encoded)), images)
 
-    def _through_pipeline(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
-        """The batches with what DALI decoded, `depth` of them in its hands at a time."""
+    def _through_pipeline(self, batches: Iterator[_Batch]) -> Generator[_Batch]:
+        """Have DALI decode the batches, `depth` of them in its hands at a time."""
         in_flight: deque[_Batch] = deque()
         try:
             for batch in batches:
@@ -132,7 +139,7 @@ class DaliDecoder:
                 self._pipeline = None  # what is left in it belongs to nobody
 
     def _start(self, batch: _Batch) -> None:
-        images = [batch.encoded[place] for place in batch.plain]
+        images = list(batch.plain.values())
         if not images:
             return
         if self._pipeline is None:
@@ -141,9 +148,11 @@ class DaliDecoder:
 
     def _take(self, in_flight: deque[_Batch]) -> _Batch:
         batch = in_flight.popleft()
-        if batch.plain:
+        places = list(batch.plain)
+        if places:
+            assert self._pipeline is not None
             try:
-                batch.cuts = dict(zip(batch.plain, self._pipeline.take(len(batch.plain))))
+                batch.cuts = dict(zip(places, self._pipeline.take(len(places))))
             except RuntimeError:  # one damaged image spoils its batch, and the pipeline with it
                 self._pipeline = None
                 for other in in_flight:
@@ -172,15 +181,14 @@ class DaliDecoder:
 
 
 class _Pipeline:
-    """Encoded images and boxes in; out come the boxes, on a GPU scaled to `size` x `size`; several batches at a
-    time."""
+    """Takes encoded images and their boxes, and gives the pixels in the boxes, on a GPU scaled to `size` x `size`.
+    Several batches are in it at a time."""
 
     def __init__(self, batch_size: int, threads: int, size: int, device: torch.device, depth: int) -> None:
-        from nvidia.dali import fn, pipeline_def, types
+        dali, on_gpu = load_dali(), device.type == "cuda"
+        fn, types = dali.fn, dali.types
 
-        on_gpu = device.type == "cuda"
-
-        @pipeline_def(
+        @dali.pipeline_def(
             batch_size=batch_size, num_threads=threads, device_id=device_id_of(device), prefetch_queue_depth=depth
         )
         def cuts():
@@ -194,7 +202,7 @@ class _Pipeline:
         self._dali = cuts()
         self._dali.build()
         self._to_fill = self._dali.input_feed_count("encoded")
-        """Batches that DALI must be fed before it begins; it then runs all of them."""
+        """How many batches DALI must still be fed before it begins; it then runs all of them."""
         self._fed: deque[list[np.ndarray]] = deque(maxlen=2 * depth + 2)
         """The bytes that DALI reads, which are not copied."""
         self._last: list[Encoded] = []
@@ -212,8 +220,8 @@ class _Pipeline:
             self._dali.schedule_run()
 
     def take(self, count: int) -> list[Tensor]:
-        """Of the oldest batch, of `count` images. Raises RuntimeError for a damaged image; all that was begun is lost
-        then."""
+        """Return the boxes of the oldest batch, of `count` images. Raises RuntimeError for a damaged image, and loses
+        all that was begun."""
         while self._to_fill:  # there were too few batches for DALI to begin
             self.holds_fillers = True
             self.start(self._last)
@@ -227,14 +235,14 @@ class _Pipeline:
 
 
 def device_id_of(device: torch.device) -> int | None:
-    """As DALI numbers GPUs; None stands for the CPU."""
+    """Return the number that DALI gives to a GPU; None stands for the CPU."""
     if device.type != "cuda":
         return None
     return device.index if device.index is not None else torch.cuda.current_device()
 
 
-def copied_to_gpu(crops, count: int, size: int, device: torch.device) -> Tensor:
-    """DALI's crops `[N, size, size, 3]`, which lie on the device and will be overwritten there."""
+def copied_to_gpu(crops: Any, count: int, size: int, device: torch.device) -> Tensor:
+    """Copy DALI's crops `[N, size, size, 3]`, which lie on the device and will be overwritten there."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
     copied = torch.empty(count, size, size, 3, dtype=torch.uint8, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablekd_fast.data.dali import copied_to_gpu, device_id_of, require_dali
-from stablekd_fast.data.decoders import STREAM, Loader
+from stablekd_fast.data.batch import Batch, normalised
+from stablekd_fast.data.dali import copied_to_gpu, device_id_of, load_dali, require_dali
+from stablekd_fast.data.decoders import STREAM, SourceChoice
 from stablekd_fast.data.records import ArchiveRecords, FileRecords, Records
-from stablekd_fast.data.source import Batch, Needed, TrainSource, normalised
+from stablekd_fast.data.source import Needed, TrainSource
 from stablekd_fast.data.views import Stream, below, counter_hash, epoch_order
 from stablekd_fast.errors import ConfigError, DataError
 
@@ -24,10 +25,10 @@ class StreamSource:
     """The training images of `source`, read, shuffled, cut and jittered by DALI itself; views, mixing and scaled
     decoding are not taken over.
 
-    Batches have the size, type and layout of those of `source`, and its ranks share them, but are drawn from each
-    rank's shard, which changes from pass to pass. Nothing is dropped: the images left at the end of a pass begin a
-    batch with those of the next. Files are shuffled as a whole once and among 1,024 from then on; archives are read in
-    their order, among 1,024.
+    Batches have the size, type and layout of those of `source`. Each rank draws its part of a batch from its own shard
+    of the images, which changes from pass to pass. Nothing is dropped: the images left at the end of a pass begin a
+    batch with those of the next. Files are shuffled as a whole once, and among 1,024 from then on; archives are read in
+    their order, and shuffled among 1,024.
 
     Raises ConfigError where DALI is not installed, and for images that lie in TFRecords or in memory.
     """
@@ -44,26 +45,26 @@ class StreamSource:
                 "auto or dali."
             )
         self.source = source
-        self.loader = Loader(
+        self.choice = SourceChoice(
             STREAM, "asked for: order and crops are DALI's own, and as they have no names nothing is cached"
         )
 
     def part(self, rank: int, ranks: int) -> StreamSource:
-        """The same stream for one of `ranks` processes."""
+        """Return the same stream for one of `ranks` processes."""
         return StreamSource(self.source.part(rank, ranks))
 
     def batches(
         self, start_step: int, stop_step: int, dtype: torch.dtype = torch.float32, needed: Needed | None = None
-    ) -> Iterator[Batch]:
-        """As many batches as there are steps from `start_step` to `stop_step` - 1, with images in `dtype`, whether they
-        are
-        `needed` or not: without names nobody can tell.
+    ) -> Generator[Batch]:
+        """Give a batch for each of the steps start..stop-1, with images in `dtype`, whether they are `needed` or not:
+        without names nobody can tell.
 
         A stream cannot be entered in its midst: each call begins a new pass, in an order that seed and `start_step`
         decide. Raises DataError at a bad image.
         """
         source = self.source
         split, augmentation = source.split, source.augmentation
+        assert augmentation.size is not None  # every resized crop has one
         order = epoch_order(source.seed, start_step, len(split))
         pipeline = ReaderPipeline(
             split.records,
@@ -87,14 +88,14 @@ class StreamSource:
 
 
 _SHUFFLED = 1024
-"""Encoded images among which DALI's readers draw the next one."""
+"""So many encoded images wait for DALI's readers to draw the next one among them."""
 
 
 class ReaderPipeline:
-    """Batches without an end by DALI's own reader, decoder and random crops, of this rank's shard of the images.
+    """Batches without an end by DALI's own reader, decoder and random crops, from this rank's shard of the images.
 
-    `samples` int64 `[N]` are read of `records`, for which `can_stream`; `size` and `jitter` are those of
-    `Augmentation`. Boxes have the shares and ratios of `resized_crop_boxes`; contrast varies about mid grey, not about
+    Reads `samples` int64 `[N]` of `records`, for which `can_stream` holds; `size` and `jitter` are those of
+    `Augmentation`. Boxes have the areas and ratios of `resized_crop_boxes`; contrast varies about mid grey, not about
     the image's own mean. Every pass shows every sample once, in an order of its own; no batch is short: where a pass
     ends within one, the next begins there.
 
@@ -116,14 +117,14 @@ class ReaderPipeline:
         rank: int,
         ranks: int,
     ) -> None:
-        from nvidia.dali import fn, pipeline_def, types
-
+        dali = load_dali()
+        fn, types = dali.fn, dali.types
         order = {"random_shuffle": True, "initial_fill": _SHUFFLED, "shard_id": rank, "num_shards": ranks}
         boxes = {"random_area": [0.08, 1.0], "random_aspect_ratio": [3 / 4, 4 / 3]}
         decoder = {"device": "mixed" if device.type == "cuda" else "cpu", "output_type": types.RGB}
         settings = {"batch_size": batch_size, "num_threads": max(1, threads), "device_id": device_id_of(device)}
 
-        @pipeline_def(**settings, prefetch_queue_depth=depth, seed=seed)
+        @dali.pipeline_def(**settings, prefetch_queue_depth=depth, seed=seed)
         def crops():
             encoded, names = reader(**order)
             crop = fn.decoders.image_random_crop(encoded, **boxes, **decoder)
@@ -137,14 +138,17 @@ class ReaderPipeline:
 
         self.batch_size, self.size, self.device = batch_size, size, device
         with TemporaryDirectory() as folder, _explained():
-            files = isinstance(records, FileRecords)
-            reader = _file_reader(records, samples) if files else _tar_reader(records, samples, Path(folder))
+            if isinstance(records, FileRecords):
+                reader = _file_reader(records, samples)
+            else:
+                assert isinstance(records, ArchiveRecords)
+                reader = _tar_reader(records, samples, Path(folder))
             self._dali = crops()
             self._dali.build()
 
     def take(self) -> tuple[np.ndarray, Tensor, Tensor]:
-        """The next batch: places in `samples` int64 `[N]`, crops uint8 `[N, S, S, 3]` on the device, and a fair coin
-        for each, bool `[N]`."""
+        """Return the next batch: places in `samples` int64 `[N]`, crops uint8 `[N, S, S, 3]` on the device, and a fair
+        coin for each, bool `[N]`."""
         with _explained():
             crops, names, coins = self._dali.run()
         places = np.array([_place(names.at(k)) for k in range(self.batch_size)])
@@ -156,23 +160,22 @@ class ReaderPipeline:
 
 
 def can_stream(records: Records) -> bool:
-    """Whether `ReaderPipeline` reads them: image files and tars."""
-    return isinstance(records, FileRecords) or all(path.suffix == ".tar" for path in records.archives)
+    """Return whether `ReaderPipeline` reads them: image files and tars."""
+    if isinstance(records, ArchiveRecords):
+        return all(path.suffix == ".tar" for path in records.archives)
+    return isinstance(records, FileRecords)
 
 
 def _file_reader(records: FileRecords, samples: np.ndarray) -> Callable:
-    """A sample's place stands where DALI expects its label."""
-    from nvidia.dali import fn
-
+    """Make a reader of image files. A sample's place stands where DALI expects its label."""
     files = [str(records.paths[sample]) for sample in samples.tolist()]
-    return partial(fn.readers.file, files=files, labels=list(range(len(files))))
+    return partial(load_dali().fn.readers.file, files=files, labels=list(range(len(files))))
 
 
 def _tar_reader(records: ArchiveRecords, samples: np.ndarray, folder: Path) -> Callable:
-    """By index files, in `folder`, of these samples alone, in the order of the archive; a sample's place stands where
-    its name is expected, which DALI hands on."""
-    from nvidia.dali import fn
-
+    """Make a reader of tars, by index files that it writes to `folder` and that list these samples alone, in the order
+    of the archive. A sample's place stands where DALI expects its name, which it hands on."""
+    fn = load_dali().fn
     paths, indices, found = [], [], records.places[samples]
     for number in np.unique(found[:, 0]).tolist():
         own = np.flatnonzero(found[:, 0] == number)
@@ -190,19 +193,18 @@ def _tar_reader(records: ArchiveRecords, samples: np.ndarray, folder: Path) -> C
 
 
 def _place(name: np.ndarray) -> int:
-    """From the label of a file, or from an archive's `path:offset:name`."""
+    """Read a sample's place from the label of a file, or from an archive's `path:offset:name`."""
     return int(name.tobytes().rpartition(b":")[2]) if name.dtype == np.uint8 else int(name[0])
 
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """DALI's errors, which are pages long, in one sentence and with what to do."""
+    """Say DALI's errors, which are pages long, in one sentence and with what to do."""
     try:
         yield
     except RuntimeError as error:
         said = str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
         raise DataError(
-            f"DALI's reader or decoder failed ({said}); in most cases it cannot say at which image. --source dali "
-            "and --source "
-            "torchvision name a bad image, or leave it out with --on-bad-image skip."
+            f"DALI's reader or decoder failed ({said}); in most cases it cannot say at which image. --source dali and "
+            "--source torchvision name a bad image, or leave it out with --on-bad-image skip."
         ) from error

@@ -1,5 +1,6 @@
 """Opening a data set by path or name: images, classes, normalisation and augmentation that suit it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,6 +14,7 @@ from stablekd_fast.data.formats.encoded import SMALL_SIDE, encoded_splits
 from stablekd_fast.data.formats.folder import find_tree, list_tree
 from stablekd_fast.data.formats.presets import PRESETS, class_names, preset_folder
 from stablekd_fast.data.pixels import resize
+from stablekd_fast.data.records import Records
 from stablekd_fast.data.split import OnBadImage, Split
 from stablekd_fast.errors import ConfigError, DataError
 
@@ -23,11 +25,16 @@ Channels = tuple[float, float, float]
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
+
+def _gray(value: float) -> Channels:
+    return value, value, value
+
+
 # Mean and standard deviation of the training images, as the literature uses them.
 _STATISTICS: dict[str, tuple[Channels, Channels]] = {
-    "digits": ((0.3053,) * 3, (0.3760,) * 3),
-    "mnist": ((0.1307,) * 3, (0.3081,) * 3),
-    "fashion-mnist": ((0.2860,) * 3, (0.3530,) * 3),
+    "digits": (_gray(0.3053), _gray(0.3760)),
+    "mnist": (_gray(0.1307), _gray(0.3081)),
+    "fashion-mnist": (_gray(0.2860), _gray(0.3530)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
@@ -38,9 +45,8 @@ _FASHION_CLASSES = [
 
 _KINDS = (
     f"give {EMBEDDED!r}, {', '.join(PRESETS)}, a folder with train/CLASS/* and test/CLASS/* (or val), one with "
-    "train*.tar and val*.tar "
-    "(WebDataset) or with train-*-of-* and validation-*-of-* (TFRecord), a CIFAR-10 or CIFAR-100 "
-    "archive or its folder, a folder with MNIST's four idx files, or an .npz file"
+    "train*.tar and val*.tar (WebDataset) or with train-*-of-* and validation-*-of-* (TFRecord), a CIFAR-10 or "
+    "CIFAR-100 archive or its folder, a folder with MNIST's four idx files, or an .npz file"
 )
 
 
@@ -48,13 +54,12 @@ _KINDS = (
 class Augmentation:
     """How training images vary. Which variant an image gets is decided by `views`.
 
-    "pad_crop": zero-pad by `padding` pixels on each side, cut the original size out. "resized_crop":
-    cut a random box out and scale it to `size` x `size`. `flip` mirrors one half of the images. `jitter` is the
-    strength of colour jitter (0.4: brightness, contrast and saturation between 60% and 140%). "mixup" and "cutmix" mix
-    each image with another one of the training images, and their labels alike, in shares of Beta(`mix_alpha`,
-    `mix_alpha`). `scaled_decode`
-    decodes large JPEGs at a half, a quarter or an eighth of their size where the box is still large enough: faster,
-    other pixels, therefore another view.
+    "pad_crop": zero-pad by `padding` pixels on each side, cut the original size out. "resized_crop": cut a random box
+    out and scale it to `size` x `size`. `flip` mirrors one half of the images. `jitter` is the strength of colour
+    jitter (0.4: brightness, contrast and saturation between 60% and 140%). "mixup" and "cutmix" mix each image with
+    another one of the training images, and their labels alike, by weights drawn from Beta(`mix_alpha`, `mix_alpha`).
+    `scaled_decode` decodes large JPEGs at a half, a quarter or an eighth of their size where the box is still large
+    enough: faster, but to other pixels, hence to another view.
     """
 
     kind: Literal["pad_crop", "resized_crop"]
@@ -66,7 +71,7 @@ class Augmentation:
     mix_alpha: float = 1.0
     scaled_decode: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in ("pad_crop", "resized_crop"):
             raise ConfigError(f"Augmentation {self.kind!r} does not exist; use 'pad_crop' or 'resized_crop'.")
         if self.padding < 0:
@@ -85,8 +90,8 @@ class Augmentation:
 class Dataset:
     """A training and a test split with all that belongs to them.
 
-    `mean` and `std` are per channel, for images scaled to 0..1. All fields may be replaced, for instance
-    by the statistics with which a teacher was trained.
+    `mean` and `std` are per channel, for images scaled to 0..1. All fields may be replaced, for instance by the
+    statistics with which a teacher was trained.
     """
 
     name: str
@@ -109,10 +114,9 @@ def open_dataset(
     packed or not); a folder with the four idx files of MNIST or Fashion-MNIST; `.npz` with x_train, y_train, x_test,
     y_test.
 
-    `image_size` is the side in pixels to which all images are brought; by default small ones (up to 64
-    pixels) keep their size and large ones are trained on at 224. `on_bad_image` says what a damaged file
-    of a folder does: "stop" raises an error that names it, "skip" leaves it out and records it in
-    `split.skipped`.
+    `image_size` is the side in pixels to which all images are brought; by default small ones (up to 64 pixels) keep
+    their size and large ones are trained on at 224. `on_bad_image` says what happens at a damaged file of a folder:
+    "stop" raises an error that names it, "skip" leaves it out and records it in `split.skipped`.
     """
     if on_bad_image not in get_args(OnBadImage):
         raise ConfigError(f"on_bad_image must be 'stop' or 'skip', got {on_bad_image!r}.")
@@ -121,7 +125,7 @@ def open_dataset(
     if path_or_name == EMBEDDED:
         return _array_dataset(EMBEDDED, *read_digits(), Augmentation("pad_crop", flip=False, padding=1), image_size)
     path = Path(path_or_name).expanduser()
-    if path_or_name in PRESETS and not path.exists():
+    if isinstance(path_or_name, str) and path_or_name in PRESETS and not path.exists():
         path = preset_folder(path_or_name)
     if not path.exists():
         raise DataError(f"There is no data set at {path}; {_KINDS}.")
@@ -132,17 +136,10 @@ def open_dataset(
 
 def _open_folder(path: Path, image_size: int | None, on_bad_image: OnBadImage) -> Dataset:
     archives, tree = find_archives(path), find_tree(path)
-    if archives is not None or tree is not None:
-        root = path if archives is not None else tree
-        classes, parts = open_archives(archives) if archives is not None else list_tree(tree)
-        train, test = encoded_splits(root, parts, crop_size=image_size, on_bad_image=on_bad_image)
-        if train.resident:
-            augmentation = Augmentation("pad_crop", flip=True, padding=4)
-        else:
-            augmentation = Augmentation("resized_crop", flip=True, size=train.crop_size)
-        return Dataset(
-            root.resolve().name, class_names(classes), train, test, IMAGENET_MEAN, IMAGENET_STD, augmentation
-        )
+    if archives is not None:
+        return _encoded_dataset(path, *open_archives(archives), image_size, on_bad_image)
+    if tree is not None:
+        return _encoded_dataset(tree, *list_tree(tree), image_size, on_bad_image)
     idx_files = find_idx(path)
     if idx_files is not None:
         return _open_idx(path, idx_files, image_size)
@@ -163,6 +160,21 @@ def _open_file(path: Path, image_size: int | None) -> Dataset:
     if path.name.endswith((".tar", ".tar.gz", ".tgz", ".zip")):
         raise DataError(f"{path} is a packed archive: unpack it first and give the folder.")
     raise DataError(f"{path} is no known data set; {_KINDS}.")
+
+
+def _encoded_dataset(
+    root: Path,
+    classes: list[str],
+    parts: Mapping[str, tuple[Records, list[int]]],
+    image_size: int | None,
+    on_bad_image: OnBadImage,
+) -> Dataset:
+    train, test = encoded_splits(root, parts, crop_size=image_size, on_bad_image=on_bad_image)
+    if train.resident:
+        augmentation = Augmentation("pad_crop", flip=True, padding=4)
+    else:
+        augmentation = Augmentation("resized_crop", flip=True, size=train.crop_size)
+    return Dataset(root.resolve().name, class_names(classes), train, test, IMAGENET_MEAN, IMAGENET_STD, augmentation)
 
 
 def _open_idx(path: Path, files: dict[str, Path], image_size: int | None) -> Dataset:

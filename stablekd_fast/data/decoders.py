@@ -15,21 +15,24 @@ from stablekd_fast.errors import ConfigError, nearest
 
 SourceName = Literal["auto", "resident", "dali", "torchvision", "dali-stream"]
 STREAM = "dali-stream"
-"""The one whose views have no names: see `stream.py`."""
+"""The source whose views have no names: see `dali_stream.py`."""
 
 
 @dataclass(frozen=True)
-class Loader:
-    """A kind of source and why it is the one."""
+class SourceChoice:
+    """The source that was chosen, and why."""
 
     name: str
     reason: str
 
 
-def pick_loader(name: str, split: Split, device: torch.device, *, scaled: bool = False) -> Loader:
-    """`auto`: small images lie in device memory; large ones are decoded by DALI where it is installed, else by
-    torchvision, which also does it where `scaled` decoding is asked for. Raises ConfigError for a source that cannot
-    serve these images."""
+def pick_source(name: str, split: Split, device: torch.device, *, scaled: bool = False) -> SourceChoice:
+    """Choose the source of named views.
+
+    `auto`: small images lie in device memory; large ones are decoded by DALI where it is installed, else by
+    torchvision, which also decodes them where `scaled` decoding is asked for. Raises ConfigError for a source that
+    cannot serve these images.
+    """
     if name not in get_args(SourceName):
         raise ConfigError(f"source={name!r} was given{nearest(name, get_args(SourceName))}.")
     if name == STREAM:
@@ -41,7 +44,7 @@ def pick_loader(name: str, split: Split, device: torch.device, *, scaled: bool =
             raise ConfigError(
                 f"source={name} decodes large images, but these are small and kept in memory; use auto or resident."
             )
-        return Loader("resident", f"the images are small: all of them are kept in the memory of {device.type}")
+        return SourceChoice("resident", f"the images are small: all of them are kept in the memory of {device.type}")
     if name == "resident":
         raise ConfigError(
             "source=resident keeps images of up to 64 pixels in memory, but these are larger; use auto, dali or "
@@ -50,23 +53,20 @@ def pick_loader(name: str, split: Split, device: torch.device, *, scaled: bool =
     if scaled:
         if name == "dali":
             raise ConfigError("scaled_decode was asked for, which source=dali cannot do; choose torchvision or auto.")
-        return Loader("torchvision", "scaled_decode was asked for, which DALI cannot do")
+        return SourceChoice("torchvision", "scaled_decode was asked for, which DALI cannot do")
     if name != "auto":
-        return Loader(name, "asked for")
+        return SourceChoice(name, "asked for")
     missing = dali_missing()
     if missing:
-        return Loader("torchvision", missing)
-    return Loader(
-        "dali", "it decodes no more of an image than is needed" + (", on the GPU" if device.type == "cuda" else "")
-    )
+        return SourceChoice("torchvision", missing)
+    where = ", on the GPU" if device.type == "cuda" else ""
+    return SourceChoice("dali", f"it decodes no more of an image than is needed{where}")
 
 
 def make_decoder(
-    loader: Loader, crops: Crops | None, batch_size: int, workers: int, depth: int, device: torch.device
-) -> Decoder | None:
-    """For batches of `batch_size` images, `depth` of them ahead; None where nothing is decoded."""
-    if loader.name == "dali":
+    choice: SourceChoice, crops: Crops, batch_size: int, workers: int, depth: int, device: torch.device
+) -> Decoder:
+    """Make the decoder of a source of large images, for batches of up to `batch_size` of them, `depth` ahead."""
+    if choice.name == "dali":
         return DaliDecoder(crops, batch_size=batch_size, threads=workers, device=device, depth=depth)
-    if loader.name == "torchvision":
-        return ThreadDecoder(crops, batch_size=batch_size, workers=workers, pinned=device.type == "cuda", depth=depth)
-    return None
+    return ThreadDecoder(crops, batch_size=batch_size, workers=workers, pinned=device.type == "cuda", depth=depth)

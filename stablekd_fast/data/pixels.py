@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,6 @@ from torch import Tensor
 
 from stablekd_fast.errors import DataError
 
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision announces that its decoders will go; Pillow gives the same bits, a quarter slower
-    decode_jpeg = None
-
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"))
 
 _ORIENTATION = 0x0112
@@ -34,7 +29,7 @@ _UPRIGHT, _FIRST_ON_ITS_SIDE = 1, 5
 
 _START_OF_JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
 _TAIL = 64
-"""Some cameras and tools leave a few bytes behind the end of the image."""
+"""So near to its end a file must say that the image ends: some cameras and tools leave a few bytes behind."""
 _FRAMES = (0xC0, 0xC1, 0xC2)
 """Markers of baseline, extended and progressive JPEGs."""
 _MOST_PIXELS = 2**26
@@ -60,13 +55,13 @@ class Header:
 
     height: int
     width: int
-    """In pixels, of the upright image."""
+    """Height and width are those of the upright image, in pixels."""
     plain: bool
-    """A whole upright JPEG in gray or colour, which any decoder takes alike."""
+    """Whether it is a whole upright JPEG in gray or colour, which all decoders take alike."""
 
 
 def read_header(content: bytes, path: Path) -> Header:
-    """Of an encoded image. `path` names it in the `BadImage` that is raised if it is none."""
+    """Read the header of an encoded image. `path` names it in the `BadImage` that is raised if it is none."""
     size = _size_of_simple_jpeg(content)
     if size is not None:
         return Header(*size, plain=True)
@@ -83,11 +78,9 @@ def decode_rgb(content: bytes, path: Path, header: Header | None = None) -> Tens
     The EXIF orientation is applied, 16-bit gray keeps its high byte, transparency is dropped (as torchvision does), and
     of an animation the first frame is taken. `header` saves reading it again.
     """
-    if decode_jpeg is not None and (header or read_header(content, path)).plain:
+    if _decode_jpeg is not None and (header or read_header(content, path)).plain:
         try:
-            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB).permute(
-                1, 2, 0
-            )
+            return _decode_jpeg(content)
         except RuntimeError:  # Pillow has the last word on damaged bytes, and says more of them
             pass
     with _reporting(content, path), Image.open(io.BytesIO(content)) as image:
@@ -99,7 +92,7 @@ def decode_scaled(content: bytes, path: Path, header: Header, box: np.ndarray, s
     """Decode a plain JPEG at 1/2, 1/4 or 1/8 of its size, as small as `box` can be without having to be blown up to
     `size`.
 
-    The decoder then leaves out the high frequencies, and most of its work. Gives the pixels, and the box in them.
+    The decoder then leaves out the high frequencies, and most of its work. Returns the pixels, and the box in them.
     """
     height, width = header.height, header.width
     _, _, box_height, box_width = (int(side) for side in box)
@@ -115,7 +108,7 @@ def decode_scaled(content: bytes, path: Path, header: Header, box: np.ndarray, s
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear with antialiasing, rounded to 8 bits; the same image when the size already fits."""
+    """Resize bilinearly with antialiasing, rounded to 8 bits; return the same image when the size already fits."""
     if pixels.shape[:2] == (height, width):
         return pixels
     batch = pixels.contiguous()[None].permute(0, 3, 1, 2)  # seen as channels-last, for which torch has its fast path
@@ -132,14 +125,36 @@ def centre_crop(pixels: Tensor, size: int) -> Tensor:
     """Scale the short side to size * 256 / 224 and cut the centre out: `[size, size, 3]`."""
     short = round(size * 256 / 224)
     scale = short / min(pixels.shape[:2])
-    pixels = resize(pixels, *(max(short, int(side * scale)) for side in pixels.shape[:2]))
+    height, width = (max(short, int(side * scale)) for side in pixels.shape[:2])
+    pixels = resize(pixels, height, width)
     top, left = (round((side - size) / 2) for side in pixels.shape[:2])
     return pixels[top : top + size, left : left + size]
 
 
+def _torchvision_decoder() -> Callable[[bytes], Tensor] | None:
+    """Return what decodes a plain JPEG to uint8 `[H, W, 3]`; None where torchvision cannot.
+
+    torchvision announces that its decoders will go; Pillow gives the same bits, a quarter slower.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        return None
+
+    def decode(content: bytes) -> Tensor:
+        planes = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        assert isinstance(planes, Tensor)  # it would be a list for a list
+        return planes.permute(1, 2, 0)
+
+    return decode
+
+
+_decode_jpeg = _torchvision_decoder()
+
+
 def _size_of_simple_jpeg(content: bytes) -> tuple[int, int] | None:
-    """Height and width of a plain JPEG without EXIF data; None for all else. Pillow knows too, but takes five times as
-    long."""
+    """Return height and width of a plain JPEG without EXIF data; None for all else. Pillow knows too, but takes five
+    times as long."""
     if content[:2] != _START_OF_JPEG or _END_OF_JPEG not in content[-_TAIL:]:
         return None
     at = 2
@@ -156,14 +171,14 @@ def _size_of_simple_jpeg(content: bytes) -> tuple[int, int] | None:
 
 @contextmanager
 def _reporting(content: bytes, path: Path) -> Iterator[None]:
-    """Turns whatever a decoder raises on damaged bytes into `BadImage`."""
+    """Turn whatever a decoder raises on damaged bytes into `BadImage`."""
     try:
         yield
     except (BadImage, MemoryError):
         raise
     except Exception as error:
-        # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error and more on damaged files;
-        # no shorter list is complete.
+        # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error and more on damaged files: no list is
+        # complete.
         raise BadImage(path, _reason(content, error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Where encoded images lie: one file each, or stretches of archives. Records are numbered like the samples of their
+"""Where encoded images lie: in a file each, or in stretches of archives. Records are numbered like the samples of their
 split."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -20,13 +20,17 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, number: int) -> Path:
-        """What a report calls the image."""
+        """Return what a report calls the image."""
+        ...
 
     def read(self, number: int) -> bytes:
-        """The encoded image. Raises `BadImage` where it cannot be read. Called from several threads."""
+        """Return the encoded image. Raises `BadImage` where it cannot be read. Called from several threads."""
+        ...
 
     def identity(self) -> list[str]:
-        """A line for each image that tells it from others without reading it: end of its name, and size in bytes."""
+        """Return a line for each image that tells it from others without reading it: the end of its name, and its size
+        in bytes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,9 @@ class ArchiveRecords:
 
     archives: list[Path]
     places: np.ndarray
-    """int64 `[N, 3]`: number of the archive, offset and size in bytes."""
+    """Where each image lies, int64 `[N, 3]`: number of the archive, offset and size in bytes."""
     names: list[str]
-    """Of each image inside its archive."""
+    """What each image is called inside its archive."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -80,9 +84,9 @@ class ArchiveRecords:
         ]
 
     def __getstate__(self) -> dict:
-        """Without open files, which another process must open for itself."""
+        """Leave open files out: another process must open them for itself."""
         return {name: value for name, value in self.__dict__.items() if name != "_files"}
 
     @cached_property
-    def _files(self) -> list:
+    def _files(self) -> list[BinaryIO]:
         return [open(path, "rb") for path in self.archives]

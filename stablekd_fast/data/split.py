@@ -17,9 +17,9 @@ from stablekd_fast.data.views import Stream, counter_hash
 from stablekd_fast.errors import DataError
 
 OnBadImage = Literal["stop", "skip"]
-Image = TypeVar("Image")
+Used = TypeVar("Used")
 
-# Decoding threads gain nothing beyond this: Python's share of the work holds the interpreter lock.
+# Decoding threads gain nothing beyond this: Python's part of the work holds the interpreter lock.
 _MOST_THREADS = 8
 
 # Small images decode in a tenth of a millisecond, about what handing one task to a thread costs.
@@ -28,11 +28,11 @@ _FILES_PER_TASK = 64
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Encoded images of a split and how they are read.
+    """The encoded images of a split, and how they are read.
 
-    `records` has one entry per sample of the whole split, so sample ids index it. With `shape` (height,
-    width) the images are small and are kept in memory, resized to it where `resizing`, else required to
-    have it. Without `shape` they are large and are decoded at `crop_size` batch by batch.
+    `records` has one entry per sample of the whole split, so that sample ids index it. With `shape` (height, width) the
+    images are small and are kept in memory, resized to it where `resizing`, else required to have it. Without `shape`
+    they are large and are decoded at `crop_size` batch by batch.
     """
 
     records: Records
@@ -45,9 +45,9 @@ class ImageFiles:
 class Split:
     """Labelled images. Sample ids index the whole split and stay the same in every subset of it.
 
-    Images are given as an array uint8 `[N, H, W, 3]` or as `ImageFiles`. Small files are decoded when
-    they are first needed, so a subset decodes only its own. Where bad files are skipped the length of
-    such a split is not known before, so asking for it decodes too.
+    Images are given as an array uint8 `[N, H, W, 3]` or as `ImageFiles`. Small files are decoded when they are first
+    needed, so that a subset decodes only its own. Where bad files are skipped, the length of such a split is not known
+    before, so that asking for it decodes them too.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Split:
         images: torch.Tensor | None = None,
         files: ImageFiles | None = None,
         sample_ids: torch.Tensor | None = None,
-    ):
+    ) -> None:
         self._labels = labels
         self._sample_ids = torch.arange(len(labels)) if sample_ids is None else sample_ids
         self._images = images
@@ -84,7 +84,7 @@ class Split:
 
     @property
     def resident(self) -> bool:
-        """Whether the images fit in memory, all of one shape."""
+        """Whether the images are small and kept in memory, all of one shape."""
         return self._files is None or self._files.shape is not None
 
     @property
@@ -93,7 +93,7 @@ class Split:
         if not self.resident:
             raise DataError("These images are too large to be kept in memory; read them through a source.")
         if self._images is None:
-            self._decode()
+            self._images = self._decode()
         return self._images
 
     @property
@@ -104,19 +104,19 @@ class Split:
     @property
     def total(self) -> int:
         """How many samples the whole split has: sample ids lie in 0..total-1."""
-        return len(self._files.records) if self._files else len(self._whole._images)
+        return len(self._files.records) if self._files is not None else len(self._whole.images)
 
     def identity(self) -> dict:
-        """What images the sample ids of the whole split stand for: `samples`, and a `digest`.
+        """Return what images the sample ids of the whole split stand for: `samples`, and a `digest`.
 
-        Arrays by their content; files by their names (below the folder of the split) and sizes.
+        Arrays are told by their content; files by their names (below the folder of the split) and sizes.
         """
         whole = self._whole
         if whole._digest is None:
             digest = hashlib.blake2b(digest_size=16)
             if self._files is None:
-                digest.update(str(list(whole._images.shape)).encode())
-                digest.update(whole._images.contiguous().numpy().data)
+                digest.update(str(list(whole.images.shape)).encode())
+                digest.update(whole.images.contiguous().numpy().data)
             else:
                 how = (self._files.shape, self._files.resizing)
                 digest.update(repr(how).encode())
@@ -135,12 +135,12 @@ class Split:
     @property
     def crop_size(self) -> int | None:
         """Side in pixels at which large images are trained on; None for resident ones."""
-        return None if self.resident else self._files.crop_size
+        return None if self.resident else self._encoded.crop_size
 
     @property
     def replaces_bad(self) -> bool:
         """Whether another image stands in for one that turns out to be bad when it is read."""
-        return not self.resident and self._files.on_bad_image == "skip"
+        return not self.resident and self._encoded.on_bad_image == "skip"
 
     @property
     def skipped(self) -> list[tuple[Path, str]]:
@@ -150,16 +150,17 @@ class Split:
         return sorted(self._skipped.items())
 
     def subset(self, count_or_fraction: int | float, seed: int) -> "Split":
-        """A part with the class shares of the whole (largest remainder): a count (int) or a share (float).
+        """Take a part of a count (int) or a fraction (float) of the samples, with the classes in the proportions of the
+        whole (largest remainder).
 
-        Which samples are taken depends on `seed` and their ids alone. Raises `DataError` when there are
-        not enough.
+        Which samples are taken depends on `seed` and their ids alone. Raises `DataError` when there are not enough.
         """
         count = self._count(count_or_fraction)
         return self._take(self._balanced_mask(count, Stream.SUBSET, seed))
 
     def holdout(self, count: int, seed: int) -> tuple["Split", "Split"]:
-        """Split off `count` samples with the class shares of the whole: (the rest, the held-out part)."""
+        """Split off `count` samples, with the classes in the proportions of the whole: (the rest, the held-out
+        part)."""
         if not 0 < count < len(self._labels):
             raise DataError(
                 f"Cannot hold out {count} of {len(self._labels)} images; give a count between 1 and "
@@ -170,11 +171,17 @@ class Split:
 
     @property
     def records(self) -> Records:
-        """Encoded images, numbered by sample id. Only for images that come so."""
-        return self._files.records
+        """Encoded images, numbered by sample id, where images come so."""
+        return self._encoded.records
 
-    def usable(self, position: int, use: Callable[[bytes, Path, int], Image]) -> Image | None:
-        """`use(encoded, name, sample id)` of one image; None when it raises `BadImage` and such images are skipped."""
+    @property
+    def _encoded(self) -> ImageFiles:
+        assert self._files is not None, "the images of this split came as an array"
+        return self._files
+
+    def usable(self, position: int, use: Callable[[bytes, Path, int], Used]) -> Used | None:
+        """Return `use(encoded, name, sample id)` of one image; None when it raises `BadImage` and such images are
+        skipped."""
         sample = int(self._sample_ids[position])
         try:
             return use(self.records.read(sample), self.records.name(sample), sample)
@@ -183,11 +190,12 @@ class Split:
             return None
 
     def _settle(self) -> None:
-        if self._images is None and self.resident and self._files.on_bad_image == "skip":
-            self._decode()
+        if self._images is None and self.resident and self._encoded.on_bad_image == "skip":
+            self._images = self._decode()
 
-    def _decode(self) -> None:
-        height, width = self._files.shape
+    def _decode(self) -> torch.Tensor:
+        """Decode all small images; samples whose image is bad are left out from then on."""
+        height, width = self._small_shape
         count = len(self._sample_ids)
         images = torch.empty(count, height, width, 3, dtype=torch.uint8)
         good = torch.zeros(count, dtype=torch.bool)
@@ -204,12 +212,18 @@ class Split:
         if not good.any():
             path, reason = sorted(self._skipped.items())[0]
             raise DataError(f"None of {count} images can be used; the first, {path}: {reason}.")
-        self._images = images if good.all() else images[good]
         self._labels, self._sample_ids = self._labels[good], self._sample_ids[good]
+        return images if good.all() else images[good]
+
+    @property
+    def _small_shape(self) -> tuple[int, int]:
+        shape = self._encoded.shape
+        assert shape is not None, "the images of this split are large"
+        return shape
 
     def _small(self, content: bytes, name: Path, sample_id: int) -> torch.Tensor:
-        image, (height, width) = decode_rgb(content, name), self._files.shape
-        if not self._files.resizing and image.shape[:2] != (height, width):
+        image, (height, width) = decode_rgb(content, name), self._small_shape
+        if not self._encoded.resizing and image.shape[:2] != (height, width):
             raise BadImage(
                 name,
                 f"it is {image.shape[1]} x {image.shape[0]} pixels and others are {width} x {height}; "
@@ -219,7 +233,7 @@ class Split:
 
     def skip_or_raise(self, error: BadImage) -> None:
         """Note a bad image as skipped, or raise its error, as was asked for."""
-        if self._files.on_bad_image == "stop":
+        if self._encoded.on_bad_image == "stop":
             raise error
         self._skipped[error.path] = error.reason
 
@@ -240,7 +254,7 @@ class Split:
         return count_or_fraction
 
     def _balanced_mask(self, count: int, stream: Stream, seed: int) -> torch.Tensor:
-        """Bool `[N]` with `count` samples chosen, per class those of the lowest hash."""
+        """Choose `count` samples, in each class those of the lowest hash: bool `[N]`."""
         labels, total = self._labels.numpy(), len(self._labels)
         sizes = np.bincount(labels)
         # Whole numbers throughout: a rounded quotient would decide ties between remainders.

@@ -1,8 +1,8 @@
 """Work spread over threads whose results arrive in order."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -11,8 +11,8 @@ Result = TypeVar("Result")
 
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, ahead: int
-) -> Iterator[Result]:
-    """Like `map`, with up to `ahead` items in flight on `workers` threads; 0 workers: no threads.
+) -> Generator[Result]:
+    """Work like `map`, with up to `ahead` items in flight on `workers` threads; 0 workers: no threads.
 
     An error surfaces at its item's turn. Closing the iterator early cancels what has not begun.
     """
@@ -20,7 +20,7 @@ def ordered_map(
         yield from map(function, items)
         return
     pool = ThreadPoolExecutor(workers)
-    pending = deque()
+    pending: deque[Future[Result]] = deque()
     try:
         for item in items:
             pending.append(pool.submit(function, item))

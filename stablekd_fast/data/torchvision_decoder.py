@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, tee
@@ -15,7 +15,7 @@ from stablekd_fast.data.crops import BATCHES_AHEAD, Crops, Job
 from stablekd_fast.data.threads import ordered_map
 
 _IMAGES_PER_TASK = 16
-"""Shares the cost of handing a task to a thread and of drawing its boxes."""
+"""So many divide the cost of handing a task to a thread and of drawing its boxes."""
 
 
 @dataclass
@@ -25,18 +25,17 @@ class _Task:
     positions: list[int]
     view: int
     images: Tensor
-    """Of the whole batch."""
+    """The images of the whole batch, to be filled."""
     start: int
 
 
 def _starts(count: int) -> range:
-    """Where the tasks of a batch begin; an empty batch has one too, which brings its empty images."""
+    """Return where the tasks of a batch begin. An empty batch has a task too, which brings its empty images."""
     return range(0, max(count, 1), _IMAGES_PER_TASK)
 
 
 class ThreadDecoder:
-    """Decodes in `workers` threads (0: in the caller's), `depth` batches ahead: decoders and torch let go of the
-    interpreter meanwhile."""
+    """Decodes in `workers` threads (0: in the caller's), `depth` batches ahead."""
 
     def __init__(
         self, crops: Crops, *, batch_size: int, workers: int, pinned: bool = False, depth: int = BATCHES_AHEAD
@@ -44,7 +43,7 @@ class ThreadDecoder:
         self.crops, self.workers, self.pinned = crops, workers, pinned
         self._ahead = depth * len(_starts(batch_size))
 
-    def decode(self, jobs: Iterator[Job]) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def decode(self, jobs: Iterator[Job]) -> Generator[tuple[np.ndarray, Tensor]]:
         jobs, ahead = tee(jobs)
         tasks = ordered_map(self._work, self._tasks(ahead), workers=self.workers, ahead=self._ahead)
         with closing(tasks):

@@ -1,7 +1,7 @@
 """Random crops, flips and orders that are functions of a key, never of a generator's history.
 
-View `v` of sample `i` under seed `s` is the same in every process, thread, loader and epoch, because
-each random number is a hash of its key:
+View `v` of sample `i` under seed `s` is the same in every process, thread, source and epoch, because each random number
+is a hash of its key:
 
     hash(f1, f2, ...) = mix(... mix(mix(VIEW_VERSION) ^ f1) ^ f2 ...)      all modulo 2**64
     mix(x): x += 0x9E3779B97F4A7C15
@@ -9,9 +9,9 @@ each random number is a hash of its key:
             x  = (x ^ (x >> 27)) * 0x94D049BB133111EB
             x ^ (x >> 31)
 
-`mix` is the SplitMix64 step (Steele, Lea, Flood: "Fast splittable pseudorandom number generators",
-OOPSLA 2014). The first field is a `Stream`, so that no two uses share numbers. An integer in 0..n-1
-is `((hash >> 32) * n) >> 32`, a real number in [0, 1) is `(hash >> 11) / 2**53`.
+`mix` is the SplitMix64 step (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014). The
+first field is a `Stream`, so that no two uses draw the same numbers. An integer in 0..n-1 is
+`((hash >> 32) * n) >> 32`, a real number in [0, 1) is `(hash >> 11) / 2**53`.
 
 A change of anything here changes every experiment and makes stored views wrong: raise `VIEW_VERSION`.
 """
@@ -42,7 +42,7 @@ class Stream(IntEnum):
     SUBSET = 9
     HOLDOUT = 10
     PARTNER = 11
-    MIX_SHARE = 12
+    MIX_WEIGHT = 12
     CUT_ROW = 13
     CUT_COLUMN = 14
     BRIGHTNESS = 15
@@ -62,7 +62,7 @@ def counter_hash(*fields) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _hash_of_integers(fields: tuple[int, ...]) -> np.ndarray:
-    """Stream and seed are the same from batch to batch."""
+    """Hash the leading fields once: stream and seed are the same from batch to batch."""
     state = _mix(np.array([VIEW_VERSION], dtype=np.uint64))
     for field in fields:
         state = _mix(state ^ _as_uint64(field))
@@ -73,7 +73,7 @@ def _hash_of_integers(fields: tuple[int, ...]) -> np.ndarray:
 def crop_offsets_and_flips(
     seed: int, sample_ids: np.ndarray, view: int, padding: int, flip: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets int64 `[N, 2]` (top, left; each in 0..2*padding) and flips bool `[N]` of a padded crop.
+    """Draw the offsets int64 `[N, 2]` (top, left; each in 0..2*padding) and flips bool `[N]` of padded crops.
 
     `sample_ids` is int64 `[N]`. Without `flip` the flips are all False and the offsets unchanged.
     """
@@ -88,7 +88,7 @@ def crop_offsets_and_flips(
 
 
 def view_flips(seed: int, sample_ids: np.ndarray, view: int) -> np.ndarray:
-    """Whether each sample is mirrored in this view: bool `[N]`, True for one half on average."""
+    """Draw whether each sample is mirrored in this view: bool `[N]`, True for one half on average."""
     return below(counter_hash(Stream.FLIP, seed, sample_ids, view), 2) == 1
 
 
@@ -101,11 +101,11 @@ def resized_crop_boxes(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """Boxes int64 `[N, 4]` (top, left, height, width, in pixels) inside images of the given sizes `[N]`.
+    """Draw boxes int64 `[N, 4]` (top, left, height, width, in pixels) inside images of the given sizes `[N]`.
 
-    The box covers a share of the area drawn from `scale` and has width / height drawn from `ratio`
-    (uniform in the logarithm), as in Szegedy et al., "Going deeper with convolutions", 2015. The first
-    of ten draws that fits is taken; where none fits, the largest centred box of an allowed ratio.
+    The box covers a fraction of the area drawn from `scale` and has width / height drawn from `ratio` (uniform in the
+    logarithm), as in Szegedy et al., "Going deeper with convolutions", 2015. The first of ten draws that fits is taken;
+    where none fits, the largest centred box of an allowed ratio.
     """
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     tries = np.arange(_CROP_TRIES)[:, None]
@@ -129,7 +129,8 @@ def resized_crop_boxes(
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Permutation int64 `[count]`: positions sorted by their hash, so it owes nothing to numpy's generators."""
+    """Return a permutation int64 `[count]`: positions sorted by their hash, so that it owes nothing to numpy's
+    generators."""
     keys = counter_hash(Stream.ORDER, seed, epoch, np.arange(count))
     return np.argsort(keys, kind="stable").astype(np.int64)
 
@@ -149,13 +150,13 @@ def _as_uint64(field) -> np.ndarray:
 
 
 def below(hashes: np.ndarray, bound) -> np.ndarray:
-    """Integers int64 in 0..bound-1; `bound` (below 2**32) is a number or an array that broadcasts."""
+    """Turn hashes into integers int64 in 0..bound-1; `bound` (below 2**32) is a number or an array that broadcasts."""
     bound = np.asarray(bound, dtype=np.uint64)
     return (((hashes >> np.uint64(32)) * bound) >> np.uint64(32)).astype(np.int64)
 
 
 def unit(hashes: np.ndarray) -> np.ndarray:
-    """Real numbers float64 in [0, 1)."""
+    """Turn hashes into real numbers float64 in [0, 1)."""
     return (hashes >> np.uint64(11)) * 2.0**-53
 
 

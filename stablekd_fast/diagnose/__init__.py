@@ -1,4 +1,4 @@
-"""Whether decomposition should help a pair: how its blocks disturb one another in training, measured.
+"""Measures how the blocks of a pair disturb one another in training, and judges whether decomposition should help it.
 
 docs/diagnose.md says what is measured and why.
 """

@@ -1,4 +1,4 @@
-"""One diagnosis from its settings to its files: the Python face of `stablekd diagnose`."""
+"""Runs one diagnosis from its settings to its files: the Python side of `stablekd diagnose`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset
 from stablekd_fast.diagnose.settings import ARMS, NOT_USED, Probing
 from stablekd_fast.diagnose.summary import Summary, summarise
-from stablekd_fast.diagnose.training import Measured, measure
+from stablekd_fast.diagnose.training import Measurements, measure
 from stablekd_fast.diagnose.verdict import Verdict, judge
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.files import write_atomically
@@ -21,7 +21,9 @@ from stablekd_fast.report.events import plain
 
 @dataclass(frozen=True)
 class Diagnosis:
-    measured: Measured
+    """What was measured, its figures, and what they say."""
+
+    measured: Measurements
     summary: Summary
     verdict: Verdict
 
@@ -30,7 +32,7 @@ def diagnose(
     config: DistillConfig, probing: Probing | None = None, *, out: str | Path = "runs/diagnose", progress: bool = True,
     dataset: Dataset | None = None,
 ) -> Diagnosis:  # fmt: skip
-    """Train a pair shortly in both ways and look at its blocks on the way.
+    """Train a pair for a short time in both ways and look at its blocks on the way.
 
     Writes `diagnose.json`, `report.html` and `gap.svg` to `out`.
 

@@ -1,5 +1,4 @@
-"""Measures of gradients, as functions of tensors. A gradient is a list of tensors, one per parameter; sums are
-float64."""
+"""Measures of gradients. A gradient is a list of tensors, one per parameter; sums are taken in float64."""
 
 from __future__ import annotations
 
@@ -10,48 +9,49 @@ from torch import Tensor
 
 
 def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Inner product over all parameters."""
+    """Return the inner product over all parameters."""
     return sum((a.double() * b.double()).sum().item() for a, b in zip(one, other))
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
+    """Return the length of all parameters taken as one vector."""
     return math.sqrt(dot(tensors, tensors))
 
 
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    """Return `one - other`, parameter by parameter."""
     return [a.double() - b.double() for a, b in zip(one, other)]
 
 
 def relative_change(
     after: Sequence[Tensor], before: Sequence[Tensor], reference: Sequence[Tensor] | None = None
 ) -> float:
-    """`|after - before| / |reference|`, by default of `before`; NaN where that is zero."""
+    """Return `|after - before| / |reference|`; `before` is the reference by default. NaN where that is zero."""
     return _ratio(norm(difference(after, before)), norm(before if reference is None else reference))
 
 
 def cosine(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """NaN where one of the two is zero."""
+    """Return the cosine of the angle between two gradients; NaN where one of them is zero."""
     return _ratio(dot(one, other), norm(one) * norm(other))
 
 
 def curvature(move: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Second derivative of the loss along a move d of the weights, `d (g(w + d) - g(w)) / |d|^2`.
+    """Return the second derivative of the loss along a move d of the weights, `d (g(w + d) - g(w)) / |d|^2`.
 
-    By the mean value theorem it is the mean of d'Hd / |d|^2 on the way from w to w + d, and on a quadratic loss d'Hd /
-    |d|^2 itself. NaN where nothing moved.
+    By the mean value theorem it is the mean of d'Hd / |d|^2 on the way from w to w + d, and on a quadratic loss
+    d'Hd / |d|^2 itself. NaN where nothing moved.
     """
     return _ratio(dot(move, difference(after, before)), dot(move, move))
 
 
 class GradientNoise:
-    """Signal and noise of a gradient from its values on independent batches, taken one by one.
+    """Estimates signal and noise of a gradient from its values on independent batches, taken one by one.
 
     With g_1 ... g_m independent, of mean G and covariance C, and their average a:
 
     - `noise`, sum |g_i - a|^2 / (m - 1), is an unbiased estimate of tr C;
     - `signal`, |a|^2 - noise / m, is one of |G|^2: |a|^2 alone is too large by tr C / m. It equals the mean of g_i g_j
-      over all
-      pairs, and where noise prevails it can come out negative.
+      over all pairs, and where noise prevails it can come out negative.
 
     (tr C / |G|^2 is the "simple noise scale" of McCandlish et al., arXiv 1812.06162, in batches.)
     """
@@ -88,7 +88,7 @@ class GradientNoise:
 
 
 def ratio_of_share(share: float) -> float:
-    """Signal-to-noise ratio that belongs to a signal share."""
+    """Return the signal-to-noise ratio that belongs to a signal share."""
     return _ratio(share, 1.0 - share)
 
 

@@ -1,4 +1,4 @@
-"""Looks at the blocks of a student in training, and leaves the training as it was."""
+"""Looks at the blocks of a student in training and leaves the training as it was."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.data import Batch
 from stablekd_fast.diagnose.measures import GradientNoise, cosine, curvature, difference, relative_change
 from stablekd_fast.engine.schedule import Optimizer
+from stablekd_fast.engine.stage import stage_steps
 from stablekd_fast.engine.step import IMAGES, GroupStep, Rates, StageInputs, load_batch, named_parameters_of
 from stablekd_fast.execution.precision import FP32
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.teacher.live import Relay
 
 Weights = list[list[Tensor]]
-"""Of every block, copied."""
+"""Copies of the weights of every block."""
 
 
 def in_float32(paired: PairedBlocks) -> PairedBlocks:
-    """The same blocks, computing in float32 whatever they train in: differences of gradients are small numbers."""
+    """Return the same blocks, which compute in float32 whatever they train in.
+
+    Differences of gradients are small numbers.
+    """
     return replace(paired, precision=FP32)
 
 
 def probe_inputs(
     paired: PairedBlocks, objectives: Objectives, batches: Iterable[Batch], device: torch.device
 ) -> list[StageInputs]:
-    """Probe batches with all that the teacher gives for them, for groups of any size."""
+    """Load the probe batches with all that the teacher gives for them, for groups of any size."""
     alone = [[k] for k in range(len(paired))]
     wanted, teacher, loaded = objectives.teacher_outputs(alone, len(paired.cuts)), Relay(in_float32(paired)), []
     for batch in batches:
@@ -46,8 +50,8 @@ class Probe:
 
     Args:
         paired: the pair in training, its student in training mode.
-        groups: of the stage.
-        inputs: of the probe batches (see `probe_inputs`), which are the same at every step.
+        groups: the stage's.
+        inputs: the probe batches (see `probe_inputs`), which are the same at every step.
     """
 
     def __init__(
@@ -55,21 +59,21 @@ class Probe:
     ) -> None:
         self.paired, self.inputs = in_float32(paired), inputs
         rates = Rates.constant(0.0, device=inputs[0].device)
-        self.groups = [
-            GroupStep(self.paired, group, objectives, Optimizer("sgd"), inputs[0], rates=rates) for group in groups
-        ]
+        self.groups = stage_steps(
+            self.paired, groups, objectives, Optimizer("sgd"), rates=rates, inputs=inputs[0]
+        ).steps
         self.parameters = [list(named_parameters_of(paired, [k]).values()) for k in range(len(paired))]
         self._entries: list[Tensor] = []
-        """What fed each block at the step that was looked at last."""
+        """What fed each block at the last step that was looked at."""
 
     def weights(self) -> Weights:
         return [[parameter.detach().clone() for parameter in block] for block in self.parameters]
 
     def look(self, turn: int, before: Weights) -> tuple[list[dict], list[dict]]:
-        """Measure the step that led from the weights `before` to the present ones: a row per block, a row per cut in a
-        group.
+        """Measure the step that led from the weights `before` to the present ones.
 
-        Gradients change on the probe batch whose turn it is: `turn` counts the steps looked at.
+        Return a row per block, and a row per cut inside a group. Gradients change on the probe batch whose turn it is:
+        `turn` counts the steps looked at.
         """
         after = self.weights()
         with self._untouched(after):
@@ -87,7 +91,7 @@ class Probe:
 
     @contextmanager
     def _untouched(self, weights: Weights) -> Iterator[None]:
-        """Weights, buffers and random state afterwards are what they were."""
+        """Bring weights, buffers and random state back afterwards."""
         with untouched(self.paired.student):
             try:
                 yield
@@ -100,8 +104,10 @@ class Probe:
                 parameter.copy_(value)
 
     def _gradients(self, group: GroupStep, batch: int) -> dict[int, list[Tensor]]:
-        """Gradients of the group's loss by block. What is random in the network (dropout) depends on the batch
-        alone."""
+        """Return the gradients of the group's loss by block.
+
+        What is random in the network (dropout) depends on the batch alone.
+        """
         group.inputs = self.inputs[batch]
         torch.manual_seed(batch)
         parameters = [parameter for k in group.group for parameter in self.parameters[k]]
@@ -120,7 +126,7 @@ class Probe:
         return [{"signal": n.signal, "noise": n.noise, "signal_share": n.signal_share} for n in noises]
 
     def _losses(self) -> list[dict]:
-        """Mean loss at each block's end: fed as in training, and fed by the student's own blocks alone."""
+        """Return the mean loss at each block's end: fed as in training, and fed by the student's own blocks alone."""
         rows: list[dict] = [{"loss": None, "composed_loss": None} for _ in self.parameters]
         for batch, inputs in enumerate(self.inputs):
             composed = inputs[IMAGES]
@@ -138,7 +144,7 @@ class Probe:
         return rows
 
     def _drift(self) -> list[float | None]:
-        """Relative change of what feeds each block on the first probe batch, since the last look."""
+        """Return the relative change, since the last look, of what feeds each block on the first probe batch."""
         entries, earlier = self._feeds(self.inputs[0]), self._entries
         self._entries = entries
         return [relative_change([x], [was]) for x, was in zip(entries, earlier)] or [None] * len(entries)
@@ -158,11 +164,13 @@ class Probe:
     def _changes(
         self, group: GroupStep, batch: int, before: Weights, after: Weights
     ) -> tuple[dict[int, dict], list[dict]]:
-        """How the group's gradients change in a step, by block, and by what of it each cut inside the group would take
-        away."""
+        """Return how the group's gradients change in a step: by block, and how much of it each cut inside would take.
+
+        A cut takes away the change that is due to the blocks on its other side.
+        """
 
         def moved(updated: Collection[int]) -> dict[int, list[Tensor]]:
-            """Gradients where only these blocks have made their step."""
+            """Return the gradients where only these blocks have made their step."""
             self._put([after[k] if k in updated else before[k] for k in range(len(before))])
             return self._gradients(group, batch)
 

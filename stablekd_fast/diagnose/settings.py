@@ -20,7 +20,7 @@ class Probing:
     """How long to train, and how often and on how much to look."""
 
     steps: int = 200
-    """Of each training. The learning rate goes through its whole cycle in them."""
+    """Steps of each training. The learning rate goes through its whole cycle in them."""
     seeds: int = 3
     """Trainings of each arm; what is between them makes the intervals."""
     probes: int = 10

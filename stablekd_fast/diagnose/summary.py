@@ -1,4 +1,4 @@
-"""Rows of many looks as figures with intervals over seeds."""
+"""Turns the rows of many looks into figures with intervals over seeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats  # comes with scikit-learn
 
 from stablekd_fast.diagnose.measures import ratio_of_share
 from stablekd_fast.diagnose.settings import DECOMPOSED, END_TO_END
-from stablekd_fast.diagnose.training import Measured
+from stablekd_fast.diagnose.training import Measurements
 
 CONFIDENCE = 0.95
 SETTLED = 0.05
@@ -32,49 +32,53 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval | None:
-    """Student's t interval of the mean of two or more values, which takes seeds as independent and their spread as
-    normal.
+    """Return Student's t interval of the mean of two or more values; None if a value is not finite.
 
-    None if a value is not finite.
+    Seeds are taken as independent, and their spread as normal.
     """
     if not all(map(math.isfinite, values)):
         return None
     mean = statistics.fmean(values)
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    reach = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - reach, mean + reach, tuple(values))
 
 
 def ratio_interval(values: Sequence[float]) -> Interval | None:
-    """The same on logarithms, around the geometric mean. None if a value is not above zero and finite."""
+    """Return the same of the logarithms, around the geometric mean. None if a value is not above zero and finite."""
     if not all(math.isfinite(value) and value > 0 for value in values):
         return None
     logs = interval([math.log(value) for value in values])
+    assert logs is not None
     return Interval(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), tuple(values))
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures over seeds; each seed's value is first averaged over the steps looked at. None: could not be measured."""
+    """Figures over seeds. Each seed's value is first averaged over the steps looked at.
+
+    None stands for what could not be measured.
+    """
 
     gap: Interval | None
-    """Entanglement, mean over blocks: trained end to end less decomposed."""
+    """Mean entanglement over blocks: that of end-to-end training less that of decomposed training."""
     others_share: Interval | None
-    """Entanglement as a part of entanglement + own change, end to end."""
+    """The fraction of all change, entanglement + own change, that is entanglement in end-to-end training."""
     snr_gain: Interval | None
-    """Signal-to-noise ratio decomposed / end to end, geometric mean over all blocks but the last."""
+    """Signal-to-noise ratio decomposed / end to end: the geometric mean over all blocks but the last."""
     loss_ratio: Interval | None
-    """At the last look, the composed student's whole loss: decomposed / end to end."""
+    """The composed student's whole loss at the last look: decomposed / end to end."""
     blocks: list[dict]
     """Intervals of each block, by measure and arm."""
     cuts: list[dict]
-    """`entanglement` that a cut takes away, and the `exposure` at the block behind it."""
+    """For each cut, the `entanglement` that it takes away and the `exposure` at the block behind it."""
     settled: tuple[int | None, ...]
-    """By seed, the step from which the decomposed, composed student's loss had no more than `SETTLED` of its fall left;
-    None where it never fell."""
+    """For each seed, the step at which the loss of the student composed of decomposed blocks had no more than `SETTLED`
+    of its fall left; None where it never fell."""
 
 
-def summarise(measured: Measured) -> Summary:
-    """Figures of what `measure` gave."""
+def summarise(measured: Measurements) -> Summary:
+    """Return the figures of what `measure` gave."""
     table = Table(measured.blocks)
     last = range(len(measured.cuts) + 1)[-1]
     entangled, apart = (table.means("entanglement", arm) for arm in (END_TO_END, DECOMPOSED))
@@ -93,13 +97,13 @@ def summarise(measured: Measured) -> Summary:
 
 
 class Table:
-    """Rows of blocks, asked by arm and block; answers are lists over seeds."""
+    """Answers questions about rows of blocks, by arm and block. Answers are lists over seeds."""
 
     def __init__(self, rows: list[dict]) -> None:
         self.rows, self.seeds = rows, sorted({row["seed"] for row in rows})
 
     def means(self, name: str, arm: str, block: int | None = None, average: Callable = statistics.fmean) -> list[float]:
-        """Averages over steps, and over blocks unless one is given; NaN where nothing was measured."""
+        """Return averages over steps, and over blocks unless one is given; NaN where nothing was measured."""
         found = []
         for seed in self.seeds:
             values = [row[name] for row in self._of(seed, arm, block) if row[name] is not None]
@@ -107,7 +111,7 @@ class Table:
         return found
 
     def snr(self, arm: str, block: int) -> list[float]:
-        """The signal share is averaged, since it is bounded, and made a ratio afterwards."""
+        """Return signal-to-noise ratios. The signal share is averaged, since it is bounded, and then made a ratio."""
         return [ratio_of_share(share) for share in self.means("signal_share", arm, block)]
 
     def snr_gains(self, block: int) -> list[float]:
@@ -115,7 +119,7 @@ class Table:
         return [one / other if one > 0 and other > 0 else math.nan for one, other in both]
 
     def curves(self, name: str, arm: str, blocks: Sequence[int]) -> list[list[tuple[int, float]]]:
-        """Sums over blocks as (step, value)."""
+        """Return for each seed the sums over blocks as (step, value)."""
         curves = []
         for seed in self.seeds:
             sums: dict[int, float] = {}
@@ -146,7 +150,7 @@ def _block(table: Table, block: int) -> dict:
     return row
 
 
-def _cuts(measured: Measured, table: Table) -> list[dict]:
+def _cuts(measured: Measurements, table: Table) -> list[dict]:
     rows = []
     for index, cut in enumerate(measured.cuts):
         taken = [
@@ -161,8 +165,8 @@ def _cuts(measured: Measured, table: Table) -> list[dict]:
     return rows
 
 
-def _shared_ends(measured: Measured) -> list[int]:
-    """Blocks at whose end the student has a loss when it trains end to end (decomposed all blocks have one)."""
+def _shared_ends(measured: Measurements) -> list[int]:
+    """Return the blocks at whose end the student has a loss when it trains end to end (decomposed, all have one)."""
     return sorted(
         {row["block"] for row in measured.blocks if row["arm"] == END_TO_END and row["composed_loss"] is not None}
     )

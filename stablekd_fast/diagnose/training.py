@@ -1,4 +1,4 @@
-"""The same short training twice, end to end and decomposed, looked at on the way."""
+"""Trains a pair twice for a short time, end to end and decomposed, and looks at its blocks on the way."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ from stablekd_fast.data import Dataset
 from stablekd_fast.diagnose.probe import Probe, probe_inputs
 from stablekd_fast.diagnose.settings import ARMS, END_TO_END, NOT_USED, Probing
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.stage import StageSteps, stage_steps
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.execution.memory import watched
-from stablekd_fast.run.distiller import Distiller
+from stablekd_fast.run.materials import Given, Materials, gather
 from stablekd_fast.teacher.live import Relay
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Rows by arm, seed and step: of blocks, and of cuts between blocks that train together."""
+class Measurements:
+    """What was measured of a pair, in rows by arm, seed and step."""
 
     cuts: list[Cut]
     precision: str
-    """In which the students trained."""
+    """The name of the precision in which the students trained."""
     blocks: list[dict]
+    """A row per block."""
     between: list[dict]
+    """A row per cut between blocks that train together."""
 
 
 def measure(
     config: DistillConfig, probing: Probing, *, progress: bool = True, dataset: Dataset | None = None
-) -> Measured:
+) -> Measurements:
     """Train both arms for every seed from `config.seed` on, and look at them.
 
     Raises ConfigError, DataError, ModelError or CutError if the parts do not fit, TrainingError if a loss is not
@@ -42,27 +45,29 @@ def measure(
     """
     blocks: list[dict] = []
     between: list[dict] = []
+    parts: Materials | None = None
     used = DistillConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_USED})
     for seed in range(config.seed, config.seed + probing.seeds):
-        parts = Distiller(replace(used, seed=seed), dataset=dataset)
-        dataset = parts.dataset
+        parts = gather(replace(used, seed=seed), Given(dataset=dataset))
+        dataset = parts.images.dataset
         twin = Twin(parts, probing)
         for arm in ARMS:
             own, cuts = twin.train(arm, progress)
             blocks += [{"arm": arm, "seed": seed, **row} for row in own]
             between += [{"arm": arm, "seed": seed, **row} for row in cuts]
-    return Measured(parts.paired.cuts, parts.paired.precision.name, blocks, between)
+    assert parts is not None  # Probing wants two seeds at least
+    return Measurements(parts.paired.cuts, parts.paired.precision.name, blocks, between)
 
 
 class Twin:
-    """Both arms of one seed: the same first weights, batches, optimizer and probe batches."""
+    """Trains both arms of one seed from the same first weights, on the same batches, with the same optimizer."""
 
-    def __init__(self, parts: Distiller, probing: Probing) -> None:
+    def __init__(self, parts: Materials, probing: Probing) -> None:
         if len(parts.paired) < 2:
             raise ConfigError("The pair has one block; entanglement is between blocks. Give --cuts or --blocks.")
         self.parts, self.probing, self.objectives = parts, probing, objectives_of(parts.config)
         self.first = {name: value.clone() for name, value in parts.paired.student.state_dict().items()}
-        # One batch from each of the epochs after the training: drawn independently, in views of their own.
+        # The probe batches come from the epochs after the training, one from each: independent, in views of their own.
         per_epoch = parts.source.steps_per_epoch
         epoch = -(-probing.steps // per_epoch)
         starts = [(epoch + i) * per_epoch for i in range(probing.probe_batches)]
@@ -70,49 +75,44 @@ class Twin:
         self.inputs = probe_inputs(parts.paired, self.objectives, batches, parts.device)
 
     def groups(self, arm: str) -> list[list[int]]:
+        """Return the groups of blocks that train together: all of them, or each by itself."""
         blocks = list(range(len(self.parts.paired)))
         return [blocks] if arm == END_TO_END else [[block] for block in blocks]
 
     def train(self, arm: str, progress: bool = False, look: bool = True) -> tuple[list[dict], list[dict]]:
-        """Rows of blocks and of cuts; none without a `look`."""
+        """Train one arm; return rows of blocks and of cuts, none without a `look`."""
         parts, probing = self.parts, self.probing
         stage = Stage(self.groups(arm), steps=probing.steps, optimizer=parts.config.optimizer or Optimizer())
-        steps, inputs = self._begin(stage)
+        steps = self._begin(stage)
         probe = Probe(parts.paired, stage.groups, self.objectives, self.inputs)
-        wanted, teacher = self.objectives.teacher_outputs(stage.groups, len(parts.paired.cuts)), Relay(parts.paired)
+        teacher = Relay(parts.paired)
         batches = enumerate(parts.source.batches(0, probing.steps))
         shown = f"seed {parts.config.seed}, {arm}"
         blocks, cuts = [], []
         for number, batch in track(batches, shown, probing.steps, disable=not progress, transient=True):
             before = probe.weights() if look and number in probing.at else None
             with watched(lambda: shown, parts.config.batch_size):
-                load_batch(inputs, teacher, wanted, batch)
-                for step in steps:
-                    step.run()
+                steps.load(teacher, batch)
+                steps.run()
                 if before is not None:
                     seen = probe.look(probing.at.index(number), before)
                     for rows, new in zip((blocks, cuts), seen):
                         rows += [{"step": number, **row} for row in new]
-        self._check(steps, arm)
+        self._check(steps.steps, arm)
         return blocks, cuts
 
-    def _begin(self, stage: Stage) -> tuple[list[GroupStep], StageInputs]:
+    def _begin(self, stage: Stage) -> StageSteps:
         paired, device = self.parts.paired, self.parts.device
         paired.student.load_state_dict(self.first)
         nn.ModuleList([paired.student, *paired.student_blocks]).train()
         torch.manual_seed(self.parts.config.seed)
-        inputs = StageInputs(device)
         rates = Rates.of_stage(PlannedStage(stage, 0, self.probing.steps), None, device)
-        steps = [
-            GroupStep(paired, group, self.objectives, stage.optimizer, inputs, rates=rates) for group in stage.groups
-        ]
-        return steps, inputs
+        return stage_steps(paired, stage.groups, self.objectives, stage.optimizer, rates=rates)
 
     def _check(self, steps: list[GroupStep], arm: str) -> None:
         for step in steps:
             if step.first_bad.item() >= 0:
                 raise TrainingError(
                     f"The loss of blocks {step.name} trained {arm} is not finite at step {step.first_bad.item()}. "
-                    "Lower the "
-                    "learning rate (--optimizer.lr) or lengthen its warm-up (--optimizer.warmup)."
+                    "Lower the learning rate (--optimizer.lr) or lengthen its warm-up (--optimizer.warmup)."
                 )

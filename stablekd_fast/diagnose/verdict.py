@@ -1,4 +1,4 @@
-"""What the figures say, in words."""
+"""Says in words what the figures mean."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Verdict:
 
 
 def judge(summary: Summary, cuts: list[Cut], steps: int) -> Verdict:
-    """A verdict on trainings of `steps` steps.
+    """Return a verdict on trainings of `steps` steps.
 
-    No, if the gap is surely negligible or the composed student's loss surely worse decomposed. Yes, if the gap is
-    surely above zero, that loss surely better, and the signal-to-noise ratio not surely worse. Surely: the 95% interval
-    over seeds says so.
-    Cleaner gradients alone do not count: they were found where decomposition lost (docs/results/diagnose.md).
+    It is no if the gap is surely negligible or the composed student's loss surely worse decomposed. It is yes if the
+    gap is surely above zero, that loss surely better, and the signal-to-noise ratio not surely worse. Surely means that
+    the 95% interval over seeds says so. Cleaner gradients alone do not count: they were found where decomposition lost
+    (docs/results/diagnose.md).
     """
     gap, noise, loss = summary.gap, _side(summary.snr_gain), _side(summary.loss_ratio)
-    if gap is not None and gap.high < NEGLIGIBLE or loss > 0:
+    if (gap is not None and gap.high < NEGLIGIBLE) or loss > 0:
         helps: Answer = "no"
     elif gap is not None and gap.low > 0 and loss < 0 and noise >= 0:
         helps = "yes"
@@ -54,7 +54,7 @@ def judge(summary: Summary, cuts: list[Cut], steps: int) -> Verdict:
 
 
 def _side(ratio: Interval | None) -> int:
-    """1 if a ratio is surely above 1, -1 if surely below, 0 if neither."""
+    """Return 1 if a ratio is surely above 1, -1 if surely below, 0 if neither."""
     if ratio is None:
         return 0
     return (ratio.low > 1) - (ratio.high < 1)
@@ -72,11 +72,9 @@ def _entanglement(summary: Summary) -> str:
         return f"{text} There is little to take away."
     if gap.low <= 0:
         return f"{text} The interval includes zero; try more --seeds."
-    return (
-        text
-        if share is None
-        else f"{text} That is {share.mean:.0%} of all change, the rest being the block's own step."
-    )
+    if share is None:
+        return text
+    return f"{text} That is {share.mean:.0%} of all change, the rest being the block's own step."
 
 
 def _noise(gain: Interval | None) -> str:
@@ -114,17 +112,14 @@ def _how_long(settled: tuple[int | None, ...], steps: int) -> str:
     if len(known) < len(settled):
         return (
             f"How long: in {len(settled) - len(known)} of {len(settled)} seeds the composed student's loss did not "
-            "fall while "
-            "the blocks trained alone. Merge early, or cut less."
+            "fall while the blocks trained alone. Merge early, or cut less."
         )
     middle = statistics.median(known) / steps
     spread = f"seeds: {min(known)} to {max(known)} of {steps} steps"
     return (
-        f"How long: the composed student's loss had all but {SETTLED:.0%} of its fall behind it after {middle:.0%} "
-        "of the "
-        f"steps ({spread}), while the learning rate fell to zero. Training blocks alone for longer does little for "
-        "the whole "
-        "student: merge no later than at that share of a run."
+        f"How long: the composed student's loss had all but {SETTLED:.0%} of its fall behind it after {middle:.0%} of "
+        f"the steps ({spread}), while the learning rate fell to zero. Training blocks alone for longer does little for "
+        "the whole student: merge no later than at that share of a run."
     )
 
 

@@ -1,7 +1,7 @@
 """Batch norms whose statistics are those of the whole batch, not of one rank's part.
 
-torch's SyncBatchNorm refuses tensors on a CPU; this is one implementation for both, by two small exchanges per norm and
-step: means and variances forward, two sums of gradients backward.
+torch's SyncBatchNorm refuses tensors on a CPU; this one serves both devices, by two small exchanges per norm and step:
+an all-gather of means and variances forward, an all-reduce of two sums of gradients backward.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from stablekd_fast.errors import ConfigError
 
 
 class SyncNorm(nn.Module):
-    """A batch norm of the network itself, over the parts `[N, C, ...]` of equal size that all ranks of a data axis
-    hold.
+    """A batch norm of the network over the whole batch, of which each rank of a data axis holds an equal part
+    `[N, C, ...]`.
 
     Parameters and buffers are the norm's own. In evaluation, and where it is frozen, it computes as the norm does.
     """
@@ -33,6 +33,8 @@ class SyncNorm(nn.Module):
             return norm(x)
         y, mean, variance = _Normalise.apply(x, norm.weight, norm.bias, norm.eps, self.averaging)
         if norm.track_running_stats:
+            assert norm.num_batches_tracked is not None
+            assert norm.running_mean is not None and norm.running_var is not None
             with torch.no_grad():
                 count = self.averaging.count * x.numel() // x.shape[1]
                 norm.num_batches_tracked.add_(1)
@@ -44,8 +46,7 @@ class SyncNorm(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """Normalised values, and mean and biased variance `[C]` over all ranks. The formulas are those of Ioffe and Szegedy
-    2015."""
+    """Normalised values, and mean and biased variance `[C]` over all ranks, as in Ioffe and Szegedy (2015)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, averaging: Averaging):
@@ -60,21 +61,25 @@ class _Normalise(torch.autograd.Function):
         variance = variances.mean(0) + (means - mean).square().mean(0)
         scale = torch.rsqrt(variance + eps)
         centred = (values - mean.view(shape)) * scale.view(shape)
-        y = centred if weight is None else centred * weight.view(shape) + bias.view(shape)
+        y = centred
+        if weight is not None:
+            assert bias is not None
+            y = centred * weight.view(shape) + bias.view(shape)
         ctx.save_for_backward(centred, weight, scale)
         ctx.averaging, ctx.over, ctx.shape = averaging, over, shape
         ctx.mark_non_differentiable(mean, variance)
         return y.to(x.dtype), mean, variance
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, _mean, _variance):
+    def backward(ctx, *gradients: Tensor):
+        gradient = gradients[0]  # mean and variance have none
         centred, weight, scale = ctx.saved_tensors
         over, shape = ctx.over, ctx.shape
         values = gradient.to(centred.dtype)
         for_bias, for_weight = values.sum(over), (values * centred).sum(over)
         count = values.numel() // values.shape[1]
         sums = torch.stack([for_bias, for_weight]) / count
-        ctx.averaging.tensors([sums])
+        ctx.averaging.average([sums])
         inner = values - sums[0].view(shape) - centred * sums[1].view(shape)
         factor = scale if weight is None else scale * weight
         into = inner * factor.view(shape)
@@ -86,9 +91,10 @@ class _Normalise(torch.autograd.Function):
 def sync_norms(block: nn.Module, averaging: Averaging) -> nn.Module:
     """The same traced block with `SyncNorm` in place of batch norms; parameters and buffers stay the network's own.
 
-    Raises ConfigError for a block with batch norms that was not traced.
+    Raises ConfigError for a block with batch norms that was not traced, or not down to its batch norms.
     """
-    norms = [name for name, module in block.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = {name: module for name, module in block.named_modules() if isinstance(module, kind)}
     if not norms:
         return block
     if not isinstance(block, fx.GraphModule):
@@ -99,7 +105,7 @@ def sync_norms(block: nn.Module, averaging: Averaging) -> nn.Module:
     for node in synced.graph.nodes:
         if node.op == "call_module" and node.target in norms:
             name = f"synced_{node.name}"
-            synced.add_submodule(name, SyncNorm(synced.get_submodule(node.target), averaging))
+            synced.add_submodule(name, SyncNorm(norms[node.target], averaging))
             node.target = name
     left = [name for name, module in synced.named_modules() if isinstance(module, SyncNorm)]
     if len(left) < len(norms):

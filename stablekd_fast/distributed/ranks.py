@@ -22,14 +22,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import DeviceMesh
 
 from stablekd_fast.errors import ConfigError, RankError
 
 T = TypeVar("T")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _SETTLING_SECONDS = 3.0
-"""After one exchange failed: until the others have said that theirs did too."""
-
+"""How long a rank whose exchange failed waits for others to say that theirs failed too."""
 _PARTING_SECONDS = 0.5
 
 
@@ -43,19 +43,21 @@ class Ranks:
     rank: int = 0
     size: int = 1
     timeout: float = 600.0
-    """Seconds that an exchange may take."""
+    """The most seconds that an exchange may take."""
     where: Callable[[], str] = field(default=lambda: "the start")
     """Says where in the run this rank is, for the error of an exchange that fails."""
     gradient_bytes: int = 0
-    """Handed to all-reduces of gradients so far; those inside a captured step count once, when it is captured."""
+    """The bytes handed to all-reduces of gradients so far; a captured step counts once, when it is captured."""
     other_bytes: int = 0
+    """The bytes of tensors handed to other exchanges so far."""
     waited: float = 0.0
-    """Seconds spent in exchanges, those of others' lateness among them."""
-    _store: Any = None
-    _meshes: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """The seconds spent in exchanges, waiting for ranks that are late included."""
+    _store: dist.Store | None = None
+    _meshes: dict[tuple[int, int], DeviceMesh] = field(default_factory=dict)
 
     @property
     def is_first(self) -> bool:
+        """Whether this rank writes the run's files."""
         return self.rank == 0
 
     @property
@@ -63,15 +65,15 @@ class Ranks:
         """Whether torchrun has started the processes anew after one was lost."""
         return int(os.environ.get(RESTARTS, 0)) > 0
 
-    def mesh(self, blocks: int, data: int, device: torch.device):
-        """The `DeviceMesh` of `blocks` times `data` ranks; made once per shape, by all ranks in the same order."""
+    def mesh(self, blocks: int, data: int, device: torch.device) -> DeviceMesh:
+        """The mesh of `blocks` times `data` ranks, made once per shape; all ranks must ask in the same order."""
         if (blocks, data) not in self._meshes:
             with self.meeting("a mesh is made"):
                 shape, names = (blocks, data), ("blocks", "data")
                 self._meshes[shape] = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
         return self._meshes[blocks, data]
 
-    def share(self, tensors: Sequence[Tensor], source: int) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
         """Overwrite `tensors`, alike in shape on all ranks, with those of the rank `source`. One exchange per dtype."""
         if self.size == 1:
             return
@@ -82,16 +84,29 @@ class Ranks:
                 dist.broadcast(flat, source)
                 _unflatten(flat, alike)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks of `values`, alike in shape."""
+    def average_gradients(self, tensors: Sequence[Tensor], group: dist.ProcessGroup, count: int) -> None:
+        """Overwrite float32 or float64 `tensors` with their means over the `count` ranks of a process group: one
+        all-reduce per dtype.
+
+        The host never waits for a GPU in it, so it can be part of a captured step.
+        """
+        for alike in _by_dtype(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+            self.gradient_bytes += flat.nbytes
+            with self.meeting("gradients are averaged"):
+                dist.all_reduce(flat, group=group)
+            _unflatten(flat.div_(count), alike)
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Overwrite `values`, alike in shape on all ranks, with their sum, and return it."""
         if self.size > 1:
             self.other_bytes += values.nbytes
             with self.meeting("values are summed"):
                 dist.all_reduce(values)
         return values
 
-    def gather(self, value: T) -> list[T]:
-        """The plain values of all ranks, in their order."""
+    def all_gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order. A value can be anything that pickle takes."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -100,7 +115,7 @@ class Ranks:
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first rank, a plain value, on all. What it raises there ends all of them."""
+        """Call `make` on the first rank and return its value on all. An error there ends all of them."""
         if self.size == 1:
             return make()
         made, error = None, None
@@ -109,7 +124,7 @@ class Ranks:
                 made = make()
             except Exception as raised:
                 error = raised
-        told = [(made, None if error is None else str(error))]
+        told: list[Any] = [(made, None if error is None else str(error))]
         with self.meeting("the first rank decides"):
             dist.broadcast_object_list(told, 0)
         if error is not None:
@@ -120,7 +135,7 @@ class Ranks:
 
     def check_alike(self, facts: dict[str, Any]) -> None:
         """Raise ConfigError with the difference unless all ranks have the same `facts`, plain values by name."""
-        for rank, theirs in enumerate(found := self.gather(facts)):
+        for rank, theirs in enumerate(found := self.all_gather(facts)):
             differing = [key for key in found[0].keys() | theirs.keys() if found[0].get(key) != theirs.get(key)]
             if differing:
                 listed = "; ".join(f"{key}: {found[0].get(key)!r} and {theirs.get(key)!r}" for key in sorted(differing))
@@ -130,13 +145,17 @@ class Ranks:
                 )
 
     def say_where(self) -> None:
-        """Leave word where this rank is, for those that may miss it later."""
+        """Leave word where this rank is, for ranks that may wait for it in vain later."""
         if self._store is not None:
             self._store.set(f"stablekd/at/{self.rank}", json.dumps([self.where(), time.time()]))
 
     @contextlib.contextmanager
     def meeting(self, what: str) -> Iterator[None]:
-        """An exchange within. Raises RankError, naming ranks that did not come, if it fails."""
+        """A context for an exchange, whose seconds count as waited.
+
+        Raises RankError if the exchange fails. Its message says that the rank waited where `what`, and names the ranks
+        that did not come.
+        """
         start = time.perf_counter()
         try:
             yield
@@ -146,41 +165,36 @@ class Ranks:
             self.waited += time.perf_counter() - start
 
     def _missing(self, what: str, error: Exception) -> str:
-        """Who is waiting too has said so shortly after; the others are gone, or hang."""
+        """The message on an exchange that failed. Ranks that wait too say so in the store; the others are missing."""
         reason = str(error).strip().splitlines()[0]
         head = (
             f"Rank {self.rank} waited in vain at {self.where()}, where {what} (timeout {self.timeout:g} s): {reason}."
         )
-        remedy = "Look at that rank's own output; "
-        remedy += "torchrun --max-restarts N starts all of them again from the last checkpoint."
+        remedy = (
+            "Look at that rank's own output; "
+            "torchrun --max-restarts N starts all of them again from the last checkpoint."
+        )
         if self._store is None:
             return f"{head} {remedy}"
         try:
             self._store.set(f"stablekd/waiting/{self.rank}", "1")
             time.sleep(_SETTLING_SECONDS)
             missing = [rank for rank in range(self.size) if not self._store.check([f"stablekd/waiting/{rank}"])]
-            said = [f"rank {rank}, last heard of at {self._last_heard(rank)}" for rank in missing]
-        except (RuntimeError, dist.DistError):  # whoever held the store is gone as well
+            said = [f"rank {rank}, last heard of at {_last_heard(self._store, rank)}" for rank in missing]
+        except (RuntimeError, dist.DistError):  # the process that held the store is gone as well
             return f"{head} {remedy}"
         return f"{head} Missing: {'; '.join(said) or 'none, the connection broke'}. {remedy}"
 
-    def _last_heard(self, rank: int) -> str:
-        key = f"stablekd/at/{rank}"
-        if not self._store.check([key]):
-            return "its start"
-        place, when = json.loads(self._store.get(key))
-        return f"{place}, {time.time() - when:.0f} s ago"
-
     def finish(self) -> None:
-        """Wait until all are done, files and all: torchrun ends the others when one process ends in an error."""
-        self.gather(None)
+        """Wait until all ranks are done with their work and files; torchrun ends all when one ends in an error."""
+        self.all_gather(None)
 
 
 def join(device: torch.device, timeout: float) -> Ranks:
-    """Meet the other processes that torchrun has started; without it, one rank alone.
+    """Meet the other processes that torchrun has started; without torchrun, this process is the only rank.
 
-    NCCL serves tensors on GPUs, Gloo those on CPUs; ranks that train on the same cores divide them. Raises ConfigError
-    if the processes cannot meet.
+    NCCL exchanges tensors on GPUs, Gloo those on CPUs. Ranks that train on the same cores divide them. Raises
+    ConfigError if the processes cannot meet.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks()
@@ -188,21 +202,20 @@ def join(device: torch.device, timeout: float) -> Ranks:
         torch.cuda.set_device(device)
     store = _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout))
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), timeout, _store=store)
-    if store is not None:  # otherwise the process is its caller's
+    if store is not None:  # otherwise the caller made the process group, and the process is the caller's
         _divide_cores(ranks, device)
     return ranks
 
 
 def _divide_cores(ranks: Ranks, device: torch.device) -> None:
-    """On a CPU, bind this process to its share of the cores that it may use, if others may use the same ones and there
-    are enough.
+    """On a CPU, bind each of the ranks that may use the same cores to cores of its own, if there are enough.
 
-    Otherwise each rank's threads that read rows or decode images push the others' training from core to core. Where the
-    system does not allow it, nothing is bound.
+    Otherwise the threads of one rank that read rows or decode images push the training of others from core to core.
+    Nothing is bound where the system does not allow it.
     """
     cores = sorted(os.sched_getaffinity(0)) if device.type == "cpu" and hasattr(os, "sched_setaffinity") else []
     here = [_machine(), cores]
-    sharing = [rank for rank, there in enumerate(ranks.gather(here)) if there == here]
+    sharing = [rank for rank, there in enumerate(ranks.all_gather(here)) if there == here]
     if len(sharing) < 2 or len(cores) < len(sharing):
         return
     place = sharing.index(ranks.rank)
@@ -221,10 +234,18 @@ def _machine() -> str:
         return platform.node()
 
 
+def _last_heard(store: dist.Store, rank: int) -> str:
+    key = f"stablekd/at/{rank}"
+    if not store.check([key]):
+        return "its start"
+    place, when = json.loads(store.get(key))
+    return f"{place}, {time.time() - when:.0f} s ago"
+
+
 @functools.cache
-def _meet(backend: str, limit: datetime.timedelta):
-    """The store through which the processes met; None where the caller had made the process group. Once per process,
-    for all of its runs."""
+def _meet(backend: str, limit: datetime.timedelta) -> dist.Store | None:
+    """Make the process group, once per process for all of its runs. Returns the store through which the processes met;
+    None where the caller had made the group."""
     if dist.is_initialized():
         return None
     try:
@@ -234,33 +255,18 @@ def _meet(backend: str, limit: datetime.timedelta):
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise ConfigError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, but they cannot meet ({error}). Start "
-            "them with "
-            "torchrun --nproc-per-node N -m stablekd_fast ..., or unset WORLD_SIZE to run alone."
+            "them with torchrun --nproc-per-node N -m stablekd_fast ..., or unset WORLD_SIZE to run alone."
         ) from error
     atexit.register(_part)
     return store
 
 
 def _part() -> None:
-    """Gloo's threads may hold the tensors of the last exchange a little longer, and need Python to let go of them: an
-    interpreter that has gone meanwhile would abort the process."""
+    """Leave the process group, a little later: Gloo's threads may still hold tensors of the last exchange and need the
+    interpreter to free them; one that has ended meanwhile would abort the process."""
     time.sleep(_PARTING_SECONDS)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def average(ranks: Ranks, group, count: int, tensors: Sequence[Tensor]) -> None:
-    """Overwrite float32 or float64 `tensors` with their means over the `count` ranks of a process group: one flat
-    all-reduce.
-
-    Nothing in it asks a GPU's host, so it can be part of a captured step.
-    """
-    for alike in _by_dtype(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        ranks.gradient_bytes += flat.nbytes
-        with ranks.meeting("gradients are averaged"):
-            dist.all_reduce(flat, group=group)
-        _unflatten(flat.div_(count), alike)
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

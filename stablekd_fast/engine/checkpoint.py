@@ -1,21 +1,34 @@
-"""Checkpoints for exact resume, and the student's export. Safetensors with JSON metadata: nothing is unpickled."""
+"""Checkpoints for exact resume, and the student's export. Safetensors with JSON metadata: nothing is unpickled.
+
+A checkpoint holds, under these names: the student's own tensors (`student/NAME`), the moving average of its parameters
+(`average/NAME`), optimizer states (`optimizer/PARAMETER/KEY`), loss scales (`loss_scale/GROUP/KEY`), bridges
+(`bridge/CUT`) and the states of the random generators (`random/cpu`, `random/cuda`). Its metadata hold the progress,
+and what was decided for the run.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.engine.parts import Parts
+from stablekd_fast.engine.progress import MergeRecord, Progress
+from stablekd_fast.engine.step import GroupStep
 from stablekd_fast.errors import CheckpointError
 from stablekd_fast.files import write_atomically
 
-FORMAT = 1
+STUDENT, AVERAGE, OPTIMIZER, LOSS_SCALE, BRIDGE = "student", "average", "optimizer", "loss_scale", "bridge"
+RANDOM_CPU, RANDOM_CUDA = "random/cpu", "random/cuda"
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
@@ -89,3 +102,92 @@ def check_same_run(checkpoint: Path, saved: dict, own: dict) -> None:
             f"{checkpoint} belongs to a run with other settings ({listed}). Resume with the same settings, "
             "or start anew with another --out."
         )
+
+
+@dataclass
+class RunState:
+    """What a run changes while it trains, beside the student: all of it is saved, and comes back on resume."""
+
+    progress: Progress = field(default_factory=Progress)
+    average: dict[str, Tensor] | None = None
+    """The moving average of the student's parameters by name, where one is kept."""
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    """States of optimizers and loss scales, by their names in the checkpoint, as they were last saved or loaded."""
+
+    def start_average(self, student: nn.Module) -> dict[str, Tensor]:
+        """Return the moving average, which begins as a copy of the parameters."""
+        if self.average is None:
+            self.average = {name: p.detach().clone() for name, p in student.named_parameters()}
+        return self.average
+
+    def take_optimizers(self, steps: Iterable[GroupStep]) -> None:
+        """Keep the states of the steps' optimizers and loss scales, for a checkpoint and for the next stage."""
+        self.optimizer = {}
+        for step in steps:
+            self.optimizer |= optimizer_tensors(OPTIMIZER, step.parameters, step.optimizer)
+            if step.loss_scale is not None:
+                scale = step.loss_scale.state()
+                self.optimizer |= {f"{LOSS_SCALE}/{step.name}/{name}": value for name, value in scale.items()}
+
+    def give_optimizers(self, steps: Iterable[GroupStep], *, scales: bool) -> None:
+        """Copy the kept states into the steps' optimizers, and into their loss scales if `scales`."""
+        for step in steps:
+            load_optimizer_tensors(OPTIMIZER, step.parameters, step.optimizer, self.optimizer)
+            if scales and step.loss_scale is not None:
+                for name, value in step.loss_scale.state().items():
+                    value.copy_(self.optimizer[f"{LOSS_SCALE}/{step.name}/{name}"])
+
+
+def save_run(parts: Parts, state: RunState) -> None:
+    """Write the run's checkpoint. Raises TrainingError if the disk refuses; the checkpoint before it stays."""
+    tensors = {f"{STUDENT}/{name}": value for name, value in parts.paired.student.state_dict().items()}
+    tensors |= state.optimizer
+    tensors |= {f"{AVERAGE}/{name}": value for name, value in (state.average or {}).items()}
+    tensors |= {f"{BRIDGE}/{cut}": weight for cut, weight in _bridge_weights(parts.paired)}
+    tensors[RANDOM_CPU] = torch.get_rng_state()
+    if parts.device.type == "cuda":
+        tensors[RANDOM_CUDA] = torch.cuda.get_rng_state(parts.device)
+    metadata = {
+        "identity": parts.identity,
+        "plan": parts.plan.plain(),
+        "precision": parts.paired.precision.name,
+        "progress": dataclasses.asdict(state.progress),
+        "layouts": [parts.ranks.size, [layout.plain() for layout in parts.layouts]],
+    }
+    save_tensors(parts.checkpoint, tensors, metadata)
+
+
+def resume_run(parts: Parts) -> RunState:
+    """Take student, bridges and random state from the run's checkpoint, and return the rest.
+
+    Raises CheckpointError if there is none, or if it belongs to a run with other settings.
+    """
+    tensors, metadata = parts.ranks.from_first(lambda: load_tensors(parts.checkpoint))
+    check_same_run(parts.checkpoint, metadata.get("identity", {}), parts.identity)
+    progress = metadata["progress"]
+    merge = progress.pop("merge")
+    state = RunState(Progress(**progress, merge=MergeRecord(**merge) if merge else None))
+    parts.paired.student.load_state_dict(below(tensors, STUDENT))
+    kept = (f"{OPTIMIZER}/", f"{LOSS_SCALE}/")
+    state.optimizer = {name: tensor for name, tensor in tensors.items() if name.startswith(kept)}
+    if parts.execution.ema is not None:
+        averaged, parameters = below(tensors, AVERAGE), parts.paired.student.named_parameters()
+        state.average = {name: torch.empty_like(p).copy_(averaged[name]) for name, p in parameters}
+    for cut, weight in _bridge_weights(parts.paired):
+        weight.copy_(tensors[f"{BRIDGE}/{cut}"])
+    torch.set_rng_state(tensors[RANDOM_CPU])
+    if parts.device.type == "cuda" and RANDOM_CUDA in tensors:
+        torch.cuda.set_rng_state(tensors[RANDOM_CUDA], parts.device)
+    return state
+
+
+def below(tensors: dict[str, Tensor], head: str) -> dict[str, Tensor]:
+    """Return the tensors named `HEAD/NAME` by their `NAME`."""
+    return {name.removeprefix(f"{head}/"): value for name, value in tensors.items() if name.startswith(f"{head}/")}
+
+
+def _bridge_weights(paired: PairedBlocks) -> Iterator[tuple[int, Tensor]]:
+    """The cuts at which a bridge has weights, and these."""
+    for cut, bridge in enumerate(paired.bridges):
+        if bridge is not None and bridge.weight is not None:
+            yield cut, bridge.weight

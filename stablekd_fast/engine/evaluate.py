@@ -15,6 +15,8 @@ from stablekd_fast.data import Batch
 
 @dataclass(frozen=True)
 class Metrics:
+    """What a network reaches on a split."""
+
     accuracy: float
     """Top-1, 0 to 1."""
     top5: float
@@ -43,7 +45,7 @@ def with_fresh_batch_norm(
         norm.momentum = None  # cumulative average
         norm.train()
     for batch in itertools.chain([first], batches):
-        model(to_device(batch.images))
+        model(to_device(batch.pixels))
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
         norm.eval()
@@ -64,7 +66,7 @@ def evaluate(
     correct = correct5 = count = 0
     loss = 0.0
     for batch in batches:
-        images, labels = to_device(batch.images), to_device(batch.labels)
+        images, labels = to_device(batch.pixels), to_device(batch.labels)
         logits = model(images).float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         correct += ranked[:, 0].sum().item()

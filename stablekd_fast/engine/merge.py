@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,13 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.data import Batch
+from stablekd_fast.engine.parts import Parts
+from stablekd_fast.engine.progress import MergeRecord, Progress
 from stablekd_fast.engine.step import IMAGES, GroupStep, StageInputs, load_batch
 from stablekd_fast.teacher.live import Teacher
 
-WINDOW = 10
-"""Training losses are averaged over this many steps before they are compared with the loss at the merge."""
+PROBE_BATCHES = 4
+"""Training batches on which exposure and the loss at a merge are measured."""
 
 
 @contextlib.contextmanager
@@ -90,34 +91,49 @@ def _wanted(paired: PairedBlocks, steps: list[GroupStep]) -> set[int]:
     return steps[0].objectives.teacher_outputs([step.group for step in steps], len(paired.cuts))
 
 
-@dataclass
-class MergeRecord:
-    """One merge as it is reported; survives a resume as plain JSON."""
+class Merges:
+    """Measures around the merges of a run, none of which changes training."""
 
-    step: int
-    stage: int
-    exposure_gap: dict[str, float]
-    max_output_difference: float
-    loss_at_merge: dict[str, float]
-    merged: list[str]
-    """Groups that are new in this stage."""
-    steps_until_recovered: int | None = None
-    """Steps until the merged groups' mean loss over the last `WINDOW` steps fell below its value at the merge."""
-    steps_seen: int = 0
-    recent: list[float] = field(default_factory=list)
+    def __init__(self, parts: Parts, progress: Progress) -> None:
+        self.parts, self.progress = parts, progress
+        self._composed_before: Tensor | None = None
+        """The composed student's outputs on the first probe images at the end of the last stage."""
 
-    def watch(self, losses: dict[str, float]) -> None:
-        """Take one training step's losses by group name."""
-        self.steps_seen += 1
-        recent = deque(self.recent, maxlen=WINDOW)
-        recent.append(sum(losses[name] for name in self.merged))
-        self.recent = list(recent)
-        if self.steps_until_recovered is None and len(recent) == WINDOW:
-            if sum(recent) / WINDOW < sum(self.loss_at_merge[name] for name in self.merged):
-                self.steps_until_recovered = self.steps_seen
+    def leave(self, steps: list[GroupStep]) -> dict[str, float]:
+        """At the end of a stage of several groups: note exposure gap and outputs of the composed student; the gap."""
+        probes = self._probes()
+        self.progress.exposure = exposure_gap(self.parts.paired, self.parts.teacher, steps, self._as_trained(probes))
+        self._composed_before = composed_output(self.parts.paired, steps, self._images(probes))
+        return self.progress.exposure
 
-    def report(self) -> dict:
-        values = asdict(self)
-        for private in ("recent", "steps_seen"):
-            del values[private]
-        return values
+    def enter(self, stage: int, steps: list[GroupStep]) -> None:
+        """At the start of a stage: compare with the one before, and begin to watch how the loss recovers."""
+        apart = self.parts.stages[stage - 1].stage.groups
+        probes = self._probes()
+        images, before = self._images(probes), self._composed_before
+        if before is None:  # resumed right at the merge: the plain student is what stood before it
+            student = self.parts.paired.student
+            with torch.no_grad(), evaluation_mode(student):
+                before = student(images)
+        after = composed_output(self.parts.paired, steps, images)
+        losses = probe_losses(self.parts.paired, self.parts.teacher, steps, self._as_trained(probes))
+        self.progress.merge = MergeRecord(
+            step=self.parts.stages[stage].first,
+            stage=stage,
+            exposure_gap=self.progress.exposure,
+            max_output_difference=(before - after).abs().max().item(),
+            loss_at_merge=losses,
+            merged=[step.name for step in steps if step.group not in apart],
+        )
+
+    def _probes(self) -> list[Batch]:
+        return list(self.parts.source.batches(0, PROBE_BATCHES))
+
+    def _images(self, probes: list[Batch]) -> Tensor:
+        """The first probe batch's images, in float32 as the composed student computes."""
+        return probes[0].pixels.to(self.parts.device, non_blocking=True)
+
+    def _as_trained(self, batches: list[Batch]) -> Iterator[Batch]:
+        """The batches with images as steps read them."""
+        dtype = self.parts.execution.image_dtype
+        return (replace(batch, images=batch.pixels.to(dtype)) for batch in batches)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -59,17 +57,17 @@ class SGD(torch.optim.Optimizer):
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # there is nothing to evaluate anew
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if params:
-                self._step(params, group["lr"], group["weight_decay"])
+                grads = [parameter.grad for parameter in params if parameter.grad is not None]
+                self._step(params, grads, group["lr"], group["weight_decay"])
 
-    def _step(self, params: list[Tensor], lr: Tensor, weight_decay: float) -> None:
-        moments = [self.state[parameter]["momentum_buffer"] for parameter in params]
-        grads, momentum = [parameter.grad for parameter in params], self.momentum
+    def _step(self, params: list[Tensor], grads: list[Tensor], lr: Tensor, weight_decay: float) -> None:
+        moments, momentum = [self.state[parameter]["momentum_buffer"] for parameter in params], self.momentum
         if weight_decay:
-            grads = torch._foreach_add(grads, params, alpha=weight_decay)
+            grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
         if self.found_inf is not None:
             skip = self.found_inf > 0
             grads = [torch.where(skip, torch.zeros_like(grad), grad) for grad in grads]
@@ -81,7 +79,7 @@ class SGD(torch.optim.Optimizer):
         torch._foreach_add_(moments, grads)
         updates = moments
         if self.nesterov:
-            updates = torch._foreach_mul(moments, momentum)
+            updates = list(torch._foreach_mul(moments, momentum))
             torch._foreach_add_(updates, grads)
         torch._foreach_sub_(params, torch._foreach_mul(updates, lr))
 
@@ -124,8 +122,8 @@ def _apex_adamw(settings: Optimizer, groups: list[dict]) -> torch.optim.Optimize
     except ImportError as error:
         raise ConfigError(
             "optimizer.implementation=apex was given, but NVIDIA apex with its extensions cannot be imported "
-            f"({error}). "
-            "Build it from github.com/NVIDIA/apex (the PyPI package of that name is another one), or choose auto."
+            f"({error}). Build it from github.com/NVIDIA/apex (the PyPI package of that name is another one), "
+            "or choose auto."
         ) from error
     try:
         optimizer = FusedAdam(groups, lr=0.0, adam_w_mode=True, capturable=True)

@@ -15,35 +15,38 @@ from stablekd_fast.errors import ConfigError
 METHODS = ("stablekd", "kd", "kd+features", "blocks", "ce")
 RECIPES = ("default", "progressive", "paper", "paper-end-to-end")
 DECOMPOSED_SHARE, MERGED_LR = 0.75, 0.1
-"""Of the default recipe: the part of the steps in which every block trains alone, and the peak learning rate of the
+"""The default recipe: the fraction of the steps in which every block trains alone, and the peak learning rate of the
 merged student relative to that of the blocks. Measured in docs/results/recipe.md."""
 
 
 @dataclass
 class Optimizer:
-    """One stage's optimizer. The learning rate starts and ends each stage near zero.
-
-    `cycle`: `cosine` rises linearly for `warmup` (share of the stage) and falls as a half cosine; `triangular` rises
-    linearly to the middle and falls linearly (one cycle of torch's CyclicLR), with momentum cycled the other way
-    between `momentum` and `momentum_low` if that is given; `constant` does neither.
-
-    `decay`: which parameters `weight_decay` is for, `all` or `weights` (neither biases nor the vectors of norms).
-    `clip`: the largest norm that a group's gradient may have; a longer one is scaled down to it.
-    `implementation`: `auto`, or one by name; AdamW has `fused`, `foreach` and `apex` (NVIDIA's, where it is installed),
-    SGD has `foreach`.
-    """
+    """One stage's optimizer. The learning rate starts and ends each stage near zero, unless `cycle` is `constant`."""
 
     name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum."""
     lr: float = 0.02
+    """The peak of the learning rate."""
     cycle: Literal["cosine", "triangular", "constant"] = "cosine"
+    """How the learning rate moves within a stage: `cosine` rises linearly for `warmup` and falls as a half cosine;
+    `triangular` rises linearly to the middle and falls linearly (one cycle of torch's CyclicLR); `constant` does
+    neither."""
     warmup: float = 0.15
+    """The fraction of the stage in which `cosine` rises."""
     momentum: float = 0.9
+    """The momentum of SGD."""
     momentum_low: float | None = None
+    """Where the momentum falls to while the learning rate rises; None keeps it at `momentum`."""
     weight_decay: float = 0.05
+    """Decay of the weights, decoupled from the gradient for AdamW, added to it for SGD."""
     nesterov: bool = False
+    """Whether SGD takes the momentum of Nesterov."""
     decay: Literal["all", "weights"] = "all"
+    """Which parameters decay: all of them, or neither biases nor the vectors of norms."""
     clip: float | None = None
+    """The largest norm that a group's gradient may have; a longer one is scaled down to it."""
     implementation: Literal["auto", "fused", "foreach", "apex"] = "auto"
+    """AdamW has `fused`, `foreach` and `apex` (NVIDIA's, where it is installed), SGD has `foreach`."""
 
     def __post_init__(self) -> None:
         for name, value, low, high in (
@@ -80,16 +83,21 @@ class Optimizer:
 class Stage:
     """Groups of neighbouring blocks that train together, e.g. `[[0, 1], [2, 3]]`.
 
-    Exactly one of `epochs`, `steps` and `share` says how long; `share` divides what the others leave of the run.
-    `optimizer_state`: what merged groups do with their parts' moments, `carry` or `reset`.
+    Exactly one of `epochs`, `steps` and `share` says how long.
     """
 
     groups: list[list[int]]
+    """The numbers of the blocks, from 0, that train together: all blocks once each, in order."""
     share: float | None = None
+    """The stage's part of the steps that stages of fixed length leave, in proportion to the other stages' shares."""
     epochs: float | None = None
+    """The stage's length in epochs."""
     steps: int | None = None
+    """The stage's length in steps."""
     optimizer: Optimizer = field(default_factory=Optimizer)
+    """The stage's optimizer."""
     optimizer_state: Literal["carry", "reset"] = "reset"
+    """What a merged group does with the moments of the groups it was merged from."""
 
     def __post_init__(self) -> None:
         given = {
@@ -170,7 +178,8 @@ def merge_neighbours(blocks: int) -> list[list[list[int]]]:
     groups = [[block] for block in range(blocks)]
     stages = [groups]
     while len(groups) > 1:
-        groups = [sum(groups[i : i + 2], []) for i in range(0, len(groups), 2)]
+        pairs = (groups[i : i + 2] for i in range(0, len(groups), 2))
+        groups = [[block for group in pair for block in group] for pair in pairs]
         stages.append(groups)
     return stages
 

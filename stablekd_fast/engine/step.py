@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ IMAGES, LABELS = "images", "labels"
 
 
 def output_key(output: int) -> str:
-    """Name of the buffer that holds one of the teacher's outputs."""
+    """Return the name of the buffer that holds one of the teacher's outputs."""
     return f"teacher{output}"
 
 
@@ -38,8 +39,8 @@ class StageInputs:
     copied, never adopted: a captured step writes and reads these very buffers.
     """
 
-    def __init__(self, device: torch.device = torch.device("cpu")) -> None:
-        self.device = device
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
         self._buffers: dict[str, Tensor] = {}
 
     def load(self, name: str, value: Tensor) -> None:
@@ -60,44 +61,64 @@ class StageInputs:
 
 
 def _metadata(tensor: Tensor) -> str:
-    """Strides of dimensions of size one say nothing."""
+    """Describe a tensor's layout. Strides of dimensions of size one are left out: they say nothing."""
     strides = [stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1]
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} with strides {strides}"
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What changes from step to step of a stage, on the device: `[steps, 3]` of learning rate, momentum, EMA decay."""
+    """What changes from step to step of a stage, on the device: `table` `[steps, 3]` holds learning rate, momentum and
+    EMA decay."""
 
     table: Tensor
 
     @classmethod
     def of_stage(cls, planned: PlannedStage, ema: float | None, device: torch.device) -> Rates:
-        """The EMA's decay rises towards `ema`, so that it forgets the first weights quickly."""
+        """Make the table of a stage. The EMA's decay rises towards `ema`, so that it forgets the first weights
+        quickly."""
         settings, rows = planned.stage.optimizer, []
         for step in range(planned.first, planned.last):
-            share = planned.progress(step)
+            progress = planned.progress(step)
             decay = min(ema or 0.0, (1 + step) / (10 + step))
-            rows.append((settings.lr_at(share), settings.momentum_at(share), decay))
+            rows.append((settings.lr_at(progress), settings.momentum_at(progress), decay))
         return cls(torch.tensor(rows, device=device))
 
     @classmethod
-    def constant(cls, lr: float, momentum: float = 0.9, device: torch.device = torch.device("cpu")) -> Rates:
+    def constant(cls, lr: float, momentum: float = 0.9, device: torch.device | str = "cpu") -> Rates:
+        """Make a table of one row, which holds for every step."""
         return cls(torch.tensor([(lr, momentum, 0.0)], device=device))
+
+
+class StepOptions(TypedDict, total=False):
+    """What a step does beside the plain update, by keyword; see `GroupStep`."""
+
+    position: int
+    history: int
+    ema: dict[str, Tensor] | None
+    compiled: bool
+    micro_batches: int
+    averaging: Averaging | None
+    sync_norms: bool
 
 
 class GroupStep:
     """Forward, loss with gradient, backward and update of one group of merged blocks.
 
     Args:
-        rates: the stage's; past its end the last row holds.
+        paired, group: the blocks, and which of them this step trains as one.
+        inputs: the buffers that hold the batch and the teacher's outputs.
+        rates: what changes from step to step of the stage; past its end the last row holds.
         position: how many steps of the stage are done.
-        history: the losses of how many last steps are kept for reading.
-        ema: an average of the student's parameters by name, kept up to date.
-        compiled: forward and backward by torch.compile.
-        parts: forward and backward go through the batch in so many parts of equal size, and add up their gradients.
-        averaging: of gradients and losses over processes that train this group on other images.
-        sync_norms: batch norms take their statistics over the images of those too.
+        history: of how many last steps the losses are kept for reading.
+        ema: an average of the student's parameters by name, which each step brings up to date.
+        compiled: whether torch.compile makes forward and backward.
+        micro_batches: into how many equal parts the batch is divided; forward and backward go through one after the
+            other and add up their gradients.
+        averaging: averages gradients and losses over the processes that train this group on other images.
+        sync_norms: whether batch norms take their statistics over the images of those processes too.
+
+    Raises CutError if the group has nothing to train, ConfigError for an optimizer that cannot skip a step in fp16.
     """
 
     def __init__(
@@ -113,14 +134,14 @@ class GroupStep:
         history: int = 1,
         ema: dict[str, Tensor] | None = None,
         compiled: bool = False,
-        parts: int = 1,
+        micro_batches: int = 1,
         averaging: Averaging | None = None,
         sync_norms: bool = False,
     ) -> None:
         self.group, self.name = group, group_name(group)
         self.paired, self.objectives, self.inputs = paired, objectives, inputs
         blocks = [paired.student_blocks[k] for k in group]
-        self.parts, self.averaging = parts, averaging
+        self.micro_batches, self.averaging = micro_batches, averaging
         if sync_norms and averaging is not None:
             self.blocks = [synced(block, averaging) for block in blocks]
         else:
@@ -130,8 +151,8 @@ class GroupStep:
         if not self.parameters:
             raise CutError(
                 f"Block {self.name} of the student has nothing to train: no parameter in it, or none that requires a "
-                "gradient. Move "
-                "its cuts (`stablekd plan` shows the parameters of each block), or merge it with a neighbour."
+                "gradient. Move its cuts (`stablekd plan` shows the parameters of each block), or merge it with a "
+                "neighbour."
             )
         device = self.device = inputs.device
         self.rates = rates.table
@@ -153,19 +174,20 @@ class GroupStep:
         self.take_rates()
         total, (entry, targets, labels) = [], self._tensors()
         whole = self._of_whole_batch(targets)
-        for part in self._in_parts(entry, targets, labels):
+        for micro_batch in self._split_batch(entry, targets, labels):
             with self.paired.precision.applied(self.device):
-                outputs, gradients, losses = self._network(*part, whole)
-            if self.parts > 1:
-                gradients = [gradient / self.parts for gradient in gradients]
+                outputs, gradients, losses = self._network(*micro_batch, whole)
+            if self.micro_batches > 1:
+                gradients = [gradient / self.micro_batches for gradient in gradients]
             self.backward(outputs, gradients)
             total += losses
-        loss = torch.stack(total).sum() / self.parts
-        self.share(loss)
+        loss = torch.stack(total).sum() / self.micro_batches
+        self.average_gradients(loss)
         self.update()
         self.note(loss)
 
     def take_rates(self) -> None:
+        """Read the rates of this step from the table of the stage."""
         row = self.position.clamp(max=len(self.rates) - 1).view(1)
         for rate, value in zip((self.lr, self.momentum, self.ema_decay), self.rates.index_select(0, row)[0].unbind()):
             rate.copy_(value)
@@ -185,22 +207,23 @@ class GroupStep:
         return self.inputs[IMAGES] if first == 0 else self.inputs[output_key(first - 1)]
 
     def backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
+        """Start backward from the gradients that the losses returned."""
         if self.loss_scale is not None:
             gradients = self.loss_scale.applied(gradients)
         with self.paired.precision.products(self.device):
             torch.autograd.backward(outputs, gradients)
 
-    def share(self, loss: Tensor) -> None:
+    def average_gradients(self, loss: Tensor) -> None:
         """Overwrite gradients and loss with their means over the processes that train this group."""
         if self.averaging is not None:
             gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-            self.averaging.tensors([*gradients, loss])
+            self.averaging.average([*gradients, loss])
 
     def update(self) -> None:
-        """Clip, step, average over time."""
+        """Clip the gradients, take the optimizer's step, and bring the moving average up to date."""
         parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         if self.loss_scale is not None:
-            self.loss_scale.take_off([parameter.grad for parameter in parameters])
+            self.loss_scale.take_off([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.clip is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip, foreach=True)
         self.optimizer.step()
@@ -225,7 +248,7 @@ class GroupStep:
         self.position += 1
 
     def state(self) -> list[Tensor]:
-        """All tensors that outlive a run and that it changes, but for the inputs."""
+        """Return all tensors that outlive `run` and that it changes, but for the inputs."""
         own = [self.lr, self.momentum, self.ema_decay, self.losses, self.position, self.first_bad, *(self.ema or [])]
         if self.loss_scale is not None:
             own += [*self.loss_scale.state().values(), self.loss_scale.skipped]
@@ -234,27 +257,28 @@ class GroupStep:
         return list({id(tensor): tensor for tensor in (*own, *networks, *optimizer)}.values())
 
     def _tensors(self) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
-        """Entry, teacher outputs to be aligned to, labels: from the inputs."""
+        """Return what the inputs hold: entry, teacher outputs to align to, labels."""
         head = len(self.paired.cuts)
         wanted = self.aligned | ({head} & set(self.group) if self.objectives.use_teacher_logits else set())
         labels = self.inputs[LABELS] if self.objectives.use_labels and head in self.group else None
         return self.entry(), {k: self.inputs[output_key(k)] for k in sorted(wanted)}, labels
 
     def _of_whole_batch(self, targets: dict[int, Tensor]) -> dict[int, Tensor]:
-        """What losses of parts need to add up to that of the whole batch; nothing where there are no parts."""
-        if self.parts == 1 and self.averaging is None:
+        """Return what the losses of parts need so that they add up to that of the whole batch; nothing without
+        parts."""
+        if self.micro_batches == 1 and self.averaging is None:
             return {}
         found = {k: self.objectives.feature.whole_batch(targets[k]) for k in sorted(self.aligned)}
         found = {k: value for k, value in found.items() if value is not None}
         if self.averaging is not None and found:
-            self.averaging.tensors(list(found.values()))
+            self.averaging.average(list(found.values()))
         return found
 
-    def _in_parts(
+    def _split_batch(
         self, entry: Tensor, targets: dict[int, Tensor], labels: Tensor | None
     ) -> Iterator[tuple[Tensor, dict[int, Tensor], Tensor | None]]:
-        size = len(entry) // self.parts
-        for start in range(0, size * self.parts, size):
+        size = len(entry) // self.micro_batches
+        for start in range(0, size * self.micro_batches, size):
             cut = {k: target[start : start + size] for k, target in targets.items()}
             yield entry[start : start + size], cut, None if labels is None else labels[start : start + size]
 
@@ -286,7 +310,7 @@ def _let_skip(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> None:
             "asking "
             "the host; choose optimizer.implementation=auto, or precision=bf16."
         )
-    optimizer.found_inf = loss_scale.skipped
+    optimizer.found_inf = loss_scale.skipped  # type: ignore[attr-defined]  # torch's fused ones and ours look for it
 
 
 def load_batch(inputs: StageInputs, teacher: Teacher, wanted: Collection[int], batch: Batch) -> None:
@@ -302,7 +326,7 @@ def load_batch(inputs: StageInputs, teacher: Teacher, wanted: Collection[int], b
 
 
 def named_parameters_of(paired: PairedBlocks, group: list[int]) -> dict[str, nn.Parameter]:
-    """The group's parameters by their names in the plain student."""
+    """Return the group's trainable parameters by their names in the plain student."""
     names = {id(parameter): name for name, parameter in paired.student.named_parameters()}
     return {
         names[id(parameter)]: parameter

@@ -1,4 +1,4 @@
-"""How a step runs: eagerly, as a CUDA graph, or as an emulated one. The one seam to streams, events and graphs.
+"""How a step runs: eagerly, as a CUDA graph, or as an emulated one. The engine's streams, events and graphs are here.
 
 A *body* is a function without arguments that reads and writes tensors at fixed addresses only. Bodies that are captured
 together must not depend on each other: in a CUDA graph they are branches that run side by side.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.errors import CaptureError, ConfigError
-from stablekd_fast.execution.emulator import Operation, Recorder, Watch, replay
+from stablekd_fast.execution.emulator import Operation, Recording, Watch, replay
 from stablekd_fast.execution.memory import no_garbage_collection
 
 CAPTURES = ("auto", "eager", "cudagraph", "compile", "emulate")
@@ -29,7 +29,10 @@ Body = Callable[[], Any]
 
 
 class Runner(Protocol):
-    """Runs bodies again and again. `results` are what the bodies gave; a captured body's are overwritten in place."""
+    """Runs bodies again and again.
+
+    `results` are what the bodies returned; those of captured bodies are overwritten in place.
+    """
 
     results: list[Any]
 
@@ -40,7 +43,7 @@ class Runner(Protocol):
 
 
 def pick_capture(name: str, device: torch.device) -> str:
-    """The mode called `name`; `auto` is `cudagraph` on a GPU, `eager` elsewhere.
+    """The mode of capture called `name`; `auto` is `cudagraph` on a GPU, `eager` elsewhere.
 
     Raises ConfigError for a mode that the device does not have.
     """
@@ -58,9 +61,9 @@ def make_runner(
 ) -> Runner:
     """A runner for bodies, by a mode that `pick_capture` gave.
 
-    `state`: all tensors that outlive a run and that the bodies change. Making a runner leaves them as they were.
-    With `fall_back` bodies that cannot be captured run eagerly, after one warning that names what broke capture;
-    otherwise CaptureError says so.
+    `state` holds all tensors that outlive a run and that the bodies change. Making a runner leaves them as they were.
+    With `fall_back`, bodies that cannot be captured run eagerly, after one warning that names what broke capture;
+    without it, CaptureError is raised.
     """
     if mode not in CAPTURED:
         return (CompiledRunner if mode == "compile" else EagerRunner)(bodies)
@@ -88,9 +91,9 @@ class EagerRunner:
 
 
 class CompiledRunner(EagerRunner):
-    """For bodies that call what torch.compile made; the first run compiles.
+    """Calls bodies that hold what torch.compile made; the first run compiles.
 
-    All groups share the code that is compiled, which by default is done a few times only.
+    All groups compile one and the same function, so torch's limit on its variants is raised.
     """
 
     _started = False
@@ -112,10 +115,10 @@ class EmulatedRunner:
     def __init__(self, bodies: Sequence[Body], state: Sequence[Tensor], device: torch.device) -> None:
         self._operations: list[Operation] = []
         with restored(state, device):
-            recorder = Recorder()
-            with recorder:
+            recording = Recording()
+            with recording:
                 self.results = [body() for body in bodies]
-            self._operations = recorder.operations
+            self._operations = recording.operations
 
     def run(self) -> list[Any]:
         replay(self._operations)
@@ -154,7 +157,7 @@ class GraphRunner:
             raise CaptureError(f"{last.operation or 'the step'} cannot be captured: {line}") from error
 
     def _warm_up(self, bodies: Sequence[Body], streams: list[torch.cuda.Stream], device: torch.device) -> None:
-        """On the streams of the capture, so that libraries have set up their handles and workspaces there."""
+        """Run on the streams of the capture, so that libraries have set up their handles and workspaces there."""
         current = torch.cuda.current_stream(device)
         try:
             for body, stream in zip(bodies, streams):
@@ -193,7 +196,7 @@ def _recover(device: torch.device, stream: torch.cuda.Stream) -> None:
 
 
 def _first(error: BaseException) -> BaseException:
-    """What went wrong first: ending a capture that has failed is an error of its own."""
+    """The error that came first: ending a capture that has failed is an error of its own."""
     while isinstance(error.__context__, (RuntimeError, CaptureError)):
         error = error.__context__
     return error
@@ -210,7 +213,7 @@ class _Last(Watch):
 
 
 def _side_by_side(bodies: Sequence[Body], streams: Sequence[torch.cuda.Stream]) -> list[Any]:
-    """Fork from the capturing stream, the first, and join it again."""
+    """Run each body on its stream: all fork from the first, which captures, and join it again."""
     first, results = streams[0], []
     for stream in streams[1:]:
         stream.wait_stream(first)
@@ -224,7 +227,7 @@ def _side_by_side(bodies: Sequence[Body], streams: Sequence[torch.cuda.Stream]) 
 
 @contextlib.contextmanager
 def restored(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """What happens within leaves no trace in `state`, its gradients, and the random generators."""
+    """A context that leaves no trace in `state`, its gradients, and the random generators."""
     saved = [tensor.detach().clone() for tensor in state]
     try:
         with _own_gradients(state), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -237,7 +240,7 @@ def restored(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_gradients(state: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients that a body left when it broke off would be added to those of the first step."""
+    """A context whose gradients are dropped: those of a body that broke off would be added to the first step's."""
     before = [tensor.grad for tensor in state]
     try:
         yield
@@ -247,7 +250,7 @@ def _own_gradients(state: Sequence[Tensor]) -> Iterator[None]:
 
 
 class HostCopy:
-    """Tensors on their way to the host, while the device goes on."""
+    """Copies of tensors on their way to the host, while the device goes on."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._event: torch.cuda.Event | None = None
@@ -262,10 +265,11 @@ class HostCopy:
 
     @property
     def arrived(self) -> bool:
+        """Whether `values` would return at once."""
         return self._event is None or self._event.query()
 
     def values(self) -> list[Tensor]:
-        """The copies; waits for them."""
+        """Wait for the copies and return them."""
         if self._event is not None:
             self._event.synchronize()
         return self._values

@@ -1,4 +1,4 @@
-"""A graph emulator: records what a step dispatches, and replays the records alone.
+"""A graph emulator: records the operations that a step dispatches, and replays them alone.
 
 As in a CUDA graph, every tensor stays at the address where the recording met it, every Python number is frozen, and no
 Python of the step runs again. A step that replays to other numbers than it computes eagerly would do so on a GPU too.
@@ -20,8 +20,8 @@ _UNCAPTURABLE = {
     torch.Tag.data_dependent_output: "it reads a tensor's value on the host",
     torch.Tag.dynamic_output_shape: "a shape depends on a tensor's values",
 }
-
-
+_INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
+"""Operations that read the device on the host where an index is a mask, to learn how many elements it chooses."""
 _WITHOUT_CONTENTS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided}
 
 
@@ -44,10 +44,7 @@ class Operation:
 
 
 class Watch(TorchDispatchMode):
-    """Lets operations through as long as a graph could repeat them.
-
-    Raises CaptureError naming the first that it could not.
-    """
+    """Lets operations through as long as a graph could repeat them, and raises CaptureError at the first other one."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -59,14 +56,11 @@ class Watch(TorchDispatchMode):
         return result
 
     def note(self, operation: Operation) -> None:
-        """Told of every operation after it ran."""
+        """Called with every operation, after it ran."""
 
 
-_INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
-"""Only masks ask the host, how many elements they choose."""
-
-
-def _why_not(function, args: tuple, kwargs: dict) -> str | None:
+def _why_not(function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> str | None:
+    """Why a graph could not repeat the operation; None if it could."""
     if function.overloadpacket in _INDEXING:
         masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
         return _UNCAPTURABLE[torch.Tag.dynamic_output_shape] if masks else None
@@ -79,20 +73,20 @@ def _why_not(function, args: tuple, kwargs: dict) -> str | None:
             return "it copies a tensor from the device to the host"
         return _crossing(source, target, kwargs.get("non_blocking", False))
     if function is torch.ops.aten.copy_.default:
-        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-        return _crossing(args[1].device, args[0].device, non_blocking)
+        target, source, *rest = args
+        return _crossing(source.device, target.device, rest[0] if rest else kwargs.get("non_blocking", False))
     return None
 
 
 def _crossing(source: torch.device, target: torch.device, non_blocking: bool) -> str | None:
-    """A copy between host and device makes the host wait, unless it was told not to."""
+    """Why a copy cannot be captured: between host and device the host waits, unless it was told not to."""
     if non_blocking or (source.type == "cpu") == (target.type == "cpu"):
         return None
     return f"it copies a tensor from {source.type} to {target.type} and waits"
 
 
-class Recorder(Watch):
-    """Keeps the operations that ran within it, in order."""
+class Recording(Watch):
+    """Keeps the operations that run while it is entered, in order."""
 
     def __init__(self) -> None:
         super().__init__()

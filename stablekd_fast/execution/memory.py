@@ -1,4 +1,4 @@
-"""Memory: how the C library keeps it between steps, and what is said when there is none left."""
+"""Memory: how the C library keeps it between steps, what is said when none is left, and how networks lie in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from stablekd_fast.errors import TrainingError
 
 _REFUSALS = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
-"""Of torch's allocator for the CPU, and of oneDNN."""
+"""What torch's allocator for the CPU and oneDNN say when they get no memory."""
 
 
 def keep_freed_memory() -> bool:
@@ -32,7 +32,7 @@ def keep_freed_memory() -> bool:
 
 @contextlib.contextmanager
 def watched(place: Callable[[], str], batch_size: int) -> Iterator[None]:
-    """Raises TrainingError, naming the place and what to try, where memory runs out within."""
+    """A context that raises TrainingError, naming the place and what to try, where memory runs out in it."""
     try:
         yield
     except RuntimeError as error:
@@ -48,7 +48,7 @@ def watched(place: Callable[[], str], batch_size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Python's collector does not run within."""
+    """A context in which Python's garbage collector does not run by itself."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -59,5 +59,5 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """On the device, convolution weights in channels-last memory."""
+    """Move a network to the device, with convolution weights in channels-last memory."""
     return model.to(device).to(memory_format=torch.channels_last)

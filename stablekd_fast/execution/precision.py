@@ -1,4 +1,4 @@
-"""In which number formats forward passes compute. Weights, batch-norm statistics, losses and updates stay float32."""
+"""The number formats in which forward passes compute. Weights, batch-norm statistics, losses, updates stay float32."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TRIALS = 3
 _WORTH_IT = 1.2
-"""A CPU computes in bf16 if that is so many times faster: a smaller gain is not worth other numbers, and might be
-noise."""
+"""How many times faster bf16 must be on a CPU: a smaller gain is not worth other numbers, and might be noise."""
 
 
 @dataclass(frozen=True)
 class Precision:
     """`fp32`; `tf32` (float32 with tensor cores, CUDA only); `bf16` and `fp16` by torch's autocast.
 
-    `reason` says why it was chosen, where it was not asked for.
+    `reason` says why this precision was chosen, where the user left the choice open.
     """
 
     name: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
@@ -33,27 +32,29 @@ class Precision:
 
     @property
     def scales_loss(self) -> bool:
-        """float16 gradients underflow unless the loss is scaled."""
+        """Whether the loss is scaled; float16 gradients would underflow otherwise."""
         return self.name == "fp16"
 
     @property
     def dtype(self) -> torch.dtype:
-        """What convolutions and products take their operands in."""
+        """The dtype to which convolutions and products cast their operands."""
         return _AUTOCAST.get(self.name, torch.float32)
 
     def products(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """Within it, products of float32 tensors are taken as this precision says. For backward passes, which choose
-        anew: cuDNN's default is TF32."""
+        """A context in which products of float32 tensors are taken as this precision says.
+
+        Backward passes need it too, since they choose anew: cuDNN's default is TF32.
+        """
         return _tensor_cores(device, self.name != "fp32")
 
     @contextlib.contextmanager
     def applied(self, device: torch.device) -> Iterator[None]:
-        """Within it, forward passes on `device` compute in this precision. May be entered inside a graph capture."""
+        """A context in which forward passes on `device` compute in this precision; a capture may enter it."""
         with self.products(device):
             if self.dtype is torch.float32:
                 yield
                 return
-            # A cast weight kept from one replay to the next would be a stale one: no weight cache.
+            # No cache of cast weights: a graph's replay would meet the one that was cast when it was captured.
             with torch.autocast(device.type, self.dtype, cache_enabled=False):
                 yield
 
@@ -63,26 +64,24 @@ FP32 = Precision()
 
 @contextlib.contextmanager
 def _tensor_cores(device: torch.device, allowed: bool) -> Iterator[None]:
-    """Whether float32 products may be rounded to TF32; the process's own settings come back afterwards."""
+    """Allow or forbid TF32 in float32 products; the process's own settings come back afterwards."""
     if device.type != "cuda":
         yield
         return
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
-        for backend in backends:
-            backend.allow_tf32 = allowed
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
         yield
     finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 def pick_precision(name: str, device: torch.device, trial: Callable[[Precision], float]) -> Precision:
-    """The precision called `name`. `auto`: bf16 where the hardware has it; on a CPU that has it, only if `trial` gives
-    clearly fewer seconds for it.
+    """The precision called `name`.
 
-    Raises ConfigError if the device cannot compute in the precision that was asked for.
+    `auto` is bf16 on a GPU that has it, fp16 on one that has not. On a CPU it is bf16 if the CPU has it and `trial`,
+    which gives the seconds of a pass in a precision, gives clearly fewer for it; else fp32. Raises ConfigError if the
+    device cannot compute in the precision that was asked for.
     """
     if name not in PRECISIONS:
         raise ConfigError(f"precision={name!r} was given; choose one of {', '.join(PRECISIONS)}.")
@@ -109,7 +108,7 @@ def cpu_has_bf16() -> bool:
 
 
 def seconds_per_pass(precision: Precision, student: nn.Module, images: Tensor) -> float:
-    """The fewest seconds of a few forward and backward passes; buffers and gradients are as before afterwards."""
+    """The fewest seconds of a few forward and backward passes. Buffers and gradients are left as they were."""
     buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
     taken = []
     for _ in range(_TRIALS + 1):
@@ -137,17 +136,18 @@ class LossScale:
         self.skipped = torch.zeros((), device=device)
 
     def applied(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Multiplied in float32: on a GPU the scale itself would be rounded to float16, in which 2^16 is infinite."""
+        """The gradients times the scale. The product is taken in float32, since 2^16 is infinite in float16."""
         return [(gradient.float() * self.scale).to(gradient.dtype) for gradient in gradients]
 
     def take_off(self, gradients: list[Tensor]) -> None:
-        """Divide by the scale, in place, and note whether all are finite."""
+        """Divide gradients by the scale, in place, and note in `skipped` whether one is not finite."""
         self.skipped.zero_()
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.skipped, self.scale.reciprocal())
 
     def update(self) -> None:
+        """Halve the scale after a skipped step, double it after `interval` good ones."""
         torch._amp_update_scale_(self.scale, self.good_steps, self.skipped, 2.0, 0.5, self.interval)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs."""
+        """The tensors that a resumed run needs."""
         return {"scale": self.scale, "good_steps": self.good_steps}

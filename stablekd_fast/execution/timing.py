@@ -12,7 +12,7 @@ REPEATS = 3
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """Median of a few calls after one to warm up."""
+    """The median of `repeats` calls, after one to warm up."""
     taken = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

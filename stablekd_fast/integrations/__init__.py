@@ -1,2 +1,1 @@
-"""This engine inside other repositories. Each module imports the repository it is for, so none is imported from
-here."""
+"""This engine inside other repositories. Each module imports the repository it is for: none is imported from here."""

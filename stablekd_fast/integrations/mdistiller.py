@@ -9,6 +9,8 @@ fused kernels.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -119,8 +121,8 @@ class StableKD(Distiller):
     def _pair(self, images: Tensor) -> PairedBlocks:
         if getattr(self, "_is_replica", False):
             raise ConfigError(
-                "StableKD's blocks cannot be copied to several GPUs by DataParallel; run it on one: "
-                "CUDA_VISIBLE_DEVICES=0."
+                "StableKD's blocks cannot be copied to several GPUs by DataParallel; "
+                "run it on one: CUDA_VISIBLE_DEVICES=0."
             )
         if self.paired is None:
             settings = self.settings
@@ -129,18 +131,18 @@ class StableKD(Distiller):
                 _Logits(self.teacher),
                 _Logits(self.student),
                 images,
-                [tuple(f"model.{name}" for name in cut) for cut in cuts] or "auto",
+                [cast(tuple[str, str], tuple(f"model.{name}" for name in cut)) for cut in cuts] or "auto",
                 settings.BLOCKS or None,
                 bridge=settings.BRIDGE,
             )
             for bridge, weight in zip(self.paired.bridges, self._stored_bridges or []):
-                if weight is not None:
-                    bridge.weight.copy_(weight)
+                if bridge is not None and weight is not None:
+                    cast(Tensor, bridge.weight).copy_(weight)
         return self.paired
 
 
 class _Logits(nn.Module):
-    """mdistiller's networks give logits and a dict of features; blocks need the logits alone."""
+    """A network of mdistiller's, which gives logits and a dict of features, by its logits alone, as blocks need it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -158,7 +160,7 @@ def _both_logits(distiller: Distiller, image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _losses(ce: Tensor, kd: Tensor) -> dict[str, Tensor]:
-    """The names that mdistiller's trainers read."""
+    """Return the losses under the names that mdistiller's trainers read."""
     return {"loss_ce": ce, "loss_kd": kd}
 
 

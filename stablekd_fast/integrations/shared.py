@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,14 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.cache.columns import Columns, Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings
-from stablekd_fast.data import Batch
+from stablekd_fast.data import Batch, TrainSource
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.integrations.views import SAMPLE, VIEW, SampleViews
 from stablekd_fast.teacher.cached import CachedTeacher
 
 
 class SharedBlocks:
-    """What the wrappers of teacher and student share: the networks cut into blocks, and the teacher's outputs for a
-    batch.
+    """The networks cut into blocks and the teacher's outputs for a batch, shared by the wrappers of both.
 
     Args:
         cuts: modules after which to cut, in order; (teacher's, student's) where they differ. Wrapped models offer what
@@ -43,7 +43,7 @@ class SharedBlocks:
         logits: str = "fp32",
         disk_budget: str | None = None,
     ) -> None:
-        self.cuts = [(cut, cut) if isinstance(cut, str) else tuple(cut) for cut in cuts]
+        self.cuts = [(cut, cut) if isinstance(cut, str) else cast(tuple[str, str], tuple(cut)) for cut in cuts]
         self.bridge, self.views = bridge, views
         self.settings = (
             CacheSettings("all", directory, disk_budget, codecs=[codec], logits=logits) if directory else None
@@ -51,8 +51,7 @@ class SharedBlocks:
         if directory and views is None:
             raise ConfigError(
                 f"The teacher's outputs are to be kept in {directory}, but random views without keys cannot be found "
-                "again; "
-                "give the training data as SampleViews, and here views: that object."
+                "again; give the training data as SampleViews, and here views: that object."
             )
         self.teacher: nn.Module | None = None
         self.student: nn.Module | None = None
@@ -64,25 +63,29 @@ class SharedBlocks:
         self._batch: tuple[Tensor, Mapping[int, Tensor]] | None = None
 
     def attach(self, **models: nn.Module) -> None:
-        """`teacher=` or `student=`. Blocks and rows stay as they are where it is the model of the stage before."""
+        """Take the `teacher=` or the `student=`. Blocks and rows stay where it is the model of the stage before."""
         for role, model in models.items():
             if getattr(self, role) is not model:
                 self.close()
                 setattr(self, role, model)
 
     def teacher_outputs(self, images: Tensor, keys: Mapping[str, Tensor] | None) -> list[Tensor]:
-        """At every cut, and the logits."""
+        """Return what the teacher gives at every cut, and its logits."""
         if self.paired is None:
-            student = self.teacher if self.student is None else self.student
-            self.paired = pair_blocks(self.teacher, student, images, self.cuts, bridge=self.bridge)
-        wanted = range(len(self.paired))
-        known = self.paired.teacher_outputs(images, wanted) if self.settings is None else self._kept(images, keys)
+            self.paired = self._pair(images)
+        if self.settings is None or self.views is None:
+            known = self.paired.teacher_outputs(images, range(len(self.paired)))
+        else:
+            known = self._kept(images, keys, self.paired, self.settings, self.views.source)
         self._batch = images, known
-        return [known[k] for k in wanted]
+        return [known[k] for k in range(len(self.paired))]
 
     def student_outputs(self, groups: Sequence[Sequence[int]], images: Tensor) -> list[Tensor]:
-        """At every cut, and the logits; groups begin at the teacher's outputs for the same images."""
-        if self._batch is None or self._batch[0] is not images:
+        """Return what the student gives at every cut, and its logits.
+
+        Groups begin at the teacher's outputs for the same images.
+        """
+        if self.paired is None or self._batch is None or self._batch[0] is not images:
             raise ConfigError(
                 "StableKDStudent met images that StableKDTeacher has not; give both wrappers one SharedBlocks."
             )
@@ -94,14 +97,26 @@ class SharedBlocks:
             self._cached.close()
         self._forget()
 
-    def _kept(self, images: Tensor, keys: Mapping[str, Tensor] | None) -> dict[int, Tensor]:
+    def _pair(self, images: Tensor) -> PairedBlocks:
+        assert self.teacher is not None
+        student = self.teacher if self.student is None else self.student
+        return pair_blocks(self.teacher, student, images, self.cuts, bridge=self.bridge)
+
+    def _kept(
+        self,
+        images: Tensor,
+        keys: Mapping[str, Tensor] | None,
+        paired: PairedBlocks,
+        settings: CacheSettings,
+        source: TrainSource,
+    ) -> dict[int, Tensor]:
+        """Return the teacher's outputs from rows, where they are stored, and store them where not."""
         if not keys or not {SAMPLE, VIEW} <= keys.keys():
             raise ConfigError(
-                "The batch came without the keys sample_id and view, so its rows cannot be found; train on "
-                "SampleViews, and "
-                "set forward_proc: forward_batch_supp_dict for the teacher."
+                "The batch came without the keys sample_id and view, so its rows cannot be found; "
+                "train on SampleViews, and set forward_proc: forward_batch_supp_dict for the teacher."
             )
-        count, size = len(images), self.views.source.batch_size
+        count, size = len(images), source.batch_size
         if count > size:
             raise ConfigError(
                 f"The batch has {count} images, but SampleViews was made for batch_size={size}; make them equal."
@@ -110,16 +125,20 @@ class SharedBlocks:
         filled = torch.arange(size) % count
         if count < size:
             images = images[filled.to(images.device)]
-        batch = Batch(keys[SAMPLE].cpu()[filled], keys[VIEW].cpu()[filled], images, None)
+        # Rows are found by one view for the batch or, as here, by one for each; nobody reads the labels.
+        views = cast(int, keys[VIEW].cpu()[filled])
+        batch = Batch(keys[SAMPLE].cpu()[filled], views, images, torch.empty(0))
         if self._cached is None:
-            self._cached = self._open(images)
-        found = self._cached.outputs(range(len(self.paired)), images, batch)
+            self._cached = _open(images, paired, settings, source)
+        found = self._cached.outputs(range(len(paired)), images, batch)
         return {k: value[:count] for k, value in found.items()}
 
-    def _open(self, images: Tensor) -> CachedTeacher:
-        source, head = self.views.source, len(self.paired.cuts)
-        examples = self.paired.teacher_outputs(images)
-        codecs = {k: self.settings.logits if k == head else self.settings.codecs[0] for k in examples}
-        columns = Columns(self.paired, source, self.settings, images.device, source.views)
-        opened = columns.open(Plan({k: Kept("disk", codec) for k, codec in codecs.items()}), examples)
-        return CachedTeacher(self.paired, opened, source.split.total, images.device)
+
+def _open(images: Tensor, paired: PairedBlocks, settings: CacheSettings, source: TrainSource) -> CachedTeacher:
+    assert source.views is not None
+    head = len(paired.cuts)
+    examples = paired.teacher_outputs(images)
+    codecs = {k: settings.logits if k == head else settings.codecs[0] for k in examples}
+    columns = Columns(paired, source, settings, images.device, source.views)
+    opened = columns.open(Plan({k: Kept("disk", codec) for k, codec in codecs.items()}), examples)
+    return CachedTeacher(paired, opened, source.split.total, images.device)

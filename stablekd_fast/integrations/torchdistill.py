@@ -1,6 +1,5 @@
-"""Parts for torchdistill (github.com/yoshitomo-matsubara/torchdistill). Importing this module registers them; a config
-of its
-does so itself:
+"""Parts for torchdistill (github.com/yoshitomo-matsubara/torchdistill). Importing this module registers them; a
+config of its does so itself:
 
     dependencies:
       - stablekd_fast.integrations.torchdistill
@@ -9,8 +8,7 @@ does so itself:
   `FastMSELoss`, `FastCosineLoss` and `FastKLDivWithLogitsLoss` are `stablekd_fast.losses`, for its `SimpleLossWrapper`.
 - `SampleViews`, a data set whose random views have keys, and the process `begin_view` that names each epoch's.
 - Model wrappers `StableKDTeacher` (in one pass, or from rows by sample and view) and `StableKDStudent` (decomposed or
-  merged),
-  which share one `SharedBlocks`.
+  merged), which share one `SharedBlocks`.
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ register_low_level_loss(KLDivWithLogitsLoss, key="FastKLDivWithLogitsLoss")
 
 
 class _LogitsLoss(nn.Module):
-    """Finds both networks' logits as torchdistill's losses do."""
+    """The base of losses that find both networks' logits as torchdistill's do."""
 
     def __init__(
         self, student_module_path: str, student_module_io: str, teacher_module_path: str, teacher_module_io: str
@@ -87,9 +85,8 @@ class FastKDLoss(_LogitsLoss):
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
         if reduction != "batchmean" or unsupported:
             raise ConfigError(
-                f"FastKDLoss was given reduction={reduction!r} and {unsupported or 'nothing else'}; it has the "
-                "reduction "
-                "batchmean and label_smoothing. Use torchdistill's KDLoss for others."
+                f"FastKDLoss was given reduction={reduction!r} and {unsupported or 'nothing else'}; "
+                "it has the reduction batchmean and label_smoothing. Use torchdistill's KDLoss for others."
             )
         self.divergence = KLDivWithLogitsLoss(reduction, temperature)
         self.both: KDLoss | None = None
@@ -140,7 +137,7 @@ def begin_view(self, epoch: int | None = None, **kwargs) -> None:
 
 
 class _Tapped(AuxiliaryModelWrapper):
-    """Offers values under the names of the modules that give them, which themselves are not called."""
+    """A wrapper that offers values under the names of the modules that give them, which themselves are not called."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
@@ -196,9 +193,8 @@ class StableKDStudent(_Tapped):
         self.student_model, self.shared, self.groups = student_model, shared, groups
         if [k for group in groups for k in group] != list(range(len(shared.cuts) + 1)):
             raise ConfigError(
-                f"groups={groups} were given; {len(shared.cuts)} cuts make the blocks 0 to {len(shared.cuts)}, which "
-                "must "
-                "be there once each, in order."
+                f"groups={groups} were given; {len(shared.cuts)} cuts make the blocks 0 to {len(shared.cuts)}, "
+                "which must be there once each, in order."
             )
         shared.attach(student=student_model)
 

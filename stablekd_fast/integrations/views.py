@@ -1,10 +1,10 @@
-"""A data set for torch's DataLoader whose random views have keys, so that a teacher's outputs for them can be found
-again."""
+"""A data set for torch's DataLoader whose random views have keys, by which a teacher's outputs are found again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -59,15 +59,15 @@ class SampleViews(Dataset):
             Augmentation("pad_crop", flip, padding) if split.resident else Augmentation("resized_crop", flip, size=size)
         )
         # DALI would begin a pipeline of its own in every worker of the DataLoader.
-        loader = "resident" if split.resident else "torchvision"
-        self.source = TrainSource(
-            split, kind, tuple(mean), tuple(std), batch_size=batch_size, seed=seed, views=views, loader=loader
-        )
+        choice = "resident" if split.resident else "torchvision"
+        mean, std = cast(Channels, tuple(mean)), cast(Channels, tuple(std))
+        self.source = TrainSource(split, kind, mean, std, batch_size=batch_size, seed=seed, views=views, source=choice)
+        self._views = views
         # Shared, so that workers that outlive an epoch see the next one.
         self._epoch = torch.full((), -1, dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Epochs count from 0."""
+        """Begin an epoch; they count from 0."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -77,34 +77,37 @@ class SampleViews(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int, dict[str, int]]]:
-        """A batch at once, as torch's DataLoader asks for it."""
+        """Return a batch at once, as torch's DataLoader asks for it."""
         epoch = int(self._epoch)
         if epoch < 0:
             raise ConfigError(
                 "No epoch was begun, so views have no number; call set_epoch before each (torchdistill does with "
                 "pre_epoch_process: begin_view)."
             )
-        batch = self.source.batch(np.array(indices), epoch % self.source.views)
+        batch = self.source.batch(np.array(indices), epoch % self._views)
+        assert batch.images is not None and batch.view is not None
         keys = [{SAMPLE: sample, VIEW: batch.view} for sample in batch.sample_ids.tolist()]
         return list(zip(batch.images, batch.labels.tolist(), keys))
 
 
 def _split_of(dataset: Dataset, crop_size: int) -> Split:
-    """The images of a torchvision data set. Raises ConfigError for others, and for transforms, which would not be
-    applied."""
+    """Return the images of a torchvision data set.
+
+    Raises ConfigError for other data sets, and for transforms, which would not be applied.
+    """
     if getattr(dataset, "transforms", None) is not None or getattr(dataset, "transform", None) is not None:
         raise ConfigError(
-            f"{type(dataset).__name__} has transforms, whose random choices have no keys; give it none, SampleViews "
-            "crops, mirrors and normalises."
+            f"{type(dataset).__name__} has transforms, whose random choices have no keys; "
+            "give it none, SampleViews crops, mirrors and normalises."
         )
-    pixels, samples = getattr(dataset, "data", None), getattr(dataset, "samples", None)
-    if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 4:
-        return Split(torch.tensor(dataset.targets), images=torch.from_numpy(pixels))
+    pixels, targets, samples = (getattr(dataset, name, None) for name in ("data", "targets", "samples"))
+    is_images = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 4
+    if is_images and targets is not None:
+        return Split(torch.tensor(targets), images=torch.from_numpy(pixels))
     if samples is not None:
         paths, labels = zip(*samples)
         return Split(torch.tensor(labels), files=ImageFiles(FileRecords([Path(path) for path in paths]), crop_size))
     raise ConfigError(
-        f"{type(dataset).__name__} has neither `data` uint8 [N, H, W, 3] with `targets`, nor `samples` of (path, "
-        "label); "
-        "give such a data set, or a path that stablekd distill takes."
+        f"{type(dataset).__name__} has neither `data` uint8 [N, H, W, 3] with `targets`, "
+        "nor `samples` of (path, label); give such a data set, or a path that stablekd distill takes."
     )

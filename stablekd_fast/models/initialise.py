@@ -15,7 +15,8 @@ def kaiming_convolutions(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def small_classifier(linear: nn.Linear) -> None:
+def small_classifier(linear: nn.Module) -> None:
     """Draw a classifier's weight from N(0, 0.01²), its bias zero."""
+    assert isinstance(linear, nn.Linear)
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)

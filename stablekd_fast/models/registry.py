@@ -1,7 +1,7 @@
 """Models by name. A family is one file with a dict `MODELS` of builders, entered in `OWN_MODELS`."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -21,8 +21,8 @@ Builder = Callable[[int, int | None], nn.Module]
 """Makes a model from `(num_classes, image_size)`."""
 
 
-def _of_any_size(builders: dict[str, Callable[..., nn.Module]]) -> dict[str, Builder]:
-    def sized(builder) -> Builder:
+def _of_any_size(builders: Mapping[str, Callable[..., nn.Module]]) -> dict[str, Builder]:
+    def sized(builder: Callable[..., nn.Module]) -> Builder:
         return lambda num_classes, image_size: builder(num_classes=num_classes)
 
     return {name: sized(builder) for name, builder in builders.items()}

@@ -1,6 +1,7 @@
 """timm's models by name, without weights. The only place that imports timm, which is optional."""
 
 import difflib
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,7 @@ def build_timm(name: str, num_classes: int, image_size: int | None) -> nn.Module
         near = difflib.get_close_matches(name, timm.list_models(), 5, 0.4)
         listed = f" The nearest: {', '.join(f'timm/{other}' for other in near)}." if near else ""
         raise ModelError(f"timm {timm.__version__} has no model {name!r}.{listed}")
-    options = {"num_classes": num_classes}
+    options: dict[str, Any] = {"num_classes": num_classes}
     default = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
     if image_size is not None and default is not None and default.fixed_input_size:
         options["img_size"] = image_size

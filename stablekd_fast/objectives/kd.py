@@ -17,9 +17,13 @@ class LogitKD:
     """`kl_weight` * T^2 * KL(teacher || student at temperature T) + `ce_weight` * cross entropy with the labels."""
 
     temperature: float = 4.0
+    """What both logits are divided by before they are compared."""
     kl_weight: float = 0.1
+    """Weight of the divergence from the teacher's prediction."""
     ce_weight: float = 1.0
+    """Weight of the cross entropy with the labels."""
     label_smoothing: float = 0.0
+    """The part of a label that is spread evenly over all classes."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -33,17 +37,22 @@ class LogitKD:
 
 @register("logits", "kd", LogitKD)
 def logit_kd(config: LogitKD, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Without teacher logits the cross entropy alone; without labels the KL term alone. Labels may be probabilities
-    `[N, C]`."""
+    """Return loss and gradient: the cross entropy alone without teacher logits, the divergence alone without labels.
+
+    Labels are int64 `[N]`, or probabilities `[N, C]`.
+    """
     kl_weight = config.kl_weight if teacher is not None else 0.0
     ce_weight = config.ce_weight if labels is not None else 0.0
     total = kl_weight + ce_weight
-    if kl_weight == 0.0:
+    if teacher is None or kl_weight == 0.0:
+        assert labels is not None
         return _cross_entropy(student, labels, ce_weight, config.label_smoothing)
-    if ce_weight and labels.is_floating_point():
-        cross_entropy = _cross_entropy(student, labels, ce_weight, config.label_smoothing)
-        divergence = kernels.kd_loss_with_grad(student, teacher, temperature=config.temperature, scale=kl_weight)
-        return tuple(one + other for one, other in zip(cross_entropy, divergence))
+    if labels is not None and ce_weight and labels.is_floating_point():
+        cross_entropy, ce_gradient = _cross_entropy(student, labels, ce_weight, config.label_smoothing)
+        divergence, kl_gradient = kernels.kd_loss_with_grad(
+            student, teacher, temperature=config.temperature, scale=kl_weight
+        )
+        return cross_entropy + divergence, ce_gradient + kl_gradient
     return kernels.kd_loss_with_grad(
         student,
         teacher,

@@ -20,10 +20,14 @@ class FeatureMSE:
     """
 
     weight: float = 1.0
+    """Weight of the loss at each cut."""
     normalize: Literal["power", "channel", "l2"] | None = "power"
+    """What brings features to one scale: the target's mean power, a standardisation per channel, or unit length per
+    sample; None leaves them as they are."""
 
 
 def _power(config: FeatureMSE, target: Tensor) -> Tensor | None:
+    """Return the target's mean square, where the loss is divided by it."""
     if config.normalize != "power":
         return None
     wide = torch.float64 if target.dtype == torch.float64 else torch.float32
@@ -34,6 +38,7 @@ def _power(config: FeatureMSE, target: Tensor) -> Tensor | None:
 def feature_mse(
     config: FeatureMSE, student: Tensor, target: Tensor, channel_axis: int, power: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient. `power` is the mean square of the whole batch's target; None: of this one."""
     return kernels.feature_mse_with_grad(
         student, target, normalize=config.normalize, scale=power, weight=config.weight, channel_axis=channel_axis
     )

@@ -3,8 +3,7 @@
 Two places take objectives:
 
 - `feature`: `(config, student, target, channel_axis) -> (loss, gradient)` at a cut, both `[N, ...]` of one shape; one
-  that
-  divides by something of the whole batch registers how to find it, and takes it as a further argument;
+  that divides by something of the whole batch registers how to find it, and takes it as a further argument;
 - `logits`: `(config, student, teacher or None, labels or None) -> (loss, gradient)` at the head, `[N, classes]`.
 
 Losses come already weighted, as 0-dim tensors, together with their gradient with respect to the student's tensor:
@@ -15,13 +14,59 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 from torch import Tensor
 
 from stablekd_fast.errors import ConfigError, nearest
 
-_REGISTRY: dict[str, dict[str, tuple[type, Callable, Callable]]] = {"feature": {}, "logits": {}}
+LossWithGradient = Callable[..., tuple[Tensor, Tensor]]
+Function = TypeVar("Function", bound=LossWithGradient)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureObjective:
+    """A loss at a cut, with its options bound: `config`, an instance of the objective's dataclass."""
+
+    config: Any
+    function: LossWithGradient
+    whole_batch_function: Callable[[Any, Tensor], Tensor | None]
+
+    def __call__(
+        self, student: Tensor, target: Tensor, channel_axis: int, power: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weighted loss and its gradient with respect to the student.
+
+        Student and target are `[N, ...]` of one shape. Where they are a part of a batch, `power` is what `whole_batch`
+        gives for all of it.
+        """
+        of_batch = () if power is None else (power,)
+        return self.function(self.config, student, target, channel_axis, *of_batch)
+
+    def whole_batch(self, target: Tensor) -> Tensor | None:
+        """Return the 0-dim tensor that the loss needs of all targets of a batch; None where it needs nothing."""
+        return self.whole_batch_function(self.config, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitObjective:
+    """A loss at the head, with its options bound: `config`, an instance of the objective's dataclass."""
+
+    config: Any
+    function: LossWithGradient
+
+    def __call__(self, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the weighted loss and its gradient with respect to the student; logits are `[N, classes]`."""
+        return self.function(self.config, student, teacher, labels)
+
+
+class _Registered(NamedTuple):
+    config: type[Any]
+    function: LossWithGradient
+    whole_batch: Callable[[Any, Tensor], Tensor | None]
+
+
+_REGISTRY: dict[str, dict[str, _Registered]] = {"feature": {}, "logits": {}}
 
 
 def _nothing(config: Any, target: Tensor) -> None:
@@ -29,40 +74,45 @@ def _nothing(config: Any, target: Tensor) -> None:
 
 
 def register(
-    place: str, name: str, config: type, whole_batch: Callable[[Any, Tensor], Tensor | None] = _nothing
-) -> Callable[[Callable], Callable]:
-    """Decorator that makes a function known as objective `name` at `place` (`"feature"` or `"logits"`).
+    place: Literal["feature", "logits"],
+    name: str,
+    config: type[Any],
+    whole_batch: Callable[[Any, Tensor], Tensor | None] = _nothing,
+) -> Callable[[Function], Function]:
+    """Return a decorator that makes a function known as objective `name` at `place`.
 
     `whole_batch(config, target)`: a 0-dim tensor that the loss needs of all targets of a batch, whose mean over equal
     parts is that of the whole; None where the loss of a batch is the mean of its parts' losses.
     """
 
-    def add(function: Callable) -> Callable:
-        _REGISTRY[place][name] = (config, function, whole_batch)
+    def add(function: Function) -> Function:
+        _REGISTRY[place][name] = _Registered(config, function, whole_batch)
         return function
 
     return add
 
 
-def objective(place: str, name: str, options: dict[str, Any] | None = None) -> Callable:
-    """The objective's function with its options bound, and as its attribute `whole_batch` that of `register`.
+@overload
+def objective(place: Literal["feature"], name: str, options: dict[str, Any] | None = None) -> FeatureObjective: ...
+@overload
+def objective(place: Literal["logits"], name: str, options: dict[str, Any] | None = None) -> LogitObjective: ...
+def objective(
+    place: Literal["feature", "logits"], name: str, options: dict[str, Any] | None = None
+) -> FeatureObjective | LogitObjective:
+    """Return the objective `name` with its options bound.
 
     Raises ConfigError for an unknown name or option, with the nearest valid one.
     """
     known = _REGISTRY[place]
     if name not in known:
         raise ConfigError(f"There is no {place} objective {name!r}{nearest(name, known)}.")
-    config_type, function, whole_batch = known[name]
-    options = dict(options or {})
-    fields = [field.name for field in dataclasses.fields(config_type)]
+    entry = known[name]
+    options = options or {}
+    fields = [field.name for field in dataclasses.fields(entry.config)]
     for key in options:
         if key not in fields:
             raise ConfigError(f"The {place} objective {name!r} has no option {key!r}{nearest(key, fields)}.")
-    config = config_type(**options)
-
-    def bound(*tensors):
-        return function(config, *tensors)
-
-    bound.config = config
-    bound.whole_batch = lambda target: whole_batch(config, target)
-    return bound
+    config = entry.config(**options)
+    if place == "feature":
+        return FeatureObjective(config, entry.function, entry.whole_batch)
+    return LogitObjective(config, entry.function)

@@ -32,14 +32,14 @@ class GroupCost:
 
 @dataclass(frozen=True)
 class ReduceCost:
-    """Of an all-reduce: seconds for nothing, and per byte that a rank sends."""
+    """What an all-reduce costs: seconds for nothing, and per byte that a rank sends."""
 
     latency: float = 0.0
     per_byte: float = 0.0
 
     @staticmethod
     def sent(size: int, ranks: int) -> float:
-        """Bytes that a rank sends, as a ring does it: twice its data, less its own share."""
+        """Bytes that a rank sends, as a ring does it: twice its data, less the part that it ends with."""
         return size * 2 * (ranks - 1) / ranks
 
     def seconds(self, size: int, ranks: int) -> float:
@@ -59,7 +59,7 @@ def best_layout(
     batch: int,
     reduce: ReduceCost,
     *,
-    relays: bool = False,
+    live: bool = False,
     axis: str = "auto",
     accumulate: int = 1,
     image_seconds: float = 0.0,
@@ -68,7 +68,7 @@ def best_layout(
     passed on, may take up to 10% more: nothing is exchanged in its steps.
 
     Args:
-        relays: the live teacher runs; each place runs the teacher's blocks beside its own groups and passes its
+        live: whether the live teacher runs; each place runs the teacher's blocks beside its own groups and passes its
             activation on, so that neighbours must lie together.
         image_seconds: that a rank's loader takes for an image, while the rank trains.
         axis: `blocks` for as many places for groups as there can be, `data` for one, `auto` for what takes least time.
@@ -85,26 +85,24 @@ def best_layout(
             f"{len(groups)} "
             f"group(s); choose a --batch-size that is a multiple of {ranks * accumulate}."
         )
-    layouts = [_on_mesh(groups, b, d, batch, reduce, relays) for b, d in meshes]
+    layouts = [_on_mesh(groups, b, d, batch, reduce, live) for b, d in meshes]
 
     def weighed(layout: Layout) -> float:
         busiest = max(*layout.seconds, batch / layout.data * image_seconds)
-        return busiest / _WORTH_IT if layout.data == 1 and not relays else busiest
+        return busiest / _WORTH_IT if layout.data == 1 and not live else busiest
 
     return min(layouts, key=weighed)
 
 
-def _on_mesh(
-    groups: Sequence[GroupCost], blocks: int, data: int, batch: int, reduce: ReduceCost, relays: bool
-) -> Layout:
+def _on_mesh(groups: Sequence[GroupCost], blocks: int, data: int, batch: int, reduce: ReduceCost, live: bool) -> Layout:
     images = batch / data
     own = [
-        group.student(images) + (group.teacher(images) if relays else 0.0) + reduce.seconds(group.gradient_bytes, data)
+        group.student(images) + (group.teacher(images) if live else 0.0) + reduce.seconds(group.gradient_bytes, data)
         for group in groups
     ]
-    feeds = [{} if relays else {output: cost * images for output, cost in group.feeds.items()} for group in groups]
-    places = assign(own, blocks, feeds, neighbours=relays)
-    return Layout(blocks, data, tuple(places), tuple(loads_of(own, feeds, places, blocks)), relays and blocks > 1)
+    feeds = [{} if live else {output: cost * images for output, cost in group.feeds.items()} for group in groups]
+    places = assign(own, blocks, feeds, neighbours=live)
+    return Layout(blocks, data, tuple(places), tuple(loads_of(own, feeds, places, blocks)), live and blocks > 1)
 
 
 def assign(
@@ -122,7 +120,11 @@ def assign(
     if neighbours:
         return _runs(costs, places)
     feeds = feeds or [{}] * len(costs)
-    return _Search(costs, feeds, places).best() if len(costs) <= _EXACT_GROUPS else _longest_first(costs, feeds, places)
+    return (
+        _AssignmentSearch(costs, feeds, places).best()
+        if len(costs) <= _EXACT_GROUPS
+        else _longest_first(costs, feeds, places)
+    )
 
 
 def loads_of(
@@ -162,7 +164,7 @@ def _longest_first(costs: Sequence[float], feeds: Sequence[Mapping[int, float]],
     return chosen
 
 
-class _Search:
+class _AssignmentSearch:
     """Branch and bound: longest groups first, equal places once, branches dropped that cannot beat the best known."""
 
     def __init__(self, costs: Sequence[float], feeds: Sequence[Mapping[int, float]], places: int) -> None:

@@ -54,7 +54,7 @@ class Planner:
 
     def examples(self) -> dict[int, Tensor]:
         """The wanted outputs for the first batch."""
-        return self.paired.teacher_outputs(next(self.source.batches(0, 1)).images.to(self.device), self.job.wanted)
+        return self.paired.teacher_outputs(next(self.source.batches(0, 1)).pixels.to(self.device), self.job.wanted)
 
     def plan(self, examples: dict[int, Tensor]) -> tuple[Plan, Costs | None]:
         """The plan by the settings, and the costs if any were measured for it. Raises ConfigError if `all` is asked for
@@ -110,7 +110,7 @@ class Job:
         return set().union(*(self.objectives.teacher_outputs(s.stage.groups, count) for s in self.stages))
 
     def codecs(self, output: int) -> list[str]:
-        """Those that an output may be kept by, the preferred one first."""
+        """Return the codecs by which an output may be kept, the preferred one first."""
         return [self.settings.logits] if output == len(self.paired.cuts) else self.settings.codecs
 
     def outputs(self, blocks: list[float], examples: dict[int, Tensor], cost: Callable[[int, RowFormat], CodecCost]):
@@ -134,8 +134,8 @@ def measured_costs(
     stored: Callable[[int, str], float] = lambda output, codec: 0.0,
 ) -> Costs:
     """Costs on this machine, measured with one batch and the wanted outputs for it. `images`: seconds that making a
-    batch takes; `stored`: share of the rows of an output in a codec that are on disk already."""
-    blocks = measure_teacher(job.paired, batch.images.to(device))
+    batch takes; `stored`: the fraction of the rows of an output in a codec that are on disk already."""
+    blocks = measure_teacher(job.paired, batch.pixels.to(device))
     outputs = job.outputs(blocks, examples, lambda k, form: measure_codec(form, examples[k], stored(k, form.codec)))
     working_set = sum(job.rows * max((c.row_bytes for c in output.codecs.values()), default=0) for output in outputs)
     groupings = [planned.stage.groups for planned in job.stages]
@@ -157,7 +157,7 @@ def predicted_costs(job: Job, device: Profile, examples: dict[int, Tensor], batc
     for planned in job.stages:
         for group in planned.stage.groups:
             students[group_name(group)] = sum(students[group_name([k])] for k in group)
-    budgets = {tier: float(parse_bytes(getattr(job.settings, f"{tier}_budget") or 0, tier)) for tier in TIERS}
+    budgets = {tier: float(parse_bytes(getattr(job.settings, f"{tier}_budget") or "0", tier)) for tier in TIERS}
     return Costs(
         job.outputs(blocks, examples, lambda k, form: device.codec(form, batch_size)),
         stage_costs(job.stages, job.objectives, len(job.paired.cuts), students, job.fill),
@@ -170,7 +170,8 @@ def predicted_costs(job: Job, device: Profile, examples: dict[int, Tensor], batc
 
 def views_shown(views: int | None, epochs: float) -> int:
     """How many of `views` (None: endless) a run of some epochs shows."""
-    return min(views or math.inf, math.ceil(epochs))
+    shown = math.ceil(epochs)
+    return shown if views is None else min(views, shown)
 
 
 def stage_costs(

@@ -11,7 +11,8 @@ from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import Optimizer
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.stage import stage_steps
+from stablekd_fast.engine.step import Rates
 from stablekd_fast.execution.timing import seconds
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.teacher.live import Relay
@@ -49,13 +50,9 @@ def measure_students(
     with untouched(paired.student), torch.enable_grad():
         nn.ModuleList([paired.student, *paired.student_blocks]).train()
         for groups in groupings:
-            inputs = StageInputs(device)
-            wanted = objectives.teacher_outputs(groups, len(paired.cuts))
-            load_batch(inputs, Relay(paired), wanted, batch)
-            for group in groups:
-                step = GroupStep(
-                    paired, group, objectives, Optimizer(), inputs, rates=Rates.constant(0.0, device=device)
-                )
+            stage = stage_steps(paired, groups, objectives, Optimizer(), rates=Rates.constant(0.0, device=device))
+            stage.load(Relay(paired), batch)
+            for step in stage.steps:
                 if step.name not in times:
                     times[step.name] = seconds(step.run, device)
     paired.student.load_state_dict(saved)

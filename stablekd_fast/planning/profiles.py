@@ -24,7 +24,8 @@ _PASSES = 4.0
 
 @dataclass(frozen=True)
 class Profile:
-    """A device's speeds: FLOP/s and bytes/s as published, and the share of each that networks are assumed to reach."""
+    """A device's speeds: FLOP/s and bytes/s as published, and the fraction of each that networks are assumed to
+    reach."""
 
     name: str
     source: str
@@ -113,7 +114,7 @@ def predicted_blocks(device: Profile, paired: PairedBlocks, batch: int) -> tuple
 
 
 def _activation_bytes(paired: PairedBlocks, k: int, batch: int) -> tuple[float, float]:
-    """Of one layer's output in teacher and student block `k`, taken to be as large as the block's."""
+    """Return the bytes of one layer's output in teacher and student block `k`, taken to be as large as the block's."""
     if k == len(paired.cuts):
         return 0.0, 0.0
     cut = paired.cuts[k]

@@ -42,7 +42,7 @@ def measured_layouts(
     ranks: Ranks,
     *,
     columns: Mapping[int, Column],
-    relays: bool,
+    live: bool,
     axis: str = "auto",
     accumulate: int = 1,
 ) -> list[Layout]:
@@ -50,11 +50,11 @@ def measured_layouts(
 
     Args:
         columns: what is cached of the teacher.
-        relays, axis, accumulate: as `best_layout` takes them.
+        live, axis, accumulate: as `best_layout` takes them.
     """
     device, batch = source.device, next(source.batches(0, 1))
     costs = _measured_groups(paired, objectives, groupings, batch, columns, ranks, device)
-    how = {"relays": relays, "axis": axis, "accumulate": accumulate, "image_seconds": _measured_images(source, ranks)}
+    how = {"live": live, "axis": axis, "accumulate": accumulate, "image_seconds": _measured_images(source, ranks)}
     reduce = _measured_reduce(ranks, device)
     return [best_layout(groups, ranks.size, source.batch_size, reduce, **how) for groups in costs]
 
@@ -74,11 +74,11 @@ def _measured_groups(
     students, teachers = [], []
     for size in (part, count):
         images = dataclasses.replace(
-            batch, images=batch.images[:size], labels=batch.labels[:size], sample_ids=batch.sample_ids[:size]
+            batch, images=batch.pixels[:size], labels=batch.labels[:size], sample_ids=batch.sample_ids[:size]
         )
         students.append(measure_students(paired, objectives, groupings, images, device))
-        teachers.append(measure_teacher(paired, images.images.to(device)) if paired.cuts else [0.0] * len(paired))
-    told = ranks.gather([students, teachers, _measured_feeds(columns, device)])
+        teachers.append(measure_teacher(paired, images.pixels.to(device)) if paired.cuts else [0.0] * len(paired))
+    told = ranks.all_gather((students, teachers, _measured_feeds(columns, device)))
 
     def cost(group: list[int]) -> GroupCost:
         name = group_name(group)
@@ -110,7 +110,8 @@ def _measured_feeds(columns: Mapping[int, Column], device: torch.device) -> dict
     feeds = {}
     for output, form in forms.items():
         parts = [torch.zeros((_PROBED_ROWS, *part.shape), dtype=part.dtype) for part in form.parts]
-        feeds[output] = (seconds(lambda: form.decode(parts), device) + reading[form.row_bytes]) / _PROBED_ROWS
+        decoding = seconds(functools.partial(form.decode, parts), device)
+        feeds[output] = (decoding + reading[form.row_bytes]) / _PROBED_ROWS
     return feeds
 
 
@@ -136,18 +137,18 @@ def _gradient_bytes(paired: PairedBlocks, group: list[int]) -> int:
 
 
 def _measured_reduce(ranks: Ranks, device: torch.device) -> ReduceCost:
-    """Of an all-reduce over all ranks, two at least: the time of a small and of a large one."""
+    """Time a small and a large all-reduce over all ranks, two at least."""
     times = []
     for size in _SIZES:
         values, taken = torch.zeros(size // 4, device=device), []
         for _ in range(_REPEATS):
             start = time.perf_counter()
-            float(ranks.sum(values)[0])  # waits for a GPU
+            float(ranks.all_reduce(values)[0])  # waits for a GPU
             taken.append(time.perf_counter() - start)
         times.append(statistics.median(taken))
     sent = [ReduceCost.sent(size, ranks.size) for size in _SIZES]
     per_byte = max((times[1] - times[0]) / (sent[1] - sent[0]), 0.0)
-    both = ranks.gather([max(times[0] - per_byte * sent[0], 0.0), per_byte])
+    both = ranks.all_gather([max(times[0] - per_byte * sent[0], 0.0), per_byte])
     return ReduceCost(*(statistics.mean(values) for values in zip(*both)))
 
 
@@ -157,7 +158,7 @@ def _measured_images(source: TrainSource, ranks: Ranks) -> float:
         return 0.0
     start = time.perf_counter()
     count = sum(len(batch.labels) for batch in source.batches(0, _LOADED))
-    return statistics.mean(ranks.gather((time.perf_counter() - start) / count))
+    return statistics.mean(ranks.all_gather((time.perf_counter() - start) / count))
 
 
 def predicted_scaling(
@@ -167,11 +168,11 @@ def predicted_scaling(
     batch: int,
     counts: Sequence[int],
     *,
-    relays: bool,
+    live: bool,
 ) -> list[dict]:
     """What a run would do on each number of ranks: its meshes, images per second and efficiency, all predicted.
 
-    The batch is the same for all of them. `relays`: the teacher runs; otherwise all its outputs come from a cache.
+    The batch is the same for all of them. `live`: the teacher runs; otherwise all its outputs come from a cache.
     Numbers of ranks that cannot divide the batch are left out.
     """
     stage_costs = _predicted(device, paired, stages)
@@ -179,7 +180,7 @@ def predicted_scaling(
     for count in counts:
         try:
             layouts = [
-                best_layout(costs, count, batch, device.reduce(count), relays=relays, image_seconds=image_seconds)
+                best_layout(costs, count, batch, device.reduce(count), live=live, image_seconds=image_seconds)
                 for costs in stage_costs
             ]
         except ConfigError:
@@ -200,7 +201,7 @@ def predicted_scaling(
 
 
 def _predicted(device: Profile, paired: PairedBlocks, stages: Sequence[PlannedStage]) -> list[list[GroupCost]]:
-    """Of each stage's groups. Blocks are predicted once for each number of images."""
+    """Predict the costs of each stage's groups. Blocks are predicted once for each number of images."""
     blocks = functools.cache(lambda images: predicted_blocks(device, paired, images))
 
     def cost(group: list[int]) -> GroupCost:

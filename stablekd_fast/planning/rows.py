@@ -142,7 +142,8 @@ class _Labels(NamedTuple):
     used: np.ndarray
     chosen: np.ndarray
 
-    def __getitem__(self, which) -> _Labels:
+    def take(self, which: np.ndarray | np.bool_ | slice) -> _Labels:
+        """Return some of the labels, by number or by a mask."""
         return _Labels(self.loads[which], self.used[which], self.chosen[which])
 
 
@@ -153,13 +154,15 @@ def best_plan(costs: Costs) -> Plan:
     better than the other is dropped, and so is one that could not become better than a plan known already. The minimum
     is exact unless more than 1000 partial plans stay side by side; then the most promising are followed.
     """
-    search = _Search(costs)
+    search = _PlanSearch(costs)
     quick = search.run(_FEW_LABELS, math.inf)
     best = search.run(_MOST_LABELS, search.seconds(quick).min())
     return search.plan(best if len(best.used) else quick)
 
 
-class _Search:
+class _PlanSearch:
+    """Grows partial plans output by output, and drops those that cannot become the best."""
+
     def __init__(self, costs: Costs) -> None:
         self.costs, self.tiers = costs, list(costs.tiers)
         self.kinds = sorted({stage.wanted for stage in costs.stages}, key=sorted)
@@ -183,16 +186,16 @@ class _Search:
                     there, added, more = self._move(ends, output, number)
                     chosen = np.pad(labels.chosen, ((0, 0), (0, 1)), constant_values=number)
                     grown = _Labels(labels.loads + added, labels.used + more, chosen)
-                    reached.setdefault(there, []).append(grown[(grown.used <= self.budgets).all(1)])
+                    reached.setdefault(there, []).append(grown.take((grown.used <= self.budgets).all(1)))
             merged = {there: _Labels(*map(np.concatenate, zip(*parts))) for there, parts in reached.items()}
             pruned = {there: self._pruned(labels, output, most, known) for there, labels in merged.items()}
             states = {there: labels for there, labels in pruned.items() if len(labels.used)}
             if not states:
-                return start[:0]
+                return start.take(slice(0))
         return _Labels(*map(np.concatenate, zip(*states.values())))
 
     def seconds(self, labels: _Labels, more: np.ndarray | float = 0.0) -> np.ndarray:
-        """Of the whole run, if `more` is added to the loads."""
+        """Return for each label the seconds of the whole run, if `more` is added to its loads."""
         total, loads = 0.0, labels.loads + more
         for stage in self.costs.stages:
             busiest = (loads[:, self.kinds.index(stage.wanted)] + _constant(self.costs, stage)).max(-1)
@@ -227,7 +230,7 @@ class _Search:
         bounds = self.seconds(labels, self.least[output + 1])
         order = np.argsort(bounds, kind="stable")
         order = order[: np.searchsorted(bounds[order], known * (1 + 1e-9), side="right")]
-        return _undominated(labels[order])[:most]
+        return _undominated(labels.take(order)).take(slice(most))
 
 
 def _undominated(labels: _Labels) -> _Labels:
@@ -240,7 +243,7 @@ def _undominated(labels: _Labels) -> _Labels:
     for i in order[: 2 * _MOST_LABELS]:
         if not keep or not (values[keep] <= values[i]).all(axis=1).any():
             keep.append(i)
-    return labels[sorted(keep)]
+    return labels.take(np.array(sorted(keep)))
 
 
 def _constant(costs: Costs, stage: StageCost) -> np.ndarray:

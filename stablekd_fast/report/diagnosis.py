@@ -27,10 +27,9 @@ MEASURES = {
 
 
 def write_diagnosis(out: Path, document: dict) -> None:
-    """Write the page of a `diagnose.json`, and its first plot by itself, as `report.html` and `gap.svg` to the
-    directory `out`.
+    """Write the page of a `diagnose.json` as `report.html` to the directory `out`, and its first plot as `gap.svg`.
 
-    Raises TrainingError if they cannot be written.
+    Raises TrainingError if a file cannot be written.
     """
     arms = palette.method_colours(["kd+features", "stablekd"])
     settings = page.pairs({key: page.value(value) for key, value in page.flat(document["settings"]).items()})
@@ -51,6 +50,7 @@ def write_diagnosis(out: Path, document: dict) -> None:
 
 
 def interval_text(value: dict | None) -> str:
+    """A mean and its 95% interval as text; a dash for None."""
     return "–" if value is None else f"{value['mean']:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
 
 
@@ -65,8 +65,7 @@ def _verdict(document: dict) -> str:
 def _gap(document: dict) -> str:
     notes = (
         "How much of a block's gradient one step of all other blocks changes, as a part of the gradient's length. A "
-        "dot per "
-        "seed, a bar at the mean, a line for the 95% interval (Student's t)."
+        "dot per seed, a bar at the mean, a line for the 95% interval (Student's t)."
     )
     return page.section("The entanglement gap", notes, page.figure(gap_dots(document["summary"], document["arms"])))
 
@@ -80,9 +79,8 @@ def _by_block(document: dict) -> str:
             rows.append([str(block["block"] + 1), page.chip(variable, arm), *cells, gain])
     notes = (
         "Mean over the steps looked at (curvature: median), with its 95% interval over seeds. SNR: of the gradient "
-        "of one "
-        "batch. It falls as a block nears its optimum, whatever trains it: the last block, where it is copied from the "
-        "teacher, is near it from the start."
+        "of one batch. It falls as a block nears its optimum, whatever trains it: the last block, where it is copied "
+        "from the teacher, is near it from the start."
     )
     return page.section("Blocks", notes, page.table(["block", "trained", *MEASURES.values(), "SNR gain"], rows))
 
@@ -94,10 +92,8 @@ def _cuts(document: dict) -> str:
     ]
     notes = (
         "Entanglement that a cut takes away by itself: change of a block's gradient by the steps of the blocks "
-        "beyond it, mean "
-        "over blocks. Exposure: what the cut costs, the loss of the block behind it when the student feeds it over "
-        "that when "
-        "the teacher does, at the last look."
+        "beyond it, mean over blocks. Exposure: what the cut costs, the loss of the block behind it when the student "
+        "feeds it over that when the teacher does, at the last look."
     )
     return page.section("Cuts", notes, page.table(["cut", "entanglement", "exposure"], rows, numbers=True))
 
@@ -114,9 +110,8 @@ def _course(document: dict) -> str:
 def _losses(document: dict) -> str:
     notes = (
         "The loss that end-to-end training works on, summed over blocks: thin lines for seeds, bold for their mean. "
-        "Dashed: "
-        "the decomposed blocks fed by the teacher, as they train. The distance from there up is what merging has to "
-        "close."
+        "Dashed: the decomposed blocks fed by the teacher, as they train. The distance from there up is what merging "
+        "has to close."
     )
     plot = page.figure(losses(document["blocks"], document["arms"]))
     return page.section("Loss of the composed student", notes, _arms(document) + plot)

@@ -13,8 +13,10 @@ from stablekd_fast.report.plots import as_svg, draw_line, in_our_style, logarith
 
 
 def gap_dots(summary: dict, arms: list[str]) -> str:
-    """Entanglement by block and arm, and the gap over all blocks: dots for seeds, bars for means, lines for
-    intervals."""
+    """Draw entanglement by block and arm, and the gap over all blocks.
+
+    Dots are seeds, bars means, lines intervals.
+    """
     names = [f"block {row['block'] + 1}" for row in summary["blocks"]] + ["gap, all blocks"]
     with in_our_style():
         figure, axes = new_figure(1.1 + 0.42 * len(names))
@@ -34,7 +36,7 @@ def gap_dots(summary: dict, arms: list[str]) -> str:
 
 
 def course(rows: list[dict], arms: list[str], measure: str, label: str) -> str:
-    """A measure over steps by block, mean over seeds: solid end to end, dashed decomposed."""
+    """Draw a measure over steps by block, mean over seeds: solid end to end, dashed decomposed."""
     with in_our_style():
         figure, axes = new_figure(2.9)
         for arm, style in zip(arms, ("-", (0, (4, 3)))):
@@ -51,11 +53,12 @@ def course(rows: list[dict], arms: list[str], measure: str, label: str) -> str:
 
 
 def losses(rows: list[dict], arms: list[str]) -> str:
-    """The composed student's whole loss over steps by arm, and that of the decomposed blocks as they train."""
+    """Draw the composed student's whole loss over steps by arm, and that of the decomposed blocks as they train."""
     shared = {row["block"] for row in rows if row["arm"] == arms[0] and row["composed_loss"] is not None}
     rows = [row for row in rows if row["block"] in shared]
     with in_our_style():
         figure, axes = new_figure(3.6)
+        own: list[dict] = []
         for index, arm in enumerate(arms):
             own = [row for row in rows if row["arm"] == arm]
             for seed in sorted({row["seed"] for row in own}):
@@ -71,7 +74,7 @@ def losses(rows: list[dict], arms: list[str]) -> str:
 
 
 def standalone(svg: str, colours: list[str]) -> str:
-    """A plot of a page as a file of its own, on a light ground; `colours` are those of its series."""
+    """Turn a plot of a page into a file of its own, on a light ground; `colours` are those of its series."""
     for index, colour in enumerate(colours):
         svg = svg.replace(f"var(--method-{index})", colour)
     svg = svg.replace("var(--grid)", "#e6e8eb").replace("currentColor", "#1d2125")

@@ -88,7 +88,7 @@ class Recorder:
 
 
 class NoRecorder:
-    """For a process that another one speaks for."""
+    """Records nothing; for a process whose events another process records."""
 
     def __enter__(self) -> NoRecorder:
         return self
@@ -99,14 +99,14 @@ class NoRecorder:
 
 
 def read_events(run_dir: Path) -> list[dict]:
-    """All events of a run, in order; none if it has no log. A torn last line (the run was killed) is left out.
+    """All events of a run, in order; none if it has no log. A torn last line, of a killed run, is left out.
 
     Raises CheckpointError, with the line's number, if another line is damaged.
     """
     path = Path(run_dir) / FILE_NAME
     if not path.exists():
         return []
-    *lines, torn = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().split(b"\n")[:-1]
     events = []
     for number, line in enumerate(lines, 1):
         try:
@@ -121,7 +121,8 @@ def read_events(run_dir: Path) -> list[dict]:
 
 
 def plain(value: Any) -> Any:
-    """`value` with JSON types only: containers become dict and list, scalars Python numbers, NaN and infinity None."""
+    """Turn a value into JSON types: containers into dict and list, scalars into Python numbers, NaN and infinity into
+    None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -22,7 +22,7 @@ class History:
 
     @classmethod
     def from_events(cls, label: str, events: list[dict]) -> History:
-        """`label` names the run, and its method too where the events do not."""
+        """Sort the events of a run. `label` names the run, and its method too where the events do not."""
         starts = [event for event in events if event["kind"] == "run_start"]
         start = starts[-1] if starts else {}
         return cls(
@@ -38,7 +38,7 @@ class History:
         )
 
     def merge_epochs(self) -> list[float]:
-        """Where stages after the first begin."""
+        """The epochs at which stages after the first begin."""
         return [stage["first_step"] / self.steps_per_epoch for stage in self.stages[1:]]
 
     def accuracy(self, split: str) -> list[tuple[float, float | None]]:
@@ -61,6 +61,6 @@ class History:
 
 
 def _latest(events: list[dict], kind: str, *keys: str) -> list[dict]:
-    """Events of one kind, one for each value of `keys`, in order."""
+    """The events of one kind in order, only the latest of those that agree in `keys`."""
     found = {tuple(event[key] for key in keys): event for event in events if event["kind"] == kind}
     return list(found.values())

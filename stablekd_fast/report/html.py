@@ -20,7 +20,7 @@ def write_report(
     Args:
         runs: finished runs as in `results.json`.
         events_by_run: the events of each run by a name for people, such as "kd, seed 0"; unfinished runs are welcome.
-        baseline: a method to whose mean accuracy the others are compared.
+        baseline: a method; the mean accuracies of other methods are compared with its own.
 
     Raises StableKDError for an unknown baseline and TrainingError if the file cannot be written.
     """
@@ -166,7 +166,7 @@ def _origin(histories: list[History]) -> str:
 
 
 def _staged(histories: list[History]) -> History | None:
-    """The run whose losses are shown: the first with merges, or else the first."""
+    """The run whose losses are shown: the first one with merges, or else the first one."""
     return next((h for h in histories if len(h.stages) > 1), histories[0] if histories else None)
 
 

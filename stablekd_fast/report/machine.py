@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def machine() -> dict:
-    """Platform, CPU model, cores (of the machine, and usable by this process), memory in bytes, threads, GPU names."""
+    """Platform, CPU model, cores (of the machine, and those this process may use), bytes of memory, threads, GPUs."""
     return {
         "platform": platform.platform(),
         "cpu": _cpu_model(),

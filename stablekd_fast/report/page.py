@@ -1,4 +1,4 @@
-"""A page: one HTML file that needs nothing else, in light and in dark; and the pieces that pages are made of."""
+"""A page: one HTML file that needs no other file, in light and in dark; and the pieces of which pages are made."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PAGE = """<!DOCTYPE html>
 def write_page(path: Path, title: str, sections: Iterable[str], colours: dict[str, list[tuple[str, str]]]) -> None:
     """Write a page of the sections that are not empty, whole or not at all.
 
-    `colours`: pairs (on light, on dark) by family; plots know the i-th of a family as `var(--family-i)`. Raises
+    `colours` are pairs (on light, on dark) by family; plots refer to the i-th of a family as `var(--family-i)`. Raises
     TrainingError if the file cannot be written.
     """
     text = PAGE.format(
@@ -59,7 +59,7 @@ def _colour_variables(colours: dict[str, list[tuple[str, str]]]) -> str:
 
 
 def origin(parts: dict[str, list[dict]]) -> str:
-    """A section on where something ran: for each part, such as `machine`, the values that all its sources gave."""
+    """A section on where something ran: for each part, such as `machine`, the values that its sources gave."""
     html = ""
     for name, sources in parts.items():
         found: dict[str, list[str]] = {}
@@ -78,11 +78,13 @@ def origin(parts: dict[str, list[dict]]) -> str:
 
 
 def section(title: str, notes: str, html: str) -> str:
+    """A section with its heading, a note in smaller print unless `notes` is empty, and a body."""
     note = f'<p class="note">{notes}</p>' if notes else ""
     return f"<section>\n<h2>{escape(title)}</h2>\n{note}\n{html}\n</section>"
 
 
 def table(header: list[str], rows: list[list[str]], *, numbers: bool = False, emphasised: str | None = None) -> str:
+    """A table; `numbers` aligns all columns but the first to the right, `emphasised` names a column in bold."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     strong = [' class="strong"' if name == emphasised else "" for name in header]
     body = "".join(f"<tr>{''.join(f'<td{s}>{cell}</td>' for s, cell in zip(strong, row))}</tr>\n" for row in rows)
@@ -91,23 +93,28 @@ def table(header: list[str], rows: list[list[str]], *, numbers: bool = False, em
 
 
 def pairs(values: dict[str, str]) -> str:
+    """A list of names with their values."""
     items = "".join(f"<div><dt>{escape(key)}</dt><dd>{html}</dd></div>\n" for key, html in values.items())
     return f"<dl>\n{items}</dl>"
 
 
 def figure(svg: str) -> str:
+    """A plot that scrolls where the page is narrow."""
     return f'<div class="scroll"><figure>{svg}</figure></div>'
 
 
 def legend(entries: list[tuple[str, str]]) -> str:
+    """A line of chips, one for each (colour variable, text)."""
     return f'<p class="legend">{"".join(chip(variable, text) for variable, text in entries)}</p>'
 
 
 def chip(variable: str, text: str) -> str:
+    """A text behind a square in the colour of a CSS variable."""
     return f'<span class="chip"><i style="background: var({variable})"></i>{escape(text)}</span>'
 
 
 def lines(values: dict[str, float | None], form: str) -> str:
+    """A line of text for each name and its number, written as the format string `form` says."""
     texts = (f"{name}: {'not finite' if value is None else form.format(value)}" for name, value in values.items())
     return "<br>".join(map(escape, texts))
 

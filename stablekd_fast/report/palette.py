@@ -1,4 +1,4 @@
-"""Colours of the report: pairs for light and dark pages, told apart by colour-blind readers."""
+"""Colours of the report: pairs for light and dark pages, which colour-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ def method_colours(methods: list[str]) -> list[tuple[str, str]]:
 
 def block_colours(count: int) -> list[tuple[str, str]]:
     """A pair (on light, on dark) for each block, along a ramp from first to last."""
-    return [tuple(_along(ramp, i / max(count - 1, 1)) for ramp in BLOCK_RAMP) for i in range(count)]
+    light, dark = BLOCK_RAMP
+    places = [i / max(count - 1, 1) for i in range(count)]
+    return [(_along(light, place), _along(dark, place)) for place in places]
 
 
 def _along(ramp: tuple[str, ...], position: float) -> str:
     """The colour at `position` (0 to 1), linear between the ramp's knots."""
     place = position * (len(ramp) - 1)
     low = min(int(place), len(ramp) - 2)
-    share = place - low
+    fraction = place - low
     channels = zip(_channels(ramp[low]), _channels(ramp[low + 1]))
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in channels)
+    return "#" + "".join(f"{round(a + (b - a) * fraction):02x}" for a, b in channels)
 
 
 def _channels(colour: str) -> list[int]:

@@ -10,6 +10,9 @@ import io
 import math
 import re
 import statistics
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -44,7 +47,7 @@ def series(index: int) -> str:
 
 
 def accuracy_dots(accuracies: dict[str, list[float]]) -> str:
-    """Test accuracy of every run by method: a dot per run, a bar at the mean, a line of one standard deviation."""
+    """Draw the test accuracy by method: a dot per run, a bar at the mean, a line of one standard deviation."""
     with in_our_style():
         figure, axes = new_figure(0.75 + 0.36 * len(accuracies))
         for row, values in enumerate(accuracies.values()):
@@ -66,7 +69,7 @@ def accuracy_dots(accuracies: dict[str, list[float]]) -> str:
 
 
 def accuracy_curves(histories: list[History], methods: list[str], split: str) -> str:
-    """Accuracy over epochs: a thin line per run, a bold one for each method's mean, dashed lines at its merges."""
+    """Draw accuracy over epochs: a thin line per run, a bold one for each method's mean, dashed ones at its merges."""
     with in_our_style():
         figure, axes = new_figure(4.2)
         for index, method in enumerate(methods):
@@ -87,14 +90,14 @@ def accuracy_curves(histories: list[History], methods: list[str], split: str) ->
 
 
 def mean_curve(curves: list[list[tuple[float, float | None]]]) -> list[tuple[float, float]]:
-    """Mean over runs at the epochs that all of them have, so that no run joins or leaves the mean on the way."""
+    """The mean over runs at the epochs that all runs have, so that no run joins or leaves the mean on the way."""
     by_epoch = [{round(epoch, 6): value for epoch, value in curve if value is not None} for curve in curves]
     shared = set.intersection(*map(set, by_epoch)) if by_epoch else set()
     return [(epoch, statistics.fmean(values[epoch] for values in by_epoch)) for epoch in sorted(shared)]
 
 
 def loss_curves(history: History) -> str:
-    """Loss of every group over epochs, in the colour of the group's last block; dashed lines and names for stages."""
+    """Draw each group's loss over epochs, in the colour of its last block; dashed lines and names mark stages."""
     curves = history.losses()
     with in_our_style():
         figure, axes = new_figure(4.4)
@@ -110,8 +113,7 @@ def loss_curves(history: History) -> str:
 
 
 def timing_bars(rows: list[dict], name: str) -> str:
-    """Median milliseconds of a bench's contenders, a bar each with its spread; a mark where its limit is, if it has
-    one.
+    """Draw the median milliseconds of a bench's contenders: a bar each with its spread, and a mark at its limit.
 
     Rows have `label`, `note` (shown beside the bar), `colour` (the index of a series), `median_seconds`,
     `spread_seconds` and perhaps `limit_seconds`. `name` tells the plots of a page apart.
@@ -136,7 +138,7 @@ def timing_bars(rows: list[dict], name: str) -> str:
 
 
 def last_block(group: str) -> int:
-    """Index from 0 of the last block of a group called like `1+2`; 0 for a group called otherwise."""
+    """The index from 0 of the last block of a group called like `1+2`; 0 for a group called otherwise."""
     digits = re.findall(r"\d+", group)
     return int(digits[-1]) - 1 if digits else 0
 
@@ -155,6 +157,7 @@ def _mark_stages(axes: Axes, history: History) -> None:
 
 
 def logarithmic(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with plain numbers at its ticks."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 500 else (1.0,)))
@@ -162,14 +165,16 @@ def logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def draw_line(axes: Axes, points: list[tuple[float, float | None]], **style) -> None:
+def draw_line(axes: Axes, points: Sequence[tuple[float, float | None]], **style) -> None:
+    """Draw a line through (x, y); it is broken where y is None."""
     values = [math.nan if value is None else value for _, value in points]
-    axes.plot([epoch for epoch, _ in points], values, **style)
+    axes.plot([x for x, _ in points], values, **style)
 
 
-def in_our_style():
-    """matplotlib's defaults with our style on top, whatever the process uses elsewhere; undone on leaving."""
-    return matplotlib.rc_context({**_defaults(), **STYLE})
+def in_our_style() -> AbstractContextManager[None]:
+    """A context with matplotlib's defaults and our style on top, whatever the process uses elsewhere."""
+    settings: dict[Any, Any] = {**_defaults(), **STYLE}
+    return matplotlib.rc_context(settings)
 
 
 def _defaults() -> dict:
@@ -178,12 +183,14 @@ def _defaults() -> dict:
 
 
 def new_figure(height: float) -> tuple[Figure, Axes]:
+    """A figure of the page's width and a height in inches, with one pair of axes."""
     figure = Figure((WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def as_svg(figure: Figure, name: str, family: str) -> str:
-    """An `<svg>` element for a page: ids carry `name`, as all of a page share them; colours are `var(--family-i)`."""
+    """An `<svg>` element for a page. Ids begin with `name`, since a page has several plots; colours are
+    `var(--family-i)`."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, on stderr."""
+"""What a person sees on stderr while a run goes on."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ class Display(Protocol):
 
 
 def open_display(progress: bool) -> Display:
-    """A bar where stderr is a terminal, one line per evaluation where it is not, silence if not asked for."""
+    """A bar where stderr is a terminal, one line per evaluation where it is not; silence without `progress`."""
     if not progress:
         return Silence()
     return Bar(Console(stderr=True)) if sys.stderr.isatty() else Lines()
 
 
 class Silence:
+    """Shows nothing."""
+
     def start(self) -> None: ...
 
     def show(self, event: dict) -> None: ...
@@ -89,7 +91,7 @@ class Bar:
         if kind == "run_start":
             self._progress.update(self._task, total=event["total_steps"], description=event["method"])
         elif kind == "resume":
-            # A new start for the clock, so that the steps done before do not count as speed.
+            # The clock starts anew, so that the steps done before do not count as speed.
             self._progress.reset(self._task, completed=event["step"])
         elif kind == "stage_start":
             self._progress.update(self._task, description=event["name"])
@@ -114,7 +116,7 @@ def _evaluation(event: dict) -> str:
 
 
 def _ranks(event: dict) -> list[str]:
-    """A line for each rank of a stage that is over."""
+    """A line for each rank of a stage that has ended."""
     mesh = f"stage {event['stage'] + 1} on {event['mesh']['blocks']} x {event['mesh']['data']} ranks (blocks x data)"
     return [
         f"{mesh}: rank {row['rank']} trained {', '.join(row['groups'])}, {row['measured_ms']:.1f} ms a step "

@@ -46,8 +46,8 @@ def read_results(path: Path) -> dict:
 def summarise(runs: list[dict]) -> list[dict]:
     """One row per method, in order of first appearance.
 
-    `count` runs; `mean`, `std` (sample standard deviation, None for a single run), `min` and `max` of the accuracy,
-    0 to 1; means of `epochs`, `images_per_second` and `wall_seconds`.
+    A row has the `count` of runs; `mean`, `std` (sample standard deviation, None for a single run), `min` and `max` of
+    the accuracy, 0 to 1; means of `epochs`, `images_per_second` and `wall_seconds`.
     """
     by_method: dict[str, list[dict]] = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""The comparison of methods as a table: for the terminal, as plain text, as markdown."""
+"""The comparison of methods as a table: for a terminal, as plain text, as markdown."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def summary_text(runs: list[dict], baseline: str | None = None, *, markdown: boo
 
 
 def percent(summary: dict) -> str:
-    """Mean ± standard deviation in percent; a single run has no spread to show."""
+    """A mean ± standard deviation in percent; a single run has no spread to show."""
     mean = f"{100 * summary['mean']:.2f}"
     return mean if summary["std"] is None else f"{mean} ± {100 * summary['std']:.2f}"
 
 
 def duration(seconds: float) -> str:
-    """`42.0 s`, `3 min 05 s`, `2 h 10 min`."""
+    """A duration as text: `42.0 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -22,18 +22,22 @@ def open_scalars(directory: Path, tensorboard: bool | Literal["auto"], resume_st
             f"TensorBoard was asked for, but cannot be imported ({error}). "
             "Run `pip install tensorboard`, or leave it out."
         ) from error
-    # What an earlier, unfinished run wrote to this directory after the point of resumption is hidden.
+    # Hides what the unfinished run wrote to this directory after the step from which this run continues.
     purge_step = 0 if resume_step is None else resume_step + 1
     return Scalars(SummaryWriter(str(directory), purge_step=purge_step))
 
 
 class NoScalars:
+    """Writes nothing."""
+
     def show(self, event: dict) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Scalars:
+    """Writes the numbers of events as scalars."""
+
     def __init__(self, writer) -> None:
         self._writer = writer
 

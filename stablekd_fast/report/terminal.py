@@ -9,6 +9,7 @@ console = Console()
 
 
 def print_rows(title: str, rows: list[dict]) -> None:
+    """Print rows that have the same keys as a table with a title."""
     table = Table(title=title, title_justify="left")
     for key in rows[0]:
         table.add_column(key.replace("_", " "), overflow="fold")

@@ -66,7 +66,7 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: 
         views=config.views,
         view_seed=config.view_seed,
         classes=len(dataset.classes),
-        loader="auto" if config.source == STREAM else config.source,
+        source="auto" if config.source == STREAM else config.source,
         workers=config.workers,
         prefetch=config.prefetch,
         device=device,
@@ -100,7 +100,7 @@ def training_stream(source: TrainSource, config: DistillConfig) -> TrainSource |
 
 
 def cache_settings(config: DistillConfig) -> CacheSettings:
-    """Those in force: rows of images without names could not be found again."""
+    """Return the settings in force: rows of images without names could not be found again."""
     if config.source != STREAM or not config.cache.keeps_rows:
         return config.cache
     reason = (
@@ -131,6 +131,7 @@ def bn_batches(config: DistillConfig, source: TrainSource) -> int:
 
 
 def eval_source(dataset: Dataset, split: Split, config: DistillConfig, rank: int = 0, ranks: int = 1) -> EvalSource:
+    """Batches of unchanged images of a split, on each rank its own ones."""
     return EvalSource(
         split,
         dataset.mean,

@@ -7,7 +7,7 @@ from pathlib import Path
 from stablekd_fast import models
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
-from stablekd_fast.engine.checkpoint import load_tensors
+from stablekd_fast.engine.checkpoint import STUDENT, below, load_tensors
 from stablekd_fast.engine.evaluate import Metrics, evaluate, with_fresh_batch_norm
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.execution.memory import placed
@@ -42,11 +42,10 @@ def evaluate_file(
         config = DistillConfig(data=data, student=model, **{name: run[name] for name in _OF_THE_IMAGES if name in run})
     dataset = open_dataset(data, image_size=config.image_size)
     images = eval_source(dataset, getattr(dataset, split), config)
-    size = next(iter(images.batches())).images.shape[-1]
+    size = next(iter(images.batches())).pixels.shape[-1]
     network = models.build(model, len(dataset.classes), size)
     if run:
-        student = {name.removeprefix("student/"): t for name, t in tensors.items() if name.startswith("student/")}
-        network.load_state_dict(student)
+        network.load_state_dict(below(tensors, STUDENT))
     else:
         models.load_weights(network, path)
     network = placed(network, target).eval()

@@ -1,4 +1,4 @@
-"""`stablekd info --selftest`: whether the essential claims hold on the device at hand."""
+"""`stablekd info --selftest`: checks whether the essential claims hold on the device at hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stablekd_fast.selftest.training import TRAINING
 
 
 def selftest(device: torch.device) -> list[dict[str, str]]:
-    """A row for each claim: its name, `pass`, `fail` or `not here`, and what was found."""
+    """Return a row for each claim: its name, `pass`, `fail` or `not here`, and what was found."""
     if device.type == "cuda":  # cuBLAS adds in one order only if it is told so before its first call
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():

@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class NotHere(Exception):
-    """There is nothing to check on this machine; says why, and what would be needed."""
+    """There is nothing to check on this machine; the message says why, and what would be needed."""
 
 
 class Broken(Exception):
-    """A claim that does not hold; says by how much."""
+    """A claim does not hold; the message says by how much."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Claim:
     check: Callable[[torch.device], str]
 
     def row(self, device: torch.device) -> dict[str, str]:
+        """Check the claim, whatever may go wrong, and return a row of the self-test."""
         torch.manual_seed(0)
         try:
             result, found = "pass", self.check(device)
@@ -38,5 +39,5 @@ class Claim:
 
 
 def difference(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    """The largest difference between two elements."""
+    """Return the largest difference between two elements."""
     return max((a.cpu().double() - b.cpu().double()).abs().max().item() for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Operators on the device against their references."""
+"""Claims on the operators: on the device they agree with their references."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from stablekd_fast.kernels.augment_batch import reference as images_by
 from stablekd_fast.kernels.decoupled_kl import reference as decoupled_by
 from stablekd_fast.kernels.dequantize_rows import reference as values_by
 from stablekd_fast.kernels.feature_cosine import reference as cosine_by
+from stablekd_fast.kernels.feature_mse import Normalize
 from stablekd_fast.kernels.feature_mse import reference as mse_by
 from stablekd_fast.kernels.kd_loss import reference as kd_by
 from stablekd_fast.kernels.quantize_rows import reference as codes_by
 from stablekd_fast.selftest.claim import Broken, Claim, difference
 
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
-"""Of an operator's result in this dtype, as a share of its largest element. Losses are float32 whatever goes in."""
+"""The largest error of a result by dtype, relative to its largest element. Losses are float32 whatever goes in."""
 
 
 def _loss_agrees(
     device: torch.device, operator: Callable, exact: Callable, draw: Callable[[], tuple[Tensor, ...]]
 ) -> str:
-    """`operator` on the device, against `exact` in float64 on the same operands: loss and gradient, both dtypes."""
+    """Check loss and gradient on the device against `exact` in float64 on the same operands, in both dtypes."""
     found = []
     for dtype, largest in LARGEST_ERROR.items():
         student, target, *others = draw()
         student, target = student.to(dtype), target.to(dtype)
         ours = operator(*(x.to(device) for x in (student, target, *others)))
         truths = exact(student.double(), target.double(), *others)
-        for mine, truth, allowed in zip(ours, truths, (LARGEST_ERROR[torch.float32], largest)):
-            error = _error(mine, truth, dtype, allowed)
-        found.append(f"{error:.1g} of {largest:.1g} ({_short(dtype)})")
+        bounds = LARGEST_ERROR[torch.float32], largest
+        errors = [_error(mine, truth, dtype, allowed) for mine, truth, allowed in zip(ours, truths, bounds)]
+        found.append(f"{errors[-1]:.1g} of {largest:.1g} ({_short(dtype)})")
     return f"gradient's relative error {', '.join(found)}"
 
 
 def _error(mine: Tensor, truth: Tensor, dtype: torch.dtype, allowed: float) -> float:
-    """Relative to the largest element of `truth`. Raises Broken if it is more than allowed."""
+    """Return the error relative to the largest element of `truth`. Raises Broken if it is more than allowed."""
     error = ((mine.cpu().double() - truth).abs().max() / truth.abs().max()).item()
     if not error <= allowed:
         raise Broken(f"relative error {error:.2g} from {_short(dtype)}; at most {allowed:.2g} is allowed")
@@ -54,13 +55,14 @@ def _logits() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _features() -> tuple[Tensor, Tensor]:
-    """In the memory order of training."""
-    return tuple(torch.randn(6, 24, 7, 7).to(memory_format=torch.channels_last) for _ in range(2))
+    """Draw two feature maps in the memory order of training."""
+    one, other = (torch.randn(6, 24, 7, 7).to(memory_format=torch.channels_last) for _ in range(2))
+    return one, other
 
 
 def _kd_loss(device: torch.device) -> str:
     def exact(s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return kd_by.kd_loss_with_grad(s, t, None, labels, 4.0, 0.9, 0.1, None, 1.0, None)
+        return kd_by.kd_loss_with_grad(kd_by.Operands(s, t, None, labels, 4.0, 0.9, 0.1, None), 1.0, None)
 
     def ours(s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.kd_loss_with_grad(s, t, labels, label_smoothing=0.1)
@@ -70,14 +72,14 @@ def _kd_loss(device: torch.device) -> str:
 
 def _decoupled_kl(device: torch.device) -> str:
     def exact(s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return decoupled_by.decoupled_kl_with_grad(s, t, labels, 4.0, 1.0, 8.0, 1.0, None)
+        return decoupled_by.decoupled_kl_with_grad(decoupled_by.Operands(s, t, labels, 4.0, 1.0, 8.0), 1.0, None)
 
     return _loss_agrees(device, lambda *x: kernels.decoupled_kl_with_grad(*x), exact, _logits)
 
 
-def _feature_mse(normalize: str | None) -> Callable[[torch.device], str]:
+def _feature_mse(normalize: Normalize) -> Callable[[torch.device], str]:
     def exact(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return mse_by.feature_mse_with_grad(s, t, None, normalize, None, 1, 1.0, None)
+        return mse_by.feature_mse_with_grad(mse_by.Operands(s, t, None, normalize, None, 1), 1.0, None)
 
     def ours(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.feature_mse_with_grad(s, t, normalize=normalize)
@@ -87,13 +89,13 @@ def _feature_mse(normalize: str | None) -> Callable[[torch.device], str]:
 
 def _feature_cosine(device: torch.device) -> str:
     def exact(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return cosine_by.feature_cosine_with_grad(s, t, None, "position", 1, 1.0, None)
+        return cosine_by.feature_cosine_with_grad(cosine_by.Operands(s, t, None, "position", 1), 1.0, None)
 
     return _loss_agrees(device, lambda *x: kernels.feature_cosine_with_grad(*x), exact, _features)
 
 
 def _batch_norm_act(device: torch.device) -> str:
-    """Output and the gradient with respect to x; a large bias keeps all elements off the ReLU's kink."""
+    """Check the output and the gradient with respect to x. A large bias keeps all elements off the ReLU's kink."""
     x, residual = _features()
     weight, bias, gradient = torch.ones(24), torch.full((24,), 12.0), torch.randn_like(x)
 
@@ -107,9 +109,9 @@ def _batch_norm_act(device: torch.device) -> str:
     for dtype, largest in LARGEST_ERROR.items():
         x, residual, gradient = (tensor.to(dtype) for tensor in (x, residual, gradient))
         truths = run(torch.float64, torch.device("cpu"), torch.float64)
-        for mine, truth in zip(run(dtype, device, torch.float32), truths):
-            error = _error(mine, truth, dtype, largest)
-        found.append(f"{error:.1g} of {largest:.1g} ({_short(dtype)})")
+        ours = run(dtype, device, torch.float32)
+        errors = [_error(mine, truth, dtype, largest) for mine, truth in zip(ours, truths)]
+        found.append(f"{errors[-1]:.1g} of {largest:.1g} ({_short(dtype)})")
     return f"gradient's relative error {', '.join(found)}"
 
 
@@ -143,13 +145,12 @@ def _augment_batch(device: torch.device) -> str:
     return _same_bits(pairs)
 
 
+_NORMALIZES: tuple[Normalize, ...] = (None, "power", "channel", "l2")
+
 OPERATORS = [
     Claim("kd_loss agrees with float64", _kd_loss),
     Claim("decoupled_kl agrees with float64", _decoupled_kl),
-    *(
-        Claim(f"feature_mse, normalize={n}, agrees with float64", _feature_mse(n))
-        for n in (None, "power", "channel", "l2")
-    ),
+    *(Claim(f"feature_mse, normalize={n}, agrees with float64", _feature_mse(n)) for n in _NORMALIZES),
     Claim("feature_cosine agrees with float64", _feature_cosine),
     Claim("batch_norm_act agrees with float64", _batch_norm_act),
     Claim("quantize_rows, dequantize_rows give the reference's bits", _rows),

@@ -1,4 +1,4 @@
-"""A small pair in training: captured as eagerly, on the device as on the CPU, and without waiting."""
+"""Claims on a small pair in training: captured as eagerly, on the device as on the CPU, and without waiting."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
 from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.execution.capture import Runner, make_runner
-from stablekd_fast.execution.precision import Precision
+from stablekd_fast.engine.stage import StageSteps, stage_steps
+from stablekd_fast.engine.step import Rates
+from stablekd_fast.execution.memory import placed
+from stablekd_fast.execution.precision import FP32, Precision
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.selftest.claim import Broken, Claim, NotHere, difference
 from stablekd_fast.teacher.live import Relay
@@ -52,41 +53,37 @@ def _batch(number: int) -> Batch:
 class _Trial:
     """A small pair in training: decomposed blocks first, then the whole student."""
 
-    def __init__(self, device: torch.device, optimizer: Optimizer, precision: str) -> None:
-        nets = [_net(depth, seed).to(device, memory_format=torch.channels_last) for depth, seed in ((2, 1), (1, 2))]
-        teacher, student = nets[0].eval(), nets[1]
-        self.paired: PairedBlocks = pair_blocks(teacher, student, _batch(0).images.to(device), ["0", "1"])
-        self.paired.precision, self.paired.fuses_norms = Precision(precision), pick_fusion("auto", device)
+    def __init__(self, device: torch.device, optimizer: Optimizer, precision: Precision) -> None:
+        teacher, student = (placed(_net(depth, seed), device) for depth, seed in ((2, 1), (1, 2)))
+        images = _batch(0).images
+        assert images is not None
+        self.paired: PairedBlocks = pair_blocks(teacher.eval(), student, images.to(device), ["0", "1"])
+        self.paired.precision, self.paired.fuses_norms = precision, pick_fusion("auto", device)
         self.device, self.optimizer = device, optimizer
         self.aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
-        self.steps: list[GroupStep] = []
 
-    def enter(self, groups: list[list[int]]) -> None:
+    def enter(self, groups: list[list[int]]) -> StageSteps:
+        """Return the steps of a stage, with the first batch loaded."""
         planned = PlannedStage(Stage(groups, steps=_STEPS, optimizer=self.optimizer), 0, _STEPS)
-        rates, self.inputs = Rates.of_stage(planned, None, self.device), StageInputs(self.device)
-        self.wanted = self.aims.teacher_outputs(groups, len(self.paired.cuts))
+        rates = Rates.of_stage(planned, None, self.device)
         nn.ModuleList(self.paired.student_blocks).train()
-        self.load(0)
-        given = (self.aims, self.optimizer, self.inputs)
-        self.steps = [GroupStep(self.paired, group, *given, rates=rates, history=_STEPS) for group in groups]
+        steps = stage_steps(self.paired, groups, self.aims, self.optimizer, rates=rates, history=_STEPS)
+        self.load(steps, 0)
+        return steps
 
-    def load(self, number: int) -> None:
-        load_batch(self.inputs, Relay(self.paired), self.wanted, _batch(number))
-
-    def runner(self, mode: str) -> Runner:
-        state = [tensor for step in self.steps for tensor in step.state()]
-        return make_runner(mode, [step.run for step in self.steps], state, self.device, fall_back=False)
+    def load(self, steps: StageSteps, number: int) -> None:
+        steps.load(Relay(self.paired), _batch(number))
 
     def train(self, mode: str) -> list[Tensor]:
-        """Weights, statistics, moments, rates and losses at the end of each stage."""
+        """Train; return weights, statistics, moments, rates and losses at the end of each stage."""
         seen = []
         for groups in _GROUPS:
-            self.enter(groups)
-            with contextlib.closing(self.runner(mode)) as runner:
+            steps = self.enter(groups)
+            with contextlib.closing(steps.runner(mode)) as runner:
                 for number in range(_STEPS):
-                    self.load(number)
+                    self.load(steps, number)
                     runner.run()
-                seen += [tensor.detach().clone() for step in self.steps for tensor in step.state()]
+                seen += [tensor.detach().clone() for tensor in steps.state()]
         return seen
 
 
@@ -96,7 +93,7 @@ def _captured(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """On a GPU sums may otherwise be taken in another order each time."""
+    """Have sums on a GPU taken in the same order each time."""
     if device.type != "cuda":
         yield
         return
@@ -111,7 +108,7 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = before[1:]
 
 
-def _replays(optimizer: str, precision: str) -> Callable[[torch.device], str]:
+def _replays(optimizer: str, precision: Precision) -> Callable[[torch.device], str]:
     def check(device: torch.device) -> str:
         with _deterministic(device):
             sides = [
@@ -128,10 +125,9 @@ def _replays(optimizer: str, precision: str) -> Callable[[torch.device], str]:
 def _never_waits(device: torch.device) -> str:
     if device.type != "cuda":
         raise NotHere("only a GPU can be waited for; needs a CUDA device")
-    trial = _Trial(device, _OPTIMIZERS["AdamW"], "bf16")
-    trial.enter(_GROUPS[0])
+    steps = _Trial(device, _OPTIMIZERS["AdamW"], Precision("bf16")).enter(_GROUPS[0])
     for mode in ("eager", "cudagraph"):
-        with contextlib.closing(trial.runner(mode)) as runner:
+        with contextlib.closing(steps.runner(mode)) as runner:
             runner.run()  # kernels are compiled and handles made at the first
             torch.cuda.set_sync_debug_mode("error")
             try:
@@ -142,11 +138,9 @@ def _never_waits(device: torch.device) -> str:
 
 
 def _first_losses(device: torch.device) -> list[float]:
-    trial = _Trial(device, _OPTIMIZERS["SGD"], "fp32")
-    trial.enter(_GROUPS[0])
-    for step in trial.steps:
-        step.run()
-    return [step.losses[0].item() for step in trial.steps]
+    steps = _Trial(device, _OPTIMIZERS["SGD"], FP32).enter(_GROUPS[0])
+    steps.run()
+    return [step.losses[0].item() for step in steps.steps]
 
 
 def _agrees_with_cpu(device: torch.device) -> str:
@@ -161,9 +155,11 @@ def _agrees_with_cpu(device: torch.device) -> str:
 
 TRAINING = [
     *(
-        Claim(f"captured steps give the bits of eager ones: {optimizer}, {precision}", _replays(optimizer, precision))
+        Claim(
+            f"captured steps give the bits of eager ones: {optimizer}, {precision.name}", _replays(optimizer, precision)
+        )
         for optimizer in _OPTIMIZERS
-        for precision in ("fp32", "bf16")
+        for precision in (FP32, Precision("bf16"))
     ),
     Claim("a step never waits for the device", _never_waits),
     Claim("first losses agree with the CPU's", _agrees_with_cpu),

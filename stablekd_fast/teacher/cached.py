@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.columns import Column
-from stablekd_fast.cache.store import Ticket
+from stablekd_fast.cache.store import RowStore, Ticket
 from stablekd_fast.data import Batch
 from stablekd_fast.errors import CacheFull
 from stablekd_fast.teacher.live import LiveTeacher
@@ -19,7 +19,7 @@ from stablekd_fast.teacher.live import LiveTeacher
 
 @dataclass
 class _Reading:
-    """Rows of one batch that are being read ahead: per output the ticket and what is read into."""
+    """Rows of one batch that are being read ahead: by output the ticket, and the memory that is read into."""
 
     batch: Batch
     columns: dict[int, tuple[Ticket, list[Tensor]]]
@@ -47,7 +47,9 @@ class CachedTeacher:
         self._fills: Collection[int] = columns.keys()
         self._reading: _Reading | None = None
 
-    def row_numbers(self, sample_ids: Tensor, view: int) -> Tensor:
+    def row_numbers(self, sample_ids: Tensor, view: int | None) -> Tensor:
+        """Return the numbers of the rows of these samples, int64 `[N]`, in a view, which must have a name."""
+        assert view is not None, "columns are opened for views that have names"
         return view * self.samples + sample_ids
 
     def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
@@ -79,6 +81,7 @@ class CachedTeacher:
         if missing:
             self.live_batches += 1
             known = {k: value for k, value in found.items() if self.columns[k].continues}
+            assert images is not None, "needs_images asked for them"
             for k, value in self.live.outputs(images, missing, known).items():
                 found[k] = self._kept(k, rows, value) if k in self.columns else value
         return found
@@ -87,7 +90,7 @@ class CachedTeacher:
         """Several processes fill columns on disk together; in memory each has rows of its own."""
         self._fills = {k for k, column in self.columns.items() if k in stored or not column.on_disk}
         for column in self.columns.values():
-            if column.on_disk:
+            if isinstance(column.rows, RowStore):
                 column.rows.refresh()
 
     def report(self) -> dict:
@@ -102,10 +105,10 @@ class CachedTeacher:
     def _begin(self, batch: Batch, wanted: Collection[int]) -> _Reading:
         rows, started = self.row_numbers(batch.sample_ids, batch.view), {}
         for k in wanted:
-            column = self.columns.get(k)
-            if column is not None and column.on_disk and self._complete(k, rows):
-                out = column.rows.empty(len(rows), pinned=self.pinned)
-                started[k] = (column.rows.submit(rows, out), out)
+            store = self.columns[k].rows if k in self.columns else None
+            if isinstance(store, RowStore) and self._complete(k, rows):
+                out = store.empty(len(rows), pinned=self.pinned)
+                started[k] = (store.submit(rows, out), out)
         return _Reading(batch, started)
 
     def _complete(self, k: int, rows: Tensor) -> bool:
@@ -113,7 +116,7 @@ class CachedTeacher:
 
     def _stored(self, k: int, rows: Tensor, reading: _Reading) -> Tensor:
         column = self.columns[k]
-        if k in reading.columns:
+        if k in reading.columns and isinstance(column.rows, RowStore):
             ticket, parts = reading.columns[k]
             column.rows.wait(ticket)
         else:

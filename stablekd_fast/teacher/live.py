@@ -19,21 +19,26 @@ from stablekd_fast.execution.capture import CAPTURED, Runner, make_runner
 class Teacher(Protocol):
     """Serves the outputs that the steps of a stage want."""
 
-    def outputs(self, wanted: Collection[int], images: Tensor | None, batch: Batch | None = None) -> dict[int, Tensor]:
-        """The wanted outputs on `images` `[N, C, H, W]`, which are those of `batch` on the device."""
+    def outputs(self, wanted: Collection[int], images: Tensor | None, batch: Batch) -> dict[int, Tensor]:
+        """Return the wanted outputs on `images` `[N, C, H, W]`, which are those of `batch` on the device."""
+        ...
 
     def needs_images(self, wanted: Collection[int], sample_ids: Tensor, view: int) -> bool:
         """Whether `outputs` will need the images of these samples, int64 `[N]`, in this view."""
+        ...
 
     def ahead(self, batches: Iterable[Batch], wanted: Collection[int]) -> Iterator[Batch]:
-        """The same batches; what can be read for the next one while this one trains is read meanwhile."""
+        """Return the same batches; what can be read for the next one while this one trains is read meanwhile."""
+        ...
 
     def fill(self, stored: Collection[int]) -> None:
-        """Of several processes that share a cache, this one stores the outputs `stored`; what the others have stored
-        since is taken up."""
+        """Store the outputs `stored` from now on, where several processes share a cache, and take up what the others
+        have stored since."""
+        ...
 
     def close(self) -> None:
         """Let go of files and graphs."""
+        ...
 
 
 class LiveTeacher:
@@ -52,7 +57,7 @@ class LiveTeacher:
     def outputs(
         self, images: Tensor, wanted: Collection[int], known: Mapping[int, Tensor] | None = None
     ) -> dict[int, Tensor]:
-        """As `PairedBlocks.teacher_outputs`."""
+        """Return the wanted outputs, going on from `known` ones; see `PairedBlocks.teacher_outputs`."""
         known = dict(known or {})
         if self.capture not in CAPTURED:
             return self.paired.teacher_outputs(images, wanted, known)
@@ -62,13 +67,12 @@ class LiveTeacher:
             self.close()
             self._wanted = key
             return self.paired.teacher_outputs(images, wanted, known)
-        if self._runner is None:
-            self._begin(given, sorted(wanted), list(known))
+        runner = self._runner or self._begin(given, sorted(wanted), list(known))
         for buffer, value in zip(self._inputs, given):
             buffer.copy_(value)
-        return self._runner.run()[0]
+        return runner.run()[0]
 
-    def _begin(self, given: list[Tensor], wanted: list[int], known: list[int]) -> None:
+    def _begin(self, given: list[Tensor], wanted: list[int], known: list[int]) -> Runner:
         self._inputs = [value.clone() for value in given]
         images, *rest = self._inputs
 
@@ -76,6 +80,7 @@ class LiveTeacher:
             return self.paired.teacher_outputs(images, wanted, dict(zip(known, rest)))
 
         self._runner = make_runner(self.capture, [body], [], images.device, fall_back=self.fall_back)
+        return self._runner
 
     def close(self) -> None:
         if self._runner is not None:
@@ -90,7 +95,10 @@ class Relay:
         self.live = live or LiveTeacher(paired)
 
     def outputs(self, wanted: Collection[int], images: Tensor | None, batch: Batch | None = None) -> dict[int, Tensor]:
-        return self.live.outputs(images, wanted) if wanted else {}
+        if not wanted:
+            return {}
+        assert images is not None, "needs_images asked for them"
+        return self.live.outputs(images, wanted)
 
     def needs_images(self, wanted: Collection[int], sample_ids: Tensor, view: int) -> bool:
         return bool(wanted)

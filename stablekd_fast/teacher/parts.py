@@ -41,7 +41,8 @@ class TeacherPart:
     def outputs(self, wanted: Collection[int], images: Tensor | None, batch: Batch) -> dict[int, Tensor]:
         """The wanted outputs, all of which are this part's own or the one that enters it."""
         found: dict[int, Tensor] = {}
-        x = images if self.before is None else self._receive(len(batch.labels))
+        x = images if self.before is None else self._receive(self.before, len(batch.labels))
+        assert x is not None, "needs_images asked for them"
         with self.paired.precision.applied(x.device):
             if self.before is not None:
                 found[self.first - 1] = self._bridged(self.first - 1, x)
@@ -49,7 +50,7 @@ class TeacherPart:
                 x = self.paired.teacher_blocks[k](x)
                 found[k] = self._bridged(k, x)
         if self.behind is not None:
-            self._send(x)
+            self._send(x, self.behind)
         return {k: found[k] for k in wanted}
 
     def needs_images(self, wanted: Collection[int], sample_ids: Tensor, view: int) -> bool:
@@ -70,26 +71,28 @@ class TeacherPart:
         bridge = self.paired.bridge_after(k)
         return x if bridge is None else bridge(x)
 
-    def _send(self, x: Tensor) -> None:
+    def _send(self, x: Tensor, to: int) -> None:
         channels_last = _channels_last(x)
         dense = x.permute(0, 2, 3, 1) if channels_last else x.contiguous()
         if not self._announced:
-            with self.ranks.meeting(f"rank {self.behind} is told of the teacher's activation"):
-                dist.send_object_list([(tuple(dense.shape[1:]), dense.dtype, channels_last)], self.behind)
+            with self.ranks.meeting(f"rank {to} is told of the teacher's activation"):
+                dist.send_object_list([(tuple(dense.shape[1:]), dense.dtype, channels_last)], to)
             self._announced = True
         while len(self._sent) >= _UNDER_WAY:
             self._finish_oldest()
         self.ranks.other_bytes += dense.nbytes
-        self._sent.append((dist.isend(dense, self.behind), dense))
+        sending = dist.isend(dense, to)
+        assert sending is not None, "this rank is in the group"
+        self._sent.append((sending, dense))
 
-    def _receive(self, count: int) -> Tensor:
-        with self.ranks.meeting(f"rank {self.before} hands over the teacher's activation"):
+    def _receive(self, sender: int, count: int) -> Tensor:
+        with self.ranks.meeting(f"rank {sender} hands over the teacher's activation"):
             if self._entry is None:
                 told: list = [None]
-                dist.recv_object_list(told, self.before)
+                dist.recv_object_list(told, sender)
                 shape, dtype, self._channels_last = told[0]
                 self._entry = torch.empty((count, *shape), dtype=dtype, device=self.device)
-            dist.recv(self._entry, self.before)
+            dist.recv(self._entry, sender)
         return self._entry.permute(0, 3, 1, 2) if self._channels_last else self._entry
 
     def _finish_oldest(self) -> None:

@@ -54,7 +54,7 @@ def test_every_way_to_feed_the_blocks_is_checked(tmp_path, digits):
     rows = {row["contender"]: row for row in measure(case, 2)}
     assert set(rows) == {"prefix run again", "relay", "cache", "cache, bf16", "cache, int8", "students alone"}
     arm = case.contenders[2].call.__self__
-    places = arm.teacher.columns[0].rows._places
+    places = arm.teacher.columns[0].rows.tables.places
     stored = (places >= 0).nonzero().flatten()
     places[stored] = places[stored.roll(1)]  # rows of other samples, which were all checked before
     with pytest.raises(WrongResult, match="cache is wrong"):

@@ -84,7 +84,7 @@ def test_a_ratio_that_is_too_low_fails(capsys):
         (["--ops", "kd_los"], "the nearest is 'kd_loss'"),
         (["--rounds", "0"], "rounds=0"),
         (["--against", "/no/rows.json"], "/no/rows.json cannot be read"),
-        (["--quik"], "nearest valid name is 'quick'"),
+        (["--quik"], "nearest valid name is --quick."),
         (["--aot", "--html", "page.html"], "--aot measures no time"),
     ],
 )

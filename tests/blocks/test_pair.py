@@ -41,7 +41,7 @@ def test_blocks_are_balanced_when_their_number_is_given():
 
 
 def test_every_block_has_products_to_train_however_many_there_are():
-    """With a ReLU after each product, cuts would fit before and behind it."""
+    """A ReLU follows each product, so that cuts would fit before and behind it."""
     teacher, student = convnet((4, 8), 6), convnet((4, 8), 3)
     assert [len(pair_blocks(teacher, student, IMAGES, blocks=blocks)) for blocks in range(2, 8)] == list(range(2, 8))
     for block in pair_blocks(teacher, student, IMAGES, blocks=7).student_blocks:

@@ -1,6 +1,7 @@
 """The command line as a person uses it: real runs on the embedded digits, small enough for a test."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from stablekd_fast.cli import main
+from stablekd_fast.cli import RUN, _parser, main
 from stablekd_fast.run.exported import evaluate_file
 
 SMALL = ["--subset", "128", "--validation", "32", "--epochs", "1", "--batch-size", "32", "--bn-images", "64"]
@@ -64,23 +65,11 @@ def test_evaluating_a_file_gives_the_run_s_accuracy(student, name, capsys):
 
 
 def test_a_checkpoint_is_evaluated_with_statistics_of_its_own_views(teacher, tmp_path):
-    """Altered images, other view seeds: the batch-norm statistics are those of what the run trained on, to the last
-    bit."""
+    """Images are altered and the view seed is another: the statistics are still those of the training, to the bit."""
     out, weights = tmp_path / "run", str(teacher / "student.safetensors")
-    arguments = [
-        "--teacher",
-        "resnet32",
-        "--teacher-weights",
-        weights,
-        "--student",
-        "resnet20",
-        *SMALL,
-        "--epochs",
-        "1",
-    ]
-    assert (
-        main(["distill", *arguments, "--mix", "mixup", "--jitter", "0.5", "--view-seed", "9", "--out", str(out)]) == 0
-    )
+    arguments = ["--teacher", "resnet32", "--teacher-weights", weights, "--student", "resnet20", *SMALL]
+    arguments += ["--mix", "mixup", "--jitter", "0.5", "--view-seed", "9"]
+    assert main(["distill", *arguments, "--epochs", "1", "--out", str(out)]) == 0
     events = [json.loads(line) for line in (out / "events.jsonl").open()]
     (tested,) = [event for event in events if event["kind"] == "evaluate" and event["split"] == "test"]
     assert evaluate_file(out / "checkpoint.safetensors").loss == tested["loss"]
@@ -136,7 +125,12 @@ def test_stages_can_be_given_in_yaml(teacher, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["distill", "--metod", "kd"], "nearest valid name is 'method'"),
+        (["distill", "--metod", "kd"], ": --metod kd. The nearest valid name is --method."),
+        (["distill", "--teacher_weigts", "x"], ": --teacher-weigts x. The nearest valid name is --teacher-weights."),
+        (["cache", "build", "--cache.disk-budgt=3"], "=3. The nearest valid name is --cache.disk-budget."),
+        (["distill", "--batch_size"], "argument --batch-size: expected one argument"),
+        (["plan", "--teacher", "resnet56"], "are required: --student"),
+        (["evaluate"], "are required: weights"),
         (["distill", "--method", "hinton"], "choose one of stablekd, kd"),
         (["distill", "--method", "kd"], "needs a trained teacher"),
         (["distill", "--data", "/does/not/exist", "--method", "ce"], "no data set at /does/not/exist"),
@@ -146,6 +140,7 @@ def test_stages_can_be_given_in_yaml(teacher, tmp_path):
         (["distill", "--method", "ce", "--logits-options.temprature", "3"], "nearest is 'temperature'"),
         (["distill", "--teacher-weights", "/no/file.pt"], "/no/file.pt"),
         (["distill", "--epochs", "-1"], "epochs"),
+        (["distill", "--cache.disk-budget", "1GB"], "give --cache.directory"),
         (["evaluate", "/no/student.safetensors"], "/no/student.safetensors"),
         (
             ["plan", "--teacher", "resnet56", "--student", "resnet20", "--image-size", "32", "--cuts", "[layr1]"],
@@ -177,9 +172,10 @@ def test_a_teacher_of_other_classes_is_refused(teacher, tmp_path, capsys):
 
 def test_an_unknown_key_in_yaml_names_the_nearest(tmp_path, capsys):
     config = tmp_path / "run.yaml"
-    config.write_text("epohcs: 3\n")
-    assert main(["distill", "--config", str(config)]) == 2
-    assert "epochs" in capsys.readouterr().err
+    for line, nearest in (("epohcs: 3", "'epochs'"), ("batchsize: 3", "'batch_size'")):
+        config.write_text(f"{line}\n")
+        assert main(["distill", "--config", str(config)]) == 2
+        assert f"The nearest valid name is {nearest}." in capsys.readouterr().err
 
 
 def test_plan_and_info_print_tables(capsys):
@@ -190,12 +186,44 @@ def test_plan_and_info_print_tables(capsys):
     assert "feature_mse" in capsys.readouterr().out
 
 
+COMMANDS = ["", *_parser()[1], "distill --optimizer.help"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_options_with_hyphens(command, capsys):
+    words = command.split()
+    with pytest.raises(SystemExit, match="^0$"):
+        main(words if words[-1:] == ["--optimizer.help"] else [*words, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ") and "--" in shown
+    assert not re.findall(r"--[\w.-]*_[\w.-]*", shown)
+    if words in (["distill"], ["cache", "build"]):
+        assert all(f" {name} " in shown for name in ("--teacher-weights", "--cache.disk-budget", "--print-config"))
+
+
+@pytest.mark.parametrize("spelling", ["--log-every", "--log_every", "--cache.host-budget", "--cache.host_budget"])
+def test_options_may_be_typed_either_way(spelling, monkeypatch):
+    given = []
+    monkeypatch.setitem(RUN, "distill", lambda options: given.append(options) or 0)
+    assert main(["distill", spelling, "3"]) == 0 and main(["distill", f"{spelling}=3"]) == 0
+    for options in given:
+        found = options.log_every if "log" in spelling else options.cache.host_budget
+        assert str(found) == "3"
+
+
+def test_help_says_what_settings_mean():
+    """A process of its own: what jsonargparse is told about descriptions outlasts a command."""
+    command = [sys.executable, "-m", "stablekd_fast", "distill", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    assert "Training images to use, class-balanced" in " ".join(shown.split())
+
+
 def test_the_command_is_installed_and_fails_with_a_code():
     stablekd = Path(sys.executable).with_name("stablekd")
     assert subprocess.run([stablekd, "--version"], capture_output=True).returncode == 0
     assert subprocess.run([stablekd, "distill", "--method", "x"], capture_output=True).returncode == 2
     module = subprocess.run([sys.executable, "-m", "stablekd_fast", "plan"], capture_output=True, text=True)
-    assert module.returncode == 2 and "plan.teacher" in module.stderr
+    assert module.returncode == 2 and "required: --teacher, --student" in module.stderr
 
 
 def test_importing_changes_nothing():

@@ -52,14 +52,14 @@ def strange_tree(tmp_path):
     return tmp_path, sorted(bad)
 
 
-def source_of(root, loader: str, *, on_bad_image="skip", size=64, **settings) -> TrainSource:
+def source_of(root, kind: str, *, on_bad_image="skip", size=64, **settings) -> TrainSource:
     dataset = open_dataset(root, image_size=size, on_bad_image=on_bad_image)
     settings = dict(batch_size=8, seed=5, workers=2) | settings
-    return TrainSource(dataset.train, dataset.augmentation, IMAGENET_MEAN, IMAGENET_STD, loader=loader, **settings)
+    return TrainSource(dataset.train, dataset.augmentation, IMAGENET_MEAN, IMAGENET_STD, source=kind, **settings)
 
 
 def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
-    """In dB, of normalised batches `[N, 3, H, W]`."""
+    """Peak signal-to-noise ratio in dB between normalised batches `[N, 3, H, W]`."""
     scale = torch.tensor(IMAGENET_STD)[:, None, None] * 255
     error = ((one - other).double() * scale).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
@@ -68,7 +68,7 @@ def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.dali
 def test_both_sources_make_the_same_batches_of_whatever_a_folder_holds(strange_tree):
     root, bad = strange_tree
-    sources = [source_of(root, loader) for loader in ("torchvision", "dali")]
+    sources = [source_of(root, kind) for kind in ("torchvision", "dali")]
     seen = set()
     for one, other in zip(*(source.batches(0, 12) for source in sources), strict=True):
         assert torch.equal(one.sample_ids, other.sample_ids) and torch.equal(one.labels, other.labels)
@@ -81,14 +81,14 @@ def test_both_sources_make_the_same_batches_of_whatever_a_folder_holds(strange_t
 
 
 @pytest.mark.dali
-@pytest.mark.parametrize("loader", ["torchvision", "dali"])
+@pytest.mark.parametrize("kind", ["torchvision", "dali"])
 @pytest.mark.parametrize("name", ["empty.jpg", "text.jpg", "cut.jpg", "head.jpg"])
-def test_each_bad_image_stops_either_source_with_its_name(strange_tree, loader, name):
+def test_each_bad_image_stops_either_source_with_its_name(strange_tree, kind, name):
     root, bad = strange_tree
     for other in set(bad) - {name}:
         (root / "train" / "b" / other).unlink()
     with pytest.raises(DataError, match=f"b/{name}"):
-        list(source_of(root, loader, on_bad_image="stop").batches(0, 6))
+        list(source_of(root, kind, on_bad_image="stop").batches(0, 6))
 
 
 @pytest.mark.dali
@@ -124,7 +124,7 @@ def test_dalis_own_failure_on_a_damaged_image_is_survived(strange_tree, monkeypa
     sound = (folder / "plain1.jpg").read_bytes()
     frame = sound.index(b"\xff\xda")
     (folder / "plain1.jpg").write_bytes(sound[: frame + 4] + b"\xff\xd9")  # a header, a scan that is none, an end
-    sources = [source_of(root, loader) for loader in ("torchvision", "dali")]
+    sources = [source_of(root, kind) for kind in ("torchvision", "dali")]
     for one, other in zip(*(source.batches(0, 9) for source in sources), strict=True):
         assert torch.equal(one.sample_ids, other.sample_ids) and psnr(one.images, other.images) >= 35
     assert sources[0].split.skipped == sources[1].split.skipped
@@ -138,7 +138,7 @@ def test_photographs_scaled_up_and_down_are_within_resampling_of_each_other(tmp_
             picture(k, 300 + 20 * k, 420 - 10 * k).save(tmp_path / part / "a" / f"{k}.jpg", quality=90)
     for size in (65, 96, 224):
         for one, other in zip(
-            *(source_of(tmp_path, loader, size=size).batches(0, 4) for loader in ("torchvision", "dali")), strict=True
+            *(source_of(tmp_path, kind, size=size).batches(0, 4) for kind in ("torchvision", "dali")), strict=True
         ):
             assert psnr(one.images, other.images) >= 35
 
@@ -161,7 +161,7 @@ def test_without_dali_the_automatic_choice_says_why_and_a_demand_fails(strange_t
     root, _ = strange_tree
     monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
     assert "DALI is not installed" in dali_missing()
-    chosen = source_of(root, "auto").loader
+    chosen = source_of(root, "auto").choice
     assert chosen.name == "torchvision" and "pip install 'stablekd_fast[dali]'" in chosen.reason
     with pytest.raises(ConfigError, match="dali was asked for, but DALI is not installed.*--source torchvision"):
         source_of(root, "dali")
@@ -170,4 +170,4 @@ def test_without_dali_the_automatic_choice_says_why_and_a_demand_fails(strange_t
 @pytest.mark.dali
 def test_with_dali_the_automatic_choice_is_dali(strange_tree):
     root, _ = strange_tree
-    assert source_of(root, "auto").loader.name == "dali"
+    assert source_of(root, "auto").choice.name == "dali"

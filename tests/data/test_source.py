@@ -8,20 +8,14 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from stablekd_fast.data import Augmentation, EvalSource, Split, TrainSource, open_dataset, views
+from stablekd_fast.data import Augmentation, TrainSource, open_dataset, views
 from stablekd_fast.data.records import FileRecords
 from stablekd_fast.errors import ConfigError, DataError
+from tests.data.reference import MEAN, STD, assert_within_a_level, normalised, scaled, small_split
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PAD_CROP = Augmentation("pad_crop", flip=True, padding=2)
-
-
-def small_split(count=22) -> Split:
-    images = np.random.default_rng(0).integers(0, 256, (count, 6, 5, 3), dtype=np.uint8)
-    return Split(torch.arange(count) % 3, images=torch.from_numpy(images))
 
 
 def small_source(split=None, **settings) -> TrainSource:
@@ -32,7 +26,7 @@ def small_source(split=None, **settings) -> TrainSource:
 def large_source(write_large_tree, request):
     def make(on_bad_image="stop", root=None, **settings) -> TrainSource:
         dataset = open_dataset(root or write_large_tree(), image_size=32, on_bad_image=on_bad_image)
-        settings = dict(batch_size=4, seed=7, loader=request.param) | settings
+        settings = dict(batch_size=4, seed=7, source=request.param) | settings
         return TrainSource(dataset.train, dataset.augmentation, MEAN, STD, **settings)
 
     return make
@@ -45,22 +39,6 @@ def assert_same(first, second):
         assert one.view == other.view
         for field in ("sample_ids", "images", "labels"):
             assert torch.equal(getattr(one, field), getattr(other, field))
-
-
-def normalised(image: np.ndarray) -> torch.Tensor:
-    """uint8 `[H, W, 3]` to float64 `[3, H, W]`."""
-    return torch.from_numpy(((image / 255 - np.array(MEAN)) / np.array(STD)).transpose(2, 0, 1))
-
-
-def scaled(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 `[H, W, 3]` to float64 `[height, width, 3]`: bilinear with antialiasing, not rounded."""
-    planes = torch.from_numpy(image.copy()).double().permute(2, 0, 1)[None]
-    return F.interpolate(planes, size=(height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-
-
-def assert_within_a_level(image: torch.Tensor, expected: np.ndarray):
-    """Both passes of a change of size round to eight bits, so a level may be lost."""
-    assert ((image.double() - normalised(expected)).abs() * torch.tensor(STD)[:, None, None] * 255).max() <= 1.02
 
 
 def test_batch_contract():
@@ -102,8 +80,8 @@ def test_epochs_cycle_through_the_views():
         }
         for epoch in range(3)
     )
-    shared = first.keys() & third.keys()
-    assert len(shared) >= 18 and all(torch.equal(first[sample], third[sample]) for sample in shared)
+    in_both = first.keys() & third.keys()
+    assert len(in_both) >= 18 and all(torch.equal(first[sample], third[sample]) for sample in in_both)
 
 
 def test_resume_gives_the_same_batches():
@@ -131,7 +109,7 @@ def test_large_bf16_images_are_those_in_float32_rounded_once(large_source):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_the_batches_of_one_process(ranks):
+def test_ranks_divide_the_batches_of_one_process(ranks):
     parts = [list(small_source(batch_size=8, rank=rank, ranks=ranks).batches(1, 5)) for rank in range(ranks)]
     for whole, *own in zip(small_source(batch_size=8).batches(1, 5), *parts, strict=True):
         assert all(len(part.labels) == 8 // ranks and part.view == whole.view for part in own)
@@ -280,7 +258,49 @@ def test_scaled_decoding_is_another_view_of_the_same_pictures(write_large_tree):
     same = [torch.equal(image, twin) for image, twin in zip(one.images, other.images)]
     assert 0 < sum(same) < 15  # boxes of at least 48 pixels are decoded at a half
     with pytest.raises(ConfigError, match="source=dali cannot do"):
-        TrainSource(dataset.train, scaled, MEAN, STD, batch_size=4, seed=7, loader="dali")
+        TrainSource(dataset.train, scaled, MEAN, STD, batch_size=4, seed=7, source="dali")
+
+
+class Stored:
+    """Decoded views in a dictionary."""
+
+    def __init__(self):
+        self.views, self.called = {}, []
+
+    def get(self, sample, view):
+        return self.views.get((sample, view))
+
+    def put(self, sample, view, image):
+        assert (sample, view) not in self.views
+        self.views[sample, view] = image.clone()
+
+    def refresh(self):
+        self.called.append("refresh")
+
+    def close(self):
+        self.called.append("close")
+
+
+def test_stored_views_are_decoded_once_for_all_parts_of_a_source(large_source, write_large_tree):
+    root, stored = write_large_tree(), Stored()
+    expected = list(large_source(root=root, views=2).batches(0, 6))
+    source = large_source(root=root, views=2)
+    source.store_images(stored)
+    parts = [source.part(rank, 2) for rank in range(2)]
+    for whole, *own in zip(expected, *(part.batches(0, 6) for part in parts), strict=True):
+        assert torch.equal(torch.cat([part.images for part in own]), whole.images)
+    for file in (root / "train").rglob("*.JPEG"):
+        file.write_bytes(b"")
+    assert_same(source.batches(0, 6), expected)
+    parts[1].refresh_stored()
+    source.close()
+    assert stored.called == ["refresh", "close"]
+
+
+def test_where_nothing_is_stored_there_is_nothing_to_take_up_or_to_close(large_source):
+    for source in (small_source(), large_source()):
+        source.refresh_stored()
+        source.close()
 
 
 def test_leaving_early_stops_the_threads(large_source):
@@ -325,45 +345,6 @@ def test_all_large_images_bad(large_source, write_large_tree):
         next(source.batches(0, 1))
 
 
-def test_evaluation_shows_all_unchanged_in_order():
-    split = small_split().subset(13, seed=0)
-    batches = list(EvalSource(split, MEAN, STD, batch_size=5).batches())
-    assert [len(batch.labels) for batch in batches] == [5, 5, 3]
-    assert torch.equal(torch.cat([batch.sample_ids for batch in batches]), split.sample_ids)
-    assert torch.equal(torch.cat([batch.labels for batch in batches]), split.labels)
-    images = torch.cat([batch.images for batch in batches])
-    expected = torch.stack([normalised(image.numpy()) for image in split.images])
-    torch.testing.assert_close(images.double(), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_of_large_images(write_large_tree, workers):
-    split = open_dataset(write_large_tree(), image_size=56).test
-    batches = list(EvalSource(split, MEAN, STD, batch_size=4, workers=workers).batches())
-    assert [len(batch.labels) for batch in batches] == [4, 2]
-    assert torch.equal(torch.cat([batch.sample_ids for batch in batches]), torch.arange(6))
-    picture = Image.open(split.paths[0])
-    scale = 64 / min(picture.size)
-    width, height = (max(64, int(side * scale)) for side in picture.size)
-    resized = scaled(np.asarray(picture), height, width)
-    top, left = round((height - 56) / 2), round((width - 56) / 2)
-    assert_within_a_level(batches[0].images[0], resized[top : top + 56, left : left + 56])
-    (whole,) = EvalSource(split, MEAN, STD, batch_size=6, image_size=24).batches()
-    assert whole.images.shape == (6, 3, 24, 24)
-
-
-def test_evaluation_leaves_bad_large_images_out(write_large_tree):
-    root = write_large_tree()
-    bad = [root / "val" / "ant" / "0.JPEG", root / "val" / "ant" / "1.JPEG", root / "val" / "cat" / "0.JPEG"]
-    for path in bad:
-        path.write_bytes(b"")
-    split = open_dataset(root, image_size=32, on_bad_image="skip").test
-    batches = list(EvalSource(split, MEAN, STD, batch_size=2).batches())
-    assert [batch.sample_ids.tolist() for batch in batches] == [[2, 3], [5]]
-    assert [batch.labels.tolist() for batch in batches] == [[1, 1], [2]]
-    assert [path for path, _ in split.skipped] == bad
-
-
 def test_too_large_a_batch_says_what_to_do():
     with pytest.raises(DataError, match="batch of 23 does not fit 22 .*at most 22"):
         small_source(batch_size=23)
@@ -378,8 +359,8 @@ def test_too_large_a_batch_says_what_to_do():
         (dict(prefetch=0), "prefetch=0"),
         (dict(ranks=3), "multiple of 3"),
         (dict(rank=2, ranks=2), "Rank 2 of 2"),
-        (dict(loader="dalli"), "nearest is 'dali'"),
-        (dict(loader="torchvision"), "small and kept in memory"),
+        (dict(source="dalli"), "nearest is 'dali'"),
+        (dict(source="torchvision"), "small and kept in memory"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -387,17 +368,12 @@ def test_impossible_settings_are_refused(settings, message):
         small_source(**settings)
 
 
-def test_augmentation_and_normalisation_must_fit(write_large_tree):
+def test_augmentation_must_fit(write_large_tree):
     large = open_dataset(write_large_tree()).train
     with pytest.raises(ConfigError, match="Large images .*'resized_crop', got 'pad_crop'"):
         TrainSource(large, PAD_CROP, MEAN, STD, batch_size=2, seed=0)
     with pytest.raises(ConfigError, match="Small images .*'pad_crop', got 'resized_crop'"):
         TrainSource(small_split(), Augmentation("resized_crop", flip=True, size=8), MEAN, STD, batch_size=2, seed=0)
-    with pytest.raises(ConfigError, match="std above 0"):
-        EvalSource(small_split(), MEAN, (0.2, 0.0, 0.2), batch_size=2)
-    assert EvalSource(open_dataset("digits").test, MEAN, STD, batch_size=2, image_size=8).image_size == 8
-    with pytest.raises(ConfigError, match="their own size, 5 x 6 pixels, got 8"):
-        EvalSource(small_split(), MEAN, STD, batch_size=2, image_size=8)
 
 
 LEAVE_EARLY = """
@@ -405,7 +381,7 @@ import sys
 from stablekd_fast.data import TrainSource, open_dataset
 dataset = open_dataset(sys.argv[1], image_size=32)
 source = TrainSource(
-    dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=0, workers=2, loader=sys.argv[2]
+    dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=0, workers=2, source=sys.argv[2]
 )
 batches = source.batches(0, 100)
 next(batches)
@@ -414,10 +390,10 @@ print("leaving", flush=True)
 """
 
 
-@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
+@pytest.mark.parametrize("kind", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
 @pytest.mark.parametrize("ending, codes", [("", (0,)), ("sys.exit(3)", (3,)), ("raise KeyboardInterrupt", (130, -2))])
-def test_a_process_ends_with_batches_in_work(write_large_tree, loader, ending, codes):
-    command = [sys.executable, "-c", LEAVE_EARLY.format(ending), str(write_large_tree()), loader]
+def test_a_process_ends_with_batches_in_work(write_large_tree, kind, ending, codes):
+    command = [sys.executable, "-c", LEAVE_EARLY.format(ending), str(write_large_tree()), kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.stdout == "leaving\n"
     assert done.returncode in codes

@@ -25,7 +25,7 @@ def make_split(sizes: list[int]) -> Split:
         ([97, 2, 1], 1, [1, 0, 0]),
     ],
 )
-def test_subset_keeps_class_shares_by_largest_remainder(sizes, count, quotas):
+def test_subset_keeps_class_fractions_by_largest_remainder(sizes, count, quotas):
     part = make_split(sizes).subset(count, seed=0)
     assert len(part) == count
     assert part.labels.bincount(minlength=len(sizes)).tolist() == quotas
@@ -61,7 +61,7 @@ def test_subset_of_everything_is_everything():
     assert torch.equal(whole.subset(12, seed=0).sample_ids, whole.sample_ids)
 
 
-def test_a_count_of_one_is_one_image_and_not_a_share():
+def test_a_count_of_one_is_one_image_and_not_a_fraction():
     assert len(make_split([5, 7]).subset(1, seed=0)) == 1
 
 

@@ -108,8 +108,8 @@ def test_boxes_lie_inside_and_follow_scale_and_ratio():
     assert boxes.dtype == np.int64
     assert (top >= 0).all() and (left >= 0).all() and (height > 0).all() and (width > 0).all()
     assert (top + height <= heights).all() and (left + width <= widths).all()
-    share = height * width / (heights * widths)
-    assert share.min() > 0.07 and share.max() <= 1.0
+    fraction = height * width / (heights * widths)
+    assert fraction.min() > 0.07 and fraction.max() <= 1.0
     # Rounding to whole pixels moves the ratio of the smallest boxes (28 pixels) by a few per cent.
     assert (width / height).min() > 0.70 and (width / height).max() < 1.42
     square = views.resized_crop_boxes(0, np.arange(5000), 0, np.full(5000, 500), np.full(5000, 500))

@@ -7,7 +7,7 @@ from stablekd_fast.data import open_dataset
 from stablekd_fast.diagnose.settings import Probing
 from stablekd_fast.diagnose.training import Twin
 from stablekd_fast.engine.schedule import Optimizer
-from stablekd_fast.run.distiller import Distiller
+from stablekd_fast.run.materials import Given, gather
 
 
 def net(seed: int, dropout: float = 0.0) -> nn.Sequential:
@@ -37,7 +37,7 @@ def twin(digits):
     def build(dropout: float = 0.0, probing: Probing | None = None, **settings) -> Twin:
         defaults = {"subset": 160, "batch_size": 32, "cuts": ["0", "1"], "device": "cpu", "precision": "fp32"}
         config = DistillConfig(**{**defaults, "optimizer": Optimizer(lr=0.02), **settings})
-        parts = Distiller(config, teacher=net(1), student=net(2, dropout), dataset=digits)
+        parts = gather(config, Given(teacher=net(1), student=net(2, dropout), dataset=digits))
         return Twin(parts, probing or Probing(steps=6, probes=3, probe_batches=3))
 
     return build

@@ -69,7 +69,7 @@ def test_curvature_of_a_quadratic_is_that_of_its_hessian():
 
 
 def test_curvature_of_any_loss_is_its_mean_along_the_move():
-    """Of sum w^4, whose second derivative along d is 12 w^2 d^2: integrated by Simpson's rule, exact for cubics."""
+    """The loss is sum w^4, whose second derivative along d is 12 w^2 d^2: Simpson's rule is exact for cubics."""
     weights, move = torch.tensor([1.0, -0.5], dtype=torch.float64), torch.tensor([0.3, 0.8], dtype=torch.float64)
     at = [(12 * (weights + t * move) ** 2 * move**2).sum() / (move @ move) for t in (0, 0.5, 1)]
     found = curvature([move], [4 * weights**3], [4 * (weights + move) ** 3])

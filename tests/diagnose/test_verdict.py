@@ -9,7 +9,7 @@ from scipy import stats
 from stablekd_fast.blocks.pair import Cut
 from stablekd_fast.diagnose.settings import DECOMPOSED, END_TO_END
 from stablekd_fast.diagnose.summary import Interval, interval, ratio_interval, summarise
-from stablekd_fast.diagnose.training import Measured
+from stablekd_fast.diagnose.training import Measurements
 from stablekd_fast.diagnose.verdict import judge
 
 CUTS = [Cut("layer1", "layer1", (8,), (8,)), Cut("features.3", "layer2", (8,), (8,))]
@@ -18,7 +18,7 @@ SEEDS, STEPS = 4, [5, 15, 25, 35]
 
 def planted(
     entanglement=0.4, gain=2.0, composed=0.8, taken=0.3, weak_cut=1.0, exposure=3.0, spread=0.02, fall=0.5
-) -> Measured:
+) -> Measurements:
     """Rows of three blocks: signal-to-noise 0.25 end to end, `gain` times that decomposed; the composed student's
     losses are `composed` times those of end to end, and from look to look `fall` times what they were; the first cut
     takes away `taken`, the second `weak_cut` of that.
@@ -39,7 +39,7 @@ def planted(
                 between.append(
                     {"arm": END_TO_END, "seed": seed, "step": step, "cut": cut, "entanglement": taken * share * off}
                 )
-    return Measured(CUTS, "fp32", blocks, between)
+    return Measurements(CUTS, "fp32", blocks, between)
 
 
 def verdict_on(**rows):
@@ -78,7 +78,7 @@ def test_intervals_are_student_s():
 
 
 def test_an_interval_holds_the_truth_as_often_as_it_says():
-    """Of 2000 intervals over three normal seeds 95% ± 2% hold the mean (four standard errors)."""
+    """95% ± 2% of 2000 intervals over three normal seeds hold the mean (four standard errors)."""
     draws = stats.norm.rvs(loc=1.0, scale=0.3, size=(2000, 3), random_state=0)
     held = sum(found.low <= 1.0 <= found.high for found in map(interval, draws.tolist()))
     assert abs(held / 2000 - 0.95) < 0.02

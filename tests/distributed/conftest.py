@@ -30,7 +30,7 @@ def alone(*arguments: object) -> subprocess.Popen:
 
 
 def by_hand(ranks: int, *arguments: object) -> list[subprocess.Popen]:
-    """Without an agent that ends all processes when one ends."""
+    """Processes without an agent that ends all of them when one ends."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -50,7 +50,7 @@ def _popen(command: list, environment: dict) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen, timeout: float = 240) -> str:
-    """Its output; fails if the process does."""
+    """The output of a process when it has ended; fails if the process did."""
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output
     return output

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 from hypothesis import given
@@ -77,8 +78,8 @@ def test_the_mesh_is_the_fastest_of_all():
 
 def test_a_passed_on_teacher_keeps_neighbours_together_and_its_blocks_count():
     groups = [group(3.0), group(1.0, teacher=1.0), group(2.0), group(1.0, teacher=2.0)]
-    found = best_layout(groups, 2, 1, ReduceCost(), relays=True, axis="blocks")
-    assert found.places == (0, 0, 1, 1) and found.seconds == (5.0, 5.0) and found.relays
+    found = best_layout(groups, 2, 1, ReduceCost(), live=True, axis="blocks")
+    assert found.places == (0, 0, 1, 1) and found.seconds == (5.0, 5.0) and found.hands_on
     assert best_layout(groups, 2, 1, ReduceCost(), axis="blocks").seconds == (4.0, 3.0)
 
 
@@ -89,7 +90,7 @@ def test_what_two_groups_read_is_read_once_by_one_rank():
     ]
     found = best_layout(groups, 2, 2, ReduceCost(), axis="blocks")
     assert found.places == (0, 0, 1, 1) and found.seconds == (2 * (2 + 1.5), 2 * (2 + 0.6))
-    assert best_layout(groups, 2, 2, ReduceCost(), axis="blocks", relays=True).seconds == (4.0, 4.0), "nothing is read"
+    assert best_layout(groups, 2, 2, ReduceCost(), axis="blocks", live=True).seconds == (4.0, 4.0), "nothing is read"
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
@@ -112,3 +113,11 @@ def test_ranks_count_along_the_data_axis_first():
     assert [layout.groups_of(rank) for rank in range(4)] == [[0, 2], [0, 2], [1], [1]]
     assert [layout.part_of(rank) for rank in range(4)] == [0, 1, 0, 1]
     assert [layout.owner(number) for number in range(3)] == [0, 2, 0]
+
+
+def test_a_layout_comes_back_from_a_checkpoint():
+    """Under the names that checkpoints have had from the first."""
+    layout = Layout(2, 1, (0, 1, 1), (0.5, 0.25), hands_on=True)
+    plain = json.loads(json.dumps(layout.plain()))
+    assert plain == {"blocks": 2, "data": 1, "places": [0, 1, 1], "seconds": [0.5, 0.25], "relays": True}
+    assert Layout.from_plain(plain) == layout

@@ -44,7 +44,7 @@ def merged(launch, tmp_path_factory):
 
 
 def test_blocks_on_several_ranks_train_to_the_bits_of_one_process(launch, whole, tmp_path):
-    """With the live teacher passed on from rank to rank."""
+    """The live teacher's activations are passed on from rank to rank."""
     torchrun, _, _, finished = launch
     for ranks in (2, 4):
         out = tmp_path / f"on{ranks}"
@@ -71,7 +71,7 @@ def test_ranks_fill_one_cache_that_any_number_of_ranks_can_use(launch, tmp_path)
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_images_are_made_where_they_are_needed(launch, tmp_path, cached):
-    """By the rank that trains the first block; the teacher's outputs come from rows, or from that rank."""
+    """The rank that trains the first block makes them; the teacher's outputs come from rows, or from that rank."""
     torchrun, _, _, finished = launch
     rows = tmp_path / "rows" if cached else ""
     if cached:
@@ -101,7 +101,7 @@ def test_ranks_divide_the_cores_that_they_share(launch):
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks):
-    """With batch norms synchronised or frozen. In float32 trajectories part by themselves: one step."""
+    """Batch norms are synchronised or frozen. In float32 trajectories part by themselves: one step is compared."""
     torchrun, _, _, finished = launch
     lines = [line.split()[1:] for line in finished(torchrun(ranks, "data")).splitlines() if line.startswith("APART")]
     assert len(lines) == 4
@@ -113,8 +113,8 @@ def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks):
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(launch, whole, tmp_path):
-    """Two ranks that are lost, then one, which is lost as well, then four; blocks alone, whose bits do not depend on
-    ranks."""
+    """Two ranks are lost, then one goes on and is lost as well, then four go on. Ranks divide blocks alone, so that the
+    bits do not depend on them."""
     torchrun, alone, _, finished = launch
     job, lost = torchrun(2, "train", tmp_path / "broken", "blocks"), tmp_path / "broken" / "events.jsonl"
     wait_for_steps(job, lost, 10)
@@ -162,7 +162,7 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(launch, tmp_path):
 
 
 def wait_for_steps(process, log: Path, step: int) -> None:
-    """Until the training of so many steps was logged."""
+    """Wait until the training of so many steps was logged."""
     while last_step(log) < step:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)

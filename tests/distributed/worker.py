@@ -143,8 +143,8 @@ def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[flo
     whole, whole_teacher = step_of(None)
     for number in range(steps):
         batch = random_batch(number, 16)
-        share = 16 // ranks.size
-        mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        size = 16 // ranks.size
+        mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
         part = dataclasses.replace(
             batch, images=batch.images[mine], labels=batch.labels[mine], sample_ids=batch.sample_ids[mine]
         )

@@ -18,6 +18,8 @@ from PIL import Image
 from stablekd_fast.bench.runs import teacher as bench_teacher
 
 from stablekd_fast import cli, models
+from stablekd_fast.cli.benches import BENCHES
+from stablekd_fast.cli.spelling import underscored
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,13 +32,6 @@ TRAINING = {
     "epochs": "1",
     "bn-images": "32",
     "precision": "fp32",
-}
-SHORT = {
-    "distill": TRAINING,
-    "cache build": TRAINING,
-    "bench loader": {"rounds": "1", "workers": "1"},
-    "bench teacher": {"rounds": "1"},
-    "bench kernels": {"rounds": "1"},
 }
 
 
@@ -130,7 +125,9 @@ def run(command):
 
 
 def shortened(words):
-    options = SHORT.get(" ".join(words[:2])) or SHORT.get(words[0], {})
+    if words[0] == "bench":
+        return BENCHES[words[1]].short
+    options = TRAINING if words[0] == "distill" or words[:2] == ["cache", "build"] else {}
     if "--image-size" in words and words[0] == "distill":
         options = {**options, "image-size": "32"}
     return [word for name, value in options.items() for word in (f"--{name}", value)]
@@ -143,7 +140,7 @@ def parse(command):
         return
     parser, inner = cli._parser()
     try:
-        settings = parser.parse_args([cli._underscored(word) for word in words[1:]])
+        settings = parser.parse_args([underscored(word) for word in words[1:]])
     except jsonargparse.ArgumentError as error:
         raise SystemExit(f"{command}: {error}") from error
     inner[settings.command].instantiate(settings[settings.command])

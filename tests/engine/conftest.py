@@ -6,8 +6,8 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Batch, open_dataset
 from stablekd_fast.engine.checkpoint import load_optimizer_tensors, optimizer_tensors
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.execution.capture import make_runner
+from stablekd_fast.engine.stage import stage_steps
+from stablekd_fast.engine.step import Rates
 from stablekd_fast.run.distiller import Distiller
 from stablekd_fast.teacher.live import LiveTeacher, Relay
 
@@ -69,26 +69,22 @@ def train_stages(mode, paired, aims, stages, batches, ema=0.9, loss_scale=None, 
     for stage in stages:
         nn.ModuleList([paired.student, *paired.student_blocks]).train()
         planned = PlannedStage(stage, first, first + stage.steps)
-        inputs, live = StageInputs(), LiveTeacher(paired, mode, fall_back=False)
-        rates = Rates.of_stage(planned, ema, CPU)
-        steps = [
-            GroupStep(paired, group, aims, stage.optimizer, inputs, rates=rates, history=stage.steps, ema=average)
-            for group in stage.groups
-        ]
+        live, rates = LiveTeacher(paired, mode, fall_back=False), Rates.of_stage(planned, ema, CPU)
+        made = stage_steps(paired, stage.groups, aims, stage.optimizer, rates=rates, history=stage.steps, ema=average)
+        steps = made.steps
         if stage.optimizer_state == "carry":
             for step in steps:
                 load_optimizer_tensors("optimizer", step.parameters, step.optimizer, moments)
         for step in steps:
             if loss_scale is not None and step.loss_scale is not None:
                 step.loss_scale.scale.fill_(loss_scale)
-        runner, wanted = None, aims.teacher_outputs(stage.groups, len(paired.cuts))
+        runner = None
         for turn in range(planned.first, planned.last):
-            load_batch(inputs, Relay(paired, live), wanted, batches[turn % len(batches)])
+            made.load(Relay(paired, live), batches[turn % len(batches)])
             if runner is None:
-                state = [tensor for step in steps for tensor in step.state()]
-                runner = make_runner(mode, [step.run for step in steps], state, CPU, fall_back=False)
+                runner = made.runner(mode)
             runner.run()
-        seen += [tensor.detach().clone() for step in steps for tensor in step.state()]
+        seen += [tensor.detach().clone() for tensor in made.state()]
         for step in steps:
             moments |= optimizer_tensors("optimizer", step.parameters, step.optimizer)
         runner.close()

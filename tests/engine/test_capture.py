@@ -25,7 +25,7 @@ OPTIMIZERS = {
 }
 PRECISIONS = ("fp32", "bf16", "fp16")
 STEPS = 36
-"""Of each of three stages: 108 in all."""
+"""Steps of each of three stages: 108 in all."""
 
 
 def net(depth, seed, dropout=0.0):

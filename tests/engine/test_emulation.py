@@ -20,7 +20,7 @@ from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
 
 CLASSES, IMAGES, STEPS = 7, 4, 3
-"""Of the networks, in a batch, of each stage."""
+"""Classes of the networks, images in a batch, steps of each stage."""
 SIZE = 16
 """Pixels; ResNets of torchvision get twice as many, since at 16 their last stage would have a 3x3 convolution with
 stride

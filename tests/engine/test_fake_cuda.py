@@ -14,9 +14,10 @@ from stablekd_fast import models
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.stage import stage_steps
+from stablekd_fast.engine.step import Rates
 from stablekd_fast.errors import CaptureError
-from stablekd_fast.execution.emulator import Recorder, Watch
+from stablekd_fast.execution.emulator import Recording, Watch
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.live import LiveTeacher, Relay
@@ -117,7 +118,7 @@ def test_the_walk_through_the_graph_is_torch_s_backward():
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-class FakeRecorder(Recorder):
+class FakeRecording(Recording):
     """Records; stands in for fused AdamW, of which it checks that everything lies on the device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -146,23 +147,20 @@ def run_under_fakes(paired, precision, optimizer, ema):
     mode = FakeTensorMode()
     to_fake_cuda(paired, mode)
     aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
-    teacher, steps = FakeRecorder(), FakeRecorder()
+    teacher, steps = FakeRecording(), FakeRecording()
     with mode:
         batch = Batch(
             torch.empty(8, dtype=torch.int64), 0, torch.empty(8, 3, 16, 16), torch.empty(8, dtype=torch.int64)
         )
         average = {name: torch.empty_like(p) for name, p in paired.student.named_parameters()}
         for groups in merge_neighbours(4):
-            inputs = StageInputs(CUDA)
-            with teacher:
-                wanted = aims.teacher_outputs(groups, 3)
-                load_batch(inputs, Relay(paired, LiveTeacher(paired)), wanted, batch)
             planned = PlannedStage(Stage(groups, steps=4, optimizer=optimizer), 0, 4)
             rates = Rates.of_stage(planned, ema, CUDA)
-            for group in groups:
-                step = GroupStep(paired, group, aims, optimizer, inputs, rates=rates, history=2, ema=average)
-                with steps:
-                    step.run()
+            stage = stage_steps(paired, groups, aims, optimizer, rates=rates, history=2, ema=average)
+            with teacher:
+                stage.load(Relay(paired, LiveTeacher(paired)), batch)
+            with steps:
+                stage.run()
     return teacher, steps
 
 

@@ -8,10 +8,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from stablekd_fast.blocks import pair_blocks
-from stablekd_fast.engine import loop as engines
+from stablekd_fast.engine import stage as stage_module
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
-from stablekd_fast.execution.capture import EmulatedRunner, HostCopy, make_runner
+from stablekd_fast.engine.stage import stage_steps
+from stablekd_fast.engine.step import Rates
+from stablekd_fast.execution.capture import EmulatedRunner, HostCopy
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.live import LiveTeacher, Relay
 
@@ -53,21 +54,17 @@ def training(small_net, random_batch, settled, one_thread):
         def __init__(self, groups, mode="emulate", optimizer=SGD, ema=0.9):
             nn.ModuleList(paired.student_blocks).train()
             self.paired, self.groups = paired, groups
-            self.inputs, self.relay = StageInputs(), Relay(paired, LiveTeacher(paired, mode, fall_back=False))
-            self.wanted = AIMS.teacher_outputs(groups, 3)
+            self.relay = Relay(paired, LiveTeacher(paired, mode, fall_back=False))
             self.batches, self.turn = [random_batch(seed) for seed in range(4)], 0
             average = {name: p.detach().clone() for name, p in paired.student.named_parameters()}
             rates = Rates.of_stage(PlannedStage(Stage(groups, steps=40), 0, 40), ema, CPU)
+            self.stage = stage_steps(paired, groups, AIMS, optimizer, rates=rates, history=4, ema=average)
+            self.steps, self.inputs, self.wanted = self.stage.steps, self.stage.inputs, self.stage.wanted
             self.load()
-            self.steps = [
-                GroupStep(paired, group, AIMS, optimizer, self.inputs, rates=rates, history=4, ema=average)
-                for group in groups
-            ]
-            state = [tensor for step in self.steps for tensor in step.state()]
-            self.runner = make_runner(mode, [step.run for step in self.steps], state, CPU, fall_back=False)
+            self.runner = self.stage.runner(mode)
 
         def load(self):
-            load_batch(self.inputs, self.relay, self.wanted, self.batches[self.turn % 4])
+            self.stage.load(self.relay, self.batches[self.turn % 4])
             self.turn += 1
 
         def train(self):
@@ -178,7 +175,7 @@ def test_losses_are_read_every_so_many_steps_only(make, monkeypatch, one_thread,
             made.append(len(tensors))
             super().__init__(tensors)
 
-    monkeypatch.setattr(engines, "HostCopy", Counted)
+    monkeypatch.setattr(stage_module, "HostCopy", Counted)
     stages = [Stage(groups, steps=10, optimizer=Optimizer(lr=0.01)) for groups in ([[0], [1], [2, 3]], [[0, 1, 2, 3]])]
     settings = {"epochs": 4.0, "validation": 40, "evaluate_every": 0, "checkpoint_every": 1000}
     make(stages=stages, log_every=log_every, capture=capture, **settings).run(progress=False)

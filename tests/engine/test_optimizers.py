@@ -46,7 +46,7 @@ def rates_at(turn):
 
 
 def differences(one, other):
-    """Of each parameter, the largest relative to the largest value."""
+    """The largest difference of each parameter, relative to its largest value."""
     pairs = zip(one.parameters(), other.parameters())
     return [((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for a, b in pairs]
 

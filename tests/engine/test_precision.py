@@ -1,7 +1,8 @@
 """Which precision is chosen and why, what computes in it and what stays float32, and the loss scale of float16."""
 
+import dataclasses
+import itertools
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SGD = Optimizer("sgd", lr=0.01)
 AIMS = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
 
 
@@ -97,7 +99,7 @@ def test_a_resumed_run_keeps_what_was_chosen_though_a_new_measurement_would_not_
 
     def measured(fp32, bf16):
         taken = {"fp32": fp32, "bf16": bf16}
-        monkeypatch.setattr("stablekd_fast.run.distiller.seconds_per_pass", lambda precision, *_: taken[precision.name])
+        monkeypatch.setattr("stablekd_fast.run.materials.seconds_per_pass", lambda precision, *_: taken[precision.name])
 
     measured(2.0, 1.0)
     first = make(**settings)
@@ -120,7 +122,7 @@ def test_a_resumed_run_keeps_what_was_chosen_though_a_new_measurement_would_not_
 def parts(small_net, random_batch, settled):
     """A pair in a precision with a step of all its blocks, inputs loaded."""
 
-    def build(precision, settings, ema=None, lr=0.01):
+    def build(precision, settings=SGD, ema=None, lr=0.01):
         paired = pair_blocks(settled(small_net(2, 1)), small_net(1, 2), random_batch(0).images, ["0", "1", "2"])
         paired.precision = Precision(precision)
         nn.ModuleList(paired.student_blocks).train()
@@ -180,8 +182,8 @@ def test_images_handed_out_in_low_precision_change_no_bit(make, name, settings):
     runs = []
     for dtype in (LOW[name], torch.float32):
         distiller = make(out=str(dtype), precision=name, epochs=2.0, **settings)
-        assert distiller.image_dtype == LOW[name]
-        distiller.image_dtype = dtype
+        assert distiller.materials.image_dtype == LOW[name]
+        distiller.materials = dataclasses.replace(distiller.materials, image_dtype=dtype)
         distiller.run(progress=False)
         runs.append(seen_of(distiller))
     (tensors, events), (expected, expected_events) = runs
@@ -194,7 +196,7 @@ def test_rows_of_a_cache_do_not_depend_on_the_type_of_the_images(make, tmp_path)
     for dtype in (torch.bfloat16, torch.float32):  # the second run reads what the first one stored
         cache = CacheSettings(plan="all", directory=str(tmp_path / "rows"))
         distiller = make(out=str(dtype), precision="bf16", epochs=2.0, views=1, cache=cache)
-        distiller.image_dtype = dtype
+        distiller.materials = dataclasses.replace(distiller.materials, image_dtype=dtype)
         distiller.run(progress=False)
         runs.append(seen_of(distiller))
     live = make(out="live", precision="bf16", epochs=2.0, views=1)
@@ -342,7 +344,7 @@ def test_whole_steps_that_are_skipped_and_grow_replay_to_the_same_bits(
         stages = [Stage([[0, 1, 2, 3]], steps=30, optimizer=Optimizer("sgd", lr=0.01))]
         seen.append(train_stages(mode, paired, AIMS, stages, [random_batch(seed) for seed in range(3)]))
     assert same_bits(*seen)
-    changes = [after / before for before, after in pairwise(scales)]
+    changes = [after / before for before, after in itertools.pairwise(scales)]
     assert changes[0] == 0.5 and 2.0 in changes and len(scales) == 30
 
 

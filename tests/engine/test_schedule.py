@@ -1,4 +1,4 @@
-from itertools import pairwise
+import itertools
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_stages_fill_the_run_exactly():
     for total in (3, 7, 100, 101):
         planned = plan_stages(method_stages("stablekd", 4), 4, total, 10)
         assert planned[0].first == 0 and planned[-1].last == total
-        assert all(a.last == b.first for a, b in pairwise(planned))
+        assert all(a.last == b.first for a, b in itertools.pairwise(planned))
 
 
 def test_lengths_may_be_mixed():

@@ -113,7 +113,9 @@ def test_gradients_added_up_over_parts_of_a_batch_are_those_of_the_batch(parts):
         paired.student.load_state_dict(start)
         inputs = StageInputs()
         load(inputs, paired, groups, aims, dataclasses.replace(batch, images=batch.images.double()))
-        step = GroupStep(paired, groups[0], aims, Optimizer("sgd"), inputs, rates=Rates.constant(0.1), parts=count)
+        step = GroupStep(
+            paired, groups[0], aims, Optimizer("sgd"), inputs, rates=Rates.constant(0.1), micro_batches=count
+        )
         step.run()
         trained.append(([value.clone() for value in step.parameters.values()], step.losses[0].item()))
     (whole, loss), (added, loss_of_parts) = trained

@@ -16,8 +16,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def run(tmp_path):
-    """Without the checkout's root on the path: its folder `kernels` hides a package of that name, which transformers
-    looks for."""
+    """Run an example without the checkout's root on the path.
+
+    Its folder `kernels` would hide a package of that name, which transformers looks for.
+    """
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "stablekd_fast").symlink_to(Path(stablekd_fast.__file__).parent)
     others = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path and not Path(path, "csrc").exists()]

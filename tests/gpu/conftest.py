@@ -14,7 +14,8 @@ from torch import nn
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.stage import stage_steps
+from stablekd_fast.engine.step import GroupStep, Rates, load_batch
 from stablekd_fast.execution.capture import make_runner
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
@@ -79,12 +80,9 @@ class Small:
         """Steps of one stage over the same inputs, with the first batch loaded."""
         optimizer = optimizer or Optimizer()
         planned = PlannedStage(Stage(groups, steps=count, optimizer=optimizer), 0, count)
-        inputs, rates = StageInputs(self.device), Rates.of_stage(planned, ema, self.device)
+        rates = Rates.of_stage(planned, ema, self.device)
         nn.ModuleList(paired.student_blocks).train()
-        made = [
-            GroupStep(paired, group, self.aims, optimizer, inputs, rates=rates, history=count, ema=average)
-            for group in groups
-        ]
+        made = stage_steps(paired, groups, self.aims, optimizer, rates=rates, history=count, ema=average).steps
         self.load(made, 0)
         return made
 

@@ -22,7 +22,7 @@ def photographs(tmp_path):
     return tmp_path
 
 
-def batches(dataset, device, loader="auto"):
+def batches(dataset, device, name="auto"):
     source = TrainSource(
         dataset.train,
         dataset.augmentation,
@@ -32,7 +32,7 @@ def batches(dataset, device, loader="auto"):
         seed=3,
         workers=2,
         device=device,
-        loader=loader,
+        source=name,
     )
     return list(source.batches(0, 6))
 
@@ -78,8 +78,8 @@ def test_dalis_own_readers_stream_to_the_device(photographs):
     assert torch.equal(ids.sort().values, torch.arange(12).expand(2, 12))
 
 
-@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
-def test_bf16_images_are_those_in_float32_rounded_once(photographs, loader):
+@pytest.mark.parametrize("name", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
+def test_bf16_images_are_those_in_float32_rounded_once(photographs, name):
     dataset = open_dataset(photographs)
     source = TrainSource(
         dataset.train,
@@ -90,7 +90,7 @@ def test_bf16_images_are_those_in_float32_rounded_once(photographs, loader):
         seed=3,
         workers=2,
         device="cuda",
-        loader=loader,
+        source=name,
     )
     for one, other in zip(source.batches(0, 3, torch.bfloat16), source.batches(0, 3), strict=True):
         assert torch.equal(one.images, other.images.bfloat16())

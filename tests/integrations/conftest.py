@@ -59,17 +59,17 @@ def engine_gradients():
     """Gradients of the engine's group steps on one batch, by the student's parameter names."""
     from stablekd_fast.data import Batch
     from stablekd_fast.engine.schedule import Optimizer
-    from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+    from stablekd_fast.engine.stage import stage_steps
+    from stablekd_fast.engine.step import Rates
     from stablekd_fast.objectives import Objectives, objective
     from stablekd_fast.teacher.live import Relay
 
     def take(paired, groups, images, labels) -> dict[str, torch.Tensor]:
-        aims, inputs = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all"), StageInputs()
-        batch = Batch(torch.arange(len(images)), 0, images, labels)
-        load_batch(inputs, Relay(paired), aims.teacher_outputs(groups, len(paired.cuts)), batch)
+        aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
+        stage = stage_steps(paired, groups, aims, Optimizer(), rates=Rates.constant(0.01))
+        stage.load(Relay(paired), Batch(torch.arange(len(images)), 0, images, labels))
         found = {}
-        for group in groups:
-            step = GroupStep(paired, group, aims, Optimizer(), inputs, rates=Rates.constant(0.01))
+        for step in stage.steps:
             outputs, gradients, _ = step.forward()
             step.backward(outputs, gradients)
             found |= {name: parameter.grad.clone() for name, parameter in step.parameters.items()}

@@ -75,8 +75,8 @@ def test_gradients_are_those_of_float64(shape, added, relu):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("added", [True, False])
 def test_errors_are_at_most_twice_those_of_pytorch(dtype, added):
-    """Of the output's weighted sum and of the gradient with respect to x; the float64 answer decides which entries
-    pass."""
+    """Measured are the output's weighted sum and the gradient with respect to x; the float64 answer decides which
+    entries pass."""
     draws = []
     for seed in range(6):
         x, residual, gradient, weight, bias = operands((16, 32, 8, 8), dtype, seed=seed)

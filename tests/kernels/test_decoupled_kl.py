@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stablekd_fast.kernels import decoupled_kl, decoupled_kl_with_grad, kd_loss
 from stablekd_fast.kernels.decoupled_kl import reference
+from stablekd_fast.kernels.decoupled_kl.reference import Operands
 from torch.nn import functional as F
 
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
@@ -89,7 +90,7 @@ def test_extreme_logits(size, temperature):
     student[0, labels[0]], teacher[1, labels[1]], student[2, 0], teacher[3, 0] = size, size, size, size
     loss, grad = decoupled_kl_with_grad(student, teacher, labels, temperature=temperature)
     exact = student.double().requires_grad_()
-    expected = reference.decoupled_kl(exact, teacher.double(), labels, temperature, 1.0, 8.0)
+    expected = reference.decoupled_kl(Operands(exact, teacher.double(), labels, temperature, 1.0, 8.0))
     (expected_grad,) = torch.autograd.grad(expected, exact)
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-5)
@@ -147,7 +148,7 @@ def test_operands_need_not_be_contiguous():
 def test_never_waits_for_the_device():
     # Meta tensors have no values, so anything that reads one back to the host raises.
     student, teacher, labels = (x.to("meta") for x in operands())
-    loss, grad = reference.decoupled_kl_with_grad(student, teacher, labels, 4.0, 1.0, 8.0, 1.0, None)
+    loss, grad = reference.decoupled_kl_with_grad(Operands(student, teacher, labels, 4.0, 1.0, 8.0), 1.0, None)
     assert loss.shape == () and grad.shape == student.shape
 
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stablekd_fast.kernels import dequantize_rows, feature_mse, feature_mse_with_grad, quantize_rows
 from stablekd_fast.kernels.feature_mse import reference
+from stablekd_fast.kernels.feature_mse.reference import Operands
 from torch.nn import functional as F
 
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
@@ -255,7 +256,7 @@ def test_derivatives_by_the_given_power():
 def test_never_waits_for_the_device(normalize):
     # Meta tensors have no values, so anything that reads one back to the host raises.
     student, target = (x.to("meta") for x in operands(2, 3, 4, 4))
-    loss, grad = reference.feature_mse_with_grad(student, target, None, normalize, None, 1, 1.0, None)
+    loss, grad = reference.feature_mse_with_grad(Operands(student, target, None, normalize, None, 1), 1.0, None)
     assert loss.shape == () and grad.shape == student.shape
 
 

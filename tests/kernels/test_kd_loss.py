@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stablekd_fast.kernels import kd_loss, kd_loss_with_grad
 from stablekd_fast.kernels.kd_loss import reference
+from stablekd_fast.kernels.kd_loss.reference import Operands
 from torch.nn import functional as F
 
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
@@ -293,7 +294,7 @@ def test_operands_need_not_be_contiguous():
 def test_never_waits_for_the_device():
     # Meta tensors have no values, so anything that reads one back to the host raises.
     student, teacher, labels, weight = (x.to("meta") for x in operands())
-    loss, grad = reference.kd_loss_with_grad(student, teacher, None, labels, 4.0, 0.9, 0.1, weight, 1.0, None)
+    loss, grad = reference.kd_loss_with_grad(Operands(student, teacher, None, labels, 4.0, 0.9, 0.1, weight), 1.0, None)
     assert loss.shape == () and grad.shape == student.shape
 
 

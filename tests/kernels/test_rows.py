@@ -63,10 +63,10 @@ def _e4m3_values():
 
 
 def test_every_code_of_float8_is_read_as_torch_reads_it():
-    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    for codes in (every.view(1, 1, 256), every.view(1, 256, 1)):
-        scales = torch.ones(codes.shape[:2])
-        np.testing.assert_array_equal(dequantize_rows(codes, scales).numpy(), codes.float().numpy())
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 256)
+    for shaped in (codes, codes.view(1, 256, 1)):
+        scales = torch.ones(shaped.shape[:2])
+        np.testing.assert_array_equal(dequantize_rows(shaped, scales).numpy(), shaped.float().numpy())
 
 
 def test_every_float8_value_keeps_its_code():

@@ -148,6 +148,9 @@ def _unequal(before: list, after: list) -> Iterator[str]:
 def comparable(value: object) -> object:
     """Plain values without what a clock or the place decides."""
     if isinstance(value, dict):
+        if value.get("kind") == "ranks":  # which of them trains a group is decided from measured costs
+            groups = sorted(group for rank in value["ranks"] for group in rank["groups"])
+            value = {**value, "groups": groups, "ranks": [{**rank, "groups": None} for rank in value["ranks"]]}
         return {name: comparable(item) for name, item in value.items() if name not in MEASURED | OF_THE_PLACE}
     if isinstance(value, list):
         return [comparable(item) for item in value]

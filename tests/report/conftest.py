@@ -42,7 +42,7 @@ def make_up_run(method: str, seed: int, *, epochs: int = 8, steps_per_epoch: int
         events.append({"kind": "stage_start", "step": first, "stage": index, "name": "|".join(names),
                        "groups": groups, "first_step": first, "last_step": last})  # fmt: skip
         for step in range(first + 1, last + 1):
-            share, local = step / total, (step - first) / (last - first)
+            fraction, local = step / total, (step - first) / (last - first)
             if step % log_every == 0 or step == last:
                 losses = {
                     name: (0.05 + 0.5 * math.exp(-3 * local)) * (group[-1] + 1) * 0.8**index * draw.uniform(0.93, 1.07)
@@ -52,7 +52,7 @@ def make_up_run(method: str, seed: int, *, epochs: int = 8, steps_per_epoch: int
                                "lr": 0.01 * (1 - local), "images_per_second": draw.gauss(830, 10),
                                "data_wait_share": 0.02})  # fmt: skip
             if step % steps_per_epoch == 0:
-                accuracy = final * (1 - math.exp(-4 * share)) / (1 - math.exp(-4)) + draw.gauss(0, 0.008)
+                accuracy = final * (1 - math.exp(-4 * fraction)) / (1 - math.exp(-4)) + draw.gauss(0, 0.008)
                 events.append({"kind": "evaluate", "step": step, "epoch": step / steps_per_epoch, "split": "validation",
                                "accuracy": accuracy, "top5": 0.97, "loss": 1.4 - accuracy})  # fmt: skip
         if index:

@@ -1,5 +1,7 @@
-"""Triton kernels: on the GPU where there is one, otherwise by Triton's interpreter on CPU tensors (see
-tests/conftest.py)."""
+"""Triton kernels run on the GPU where there is one, otherwise by Triton's interpreter on CPU tensors.
+
+See tests/conftest.py.
+"""
 
 from functools import cache
 

@@ -7,6 +7,7 @@ import torch
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels.decoupled_kl import reference
 from stablekd_fast.kernels.decoupled_kl import triton_impl as kernels
+from stablekd_fast.kernels.decoupled_kl.reference import Operands
 from torch.nn import functional as F
 
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
@@ -29,9 +30,9 @@ def check(student, teacher, labels, temperature=4.0, alpha=0.7, beta=2.5, upstre
     """Loss and gradient against the reference on the same operands in float64."""
     settings = (labels, temperature, alpha, beta)
     expected_loss, expected_grad = reference.decoupled_kl_with_grad(
-        student.double(), teacher.double(), *settings, 2.0, upstream
+        Operands(student.double(), teacher.double(), *settings), 2.0, upstream
     )
-    loss, grad = kernels.decoupled_kl_with_grad(student, teacher, *settings, 2.0, upstream)
+    loss, grad = kernels.decoupled_kl_with_grad(Operands(student, teacher, *settings), 2.0, upstream)
     assert loss.dtype == torch.float32 and loss.shape == () and grad.dtype == student.dtype
     assert grad.stride() == torch.empty_like(student).stride()
 
@@ -45,8 +46,8 @@ def check(student, teacher, labels, temperature=4.0, alpha=0.7, beta=2.5, upstre
     atol = inexact * max(1, temperature) / len(student) + finfo.smallest_normal
     torch.testing.assert_close(grad.double(), expected_grad, rtol=finfo.eps, atol=atol)
 
-    alone = kernels.decoupled_kl(student, teacher, *settings)
-    assert torch.equal(alone, kernels.decoupled_kl_with_grad(student, teacher, *settings, 1.0, None)[0])
+    alone = kernels.decoupled_kl(Operands(student, teacher, *settings))
+    assert torch.equal(alone, kernels.decoupled_kl_with_grad(Operands(student, teacher, *settings), 1.0, None)[0])
 
 
 @pytest.mark.parametrize("dtypes", list(product(FLOATS, FLOATS)), ids=str)
@@ -90,7 +91,7 @@ def test_as_exact_as_pytorch(device, dtype, temperature):
         return plain_loss(student, teacher, *settings)
 
     def fused(student, teacher):
-        return kernels.decoupled_kl_with_grad(student, teacher, *settings, 1.0, None)
+        return kernels.decoupled_kl_with_grad(Operands(student, teacher, *settings), 1.0, None)
 
     assert_as_exact_as_pytorch(fused, plain, [operands(device, 16, 100, (dtype, dtype), seed)[:2] for seed in range(6)])
 
@@ -116,7 +117,7 @@ def test_masked_classes(device, classes):
     check(student, teacher, labels)
     # A class that only the student excludes.
     student[2, 4] = -torch.inf
-    loss, grad = kernels.decoupled_kl_with_grad(student, teacher, labels, 4.0, 1.0, 8.0, 1.0, None)
+    loss, grad = kernels.decoupled_kl_with_grad(Operands(student, teacher, labels, 4.0, 1.0, 8.0), 1.0, None)
     assert loss == torch.inf and grad.isfinite().all()
 
 
@@ -136,7 +137,7 @@ def test_extreme_logits(device, temperature, classes):
 def test_labels_that_are_no_class_give_nan_in_their_row(device, classes, bad):
     student, teacher, labels = operands(device, 3, classes)
     labels[1] = classes if bad == "classes" else bad
-    loss, grad = kernels.decoupled_kl_with_grad(student, teacher, labels, 4.0, 1.0, 8.0, 1.0, None)
+    loss, grad = kernels.decoupled_kl_with_grad(Operands(student, teacher, labels, 4.0, 1.0, 8.0), 1.0, None)
     assert loss.isnan() and grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
 
 
@@ -156,16 +157,16 @@ def test_many_rows(device):
 def test_every_element_is_written(device, classes, monkeypatch):
     student, teacher, labels = operands(device, 3, classes)
     poisoned(monkeypatch)
-    loss, grad = kernels.decoupled_kl_with_grad(student, teacher, labels, 4.0, 1.0, 8.0, 1.0, None)
+    loss, grad = kernels.decoupled_kl_with_grad(Operands(student, teacher, labels, 4.0, 1.0, 8.0), 1.0, None)
     assert loss.isfinite() and grad.isfinite().all()
 
 
 def test_double_precision_and_empty_batches_are_left_to_the_reference(device, launches):
     student, teacher, labels = operands(device, 3, 5, (torch.float64, torch.float32))
-    got = kernels.decoupled_kl_with_grad(student, teacher, labels, 4.0, 1.0, 8.0, 2.0, None)
-    expected = reference.decoupled_kl_with_grad(student, teacher, labels, 4.0, 1.0, 8.0, 2.0, None)
+    got = kernels.decoupled_kl_with_grad(Operands(student, teacher, labels, 4.0, 1.0, 8.0), 2.0, None)
+    expected = reference.decoupled_kl_with_grad(Operands(student, teacher, labels, 4.0, 1.0, 8.0), 2.0, None)
     torch.testing.assert_close(got, expected)
-    assert kernels.decoupled_kl(student.float()[:0], teacher[:0], labels[:0], 4.0, 1.0, 8.0).isnan()
+    assert kernels.decoupled_kl(Operands(student.float()[:0], teacher[:0], labels[:0], 4.0, 1.0, 8.0)).isnan()
     assert not launches
 
 
@@ -175,7 +176,7 @@ def test_the_host_never_waits(monkeypatch):
     monkeypatch.setattr(_triton_finish, "launch", lambda *_: None)
     student, teacher, labels = operands("meta")
     upstream = torch.tensor(-3.0, dtype=torch.float64, device="meta")
-    loss, grad = kernels.decoupled_kl_with_grad(student, teacher, labels, 4.0, 1.0, 8.0, 2.0, upstream)
+    loss, grad = kernels.decoupled_kl_with_grad(Operands(student, teacher, labels, 4.0, 1.0, 8.0), 2.0, upstream)
     assert loss.shape == () and grad.shape == student.shape
 
 

@@ -7,8 +7,10 @@ import torch
 from stablekd_fast.kernels import _features_triton, _sample_triton, _triton_finish
 from stablekd_fast.kernels.feature_cosine import reference as cosine_reference
 from stablekd_fast.kernels.feature_cosine import triton_impl as cosine_kernels
+from stablekd_fast.kernels.feature_cosine.reference import Operands as CosineOperands
 from stablekd_fast.kernels.feature_mse import reference as mse_reference
 from stablekd_fast.kernels.feature_mse import triton_impl as mse_kernels
+from stablekd_fast.kernels.feature_mse.reference import Operands as MSEOperands
 from stablekd_fast.kernels.quantize_rows import reference as codec
 from torch.nn import functional as F
 
@@ -39,10 +41,14 @@ def operands(device, *shape, dtypes=(torch.float32, torch.float32), layout=torch
 def run(modules, kind, student, target, scales=None, axis=1, factor=1.0, upstream=None):
     """Loss and gradient of one kind of feature loss by `modules` (of feature_mse, of feature_cosine)."""
     if kind in ("position", "sample"):
-        return modules[1].feature_cosine_with_grad(student, target, scales, kind, axis, factor, upstream)
+        return modules[1].feature_cosine_with_grad(
+            CosineOperands(student, target, scales, kind, axis), factor, upstream
+        )
     power = torch.tensor(0.7, device=student.device) if kind == "given power" else None
     normalize = "power" if power is not None else kind
-    return modules[0].feature_mse_with_grad(student, target, scales, normalize, power, axis, factor, upstream)
+    return modules[0].feature_mse_with_grad(
+        MSEOperands(student, target, scales, normalize, power, axis), factor, upstream
+    )
 
 
 def by_triton(*arguments, **options):
@@ -201,10 +207,12 @@ def test_every_element_is_written(device, kind, layout, monkeypatch):
 def test_the_loss_alone_is_the_same(device, kind):
     student, target = operands(device, 2, 3, 8, 8)
     if kind in ("position", "sample"):
-        alone = cosine_kernels.feature_cosine(student, target, None, kind, 1)
+        alone = cosine_kernels.feature_cosine(CosineOperands(student, target, None, kind, 1))
     else:
         power = torch.tensor(0.7, device=device) if kind == "given power" else None
-        alone = mse_kernels.feature_mse(student, target, None, kind if power is None else "power", power, 1)
+        alone = mse_kernels.feature_mse(
+            MSEOperands(student, target, None, kind if power is None else "power", power, 1)
+        )
     assert torch.equal(alone, by_triton(kind, student, target)[0])
 
 
@@ -214,7 +222,7 @@ def test_double_precision_empty_maps_and_huge_extents_are_left_to_the_reference(
         torch.testing.assert_close(by_triton(kind, student, target), by_reference(kind, student, target))
         by_triton(kind, *operands(device, 0, 3, 4))
     student, target = operands("meta", 1, 2, 2**19 + 1)
-    assert _features_triton.operands(student, target, None, 1, True) is None
+    assert _features_triton.aligned_operands(MSEOperands(student, target, None, None, None, 1), True) is None
     assert not launches
 
 

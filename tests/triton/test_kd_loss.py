@@ -7,6 +7,7 @@ import torch
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels.kd_loss import reference
 from stablekd_fast.kernels.kd_loss import triton_impl as kernels
+from stablekd_fast.kernels.kd_loss.reference import Operands
 from torch.nn import functional as F
 
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
@@ -35,8 +36,8 @@ def check(student, teacher, indices, labels, weight, temperature=4.0, alpha=0.7,
     """Loss and gradient against the reference on the same operands in float64."""
     settings = (indices, labels, temperature, alpha, smoothing, weight)
     wide = student.double(), teacher.double()
-    expected_loss, expected_grad = reference.kd_loss_with_grad(*wide, *settings, 2.0, upstream)
-    loss, grad = kernels.kd_loss_with_grad(student, teacher, *settings, 2.0, upstream)
+    expected_loss, expected_grad = reference.kd_loss_with_grad(Operands(*wide, *settings), 2.0, upstream)
+    loss, grad = kernels.kd_loss_with_grad(Operands(student, teacher, *settings), 2.0, upstream)
     assert loss.dtype == torch.float32 and loss.shape == () and grad.dtype == student.dtype
     assert grad.stride() == torch.empty_like(student).stride()
 
@@ -50,8 +51,8 @@ def check(student, teacher, indices, labels, weight, temperature=4.0, alpha=0.7,
     atol = inexact * max(1, temperature) / len(student) + finfo.smallest_normal
     torch.testing.assert_close(grad.double(), expected_grad, rtol=finfo.eps, atol=atol)
 
-    alone = kernels.kd_loss(student, teacher, *settings)
-    of_both, _ = kernels.kd_loss_with_grad(student, teacher, *settings, 1.0, None)
+    alone = kernels.kd_loss(Operands(student, teacher, *settings))
+    of_both, _ = kernels.kd_loss_with_grad(Operands(student, teacher, *settings), 1.0, None)
     assert torch.equal(alone, of_both)
 
 
@@ -103,7 +104,9 @@ def test_as_exact_as_pytorch(device, dtype, temperature):
         return 0.5 * temperature**2 * kl + 0.5 * F.cross_entropy(student, labels)
 
     def fused(student, teacher):
-        return kernels.kd_loss_with_grad(student, teacher, None, labels, temperature, 0.5, 0.0, None, 1.0, None)
+        return kernels.kd_loss_with_grad(
+            Operands(student, teacher, None, labels, temperature, 0.5, 0.0, None), 1.0, None
+        )
 
     assert_as_exact_as_pytorch(fused, plain, [operands(device, 16, 100, (dtype, dtype), seed)[:2] for seed in range(6)])
 
@@ -143,9 +146,11 @@ def test_masked_classes(device, classes):
     student[2, indices[2, 0]] = -torch.inf
     for given in ((teacher, None), (probabilities, indices)):
         for smoothing in (0.0, 0.1):
-            settings = (given[1], labels, 4.0, 0.9, smoothing, None, 1.0, None)
-            loss, grad = kernels.kd_loss_with_grad(student, given[0], *settings)
-            _, expected = reference.kd_loss_with_grad(student.double(), given[0].double(), *settings)
+            settings = (given[1], labels, 4.0, 0.9, smoothing, None)
+            loss, grad = kernels.kd_loss_with_grad(Operands(student, given[0], *settings), 1.0, None)
+            _, expected = reference.kd_loss_with_grad(
+                Operands(student.double(), given[0].double(), *settings), 1.0, None
+            )
             assert loss == torch.inf
             torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -178,7 +183,7 @@ def test_what_is_no_class_gives_nan_in_its_row(device, classes, bad):
     wrong_labels, wrong_indices = labels.clone(), indices.clone()
     wrong_labels[1], wrong_indices[1, 1] = bad, bad
     for given in ((teacher, None, wrong_labels), (probabilities, wrong_indices, labels)):
-        loss, grad = kernels.kd_loss_with_grad(student, *given, 4.0, 0.9, 0.1, None, 1.0, None)
+        loss, grad = kernels.kd_loss_with_grad(Operands(student, *given, 4.0, 0.9, 0.1, None), 1.0, None)
         assert loss.isnan() and grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
 
 
@@ -205,16 +210,18 @@ def test_every_element_is_written(device, classes, monkeypatch):
     probabilities, indices = top_k(teacher, 1, 4.0)
     poisoned(monkeypatch)
     for given in ((teacher, None), (probabilities, indices)):
-        loss, grad = kernels.kd_loss_with_grad(student, *given, labels, 4.0, 0.9, 0.1, weight, 1.0, None)
+        loss, grad = kernels.kd_loss_with_grad(Operands(student, *given, labels, 4.0, 0.9, 0.1, weight), 1.0, None)
         assert loss.isfinite() and grad.isfinite().all()
 
 
 def test_double_precision_and_empty_batches_are_left_to_the_reference(device, launches):
     student, teacher, labels, weight = operands(device, 3, 5, (torch.float64, torch.float32))
     settings = (None, labels, 4.0, 0.9, 0.1, weight)
-    got = kernels.kd_loss_with_grad(student, teacher, *settings, 2.0, None)
-    torch.testing.assert_close(got, reference.kd_loss_with_grad(student, teacher, *settings, 2.0, None))
-    assert kernels.kd_loss(student.float()[:0], teacher[:0], None, labels[:0], *settings[2:5], weight[:0]).isnan()
+    got = kernels.kd_loss_with_grad(Operands(student, teacher, *settings), 2.0, None)
+    torch.testing.assert_close(got, reference.kd_loss_with_grad(Operands(student, teacher, *settings), 2.0, None))
+    assert kernels.kd_loss(
+        Operands(student.float()[:0], teacher[:0], None, labels[:0], *settings[2:5], weight[:0])
+    ).isnan()
     assert not launches
 
 
@@ -224,7 +231,9 @@ def test_the_host_never_waits(monkeypatch):
     monkeypatch.setattr(_triton_finish, "launch", lambda *_: None)
     student, teacher, labels, weight = operands("meta")
     upstream = torch.tensor(-3.0, dtype=torch.float64, device="meta")
-    loss, grad = kernels.kd_loss_with_grad(student, teacher, None, labels, 4.0, 0.9, 0.1, weight, 2.0, upstream)
+    loss, grad = kernels.kd_loss_with_grad(
+        Operands(student, teacher, None, labels, 4.0, 0.9, 0.1, weight), 2.0, upstream
+    )
     assert loss.shape == () and grad.shape == student.shape
 
 

@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,7 +25,7 @@ _PARTS = {"train": "train", "val": "test", "validation": "test", "test": "test"}
 _TFRECORD = re.compile(r"(-\d+-of-\d+|\.tfrecords?)$")
 _INDEX = ".idx"
 _LABEL = "cls"
-"""Ending of the member that holds a sample's class, a whole number."""
+"""The ending of the member that holds a sample's class, a whole number."""
 _IMAGE_KEYS, _LABEL_KEYS = ("image/encoded", "encoded", "image"), ("image/class/label", "label")
 
 
@@ -39,8 +40,8 @@ class Sample:
 
 
 def find_archives(folder: Path) -> dict[str, list[Path]] | None:
-    """Archives of the training and the test part in `folder` or in its folders of these names; None if there are
-    none."""
+    """Find the archives of the training and the test part in `folder` or in its folders of these names; None if there
+    are none."""
     found: dict[str, list[Path]] = {}
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if (path.suffix == ".tar" or _TFRECORD.search(path.name)) and path.is_file():
@@ -59,7 +60,7 @@ def find_archives(folder: Path) -> dict[str, list[Path]] | None:
 
 
 def open_archives(archives: dict[str, list[Path]]) -> tuple[list[str], dict[str, tuple[ArchiveRecords, list[int]]]]:
-    """Class names, and records with labels of "train" and "test". Raises `DataError`."""
+    """Return class names, and records with labels of "train" and "test". Raises `DataError`."""
     samples = {part: [list(read_index(path)) for path in paths] for part, paths in archives.items()}
     labels = {part: [s.label for listed in samples[part] for s in listed] for part in samples}
     classes = _classes(labels["train"], archives["train"][0])
@@ -74,14 +75,14 @@ def open_archives(archives: dict[str, list[Path]]) -> tuple[list[str], dict[str,
 
 
 def archive_records(archives: list[Path], samples: list[list[Sample]]) -> ArchiveRecords:
-    """The records of archives, given the samples of each."""
+    """Return the records of archives, given the samples of each."""
     places = [(archive, s.offset, s.size) for archive, listed in enumerate(samples) for s in listed]
     names = [s.name for listed in samples for s in listed]
     return ArchiveRecords(archives, np.array(places, np.int64), names)
 
 
 def read_index(path: Path) -> Iterator[Sample]:
-    """The labelled images of one archive, in its order. Raises `DataError`."""
+    """List the labelled images of one archive, in its order. Raises `DataError`."""
     index = path.with_suffix(_INDEX) if path.suffix == ".tar" else path.with_name(path.name + _INDEX)
     index = index if index.is_file() else None
     try:
@@ -95,19 +96,19 @@ def read_index(path: Path) -> Iterator[Sample]:
 
 
 def _classes(labels: list[int | str], archive: Path) -> list[str]:
-    """Numbers without gaps from 0 on, or names."""
-    kinds = {type(label) for label in labels}
-    if len(kinds) != 1:
+    """Return the names of the classes: their numbers, which begin at 0 or 1 and leave no gaps, or the folders."""
+    numbers = sorted({label for label in labels if isinstance(label, int)})
+    folders = sorted({label for label in labels if isinstance(label, str)})
+    if bool(numbers) == bool(folders):
         raise DataError(
             f"{archive.parent}: some images have a class number and others a folder; needed is one or the other."
         )
-    names = sorted(set(labels))
-    if kinds == {int} and (names[0] < 0 or names[-1] > len(names)):
-        raise DataError(f"{archive.parent}: class numbers {names[:10]} have gaps; number the classes without gaps.")
-    return [str(name) for name in names]
+    if numbers and (numbers[0] < 0 or numbers[-1] > len(numbers)):
+        raise DataError(f"{archive.parent}: class numbers {numbers[:10]} have gaps; number the classes without gaps.")
+    return folders or [str(number) for number in numbers]
 
 
-# Tar archives: members that share a name up to its first dot are one sample.
+# Tar archives: members whose names are the same up to the first dot are one sample.
 
 Member = tuple[str, int, int]
 """Name, offset and size."""
@@ -121,7 +122,7 @@ def _members(path: Path) -> Iterator[Member]:
 
 
 def _indexed_members(index: Path) -> Iterator[Member]:
-    """Format: `v1.2 COUNT`, then a line for each sample: `ENDING OFFSET SIZE NAME` of each of its members."""
+    """Read an index: `v1.2 COUNT`, then a line for each sample: `ENDING OFFSET SIZE NAME` of each of its members."""
     lines = index.read_text().splitlines()
     if not lines or not lines[0].startswith("v1.2"):
         raise ValueError(
@@ -172,7 +173,7 @@ def _records(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _indexed_records(index: Path) -> Iterator[tuple[int, int]]:
-    """Format: a line `OFFSET SIZE` for each record, its frame included."""
+    """Read an index: a line `OFFSET SIZE` for each record, its frame included."""
     for line in index.read_text().splitlines():
         offset, size = line.split()
         yield int(offset), int(size)
@@ -193,9 +194,9 @@ def _examples(path: Path, records: Iterator[tuple[int, int]]) -> Iterator[Sample
             yield Sample(f"{number}", *image, label)
 
 
-def _features(file, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-    """Name, and place of the Feature message, of each entry: Example.features (1) . feature (1, a map: key 1, value
-    2)."""
+def _features(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+    """Find name, and place of the Feature message, of each entry: Example.features (1) . feature (1, a map: key 1,
+    value 2)."""
     for _, at, length in _fields(file, start, stop):
         for _, entry, entry_length in _fields(file, at, at + length):
             parts = {field: (place, size) for field, place, size in _fields(file, entry, entry + entry_length)}
@@ -203,15 +204,15 @@ def _features(file, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
             yield _read(file, place, size).decode(), *parts.get(2, (place, 0))
 
 
-def _only_value(file, start: int, length: int) -> tuple[int, int]:
-    """Place of the only value of a Feature: a list of bytes (1) or of numbers (3), whose values are its field 1."""
+def _only_value(file: BinaryIO, start: int, length: int) -> tuple[int, int]:
+    """Find the only value of a Feature: a list of bytes (1) or of numbers (3), whose values are its field 1."""
     ((_, at, length),) = _fields(file, start, start + length)
     values = list(_fields(file, at, at + length))
     return values[0][1:]
 
 
-def _fields(file, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Number, and place of the content, of each field of a protobuf message; contents themselves are not read."""
+def _fields(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Find number, and place of the content, of each field of a protobuf message, without reading the contents."""
     while start < stop:
         head = _read(file, start, min(20, stop - start))
         tag, used = _varint(head, 0)
@@ -228,13 +229,13 @@ def _fields(file, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         start += used + length
 
 
-def _read(file, offset: int, size: int) -> bytes:
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     return file.read(size)
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """The number at `at`, and where it ends."""
+    """Return the number at `at`, and where it ends."""
     value = shift = 0
     while True:
         byte = content[at]

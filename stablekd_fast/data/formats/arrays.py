@@ -6,6 +6,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +14,9 @@ import torch
 from stablekd_fast.data.split import Split
 from stablekd_fast.errors import DataError
 
-# Seed and share of the split of the digits. Changing either makes results incomparable.
+# How the digits are split. Changing either number makes results incomparable.
 _DIGITS_SEED = 0
-_DIGITS_TEST_SHARE = 0.2
+_DIGITS_TEST_FRACTION = 0.2
 
 _IDX_UINT8 = 0x08
 _IDX_PARTS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
@@ -23,10 +24,10 @@ _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def array_split(where: str, images: np.ndarray, labels: np.ndarray, class_count: int) -> Split:
-    """A resident split of uint8 images `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` and labels `[N]`.
+    """Make a resident split of uint8 images `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` and labels `[N]`.
 
-    Gray is replicated to three channels. `where` names the source in the `DataError` raised for a
-    wrong shape or type and for a label outside 0..class_count-1.
+    Gray is replicated to three channels. `where` names the arrays in the `DataError` raised for a wrong shape or type
+    and for a label outside 0..class_count-1.
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise DataError(
@@ -47,28 +48,28 @@ def array_split(where: str, images: np.ndarray, labels: np.ndarray, class_count:
     if images.ndim == 3:
         images = images[..., None]
     coloured = np.broadcast_to(images, (*images.shape[:3], 3))
-    # Tensors can only share memory that may be written to.
+    # A tensor takes over only memory that may be written to.
     owned = np.require(coloured, requirements=["C_CONTIGUOUS", "WRITEABLE"])
     return Split(torch.from_numpy(labels.astype(np.int64)), images=torch.from_numpy(owned))
 
 
 def read_digits() -> tuple[list[str], Split, Split]:
-    """The 1,797 handwritten digits (8 x 8) that scikit-learn ships, in a fixed 80/20 split.
+    """Return the 1,797 handwritten digits (8 x 8) that scikit-learn ships, in a fixed 80/20 split.
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
     """
     from sklearn.datasets import load_digits  # takes a second to import; only this data set needs it
 
-    digits = load_digits()
+    digits: Any = load_digits()  # its type depends on its arguments, which scikit-learn does not declare
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     whole = array_split("digits", images, digits.target, 10)
-    parts = whole.holdout(round(_DIGITS_TEST_SHARE * len(whole)), _DIGITS_SEED)
+    parts = whole.holdout(round(_DIGITS_TEST_FRACTION * len(whole)), _DIGITS_SEED)
     train, test = (Split(part.labels, images=part.images) for part in parts)
     return [str(digit) for digit in range(10)], train, test
 
 
 def find_idx(folder: Path) -> dict[str, Path] | None:
-    """MNIST's four files in `folder`, gzipped or not; None when there are none.
+    """Find MNIST's four files in `folder`, gzipped or not; None when there are none.
 
     Raises `DataError` when some are missing.
     """
@@ -86,7 +87,7 @@ def find_idx(folder: Path) -> dict[str, Path] | None:
 
 
 def read_idx(files: dict[str, Path], class_count: int) -> tuple[Split, Split]:
-    """Training and test split of MNIST-like idx files."""
+    """Return the training and the test split of MNIST-like idx files."""
     train, test = (
         array_split(
             str(files[f"{part}-images"]),
@@ -100,7 +101,7 @@ def read_idx(files: dict[str, Path], class_count: int) -> tuple[Split, Split]:
 
 
 def _read_idx_array(path: Path, dimensions: int) -> np.ndarray:
-    """Format: two zero bytes, element type, number of dimensions, sizes as big-endian int32, data."""
+    """Read an idx file: two zero bytes, element type, number of dimensions, sizes as big-endian int32, data."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             content = file.read()
@@ -119,7 +120,7 @@ def _read_idx_array(path: Path, dimensions: int) -> np.ndarray:
 
 
 def read_npz(path: Path) -> tuple[list[str], Split, Split]:
-    """Arrays x_train, y_train, x_test, y_test of an `.npz` file; classes are named by their number."""
+    """Read the arrays x_train, y_train, x_test, y_test of an `.npz` file; classes are named by their number."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = [key for key in _NPZ_KEYS if key not in archive]
@@ -149,5 +150,5 @@ def read_npz(path: Path) -> tuple[list[str], Split, Split]:
 
 
 def _flat_labels(labels: np.ndarray) -> np.ndarray:
-    """Keras and others publish labels as `[N, 1]`."""
+    """Take labels as `[N]` or as `[N, 1]`, as Keras and others publish them."""
     return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels

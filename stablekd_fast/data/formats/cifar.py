@@ -45,10 +45,10 @@ class _Layout:
 
 
 def read_cifar(path: Path) -> tuple[str, list[str], Split, Split] | None:
-    """Name ("cifar10", "cifar100"), classes, training and test split; None when `path` is not CIFAR.
+    """Return name ("cifar10", "cifar100"), classes, training and test split; None when `path` is not CIFAR.
 
-    `path` is a `.tar.gz` archive or the folder that it unpacks to, or one above it. Raises `DataError`
-    for damaged or incomplete data.
+    `path` is a `.tar.gz` archive or the folder that it unpacks to, or one above it. Raises `DataError` for damaged or
+    incomplete data.
     """
     members = _members_of_folder(path) if path.is_dir() else _members_of_archive(path)
     layout = max(_LAYOUTS, key=lambda layout: len(layout.members & members.keys()))
@@ -83,17 +83,18 @@ def _members_of_folder(folder: Path) -> dict[str, Callable[[], bytes]]:
 
 
 def _members_of_archive(path: Path) -> dict[str, Callable[[], bytes]]:
-    """Members by base name, read into memory: nothing is ever unpacked to disk."""
+    """Read members into memory, by base name: nothing is ever unpacked to disk."""
     known = frozenset().union(*(layout.members for layout in _LAYOUTS))
-    found = {}
+    found: dict[str, Callable[[], bytes]] = {}
     try:
         with tarfile.open(path, "r:gz") as archive:
             for seen, member in enumerate(archive):
                 if seen >= _MEMBERS_LOOKED_AT:
                     break
                 name = Path(member.name).name
-                if member.isfile() and name in known:
-                    content = archive.extractfile(member).read()
+                file = archive.extractfile(member) if member.isfile() and name in known else None
+                if file is not None:
+                    content = file.read()
                     found[name] = lambda content=content: content
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"Cannot read archive {path}: {error}. Fetch it again.") from error
@@ -116,14 +117,14 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _empty_array(kind: type, shape: tuple, dtype) -> np.ndarray:
-    """What numpy pickles an array as: an empty one whose state is set afterwards."""
+    """Stand for what numpy pickles an array as: an empty one whose state is set afterwards."""
     if kind is not np.ndarray:
         raise pickle.UnpicklingError("it holds an array of an unknown kind")
     return np.ndarray(shape, dtype)
 
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes in the pickle protocol of Python 2."""
+    """Encode text as Python 3 writes bytes in the pickle protocol of Python 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it holds text in the encoding {encoding!r}")
     return text.encode("latin1")
@@ -166,7 +167,7 @@ def _text_names(content: bytes) -> list[str]:
 
 
 def _images(rows: np.ndarray) -> np.ndarray:
-    """Rows uint8 `[N, 3072]`, channel after channel, to images `[N, 32, 32, 3]`."""
+    """Turn rows uint8 `[N, 3072]`, channel after channel, into images `[N, 32, 32, 3]`."""
     if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != _PIXELS:
         raise ValueError(f"images are {rows.dtype} {list(rows.shape)}, needed is uint8 [N, {_PIXELS}]")
     return rows.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)

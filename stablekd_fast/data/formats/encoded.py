@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ DEFAULT_CROP = 224
 
 
 def encoded_splits(
-    root: Path, parts: dict[str, tuple[Records, list[int]]], *, crop_size: int | None, on_bad_image: OnBadImage
+    root: Path, parts: Mapping[str, tuple[Records, list[int]]], *, crop_size: int | None, on_bad_image: OnBadImage
 ) -> tuple[Split, Split]:
-    """The training and the test split of images with labels; `root` names them in errors. Raises `DataError`.
+    """Return the training and the test split of images with labels; `root` names them in errors. Raises `DataError`.
 
     Images up to 64 pixels on both sides are kept in memory, at their own size or resized to `crop_size`; larger ones
     are read batch by batch at `crop_size` (default 224).
@@ -41,8 +42,8 @@ def encoded_splits(
 
 
 def _probe(records: Records, labels: list[int], on_bad_image: OnBadImage) -> list[tuple[int, int]]:
-    """Height and width of the first readable image of each class, from the headers."""
-    sizes = {}
+    """Return height and width of the first readable image of each class, from the headers."""
+    sizes: dict[int, tuple[int, int]] = {}
     for number, label in enumerate(labels):
         if label in sizes:
             continue

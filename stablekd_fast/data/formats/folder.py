@@ -11,7 +11,7 @@ _LAYOUT = "DIR/train/CLASS/* and DIR/test/CLASS/* (or val in place of test)"
 
 
 def find_tree(path: Path) -> Path | None:
-    """The folder that holds `train`: `path` itself or its only such child."""
+    """Return the folder that holds `train`: `path` itself or its only such child."""
     if (path / "train").is_dir():
         return path
     nested = [child for child in _visible(path) if (child / "train").is_dir()]
@@ -19,12 +19,12 @@ def find_tree(path: Path) -> Path | None:
 
 
 def list_tree(root: Path) -> tuple[list[str], dict[str, tuple[Records, list[int]]]]:
-    """Class names (sorted), and images with labels of "train" and "test". Raises `DataError`."""
+    """Return class names (sorted), and images with labels of "train" and "test". Raises `DataError`."""
     train_root, test_root = root / "train", _test_root(root)
-    classes, *train = _list_images(train_root)
-    test_classes, *test = _list_images(test_root)
+    classes, train, train_labels = _list_images(train_root)
+    test_classes, test, test_labels = _list_images(test_root)
     _require_same_classes(train_root, classes, test_root, test_classes)
-    return classes, {part: (FileRecords(paths), labels) for part, (paths, labels) in (("train", train), ("test", test))}
+    return classes, {"train": (FileRecords(train), train_labels), "test": (FileRecords(test), test_labels)}
 
 
 def _test_root(root: Path) -> Path:
@@ -40,7 +40,8 @@ def _list_images(root: Path) -> tuple[list[str], list[Path], list[int]]:
     classes = [child.name for child in _visible(root) if child.is_dir()]
     if not classes:
         raise DataError(f"{root} holds no class folders; needed is {_LAYOUT}.")
-    paths, labels = [], []
+    paths: list[Path] = []
+    labels: list[int] = []
     for label, name in enumerate(classes):
         found = _images_below(root / name)
         if not found:
@@ -54,7 +55,7 @@ def _list_images(root: Path) -> tuple[list[str], list[Path], list[int]]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    found = []
+    found: list[str] = []
     for directory, subdirectories, names in os.walk(folder, followlinks=True):
         subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
         found += [

@@ -34,12 +34,13 @@ _IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Preset:
-    """`fetch` downloads into a folder; None where the network has no free copy, and `by_hand` says what to do."""
+    """How a data set is had: `fetch` downloads it into a folder; it is None where the network has no free copy, and
+    `by_hand` says what to do."""
 
     fetch: Callable[[Path], object] | None
     by_hand: str
     inside: str = ""
-    """Where below its folder the fetched data lie."""
+    """Where the fetched data lie below their folder."""
 
 
 PRESETS = {
@@ -73,8 +74,8 @@ PRESETS = {
 
 
 def preset_folder(name: str) -> Path:
-    """The folder of a data set with a known name, fetched if it is not there. Raises DataError with what to do by
-    hand."""
+    """Return the folder of a data set with a known name, fetched if it is not there. Raises DataError with what to do
+    by hand."""
     preset = PRESETS[name]
     folder = Path(os.environ.get(ROOT_VARIABLE) or "~/.cache/stablekd_fast/data").expanduser() / name
     if folder.is_dir() and any(folder.iterdir()):
@@ -96,7 +97,7 @@ def preset_folder(name: str) -> Path:
 
 
 def class_names(folders: list[str]) -> list[str]:
-    """Readable names in place of WordNet numbers, where these are known."""
+    """Return readable names in place of WordNet numbers, where these are known."""
     if len(folders) == _IMAGENET_CLASSES and all(name[:1] == "n" and name[1:].isdigit() for name in folders):
         from torchvision.models import ResNet18_Weights
 

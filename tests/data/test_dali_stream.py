@@ -133,7 +133,7 @@ def test_subsets_and_held_out_images_are_respected(ramps):
 
 
 @pytest.mark.dali
-def test_ranks_share_a_pass_and_change_shards(ramps):
+def test_ranks_divide_a_pass_and_change_shards(ramps):
     """Shards of 10 and 11 of 21 images; behind its own a rank reads the other's."""
     ranks = [ids_of(stream_of(ramps, batch_size=2, rank=rank, ranks=2).batches(0, 21)) for rank in range(2)]
     shards = [ranks[0][:10], ranks[1][:11]]
@@ -270,7 +270,7 @@ def test_what_needs_order_or_names_is_refused_in_one_sentence(ramps, tmp_path):
         with pytest.raises(ConfigError, match=f"together with {name}.*use source=dali"):
             run(ramps, tmp_path / "run", **{name: value})
     with pytest.raises(ConfigError, match="Named views are needed here.*use auto, dali or torchvision"):
-        stream_of(ramps, loader="dali-stream")
+        stream_of(ramps, source="dali-stream")
     assert not (tmp_path / "run").exists() and not (tmp_path / "rows").exists()
 
 

@@ -86,7 +86,7 @@ def packed(write_large_tree, tmp_path):
     return pack
 
 
-def batches(dataset, workers=2, loader="torchvision"):
+def batches(dataset, workers=2, kind="torchvision"):
     source = TrainSource(
         dataset.train,
         dataset.augmentation,
@@ -95,7 +95,7 @@ def batches(dataset, workers=2, loader="torchvision"):
         batch_size=4,
         seed=3,
         workers=workers,
-        loader=loader,
+        source=kind,
     )
     return list(source.batches(1, 6))
 
@@ -115,7 +115,7 @@ def test_archives_give_the_same_batches_as_the_tree(packed, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dali_reads_archives_too(packed, kind):
     tree, folder = packed(kind)
-    for own, other in zip(batches(open_dataset(folder, image_size=32), loader="dali"), batches(tree), strict=True):
+    for own, other in zip(batches(open_dataset(folder, image_size=32), kind="dali"), batches(tree), strict=True):
         assert torch.equal(own.images, other.images)
 
 

@@ -65,7 +65,7 @@ def test_only_the_subset_is_decoded(write_tree, monkeypatch):
     assert len(part) == 6 and part.labels.bincount().tolist() == [2, 2, 2]
     assert not opened
     assert part.images.shape == (6, 12, 12, 3)
-    _ = part.images
+    _ = part.images  # once more
     assert sorted(opened) == part.paths
     assert all(np.array_equal(image, pixels(path)) for image, path in zip(part.images, part.paths))
 

@@ -146,7 +146,7 @@ def test_resize_is_bilinear_with_antialiasing_to_half_a_level_twice(size):
     "box, factor", [((0, 0, 600, 800), 8), ((100, 200, 300, 260), 4), ((7, 9, 130, 300), 2), ((5, 5, 90, 90), 1)]
 )
 def test_scaled_decoding_is_as_small_as_the_box_allows(tmp_path, box, factor):
-    """Of an image without high frequencies it is the same picture."""
+    """An image without high frequencies stays the same picture."""
     small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     Image.fromarray(small).resize((800, 600), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
     content = (tmp_path / "a.jpg").read_bytes()
@@ -178,7 +178,7 @@ def test_centre_crop_keeps_the_middle(size):
     ramp = np.broadcast_to(np.linspace(0, 255, width, dtype=np.uint8)[None, :, None], (height, width, 3))
     crop = centre_crop(torch.from_numpy(np.ascontiguousarray(ramp)), 56).numpy()
     assert crop.shape == (56, 56, 3)
-    # 56 of 64 pixels of the short side are kept, so this share of the ramp around its middle.
+    # 56 of 64 pixels of the short side are kept, so this fraction of the ramp around its middle.
     kept = 56 / 64 * min(height, width) / width
     assert abs(crop[:, 0].mean() - 255 * (1 - kept) / 2) < 4
     assert abs(crop[:, -1].mean() - 255 * (1 + kept) / 2) < 4

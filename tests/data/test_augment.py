@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from stablekd_fast.data import Augmentation, Split, TrainSource, open_dataset, views
-from stablekd_fast.data.augment import draw_partners, draw_shares
+from stablekd_fast.data.augment import draw_mix_weights, draw_partners
 from stablekd_fast.errors import ConfigError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SEED = 7
-LOADERS = ["torchvision", pytest.param("dali", marks=pytest.mark.dali)]
+SOURCES = ["torchvision", pytest.param("dali", marks=pytest.mark.dali)]
 
 
 def resident_source(**altering) -> TrainSource:
@@ -24,11 +24,11 @@ def resident_source(**altering) -> TrainSource:
     return TrainSource(split, augmentation, MEAN, STD, batch_size=4, seed=SEED, classes=3)
 
 
-def large_source(root, loader="torchvision", on_bad_image="stop", **altering) -> TrainSource:
+def large_source(root, kind="torchvision", on_bad_image="stop", **altering) -> TrainSource:
     dataset = open_dataset(root, image_size=32, on_bad_image=on_bad_image)
     augmentation = dataclasses.replace(dataset.augmentation, **altering)
     return TrainSource(
-        dataset.train, augmentation, MEAN, STD, batch_size=5, seed=SEED, classes=3, loader=loader, workers=2
+        dataset.train, augmentation, MEAN, STD, batch_size=5, seed=SEED, classes=3, source=kind, workers=2
     )
 
 
@@ -62,14 +62,14 @@ def test_mixup_is_the_rounded_mean_of_two_views(kind, alpha, write_large_tree):
     for batch in mixed.batches(3, 6):
         unaltered, ids = plain_views(plain, batch.view), batch.sample_ids.numpy()
         partners = mixed.split.sample_ids[torch.from_numpy(draw_partners(SEED, ids, batch.view, len(mixed.split)))]
-        shares = draw_shares(SEED, ids, batch.view, alpha)
-        for image, label, sample, partner, share in zip(
-            as_pixels(batch.images), batch.labels, ids.tolist(), partners.tolist(), shares
+        weights = draw_mix_weights(SEED, ids, batch.view, alpha)
+        for image, label, sample, partner, weight in zip(
+            as_pixels(batch.images), batch.labels, ids.tolist(), partners.tolist(), weights
         ):
-            expected = share * unaltered[sample] + (1 - share) * unaltered[partner]
+            expected = weight * unaltered[sample] + (1 - weight) * unaltered[partner]
             assert (image - expected).abs().max() <= 0.501
             own, other = (F.one_hot(mixed.split.labels[s], 3) for s in (sample, partner))
-            torch.testing.assert_close(label, (share * own + (1 - share) * other).float())
+            torch.testing.assert_close(label, (weight * own + (1 - weight) * other).float())
 
 
 def test_mixed_images_are_always_made_as_labels_depend_on_them():
@@ -97,19 +97,18 @@ def test_cutmix_pastes_a_box_and_labels_by_its_area(kind, write_large_tree):
             rows, columns = foreign.any(1).nonzero().flatten(), foreign.any(0).nonzero().flatten()
             area = len(range(rows[0], rows[-1] + 1)) * len(range(columns[0], columns[-1] + 1)) if len(rows) else 0
             pasted += area > 0
-            if (
-                mixed.split.labels[sample] != mixed.split.labels[partner] and kind == "large"
-            ):  # noise: every pixel of the box differs
+            # Large images are noise, so that every pixel of the box differs.
+            if kind == "large" and mixed.split.labels[sample] != mixed.split.labels[partner]:
                 assert abs(float(label[mixed.split.labels[partner]]) - area / foreign.numel()) < 1e-6
             assert abs(float(label.sum()) - 1) < 1e-6
     assert pasted > 8
 
 
-def test_shares_follow_the_beta_distribution():
+def test_mix_weights_follow_the_beta_distribution():
     ids = np.arange(20_000)
     for alpha in (0.2, 1.0, 3.0):
-        shares = draw_shares(0, ids, 1, alpha)
-        assert abs(shares.mean() - 0.5) < 0.01 and abs(shares.var() - 0.25 / (2 * alpha + 1)) < 0.003
+        weights = draw_mix_weights(0, ids, 1, alpha)
+        assert abs(weights.mean() - 0.5) < 0.01 and abs(weights.var() - 0.25 / (2 * alpha + 1)) < 0.003
     partners = draw_partners(0, ids, 1, 10)
     assert (np.bincount(partners) > 1800).all()
 
@@ -139,22 +138,22 @@ def test_jitter_is_within_a_level_of_its_definition(kind, write_large_tree):
     assert differing > 8
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
-def test_altered_images_do_not_depend_on_source_and_start(loader, mix, write_large_tree):
+def test_altered_images_do_not_depend_on_source_and_start(kind, mix, write_large_tree):
     root = write_large_tree()
-    one, other = (list(large_source(root, name, mix=mix, jitter=0.3).batches(0, 6)) for name in ("torchvision", loader))
-    (again,) = large_source(root, loader, mix=mix, jitter=0.3).batches(4, 5)
+    one, other = (list(large_source(root, name, mix=mix, jitter=0.3).batches(0, 6)) for name in ("torchvision", kind))
+    (again,) = large_source(root, kind, mix=mix, jitter=0.3).batches(4, 5)
     for batch, twin in [*zip(one, other), (one[4], again)]:
         for name in ("sample_ids", "images", "labels"):
             assert torch.equal(getattr(batch, name), getattr(twin, name))
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_a_mixed_image_is_the_same_where_it_stands_in_for_a_bad_one(loader, write_large_tree):
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_mixed_image_is_the_same_where_it_stands_in_for_a_bad_one(kind, write_large_tree):
     root = write_large_tree()
     (root / "train" / "bee" / "2.JPEG").write_bytes(b"")
-    source = large_source(root, loader, on_bad_image="skip", mix="mixup")
+    source = large_source(root, kind, on_bad_image="skip", mix="mixup")
     seen: dict[tuple[int, int], tuple] = {}
     twice = 0
     for batch in source.batches(0, 12):

@@ -1,4 +1,4 @@
-"""Rows in main or GPU memory, by row number, for one run. The same face as `RowStore`."""
+"""Rows in main or GPU memory, by row number, for one run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.cache.shard import Part
+from stablekd_fast.cache.tables import has_entry
 from stablekd_fast.errors import CacheFull
 
 
-def listed(table: Tensor, rows: Tensor) -> Tensor:
-    """Whether each of `rows` int64 `[N]` has an entry that is not negative in a table by row number: bool `[N]`."""
-    known = rows < len(table)
-    return known & (table[torch.where(known, rows, 0)] >= 0) if len(table) else known
-
-
 def _indexable(values: Tensor) -> Tensor:
-    """The same memory; torch 2.6 cannot index 8-bit floats on a CPU."""
+    """A view of the same memory that can be indexed; torch 2.6 cannot index 8-bit floats on a CPU."""
     return values.view(torch.uint8) if values.dtype.itemsize == 1 else values
 
 
@@ -37,14 +32,15 @@ class MemoryRows:
         self._slots = torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
+        """Rows that are stored."""
         return self.used
 
     def present(self, rows: Tensor) -> Tensor:
         """Whether each row of `rows` int64 `[N]` is stored: bool `[N]`."""
-        return listed(self._slots, rows)
+        return has_entry(self._slots, rows)
 
     def put(self, rows: Tensor, parts: Sequence[Tensor]) -> None:
-        """Store the rows that are not stored yet. Raises CacheFull behind the last that fits."""
+        """Store those of the rows that are not stored yet. Raises CacheFull once all that fit are stored."""
         if not len(rows):
             return
         more = int(rows.max()) + 1 - len(self._slots)
@@ -61,7 +57,7 @@ class MemoryRows:
             raise CacheFull(f"All {self.capacity} rows that were planned for {self.device} are stored.")
 
     def gather(self, rows: Tensor) -> list[Tensor]:
-        """The rows in that order, one tensor `[N, ...]` per part, on the device of the store."""
+        """The rows with the numbers `rows` int64 `[N]`, in that order: one tensor `[N, ...]` per part, on `device`."""
         slots = self._slots[rows].to(self.device, non_blocking=True)
         return [_indexable(part).index_select(0, slots).view(part.dtype) for part in self._parts]
 

@@ -1,0 +1,92 @@
+"""Batches of unchanged images, to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stablekd_fast.data.batch import Batch, check_settings, normalised
+from stablekd_fast.data.crops import BATCHES_AHEAD
+from stablekd_fast.data.dataset import Channels
+from stablekd_fast.data.pixels import centre_crop, decode_rgb
+from stablekd_fast.data.split import Split
+from stablekd_fast.data.threads import ordered_map
+from stablekd_fast.errors import ConfigError
+
+EVAL_VIEW = -1
+
+
+class EvalSource:
+    """Batches of unchanged images in order; the last one may be smaller.
+
+    Large images are scaled so that the short side is 256/224 of `image_size` (default: the size they are trained on),
+    and the centre is cut out. Bad images that are skipped are missing from their batch. Each of `ranks` processes gets
+    every `ranks`-th batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        mean: Channels,
+        std: Channels,
+        *,
+        batch_size: int,
+        image_size: int | None = None,
+        workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        check_settings(mean, std, batch_size, workers)
+        if split.resident and image_size is not None:
+            _check_own_size(split, image_size)
+        self.split, self.mean, self.std = split, mean, std
+        self.batch_size, self.workers = batch_size, workers
+        self.rank, self.ranks = rank, ranks
+        self.image_size = image_size or split.crop_size
+
+    def batches(self) -> Generator[Batch]:
+        """Show this rank's images once, in the order of the split."""
+        return self._resident_batches() if self.split.resident else self._decoded_batches()
+
+    def _chunks(self) -> Iterator[Tensor]:
+        return islice(torch.arange(len(self.split)).split(self.batch_size), self.rank, None, self.ranks)
+
+    def _batch(self, rows: Tensor, pixels: Tensor) -> Batch:
+        images = normalised(pixels, self.mean, self.std)
+        return Batch(self.split.sample_ids[rows], EVAL_VIEW, images, self.split.labels[rows])
+
+    def _resident_batches(self) -> Generator[Batch]:
+        for rows in self._chunks():
+            yield self._batch(rows, self.split.images[rows])
+
+    def _decoded_batches(self) -> Generator[Batch]:
+        decoded = ordered_map(
+            lambda position: self.split.usable(position, self._centre),
+            chain.from_iterable(chunk.tolist() for chunk in self._chunks()),
+            workers=self.workers,
+            ahead=BATCHES_AHEAD * self.batch_size,
+        )
+        with closing(decoded):
+            for rows in self._chunks():
+                images = list(islice(decoded, len(rows)))
+                good = [image for image in images if image is not None]
+                if good:
+                    yield self._batch(rows[torch.tensor([image is not None for image in images])], torch.stack(good))
+
+    def _centre(self, content: bytes, name: Path, sample_id: int) -> Tensor:
+        assert self.image_size is not None  # large images have a size
+        return centre_crop(decode_rgb(content, name), self.image_size)
+
+
+def _check_own_size(split: Split, image_size: int) -> None:
+    height, width = split.images.shape[1:3]
+    if (height, width) != (image_size, image_size):
+        raise ConfigError(
+            f"Images held in memory are evaluated at their own size, {width} x {height} pixels, got {image_size}; "
+            "give the image size to open_dataset."
+        )

@@ -1,0 +1,106 @@
+"""What is decided for a run before its first step: stages, what is kept of the teacher, who trains what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stablekd_fast.cache.columns import Plan
+from stablekd_fast.cache.fingerprint import image_fingerprint
+from stablekd_fast.config import identity, objectives_of
+from stablekd_fast.distributed import Layout
+from stablekd_fast.engine.schedule import PlannedStage, method_stages, plan_stages
+from stablekd_fast.objectives import Objectives
+from stablekd_fast.planning.costs import Planner
+from stablekd_fast.planning.ranks import measured_layouts
+from stablekd_fast.planning.rows import Costs
+from stablekd_fast.run.builders import fingerprint
+from stablekd_fast.run.materials import Materials
+from stablekd_fast.teacher.cached import CachedTeacher
+from stablekd_fast.teacher.live import LiveTeacher, Relay, Teacher
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The decisions for one run, in the order in which they are made."""
+
+    objectives: Objectives
+    stages: list[PlannedStage]
+    plan: Plan
+    costs: Costs | None
+    """What the plan was made from, if it was made from measurements."""
+    teacher: Teacher
+    layouts: list[Layout]
+    identity: dict
+    """What a resumed run must share with this one."""
+
+
+def decide(materials: Materials) -> Decisions:
+    """Decide, and compare with the other ranks what was decided.
+
+    A run that goes on goes on with the plan that it began with, and with its layouts if there are as many ranks.
+    Raises ConfigError if ranks would train something else, or if what is asked for does not fit; CacheError if stored
+    rows belong to something else.
+    """
+    config, source, paired = materials.config, materials.source, materials.paired
+    objectives = objectives_of(config)
+    total_steps = max(round(config.epochs * source.steps_per_epoch), 1)
+    asked = config.stages or method_stages(config.method, len(paired), config.recipe, config.optimizer)
+    stages = plan_stages(asked, len(paired), total_steps, source.steps_per_epoch)
+    planner = Planner(paired, source, objectives, stages, materials.images.cache, materials.device)
+    plan, costs, teacher = _teacher(materials, planner)
+    decided = identity(config) | _facts(materials, plan)
+    materials.ranks.check_alike({**decided, "images": image_fingerprint(source)})
+    layouts = _layouts(materials, objectives, stages, teacher)
+    return Decisions(objectives, stages, plan, costs, teacher, layouts, decided)
+
+
+def _teacher(materials: Materials, planner: Planner) -> tuple[Plan, Costs | None, Teacher]:
+    """What is kept of the teacher, from which costs, and what serves its outputs."""
+    examples = planner.examples() if materials.images.cache.keeps_rows else {}
+    if materials.resumed is not None:
+        plan, costs = Plan.from_plain(materials.resumed.get("plan", [])), None
+    else:
+        plan, costs = materials.ranks.from_first(lambda: planner.plan(examples))
+    live = LiveTeacher(materials.paired, materials.capture, fall_back=materials.config.capture == "auto")
+    if not plan.kept:
+        return plan, costs, Relay(materials.paired, live)
+    columns = planner.columns.open(plan, examples or planner.examples())
+    samples = materials.source.split.total
+    return plan, costs, CachedTeacher(materials.paired, columns, samples, materials.device, live)
+
+
+def _facts(materials: Materials, plan: Plan) -> dict:
+    """What decides the numbers beside the settings: a resumed run must meet the same teacher and images."""
+    config, images, paired = materials.config, materials.images, materials.paired
+    return {
+        "teacher_fingerprint": fingerprint(paired.teacher) if config.method != "ce" else None,
+        "source": images.stream.choice.name,
+        "training_images": images.source.steps_per_epoch * config.batch_size,
+        "classes": images.dataset.classes,
+        "compiled": materials.capture == "compile",
+        "fused_norms": paired.fuses_norms,
+        "inexact": [[output, kept.codec] for output, kept in sorted(plan.kept.items()) if kept.codec != "fp32"],
+    }
+
+
+def _layouts(
+    materials: Materials, objectives: Objectives, stages: list[PlannedStage], teacher: Teacher
+) -> list[Layout]:
+    """How the ranks divide each stage; nothing for a process alone."""
+    ranks, resumed = materials.ranks, materials.resumed or {}
+    if ranks.size == 1:
+        return []
+    size, kept = resumed.get("layouts", [0, []])
+    if size == ranks.size:
+        return [Layout.from_plain(values) for values in kept]
+    return measured_layouts(
+        materials.paired,
+        objectives,
+        [planned.stage.groups for planned in stages],
+        materials.source,
+        ranks,
+        columns=teacher.columns if isinstance(teacher, CachedTeacher) else {},
+        live=isinstance(teacher, Relay),
+        axis=materials.config.parallel,
+        accumulate=materials.config.accumulate,
+    )

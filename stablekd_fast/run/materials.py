@@ -1,0 +1,206 @@
+"""What a run works with: device, ranks, images, and the pair of networks cut into blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast import models
+from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
+from stablekd_fast.blocks.pair import copy_head
+from stablekd_fast.cache.image_column import ImageColumn
+from stablekd_fast.cache.settings import CacheSettings
+from stablekd_fast.config import DistillConfig
+from stablekd_fast.data import Dataset, EvalSource, Split, StreamSource, TrainSource, open_dataset
+from stablekd_fast.distributed import Ranks, join
+from stablekd_fast.engine.checkpoint import load_metadata
+from stablekd_fast.errors import ConfigError, ModelError
+from stablekd_fast.execution.capture import pick_capture
+from stablekd_fast.execution.memory import placed, watched
+from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
+from stablekd_fast.planning.costs import views_shown
+from stablekd_fast.report import versions
+from stablekd_fast.run.builders import (
+    cache_settings,
+    eval_source,
+    pick_device,
+    pick_image_dtype,
+    split_training_images,
+    train_source,
+    training_stream,
+)
+
+CALIBRATION_BATCHES = 2
+"""Training batches to which bridges are fitted."""
+
+TRIAL_IMAGES = 8
+"""Images on which it is tried whether networks round them first of all."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller gives in place of names in the settings."""
+
+    teacher: nn.Module | None = None
+    """With its weights."""
+    student: nn.Module | None = None
+    dataset: Dataset | None = None
+    paired: PairedBlocks | None = None
+    """Blocks that `pair_blocks` made, for models that need block lists by hand."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run, and what makes batches of them."""
+
+    dataset: Dataset
+    splits: list[Split]
+    """The splits that the run reads: for training, held out (if there are any), for the test."""
+    source: TrainSource
+    stream: TrainSource | StreamSource
+    """What training takes its batches from: `source`, unless another is asked for."""
+    validation: EvalSource | None
+    cache: CacheSettings
+
+    def first(self, device: torch.device) -> Tensor:
+        """The images of the first training batch `[N, C, H, W]`, on `device`."""
+        return next(self.source.batches(0, 1)).pixels.to(device)
+
+
+@dataclass(frozen=True)
+class Materials:
+    """All that a run has before it is decided how it trains."""
+
+    config: DistillConfig
+    device: torch.device
+    ranks: Ranks
+    resumed: dict | None
+    """The metadata of the checkpoint that the run goes on from; None for a new run."""
+    images: Images
+    capture: str
+    paired: PairedBlocks
+    image_dtype: torch.dtype
+    """The type of the images that steps read."""
+
+    @property
+    def source(self) -> TrainSource:
+        """Named views of the training images."""
+        return self.images.source
+
+
+def gather(config: DistillConfig, given: Given) -> Materials:
+    """Meet the other ranks, open the images, seed torch, cut the pair, and choose its precision.
+
+    Raises ConfigError, DataError, ModelError or CutError if something is missing or does not fit; CheckpointError if a
+    run is to go on whose checkpoint cannot be read.
+    """
+    device = pick_device(config.device)
+    ranks = join(device, config.timeout)
+    ranks.check_alike(_settings(config))
+    resumed = _resumed(config, ranks)
+    images = _open_images(config, given.dataset, device, ranks)
+    capture = pick_capture(config.capture, device)
+    torch.manual_seed(config.seed)
+    paired = _place(given.paired, device) if given.paired is not None else _pair(config, given, images, device)
+    if config.copy_classifier and not config.student_weights:
+        copy_head(paired)
+    precision = _precision(config, resumed, ranks, paired.student, images, device)
+    paired = dataclasses.replace(paired, precision=precision, fuses_norms=pick_fusion(config.fuse_norms, device))
+    image_dtype = torch.float32
+    if precision.dtype != torch.float32:
+        image_dtype = pick_image_dtype(paired, images.first(device)[:TRIAL_IMAGES])
+    return Materials(config, device, ranks, resumed, images, capture, paired, image_dtype)
+
+
+def _settings(config: DistillConfig) -> dict:
+    """What ranks must be started with alike: all settings but where they write and how they decode; all versions."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "workers")}
+    return {**settings, "versions": versions()}
+
+
+def _resumed(config: DistillConfig, ranks: Ranks) -> dict | None:
+    """Processes that torchrun starts again go on by themselves."""
+    checkpoint = Path(config.out) / "checkpoint.safetensors"
+    if not (config.resume or ranks.from_first(lambda: ranks.restarted and checkpoint.exists())):
+        return None
+    return ranks.from_first(lambda: load_metadata(checkpoint))
+
+
+def _open_images(config: DistillConfig, dataset: Dataset | None, device: torch.device, ranks: Ranks) -> Images:
+    if dataset is None:
+        dataset = open_dataset(config.data, image_size=config.image_size, on_bad_image=config.on_bad_image)
+    train, held_out = split_training_images(dataset, config)
+    source = train_source(dataset, train, config, device)
+    stream = training_stream(source, config)
+    cache = cache_settings(config)
+    if config.cache.images and not train.resident:
+        source.store_images(ImageColumn(source, config.cache, views_shown(config.views, config.epochs)))
+    validation = eval_source(dataset, held_out, config, ranks.rank, ranks.size) if held_out is not None else None
+    splits = [split for split in (train, held_out, dataset.test) if split is not None]
+    return Images(dataset, splits, source, stream, validation, cache)
+
+
+def _pair(config: DistillConfig, given: Given, images: Images, device: torch.device) -> PairedBlocks:
+    """Build what the settings name, load the weights, and cut."""
+    classes = len(images.dataset.classes)
+    example = torch.cat([batch.pixels for batch in images.source.batches(0, CALIBRATION_BATCHES)])
+    size = example.shape[-1]
+    student = given.student
+    if student is None:
+        student = models.build(config.student, classes, size)
+        if config.student_weights:
+            models.load_weights(student, config.student_weights)
+    if config.method == "ce":
+        return PairedBlocks.without_teacher(placed(student, device))
+    teacher = given.teacher if given.teacher is not None else _named_teacher(config, classes, size)
+    teacher, student = placed(teacher, device).eval(), placed(student, device)
+    example = example.to(device)
+    with torch.no_grad():
+        width = teacher(example[:2]).shape[-1]
+    if width != classes:
+        raise ModelError(
+            f"The teacher predicts {width} classes, but the data set {images.dataset.name} has {classes}. "
+            "Use a teacher trained on these classes."
+        )
+    return pair_blocks(teacher, student, example, config.cuts or "auto", config.blocks, bridge=config.bridge)
+
+
+def _place(paired: PairedBlocks, device: torch.device) -> PairedBlocks:
+    modules = [paired.teacher, paired.student, *paired.teacher_blocks, *paired.student_blocks, *paired.bridges]
+    for module in modules:
+        if module is not None:
+            placed(module, device)
+    nn.ModuleList([paired.teacher, *paired.teacher_blocks]).eval()
+    return paired
+
+
+def _named_teacher(config: DistillConfig, classes: int, size: int) -> nn.Module:
+    if not config.teacher_weights:
+        raise ConfigError(
+            f"The method {config.method} needs a trained teacher, but no --teacher-weights were given. Train "
+            f"one with `stablekd distill --method ce --student {config.teacher} --data {config.data} "
+            "--out teacher` and pass --teacher-weights teacher/student.safetensors."
+        )
+    teacher = models.build(config.teacher, classes, size)
+    models.load_weights(teacher, config.teacher_weights)
+    return teacher
+
+
+def _precision(
+    config: DistillConfig, resumed: dict | None, ranks: Ranks, student: nn.Module, images: Images, device: torch.device
+) -> Precision:
+    """A resumed run goes on in the precision that it began with."""
+    name = config.precision
+    if name == "auto" and resumed is not None:
+        name = resumed.get("precision", name)
+
+    def trial(precision: Precision) -> float:
+        batch = images.first(device)
+        with watched(lambda: f"a trial of {precision.name}", config.batch_size):
+            return seconds_per_pass(precision, student, batch)
+
+    return ranks.from_first(lambda: pick_precision(name, device, trial))
