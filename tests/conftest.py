@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
+# Read when torch is imported, and by the processes that tests start. Threads that spin while they wait for one whose
+# core is taken by another process use ten times the processor. Workers share the cores: one thread each is best.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if WORKER:
-    # Read when torch is imported, and by the processes that tests start: the cores are shared with another worker.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
@@ -51,6 +53,16 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with `pytest -m slow`"))
     if WORKER:
         items.sort(key=lambda item: item.path.parent.name not in LONG)
+
+
+@pytest.fixture(scope="session")
+def digits_file(tmp_path_factory):
+    """The digits, for `torch.load` in processes that tests start: scikit-learn, which has them, is slow to import."""
+    from stablekd_fast.data import open_dataset
+
+    path = tmp_path_factory.mktemp("data") / "digits.pt"
+    torch.save(open_dataset("digits"), path)
+    return path
 
 
 @pytest.fixture

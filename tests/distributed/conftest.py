@@ -56,6 +56,7 @@ def finished(process: subprocess.Popen, timeout: float = 240) -> str:
     return output
 
 
-@pytest.fixture(name="launch")
-def launch_fixture():
+@pytest.fixture(scope="session", name="launch")
+def launch_fixture(digits_file):
+    SETTINGS["DIGITS"] = str(digits_file)
     return torchrun, alone, by_hand, finished

@@ -25,14 +25,31 @@ def assert_same_bits(first: Path, second: Path) -> None:
     assert losses[0] == losses[1]
 
 
-def test_blocks_on_several_ranks_train_to_the_bits_of_one_process(launch, tmp_path):
+@pytest.fixture(scope="module")
+def whole(launch, tmp_path_factory):
+    """Where one process trained the blocks, and nothing disturbed it."""
+    _, alone, _, finished = launch
+    out = tmp_path_factory.mktemp("whole") / "out"
+    finished(alone("train", out, "blocks"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def merged(launch, tmp_path_factory):
+    """Where two ranks trained the blocks and merged them, and nothing disturbed them."""
+    torchrun, _, _, finished = launch
+    out = tmp_path_factory.mktemp("merged") / "out"
+    finished(torchrun(2, "stablekd", out, "blocks"))
+    return out
+
+
+def test_blocks_on_several_ranks_train_to_the_bits_of_one_process(launch, whole, tmp_path):
     """The live teacher's activations are passed on from rank to rank."""
-    torchrun, alone, _, finished = launch
-    finished(alone("train", tmp_path / "one", "blocks"))
+    torchrun, _, _, finished = launch
     for ranks in (2, 4):
         out = tmp_path / f"on{ranks}"
         finished(torchrun(ranks, "train", out, "blocks"))
-        assert_same_bits(tmp_path / "one", out)
+        assert_same_bits(whole, out)
         (report,) = events(out, "ranks")
         assert report["mesh"] == {"blocks": ranks, "data": 1}
         assert sorted(name for row in report["ranks"] for name in row["groups"]) == ["1", "2", "3", "4"]
@@ -95,11 +112,10 @@ def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks):
         assert max(apart, statistics) <= bound and losses <= 1e-5, (dtype, norms, numbers)  # losses are kept in float32
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(launch, tmp_path):
+def test_a_run_goes_on_with_another_number_of_ranks(launch, whole, tmp_path):
     """Two ranks are lost, then one goes on and is lost as well, then four go on. Ranks divide blocks alone, so that the
     bits do not depend on them."""
     torchrun, alone, _, finished = launch
-    finished(alone("train", tmp_path / "whole", "blocks"))
     job, lost = torchrun(2, "train", tmp_path / "broken", "blocks"), tmp_path / "broken" / "events.jsonl"
     wait_for_steps(job, lost, 10)
     job.terminate()  # torchrun ends its processes with itself
@@ -109,20 +125,18 @@ def test_a_run_goes_on_with_another_number_of_ranks(launch, tmp_path):
     job.kill()
     job.communicate()
     finished(torchrun(4, "resume", tmp_path / "broken"))
-    assert_same_bits(tmp_path / "whole", tmp_path / "broken")
+    assert_same_bits(whole, tmp_path / "broken")
 
 
-def test_merged_stages_divide_images(launch, tmp_path):
-    torchrun, _, _, finished = launch
-    finished(torchrun(2, "stablekd", tmp_path / "out", "blocks"))
-    apart, merged = events(tmp_path / "out", "ranks")
-    assert apart["mesh"] == {"blocks": 2, "data": 1} and merged["mesh"] == {"blocks": 1, "data": 2}
+def test_merged_stages_divide_images(merged):
+    apart, together = events(merged, "ranks")
+    assert apart["mesh"] == {"blocks": 2, "data": 1} and together["mesh"] == {"blocks": 1, "data": 2}
     assert all(row["gradient_bytes"] == 0 for row in apart["ranks"])
-    student = load_tensors(tmp_path / "out" / "checkpoint.safetensors")[0]
+    student = load_tensors(merged / "checkpoint.safetensors")[0]
     trained = sum(
         t.nbytes for name, t in student.items() if name.startswith("student/") and name.endswith(("weight", "bias"))
     )
-    assert all(row["gradient_bytes"] == trained + 4 * (1 + 3) for row in merged["ranks"]), (
+    assert all(row["gradient_bytes"] == trained + 4 * (1 + 3) for row in together["ranks"]), (
         "every gradient once a step, the loss, and the power of three targets"
     )
 
@@ -179,12 +193,11 @@ def workers_of(agent: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_job_that_loses_ranks_ends_as_an_undisturbed_one(launch, tmp_path, kills):
+def test_a_job_that_loses_ranks_ends_as_an_undisturbed_one(launch, merged, tmp_path, kills):
     torchrun, _, _, finished = launch
-    finished(torchrun(2, "stablekd", tmp_path / "whole", "blocks"))
     job = torchrun(2, "stablekd", tmp_path / "killed", "blocks", restarts=kills)
     generator = torch.Generator().manual_seed(kills)
     for _ in range(kills):
         kill_a_rank(job, 0.5 * torch.rand((), generator=generator).item(), tmp_path / "killed")
     finished(job)
-    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert_same_bits(merged, tmp_path / "killed")

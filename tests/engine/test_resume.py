@@ -21,7 +21,6 @@ torch.set_num_threads(1)
 from tests_engine_conftest import small_net
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.data import open_dataset
 from stablekd_fast.run.distiller import Distiller
 from stablekd_fast.engine.schedule import Optimizer
 
@@ -34,12 +33,13 @@ config = DistillConfig(
     bn_images=64,
     cuts=["0", "1", "2"], checkpoint_every=7, device="cpu", precision="fp32", bridge="pca", views=2, cache=cache,
 )
-Distiller(config, teacher=small_net(6, 1), student=small_net(2, 2), dataset=open_dataset("digits")).run(progress=False)
+digits = torch.load(sys.argv[4], weights_only=False)
+Distiller(config, teacher=small_net(6, 1), student=small_net(2, 2), dataset=digits).run(progress=False)
 """
 
 
 @pytest.fixture(params=["live", "cached"])
-def launch(tmp_path, request):
+def launch(tmp_path, digits_file, request):
     """With the live teacher, and with a cache that the killed runs fill."""
 
     module = tmp_path / "tests_engine_conftest.py"
@@ -49,7 +49,7 @@ def launch(tmp_path, request):
 
     def start(out: Path, mode: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, str(script), str(out), mode, request.param],
+            [sys.executable, str(script), str(out), mode, request.param, str(digits_file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=tmp_path,

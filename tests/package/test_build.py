@@ -66,6 +66,18 @@ def compiler() -> None:
         pytest.skip("needs a C++ compiler and Python's headers")
 
 
+@pytest.fixture(scope="session")
+def unoptimised(tmp_path_factory) -> dict[str, str]:
+    """The environment of a build whose compiler optimises nothing, which takes a quarter of the time.
+
+    These tests ask what is built and how it is linked; what the core computes is tested on the one that is installed.
+    """
+    script = tmp_path_factory.mktemp("compiler") / "c++"
+    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    script.chmod(0o755)
+    return {"CXX": str(script)}
+
+
 @pytest.fixture
 def source(tmp_path) -> Path:
     """A clean copy of what is built, without anything that was built before."""
@@ -93,8 +105,8 @@ def unpacked_sdist(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(unpacked_sdist, tmp_path_factory) -> Path:
-    made, _ = build("wheel", unpacked_sdist, tmp_path_factory.mktemp("wheel"))
+def wheel(unpacked_sdist, unoptimised, tmp_path_factory) -> Path:
+    made, _ = build("wheel", unpacked_sdist, tmp_path_factory.mktemp("wheel"), **unoptimised)
     return made
 
 
@@ -162,8 +174,8 @@ def test_without_a_compiler_the_reference_serves(source, tmp_path):
     assert "'reference'" in printed and "No module named 'stablekd_fast._C'" in printed
 
 
-def test_editable_install_maps_the_rooms_and_builds_the_core_in_place(compiler, source, tmp_path):
-    wheel, _ = build("editable", source, tmp_path / "dist")
+def test_editable_install_maps_the_rooms_and_builds_the_core_in_place(compiler, source, unoptimised, tmp_path):
+    wheel, _ = build("editable", source, tmp_path / "dist", **unoptimised)
     assert list((source / "stablekd_fast").glob("_C.*.so"))
     (finder,) = (name for name in names_in(wheel) if name.endswith("_finder.py"))
     mapping = zipfile.ZipFile(wheel).read(finder).decode()
