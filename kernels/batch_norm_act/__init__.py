@@ -78,11 +78,11 @@ def _backward(ctx, gradient: Tensor | None, *_):
         return (None,) * 6
     x, y, weight, mean, variance = ctx.saved_tensors
     keeps = ctx.with_residual and ctx.relu  # without ReLU the residual's gradient is the one that came
-    of_x, of_weight, of_bias, kept = torch.ops.stablekd.batch_norm_act_backward(
+    x_gradient, weight_gradient, bias_gradient, kept = torch.ops.stablekd.batch_norm_act_backward(
         gradient, x, y, weight, mean, variance, ctx.eps, keeps
     )
-    of_residual = (kept if ctx.relu else gradient) if ctx.with_residual else None
-    return of_x, of_residual, of_weight, of_bias, None, None
+    residual_gradient = (kept if ctx.relu else gradient) if ctx.with_residual else None
+    return x_gradient, residual_gradient, weight_gradient, bias_gradient, None, None
 
 
 define(

@@ -43,15 +43,15 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not takes(x, weight):
         return reference.batch_norm_act_backward(gradient, x, y, weight, mean, variance, eps, with_residual)
-    incoming, of_x = laid_out_as(gradient, x), torch.empty_like(x)
-    kept = torch.empty_like(x) if with_residual else x.new_empty(0)
-    of_weight, of_bias = torch.empty_like(weight), torch.empty_like(weight)
+    incoming, x_gradient = laid_out_as(gradient, x), torch.empty_like(x)
+    residual_gradient = torch.empty_like(x) if with_residual else x.new_empty(0)
+    weight_gradient, bias_gradient = torch.empty_like(weight), torch.empty_like(weight)
     core.batch_norm_gradient(
-        address(incoming), address(x), address(y), TYPES[x.dtype], *_vectors(weight, mean, variance), address(of_x),
-        address(kept) if with_residual else 0, *_vectors(of_weight, of_bias), *_sizes(x), eps,
-        threads(x.numel(), GRAIN),
+        address(incoming), address(x), address(y), TYPES[x.dtype], *_vectors(weight, mean, variance),
+        address(x_gradient), address(residual_gradient) if with_residual else 0,
+        *_vectors(weight_gradient, bias_gradient), *_sizes(x), eps, threads(x.numel(), GRAIN),
     )  # fmt: skip
-    return of_x, of_weight, of_bias, kept
+    return x_gradient, weight_gradient, bias_gradient, residual_gradient
 
 
 def _vectors(*channels: Tensor) -> list[int]:

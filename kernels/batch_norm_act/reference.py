@@ -41,15 +41,15 @@ def batch_norm_act_backward(
     """
     axes = [axis for axis in range(x.dim()) if axis != 1]
     passed = gradient if y is None else torch.where(y > 0, gradient, 0)
-    g = passed.to(accumulator(x.dtype))
-    inverse = torch.rsqrt(variance + eps)
-    centred = (x - _across(mean, x)) * _across(inverse, x)
-    of_bias, of_weight = g.sum(axes), (g * centred).sum(axes)
+    incoming = passed.to(accumulator(x.dtype))
+    inverse_std = torch.rsqrt(variance + eps)
+    centred = (x - _across(mean, x)) * _across(inverse_std, x)
+    bias_gradient, weight_gradient = incoming.sum(axes), (incoming * centred).sum(axes)
     count = x.numel() // x.shape[1]
-    pulled = g - _across(of_bias / count, x) - centred * _across(of_weight / count, x)
-    of_x = torch.empty_like(x).copy_(pulled * _across(weight * inverse, x))
-    kept = torch.empty_like(x).copy_(passed) if with_residual else x.new_empty(0)
-    return of_x, of_weight.to(weight.dtype), of_bias.to(weight.dtype), kept
+    centred_gradient = incoming - _across(bias_gradient / count, x) - centred * _across(weight_gradient / count, x)
+    x_gradient = torch.empty_like(x).copy_(centred_gradient * _across(weight * inverse_std, x))
+    residual_gradient = torch.empty_like(x).copy_(passed) if with_residual else x.new_empty(0)
+    return x_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(weight.dtype), residual_gradient
 
 
 def _across(channels: Tensor, x: Tensor) -> Tensor:

@@ -16,15 +16,15 @@ def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype, channel_a
     if codes.numel() == 0:
         return reference.dequantize_rows(codes, scales, dtype, channel_axis)
     filled, scales = dense(codes), scales.contiguous()
-    values, shape = torch.empty_like(filled, dtype=dtype), feature_layout(filled, channel_axis)
+    values, layout = torch.empty_like(filled, dtype=dtype), feature_layout(filled, channel_axis)
     core.dequantize_rows(
         filled.data_ptr(),
         TYPES[filled.dtype],
         scales.data_ptr(),
-        scale_stride(scales, shape),
+        scale_stride(scales, layout),
         values.data_ptr(),
         TYPES[dtype],
-        shape,
+        layout,
         threads(codes.numel(), GRAIN),
     )
     return laid_out_like(values, codes, dtype)

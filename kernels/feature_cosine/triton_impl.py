@@ -171,13 +171,13 @@ def _operands(given: Operands, with_gradient: bool) -> DenseOperands | None:
 def _loss(found: DenseOperands, per: str, factor: float, upstream: Tensor | None) -> Tensor:
     if per == "sample":
         return _sample_triton.loss(found, factor, upstream, squared_distance=False)
-    shape = found.layout
-    positions = shape.numel // shape.channels
-    tiling = _tiling(shape.inner == 1, shape.channels)
+    layout = found.layout
+    positions = layout.numel // layout.channels
+    tiling = _tiling(layout.inner == 1, layout.channels)
     programs = triton.cdiv(positions, tiling.positions)
     partials = torch.empty(programs, dtype=torch.float32, device=found.student.device)
     arguments = tensors_of(found) | {"upstream_at": upstream, "partials_at": partials, "positions": positions}
-    arguments |= extents(found.layout, found.scales) | {"slope": factor / positions}
+    arguments |= extents(layout, found.scales) | {"slope": factor / positions}
     kernel = last_angles if tiling.channels_last else first_angles
     launch(kernel, (programs,), arguments, tiling.constants, tiling.warps)
     return _triton_finish.total(partials, factor / positions, upstream)

@@ -159,21 +159,21 @@ def quantize_rows(rows: Tensor, dtype: torch.dtype, channel_axis: int) -> tuple[
     if rows.numel() == 0:
         return reference.quantize_rows(rows, dtype, channel_axis)
     filled = aligned(dense(rows))
-    shape = feature_layout(filled, channel_axis)
-    if shape.inner > 1 and shape.outer > shape.samples:
+    layout = feature_layout(filled, channel_axis)
+    if layout.inner > 1 and layout.outer > layout.samples:
         return reference.quantize_rows(rows, dtype, channel_axis)
     codes = torch.empty_like(filled, dtype=dtype)
-    scales = torch.empty((shape.samples, shape.channels), dtype=torch.float32, device=rows.device)
+    scales = torch.empty((layout.samples, layout.channels), dtype=torch.float32, device=rows.device)
     tensors = (filled, as_bytes(codes), scales)
-    if shape.inner == 1:
-        length = shape.outer // shape.samples
-        grid = (shape.samples, triton.cdiv(shape.channels, _BROAD))
-        kernel, constants, warps = _columns(shape.channels)
+    if layout.inner == 1:
+        length = layout.outer // layout.samples
+        grid = (layout.samples, triton.cdiv(layout.channels, _BROAD))
+        kernel, constants, warps = _columns(layout.channels)
     else:
-        length = shape.inner
+        length = layout.inner
         kernel, constants, warps = _runs(length)
         grid = (triton.cdiv(scales.numel(), constants["ROWS"]),)
-    arguments = _arguments(tensors, (scales.numel(), length, shape.channels), reference.LARGEST[dtype])
+    arguments = _arguments(tensors, (scales.numel(), length, layout.channels), reference.LARGEST[dtype])
     launch(kernel, grid, arguments, constants, warps)
     return laid_out_like(codes, rows, dtype), scales
 
