@@ -12,8 +12,8 @@ def test_speeds_of_one_and_two_ranks_in_small(tmp_path):
     save_tensors(weights, models.build("resnet20", 10, 8).state_dict(), {})
     settings = (
         f"--data digits --teacher resnet20 --teacher-weights {weights} --student resnet20 --subset 128 --validation 0 "
-        "--epochs 2 --views 1 --batch-size 32 --evaluate-every 0 --bn-images 32 --log-every 1 "
-        "--precision fp32 --parallel blocks"
+        "--epochs 2 --views 1 --batch-size 32 --evaluate-every 0 --bn-images 32 --log-every 1 --precision fp32 "
+        "--parallel blocks"
     )
     shown = {}
     rows = run_scale(settings.split(), [1, 2], 1, tmp_path, shown.__setitem__)
