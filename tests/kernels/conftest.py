@@ -1,6 +1,7 @@
 """Every test of an operator runs once per instruction set level that the core has on this processor."""
 
 import pytest
+import torch
 from stablekd_fast.kernels._native import core
 
 LEVELS = ["baseline", "avx2", "avx512"]
@@ -19,3 +20,12 @@ def level(request):
     core.use_level(request.param)
     yield request.param
     core.use_level(best)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    """Operators are tested as they run by default, in parallel, also where this process is one of several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
