@@ -15,7 +15,7 @@ from stablekd_fast.bench.runs.teacher import Arm, Images, Pair, cached, make_pai
 
 from stablekd_fast.blocks import pick_fusion
 from stablekd_fast.data import Dataset
-from stablekd_fast.engine.step import GroupStep, load_batch
+from stablekd_fast.engine.step import GroupStep
 from stablekd_fast.objectives import Objectives
 
 
@@ -56,15 +56,15 @@ def profile_step(pair: Pair, dataset: Dataset, folder: Path, trace: Path | None,
     paired, source, batches = make_pair(pair, dataset)
     paired.fuses_norms = pick_fusion("auto", torch.device("cpu"))
     arm = Arm(paired, cached(paired, source, batches, folder / "profile", "fp32"), batches)
-    phases = Phases(arm.inputs.device)
-    for step in arm.steps:
+    phases = Phases(arm.stage.inputs.device)
+    for step in arm.stage.steps:
         step.objectives = _timed_objectives(step.objectives, phases, step.name)
     for _ in range(2):
         _profiled(arm, phases)
     phases.seconds.clear()
     for _ in range(steps):
         _profiled(arm, phases)
-    rows = [_profile_row(step.name, phases, steps) for step in arm.steps]
+    rows = [_profile_row(step.name, phases, steps) for step in arm.stage.steps]
     copy = {
         "block": "all",
         **dict.fromkeys(("forward", "loss", "backward", "update")),
@@ -80,8 +80,8 @@ def profile_step(pair: Pair, dataset: Dataset, folder: Path, trace: Path | None,
 def _profiled(arm: Arm, phases: Phases) -> None:
     arm.turn = (arm.turn + 1) % len(arm.batches)
     with phases.timed("", "copy"):
-        load_batch(arm.inputs, arm.teacher, arm.wanted, arm.batches[arm.turn])
-    for step in arm.steps:
+        arm.load()
+    for step in arm.stage.steps:
         _profiled_group(step, phases)
 
 

@@ -160,7 +160,7 @@ class Operations:
         arm.train()
         recording = Recording()
         with recording:
-            for step in arm.steps:
+            for step in arm.stage.steps:
                 outputs, gradients, _ = step.forward()
                 step.backward(outputs, gradients)
                 step.optimizer.zero_grad(set_to_none=True)
