@@ -7,9 +7,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.bench.core import Contender
 from stablekd_fast.kernels._native import core
-from torch import Tensor
 
 Add = Callable[[Tensor, Tensor, Tensor], None]
 

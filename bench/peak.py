@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from stablekd_fast.bench.core import SEED, Contender
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from stablekd_fast.bench.core import SEED, Contender
 
 TOLERANCES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2), "fp16": (torch.float16, 2e-3)}
 """The dtype of each precision, and the largest error of a result: that of rounding, as sums are taken in float32."""

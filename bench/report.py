@@ -7,7 +7,6 @@ from html import escape
 from pathlib import Path
 
 from stablekd_fast.bench.output import by_case, cells_of
-
 from stablekd_fast.report import page, palette
 
 KINDS = ("ours", "rival", "baseline", "limit")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from stablekd_fast.kernels._checks import Given, check_upstream, laid_out_like, scaled
 from torch import Tensor
+
+from stablekd_fast.kernels._checks import Given, check_upstream, laid_out_like, scaled
 
 
 def loss_with_grad(

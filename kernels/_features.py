@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import FLOATS, OperandError, describe
 from stablekd_fast.kernels._layout import FeatureLayout, dense, feature_layout, laid_out_as
-from torch import Tensor
 
 CODES = (torch.int8, torch.float8_e4m3fn)
 """Dtypes of stored activations: code times the scale of its channel gives the value."""

@@ -8,12 +8,13 @@ from itertools import product
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from stablekd_fast.kernels import _features
 from stablekd_fast.kernels._checks import FLOATS
 from stablekd_fast.kernels._features import DenseOperands, FeatureOperands
 from stablekd_fast.kernels._launch import aligned, alignment, packed
 from stablekd_fast.kernels._layout import FeatureLayout
-from torch import Tensor
 
 BLOCK = 2048
 """Elements of a program that walks over memory."""

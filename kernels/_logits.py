@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from stablekd_fast.kernels._checks import FLOATS, OperandError, describe
 from torch import Tensor
+
+from stablekd_fast.kernels._checks import FLOATS, OperandError, describe
 
 
 def check_student(student: Tensor, temperature: float) -> None:

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from stablekd_fast.kernels import _launch, _logits
 from torch import Tensor
+
+from stablekd_fast.kernels import _launch, _logits
 
 BLOCKS = (16, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Widths of tiles that hold whole rows."""

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels import _native, _triton
 from stablekd_fast.kernels._checks import Given, accumulator, check_upstream, scaled
-from torch import Tensor
 
 Loss = Callable[[Given], Tensor]
 LossWithGrad = Callable[[Given, float, Tensor | None], tuple[Tensor, Tensor]]

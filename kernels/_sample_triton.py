@@ -13,6 +13,8 @@ from itertools import product
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels._features import DenseOperands
 from stablekd_fast.kernels._features_triton import (
@@ -27,7 +29,6 @@ from stablekd_fast.kernels._features_triton import (
     tensors_of,
 )
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, launch, variant
-from torch import Tensor
 
 _UNITS = 5
 _ADDED = 256

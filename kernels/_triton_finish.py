@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from stablekd_fast.kernels._launch import Listed, launch, variant
 from torch import Tensor
+
+from stablekd_fast.kernels._launch import Listed, launch, variant
 
 _BLOCK = 1024
 _WARPS = 4

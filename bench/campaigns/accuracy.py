@@ -17,7 +17,6 @@ import json
 from pathlib import Path
 
 from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
-
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.files import write_atomically
 from stablekd_fast.report import read_events, summarise, write_report, write_results

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
-
 from stablekd_fast.blocks.bridge import KINDS
 from stablekd_fast.report import read_events
 

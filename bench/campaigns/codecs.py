@@ -15,7 +15,6 @@ from pathlib import Path
 
 from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
-
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.report import read_events, read_results
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from stablekd_fast.bench.campaigns.accuracy import SGD
 from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
-
 from stablekd_fast.engine.schedule import DECOMPOSED_SHARE, MERGED_LR, Optimizer
 from stablekd_fast.report.terminal import print_rows
 

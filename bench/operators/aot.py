@@ -24,12 +24,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 
+from stablekd_fast import kernels
 from stablekd_fast.bench.operators.covering import covering_sample
+from stablekd_fast.errors import ConfigError, nearest
 from stablekd_fast.kernels import _triton
 from stablekd_fast.kernels._launch import REGISTERS, Listed, Specialisation
-
-from stablekd_fast import kernels
-from stablekd_fast.errors import ConfigError, nearest
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities, times ten."""

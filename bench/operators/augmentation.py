@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from stablekd_fast.bench.core import Case, Contender
-from stablekd_fast.bench.floor import FLOOR, floor_contenders
-from stablekd_fast.bench.operators import rivals
-from stablekd_fast.bench.operators.losses import Setting
 from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
 from stablekd_fast import kernels
+from stablekd_fast.bench.core import Case, Contender
+from stablekd_fast.bench.floor import FLOOR, floor_contenders
+from stablekd_fast.bench.operators import rivals
+from stablekd_fast.bench.operators.losses import Setting
 
 SIDE, PADDING, IMAGES = 32, 4, 10_000
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

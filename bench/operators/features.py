@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from stablekd_fast import kernels
 from stablekd_fast.bench.core import Case, Contender
 from stablekd_fast.bench.floor import FLOOR, floor_contenders
 from stablekd_fast.bench.operators import rivals
 from stablekd_fast.bench.operators.losses import Loss, Setting, loss_case, random_features
-from torch import Tensor
-
-from stablekd_fast import kernels
 
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 FLOAT, BFLOAT = torch.float32, torch.bfloat16

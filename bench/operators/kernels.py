@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+
 from stablekd_fast.bench.core import Case, Measured, measure_cases, pinned
 from stablekd_fast.bench.operators.augmentation import augment_batch_cases
 from stablekd_fast.bench.operators.features import (
@@ -15,7 +16,6 @@ from stablekd_fast.bench.operators.features import (
 )
 from stablekd_fast.bench.operators.losses import Setting, decoupled_kl_cases, kd_loss_cases
 from stablekd_fast.bench.operators.norms import batch_norm_act_cases
-
 from stablekd_fast.errors import ConfigError, nearest
 
 CASES: dict[str, Callable[[Setting], Iterator[Case]]] = {

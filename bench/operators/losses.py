@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from stablekd_fast.bench.core import Case, Contender
-from stablekd_fast.bench.floor import FLOOR, floor_contenders
-from stablekd_fast.bench.operators import rivals
 from torch import Tensor
 
 from stablekd_fast import kernels
+from stablekd_fast.bench.core import Case, Contender
+from stablekd_fast.bench.floor import FLOOR, floor_contenders
+from stablekd_fast.bench.operators import rivals
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """The largest error of loss and gradient, each over its largest magnitude, by dtype.

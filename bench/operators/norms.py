@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from stablekd_fast import kernels
 from stablekd_fast.bench.core import Case, Contender
 from stablekd_fast.bench.floor import FLOOR, floor_contenders
 from stablekd_fast.bench.operators.features import BFLOAT, CHANNELS_LAST, FLOAT, Map
 from stablekd_fast.bench.operators.losses import Setting
-from torch import Tensor
-
-from stablekd_fast import kernels
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """The largest error of output and gradients, each over its largest magnitude, by dtype."""

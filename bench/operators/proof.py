@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from rich import box
 from rich.table import Table
-from stablekd_fast.bench.operators import aot, traffic
 
+from stablekd_fast.bench.operators import aot, traffic
 from stablekd_fast.errors import StableKDError
 
 

@@ -21,14 +21,14 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from stablekd_fast.errors import ConfigError
 from stablekd_fast.kernels._features import FeatureOperands
 from stablekd_fast.kernels.decoupled_kl import reference as decoupled_kl
 from stablekd_fast.kernels.feature_cosine import reference as feature_cosine
 from stablekd_fast.kernels.feature_mse import reference as feature_mse
 from stablekd_fast.kernels.kd_loss import reference as kd_loss
-from torch import Tensor
-
-from stablekd_fast.errors import ConfigError
 
 LIMIT = 1.02
 """The largest ratio of moved to least bytes. It allows for partial sums, scales that several programs read, edges."""

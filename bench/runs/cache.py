@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.bench import core
 from stablekd_fast.bench.core import (
     SEED,
@@ -28,8 +30,6 @@ from stablekd_fast.bench.core import (
     pinned,
     scratch,
 )
-from torch import Tensor
-
 from stablekd_fast.cache.disk import drop_pages
 from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.shard import Part, as_bytes

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from stablekd_fast.bench.core import Case, Contender, Measured, measure_cases, pinned, scratch
-from stablekd_fast.bench.operators import rivals
-from stablekd_fast.bench.runs.loops import LOGITS, torchdistill_box
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from stablekd_fast import kernels, models
+from stablekd_fast.bench.core import Case, Contender, Measured, measure_cases, pinned, scratch
+from stablekd_fast.bench.operators import rivals
+from stablekd_fast.bench.runs.loops import LOGITS, torchdistill_box
 from stablekd_fast.data import open_dataset
 from stablekd_fast.errors import DataError
 from stablekd_fast.integrations.torchdistill import FastKDLoss, SampleViews, SharedBlocks

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
-from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned
-from stablekd_fast.bench.floor import FLOOR, floor_contenders
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned
+from stablekd_fast.bench.floor import FLOOR, floor_contenders
 from stablekd_fast.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,

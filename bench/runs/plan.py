@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from stablekd_fast.bench import core
-from stablekd_fast.bench.core import SEED, Case, Contender, Measured, Timing, pinned, scratch
 
 from stablekd_fast import models
+from stablekd_fast.bench import core
+from stablekd_fast.bench.core import SEED, Case, Contender, Measured, Timing, pinned, scratch
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset, open_dataset

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
 from stablekd_fast.bench.core import Measured, pinned, scratch
 from stablekd_fast.bench.runs.teacher import Arm, Images, Pair, cached, make_pair
-
 from stablekd_fast.blocks import pick_fusion
 from stablekd_fast.data import Dataset
 from stablekd_fast.engine.step import GroupStep

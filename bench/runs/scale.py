@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from stablekd_fast.bench.output import write_document
-
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.report import read_events
 from stablekd_fast.report.terminal import print_rows

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from stablekd_fast.bench.core import Case, Contender, Role, measure
 from stablekd_fast.bench.peak import count_flops, peak, peak_contenders
 from stablekd_fast.bench.runs.loops import OrdinaryStage
 from stablekd_fast.bench.runs.teacher import Arm, Pair, cached, make_pair
-from torch import Tensor, nn
-
 from stablekd_fast.blocks import PairedBlocks, pick_fusion
 from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import Batch, Dataset, TrainSource

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.bench.core import Case, Contender, Measured, Role, measure, pinned, scratch
 from stablekd_fast.bench.peak import count_flops, peak, peak_contenders
 from stablekd_fast.bench.runs.loops import Loop, OrdinaryBlockwise, OrdinaryKD, TorchdistillKD
 from stablekd_fast.bench.runs.teacher import Arm, Images, Pair, cached, make_pair
-from torch import Tensor
-
 from stablekd_fast.data import Dataset
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.execution.emulator import Operation, Recording

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned, scratch
 from torch import Tensor, nn
 
 from stablekd_fast import models
+from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned, scratch
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.cache.columns import Columns, Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings

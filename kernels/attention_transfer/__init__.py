@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._composite import loss_with_grad
 from stablekd_fast.kernels.attention_transfer import reference
 from stablekd_fast.kernels.attention_transfer.reference import Operands
-from torch import Tensor
 
 
 def attention_transfer(student: Tensor, target: Tensor, *, power: float = 2.0) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._registry import define, serve_cpu, serve_cuda
 from stablekd_fast.kernels.augment_batch import cpu_impl, reference
-from torch import Tensor
 
 
 def augment_batch(

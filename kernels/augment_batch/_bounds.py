@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from stablekd_fast.kernels._checks import OperandError
 from torch import Tensor
+
+from stablekd_fast.kernels._checks import OperandError
 
 
 def check_bounds(images: Tensor, rows: Tensor, offsets: Tensor, padding: int) -> None:

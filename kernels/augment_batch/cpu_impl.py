@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import FLOATS
 from stablekd_fast.kernels._cpu import GRAIN, TYPES, threads
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.augment_batch import reference
 from stablekd_fast.kernels.augment_batch._bounds import check_bounds
-from torch import Tensor
 
 
 def augment_batch(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from stablekd_fast.kernels._checks import accumulator
-from stablekd_fast.kernels.augment_batch._bounds import check_bounds
 from torch import Tensor
 from torch.nn.functional import pad
+
+from stablekd_fast.kernels._checks import accumulator
+from stablekd_fast.kernels.augment_batch._bounds import check_bounds
 
 
 def augment_batch(

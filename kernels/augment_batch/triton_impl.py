@@ -13,10 +13,11 @@ from itertools import product
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import FLOATS
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, aligned, alignment, launch, variant
 from stablekd_fast.kernels.augment_batch import reference
-from torch import Tensor
 
 _INTEGERS = ("count", "height", "width", "channels", "first", "padding", "pixel_stride")
 _NUMBERS = ("mean_0", "mean_1", "mean_2", "mean_3", "std_0", "std_1", "std_2", "std_3")

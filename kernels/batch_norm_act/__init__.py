@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import OperandError, accumulator, describe
 from stablekd_fast.kernels._registry import define, serve_cpu
 from stablekd_fast.kernels.batch_norm_act import cpu_impl, reference
-from torch import Tensor
 
 
 def batch_norm_act(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import FLOATS
 from stablekd_fast.kernels._cpu import GRAIN, TYPES, address, threads
 from stablekd_fast.kernels._layout import laid_out_as
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.batch_norm_act import reference
-from torch import Tensor
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

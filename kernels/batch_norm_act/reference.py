@@ -6,8 +6,9 @@ Batch normalisation: Ioffe and Szegedy, arXiv 1502.03167, algorithm 1 and sectio
 from __future__ import annotations
 
 import torch
-from stablekd_fast.kernels._checks import accumulator
 from torch import Tensor
+
+from stablekd_fast.kernels._checks import accumulator
 
 
 def batch_norm_act(

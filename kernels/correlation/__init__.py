@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from stablekd_fast.kernels._composite import loss_with_grad
 from stablekd_fast.kernels._logits import check_student, check_teacher
 from stablekd_fast.kernels.correlation import reference
 from stablekd_fast.kernels.correlation.reference import Operands
-from torch import Tensor
 
 
 def correlation(

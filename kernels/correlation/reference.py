@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from stablekd_fast.kernels._checks import accumulator
 from torch import Tensor
+
+from stablekd_fast.kernels._checks import accumulator
 
 VARIANCE_EPSILON = 1e-16
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._logits import check_labels, check_student, check_teacher
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.decoupled_kl import cpu_impl, reference
 from stablekd_fast.kernels.decoupled_kl.reference import Operands
-from torch import Tensor
 
 
 def decoupled_kl(

@@ -12,6 +12,8 @@ from itertools import product
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._launch import Listed, launch, packed, variant
@@ -30,7 +32,6 @@ from stablekd_fast.kernels._logits_triton import (
 )
 from stablekd_fast.kernels.decoupled_kl import reference
 from stablekd_fast.kernels.decoupled_kl.reference import Operands
-from torch import Tensor
 
 _INTEGERS = ("samples", "classes", "student_stride", "teacher_stride")
 _NUMBERS = ("rate", "alpha", "beta", "loss_scale", "slope")

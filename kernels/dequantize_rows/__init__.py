@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import FLOATS, OperandError, describe
 from stablekd_fast.kernels._features import CODES, check_channel_axis, check_scales
 from stablekd_fast.kernels._registry import define, serve_cpu, serve_cuda
 from stablekd_fast.kernels.dequantize_rows import cpu_impl, reference
-from torch import Tensor
 
 
 def dequantize_rows(

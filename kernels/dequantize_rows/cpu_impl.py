@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._cpu import GRAIN, TYPES, threads
 from stablekd_fast.kernels._features import scale_stride
 from stablekd_fast.kernels._layout import dense, feature_layout
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.dequantize_rows import reference
-from torch import Tensor
 
 
 def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype, channel_axis: int) -> Tensor:

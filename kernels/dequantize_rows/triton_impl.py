@@ -8,6 +8,8 @@ from itertools import product
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._features_triton import (
     BLOCK,
@@ -22,7 +24,6 @@ from stablekd_fast.kernels._features_triton import (
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, aligned, launch, packed, variant
 from stablekd_fast.kernels._layout import dense, feature_layout
 from stablekd_fast.kernels.dequantize_rows import reference
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["count", *EXTENTS])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import OperandError
 from stablekd_fast.kernels._features import check_features
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.feature_cosine import cpu_impl, reference
 from stablekd_fast.kernels.feature_cosine.reference import Operands
-from torch import Tensor
 
 Per = Literal["position", "sample"]
 

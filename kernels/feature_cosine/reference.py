@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
 from stablekd_fast.kernels._features import LENGTH_EPSILON, dequantized, length
-from torch import Tensor
 
 
 class Operands(NamedTuple):

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from stablekd_fast.kernels import _sample_triton, _triton_finish
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._features import DenseOperands
@@ -29,7 +31,6 @@ from stablekd_fast.kernels._features_triton import (
 from stablekd_fast.kernels._launch import Listed, alignment, launch, packed, variant
 from stablekd_fast.kernels.feature_cosine import reference
 from stablekd_fast.kernels.feature_cosine.reference import Operands
-from torch import Tensor
 
 _MOST_CHANNELS = {True: 8192, False: 2048}
 """By whether channels lie side by side in memory."""

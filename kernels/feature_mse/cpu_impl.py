@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._cpu import GRAIN, number, threads
 from stablekd_fast.kernels._cpu_features import for_core
@@ -10,7 +12,6 @@ from stablekd_fast.kernels._features import DenseOperands, dense_operands
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.feature_mse import reference
 from stablekd_fast.kernels.feature_mse.reference import Operands
-from torch import Tensor
 
 _NORMALIZE = {None: 0, "power": 1, "channel": 2, "l2": 3}
 """The numbers of `Normalize` in csrc/kernels.h."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
 from stablekd_fast.kernels._features import dequantized, length
-from torch import Tensor
 
 POWER_FLOOR = 1e-12
 CHANNEL_EPSILON = 1e-5

@@ -13,6 +13,8 @@ from itertools import product
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from stablekd_fast.kernels import _sample_triton, _triton_finish
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._features import DenseOperands
@@ -31,7 +33,6 @@ from stablekd_fast.kernels._features_triton import (
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, launch, packed, variant
 from stablekd_fast.kernels.feature_mse import reference
 from stablekd_fast.kernels.feature_mse.reference import Operands
-from torch import Tensor
 
 _CHANNEL_EPSILON = tl.constexpr(reference.CHANNEL_EPSILON)
 _POWER_FLOOR = tl.constexpr(reference.POWER_FLOOR)

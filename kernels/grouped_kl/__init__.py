@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import OperandError
 from stablekd_fast.kernels._composite import loss_with_grad
 from stablekd_fast.kernels._logits import check_student, check_teacher
 from stablekd_fast.kernels.grouped_kl import reference
 from stablekd_fast.kernels.grouped_kl.reference import Operands
-from torch import Tensor
 
 
 def grouped_kl(

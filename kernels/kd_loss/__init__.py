@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._logits import check_labels, check_student, check_teacher
 from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
 from stablekd_fast.kernels.kd_loss import cpu_impl, reference
 from stablekd_fast.kernels.kd_loss.reference import Operands
-from torch import Tensor
 
 TopK = tuple[Tensor, Tensor]
 """A teacher's largest probabilities at the temperature in use: class `indices` int64 `[N, k]`, and `[N, k]` values."""

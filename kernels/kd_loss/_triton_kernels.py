@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from stablekd_fast.kernels._logits_triton import LN2, compare, compare_chunk, divergence, finite, raised
 
 INTEGERS = ("samples", "classes", "kept", "student_stride", "teacher_stride")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._cpu import EXPONENTIAL_GRAIN, TYPES, address, number, threads
 from stablekd_fast.kernels._logits import as_rows, in_single_precision, refuse_row, row_by_row
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.kd_loss import reference
 from stablekd_fast.kernels.kd_loss.reference import Operands
-from torch import Tensor
 
 
 def kd_loss(given: Operands) -> Tensor:

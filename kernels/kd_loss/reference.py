@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
 from torch import Tensor
+
+from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
 
 
 class Operands(NamedTuple):

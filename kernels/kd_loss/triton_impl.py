@@ -12,6 +12,8 @@ from itertools import product
 
 import torch
 import triton
+from torch import Tensor
+
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._launch import Listed, launch, packed, variant
@@ -29,7 +31,6 @@ from stablekd_fast.kernels._logits_triton import (
 from stablekd_fast.kernels.kd_loss import reference
 from stablekd_fast.kernels.kd_loss._triton_kernels import INTEGERS, NUMBERS, kd_rows, kd_wide_rows
 from stablekd_fast.kernels.kd_loss.reference import Operands
-from torch import Tensor
 
 
 def kd_loss(given: Operands) -> Tensor:

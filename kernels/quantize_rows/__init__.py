@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import FLOATS, OperandError, describe
 from stablekd_fast.kernels._features import CODES, check_channel_axis
 from stablekd_fast.kernels._registry import define, serve_cpu, serve_cuda
 from stablekd_fast.kernels.quantize_rows import cpu_impl, reference
-from torch import Tensor
 
 
 def quantize_rows(rows: Tensor, dtype: torch.dtype = torch.int8, *, channel_axis: int = 1) -> tuple[Tensor, Tensor]:

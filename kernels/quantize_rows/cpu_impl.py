@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._cpu import GRAIN, TYPES, threads
 from stablekd_fast.kernels._layout import dense, feature_layout
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels.quantize_rows import reference
-from torch import Tensor
 
 
 def quantize_rows(rows: Tensor, dtype: torch.dtype, channel_axis: int) -> tuple[Tensor, Tensor]:

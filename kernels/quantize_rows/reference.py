@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import laid_out_like
 from stablekd_fast.kernels._features import per_channel
-from torch import Tensor
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 

@@ -12,13 +12,14 @@ from itertools import product
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._features_triton import as_bytes
 from stablekd_fast.kernels._launch import ALIGNMENTS, Listed, aligned, alignment, launch, variant
 from stablekd_fast.kernels._layout import dense, feature_layout
 from stablekd_fast.kernels._logits_triton import BLOCKS, tiling
 from stablekd_fast.kernels.quantize_rows import reference
-from torch import Tensor
 
 _INTEGERS = ("runs", "length", "channels")
 _TALL, _BROAD = 32, 32

@@ -11,10 +11,9 @@ pytest.importorskip("triton")
 
 from stablekd_fast.bench.operators import aot, proof, traffic
 from stablekd_fast.bench.operators.proof import compiled_rows
-from stablekd_fast.kernels import _triton
-
 from stablekd_fast.cli import main
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.kernels import _triton
 
 
 def check(rows):

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+
 from stablekd_fast.bench.operators import traffic
 from stablekd_fast.bench.operators.aot import operators
 

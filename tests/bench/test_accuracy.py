@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from stablekd_fast.bench.campaigns.accuracy import CANDIDATES, main
 
+from stablekd_fast.bench.campaigns.accuracy import CANDIDATES, main
 from stablekd_fast.cli import main as stablekd
 from stablekd_fast.engine.checkpoint import load_tensors
 from stablekd_fast.errors import CheckpointError

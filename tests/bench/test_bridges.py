@@ -1,7 +1,6 @@
 import json
 
 from stablekd_fast.bench.campaigns.bridges import KINDS, main
-
 from stablekd_fast.cli import main as stablekd
 
 

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
+
 from stablekd_fast.bench.core import WrongResult, check, measure
 from stablekd_fast.bench.runs.cache import Rows, disk_rows, memory_row, page_cache_cases
 from stablekd_fast.bench.runs.plan import run_plan
 from stablekd_fast.bench.runs.teacher import Pair, Rerun, feeding_case
-
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stablekd_fast.bench.core import (
     WARM_UP_ROUNDS,
     Case,

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from stablekd_fast.bench.core import WrongResult, check
 
 pytest.importorskip("torchdistill")

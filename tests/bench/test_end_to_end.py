@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
+
 from stablekd_fast.bench.campaigns.campaign import Task
 from stablekd_fast.bench.campaigns.end_to_end import EPOCHS, Goal, Race
 from stablekd_fast.bench.core import WrongResult, check
 from stablekd_fast.bench.runs.stages import CACHE, LIVE, PLAIN, StageBench
-
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 from stablekd_fast.errors import ConfigError

@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
+
+from stablekd_fast import kernels
 from stablekd_fast.bench.core import check, measure
 from stablekd_fast.bench.operators.kernels import CASES, Setting
 from stablekd_fast.bench.operators.losses import Loss, loss_case
 from stablekd_fast.bench.operators.rivals import mse
-
-from stablekd_fast import kernels
 from stablekd_fast.cli import main
 
 QUICK = ["bench", "kernels", "--quick", "--no-compile", "--threads", "1", "--rounds", "2"]

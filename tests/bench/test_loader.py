@@ -7,9 +7,9 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+
 from stablekd_fast.bench.core import WrongResult, check
 from stablekd_fast.bench.runs.loader import Work, large_case, open_large, small_case
-
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 from stablekd_fast.errors import DataError

@@ -6,11 +6,11 @@ import re
 import subprocess
 
 import pytest
+
 from stablekd_fast.bench import output
 from stablekd_fast.bench.against import compare, differences, fallen
 from stablekd_fast.bench.output import by_case, cells_of, commit, document, read_json, write_csv, write_json
 from stablekd_fast.bench.report import write_bench_report
-
 from stablekd_fast.cli import main
 from stablekd_fast.errors import StableKDError
 

@@ -1,7 +1,7 @@
 import pytest
-from stablekd_fast.bench.runs.scale import check_losses, run_scale
 
 from stablekd_fast import models
+from stablekd_fast.bench.runs.scale import check_losses, run_scale
 from stablekd_fast.engine.checkpoint import save_tensors
 from stablekd_fast.errors import StableKDError
 

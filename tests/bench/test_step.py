@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
+
 from stablekd_fast.bench.core import WrongResult, check, measure
 from stablekd_fast.bench.peak import count_flops
 from stablekd_fast.bench.runs.loops import OrdinaryBlockwise
 from stablekd_fast.bench.runs.profile import profile_step
 from stablekd_fast.bench.runs.step import Contest, Operations, compile_cost, overhead, step_case
 from stablekd_fast.bench.runs.teacher import Pair
-
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 from stablekd_fast.execution.precision import cpu_has_bf16

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from stablekd_fast.kernels._native import core
 
 from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.shard import Part
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.errors import CacheError, CacheFull
+from stablekd_fast.kernels._native import core
 
 
 def names(folder: Path) -> list[str]:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stablekd_fast.bench.runs import teacher as bench_teacher
 
 from stablekd_fast import cli, models
+from stablekd_fast.bench.runs import teacher as bench_teacher
 from stablekd_fast.cli.benches import BENCHES
 from stablekd_fast.cli.spelling import underscored
 

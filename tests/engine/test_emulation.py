@@ -8,12 +8,12 @@ from functools import cache
 
 import pytest
 import torch
-from stablekd_fast.bench.operators.covering import covering_levels, level_pairs
 from torchvision.models import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import Bottleneck
 
 from stablekd_fast import models
+from stablekd_fast.bench.operators.covering import covering_levels, level_pairs
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.engine.schedule import Optimizer, method_stages
 from stablekd_fast.execution.precision import Precision

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from stablekd_fast.kernels._native import core
 
 LEVELS = ["baseline", "avx2", "avx512"]

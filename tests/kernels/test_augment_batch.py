@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stablekd_fast.kernels import augment_batch
 from stablekd_fast.kernels.augment_batch import reference
 

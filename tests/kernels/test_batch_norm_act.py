@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stablekd_fast.kernels._checks import OperandError
 from torch.nn import functional as F
 
 from stablekd_fast import kernels
+from stablekd_fast.kernels._checks import OperandError
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from stablekd_fast.kernels.grouped_kl.reference import split
 from torch.nn import functional as F
 
 from stablekd_fast import kernels
+from stablekd_fast.kernels.grouped_kl.reference import split
 from tests.kernels.precision import assert_as_exact_as_pytorch
 
 pytestmark = pytest.mark.parametrize("level", ["baseline"], indirect=True)  # they do not use the core

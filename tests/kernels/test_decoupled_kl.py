@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
+
 from stablekd_fast.kernels import decoupled_kl, decoupled_kl_with_grad, kd_loss
 from stablekd_fast.kernels.decoupled_kl import reference
 from stablekd_fast.kernels.decoupled_kl.reference import Operands
-from torch.nn import functional as F
-
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
+
 from stablekd_fast.kernels import dequantize_rows, feature_cosine, feature_cosine_with_grad, quantize_rows
 from stablekd_fast.kernels.feature_cosine import reference
 from stablekd_fast.kernels.feature_cosine.reference import Operands
-from torch.nn import functional as F
-
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 KINDS = ["position", "sample"]

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
+
 from stablekd_fast.kernels import kd_loss, kd_loss_with_grad
 from stablekd_fast.kernels.kd_loss import reference
 from stablekd_fast.kernels.kd_loss.reference import Operands
-from torch.nn import functional as F
-
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 SETTINGS = dict(temperature=3.0, alpha=0.7, label_smoothing=0.1)

@@ -4,9 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stablekd_fast.kernels import _native
-
 from stablekd_fast import kernels
+from stablekd_fast.kernels import _native
 
 ROOT = Path(__file__).resolve().parents[2]
 

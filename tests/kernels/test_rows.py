@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stablekd_fast.kernels import dequantize_rows, quantize_rows
 from stablekd_fast.kernels.dequantize_rows import reference as dequantize_reference
 from stablekd_fast.kernels.quantize_rows import reference as quantize_reference

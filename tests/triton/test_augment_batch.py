@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from stablekd_fast.kernels.augment_batch import reference
 from stablekd_fast.kernels.augment_batch import triton_impl as kernels
-
 from tests.kernels.precision import poisoned
 
 MEAN, STD = [0.485, 0.456, 0.406, 0.5, 0.3, 0.7], [0.229, 0.224, 0.225, 0.25, 0.31, 0.2]

@@ -4,6 +4,8 @@ from itertools import product
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from stablekd_fast.kernels import _features_triton, _sample_triton, _triton_finish
 from stablekd_fast.kernels.feature_cosine import reference as cosine_reference
 from stablekd_fast.kernels.feature_cosine import triton_impl as cosine_kernels
@@ -12,8 +14,6 @@ from stablekd_fast.kernels.feature_mse import reference as mse_reference
 from stablekd_fast.kernels.feature_mse import triton_impl as mse_kernels
 from stablekd_fast.kernels.feature_mse.reference import Operands as MSEOperands
 from stablekd_fast.kernels.quantize_rows import reference as codec
-from torch.nn import functional as F
-
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -4,12 +4,12 @@ from itertools import product
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from stablekd_fast.kernels import _triton_finish
 from stablekd_fast.kernels.kd_loss import reference
 from stablekd_fast.kernels.kd_loss import triton_impl as kernels
 from stablekd_fast.kernels.kd_loss.reference import Operands
-from torch.nn import functional as F
-
 from tests.kernels.precision import assert_as_exact_as_pytorch, poisoned
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

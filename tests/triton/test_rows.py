@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+
 from stablekd_fast.kernels.dequantize_rows import reference as dequantize_reference
 from stablekd_fast.kernels.dequantize_rows import triton_impl as dequantize_kernels
 from stablekd_fast.kernels.quantize_rows import reference as quantize_reference
