@@ -91,6 +91,12 @@ def covering(ops: Iterable[str]) -> list[Job]:
     return [job for jobs in _by_kernel(every(ops)) for job in covering_sample(jobs, _pairs, draw)]
 
 
+def each(ops: Iterable[str]) -> list[Job]:
+    """Choose fewer still: each type, constant and chip that occurs in a variant of a kernel still occurs."""
+    draw = random.Random(0)
+    return [job for jobs in _by_kernel(every(ops)) for job in covering_sample(jobs, _values, draw)]
+
+
 def _by_kernel(jobs: Iterable[Job]) -> Iterable[list[Job]]:
     """Return the jobs of each kernel. A kernel that several operators use appears once."""
     kernels, known = {}, set()
@@ -101,9 +107,17 @@ def _by_kernel(jobs: Iterable[Job]) -> Iterable[list[Job]]:
     return kernels.values()
 
 
-def _pairs(job: Job) -> set:
+def _values(job: Job) -> list:
     _, variant, chip = job
-    return set(combinations([*variant.types, *variant.constants, ("chip", chip)], 2))
+    return [*variant.types, *variant.constants, ("chip", chip)]
+
+
+def _pairs(job: Job) -> set:
+    return set(combinations(_values(job), 2))
+
+
+SAMPLES = {"each": each, "pairs": covering, "every": every}
+"""Ways to choose variants: every value once, every pair of values, all of them."""
 
 
 def compiled(jobs: Sequence[Job]) -> Iterator[Compiled]:
@@ -192,10 +206,9 @@ def _tool(name: str, *arguments: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="*", help="operators; all by default")
-    parser.add_argument("--every-variant", action="store_true", help="not only a covering sample")
+    parser.add_argument("--sample", choices=SAMPLES, default="pairs", help="which variants")
     options = parser.parse_args()
-    choose = every if options.every_variant else covering
-    for row in compiled(choose(options.ops or operators())):
+    for row in compiled(SAMPLES[options.sample](options.ops or operators())):
         print(json.dumps(asdict(row)), flush=True)
 
 

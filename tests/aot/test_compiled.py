@@ -24,15 +24,16 @@ def check(rows):
 
 @pytest.fixture(scope="module")
 def sample(request):
-    """The rows of a covering sample for the operators whose tests were chosen: kernels that several of them use are
-    compiled once, by processes that are started once."""
+    """The rows of a sample for the operators whose tests were chosen: kernels that several of them use are compiled
+    once, by processes that are started once."""
     here = [item for item in request.session.items if item.path == request.path]
     chosen = [item.callspec.params["op"] for item in here if "sample" in item.fixturenames]
-    return list(compiled_rows(chosen))
+    return list(compiled_rows(chosen, "each"))
 
 
 @pytest.mark.parametrize("op", aot.operators())
-def test_a_covering_sample_of_all_variants(op, sample):
+def test_every_type_and_constant_for_every_chip(op, sample):
+    """Each value once; that every two of them fit together takes minutes, and all variants hours: see below."""
     kernels = {listed.variant.kernel for _, listed in aot.reachable([op])}
     rows = [row for row in sample if row["kernel"] in kernels]
     check(rows)
@@ -40,18 +41,21 @@ def test_a_covering_sample_of_all_variants(op, sample):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sample", ["pairs", "every"])
 @pytest.mark.parametrize("op", aot.operators())
-def test_every_variant(op):
-    check(list(compiled_rows([op], every_variant=True)))
+def test_every_pair_and_every_variant(op, sample):
+    check(list(compiled_rows([op], sample)))
 
 
 @pytest.mark.parametrize("op", ["feature_mse", "quantize_rows"])
-def test_the_sample_covers_all_pairs(op):
+@pytest.mark.parametrize(("chosen", "covered"), [(aot.each, aot._values), (aot.covering, aot._pairs)])
+def test_samples_cover_what_they_say(op, chosen, covered):
     jobs = aot.every([op])
     everything, sampled = (
-        {(job[1].kernel, pair) for job in some for pair in aot._pairs(job)} for some in (jobs, aot.covering([op]))
+        {(job[1].kernel, value) for job in some for value in covered(job)} for some in (jobs, chosen([op]))
     )
     assert everything == sampled
+    assert len(chosen([op])) < len(jobs)
 
 
 PLANTED = """
