@@ -4,6 +4,8 @@ Public names: `pair_blocks`, `distill`, `Distiller`, `DistillConfig`, `open_data
 `stablekd_fast.kernels` and the losses in `stablekd_fast.losses`.
 """
 
+# pyright: reportUnsupportedDunderAll=false
+
 from __future__ import annotations
 
 __version__ = "0.1.0"
@@ -18,7 +20,7 @@ _HOMES = {
 }
 """Where the public names are; checkers of types read `__init__.pyi` instead."""
 
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
     "DistillConfig",
     "Distiller",
     "__version__",
