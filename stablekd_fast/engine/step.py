@@ -307,8 +307,7 @@ def _let_skip(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> None:
     if not (isinstance(optimizer, SGD) or optimizer.defaults.get("fused")):
         raise ConfigError(
             f"precision=fp16 was given, but {type(optimizer).__name__} as it was chosen cannot skip a step without "
-            "asking "
-            "the host; choose optimizer.implementation=auto, or precision=bf16."
+            "asking the host; choose optimizer.implementation=auto, or precision=bf16."
         )
     optimizer.found_inf = loss_scale.skipped  # type: ignore[attr-defined]  # torch's fused ones and ours look for it
 

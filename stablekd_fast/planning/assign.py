@@ -82,8 +82,7 @@ def best_layout(
     if not meshes:
         raise ConfigError(
             f"Batches of {batch} images in {accumulate} part(s) cannot be divided among {ranks} ranks that train "
-            f"{len(groups)} "
-            f"group(s); choose a --batch-size that is a multiple of {ranks * accumulate}."
+            f"{len(groups)} group(s); choose a --batch-size that is a multiple of {ranks * accumulate}."
         )
     layouts = [_on_mesh(groups, b, d, batch, reduce, live) for b, d in meshes]
 

@@ -93,8 +93,7 @@ def training_stream(source: TrainSource, config: DistillConfig) -> TrainSource |
     if given:
         raise ConfigError(
             f"source={STREAM} was given together with {', '.join(given)}: that needs an exact order and views that "
-            "have names, "
-            "and DALI's own readers give neither. Leave it out, or use source=dali."
+            "have names, and DALI's own readers give neither. Leave it out, or use source=dali."
         )
     return StreamSource(source)
 
