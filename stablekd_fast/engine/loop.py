@@ -243,7 +243,8 @@ class Engine:
         if losses is None:
             return
         self.progress.train_seconds += time.perf_counter() - start
-        for name, step in losses.first_bad.items():
+        if losses.first_bad:
+            name, step = next(iter(losses.first_bad.items()))
             raise self._diverged(f"loss of blocks {name} is", stage.planned.first + step)
         if self.progress.merge is not None:
             for row in losses.by_step:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.data import Batch
-from stablekd_fast.engine.schedule import Optimizer
+from stablekd_fast.engine.schedule import Optimizer, group_name
 from stablekd_fast.engine.stage import stage_steps
-from stablekd_fast.engine.step import Rates
+from stablekd_fast.engine.step import Rates, StageInputs, load_batch
 from stablekd_fast.execution.timing import seconds
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.teacher.live import Relay
@@ -50,11 +50,13 @@ def measure_students(
     with untouched(paired.student), torch.enable_grad():
         nn.ModuleList([paired.student, *paired.student_blocks]).train()
         for groups in groupings:
-            stage = stage_steps(paired, groups, objectives, Optimizer(), rates=Rates.constant(0.0, device=device))
-            stage.load(Relay(paired), batch)
-            for step in stage.steps:
-                if step.name not in times:
-                    times[step.name] = seconds(step.run, device)
+            inputs = StageInputs(device)
+            load_batch(inputs, Relay(paired), objectives.teacher_outputs(groups, len(paired.cuts)), batch)
+            for group in groups:
+                if group_name(group) not in times:  # one at a time: each has an optimizer's moments
+                    rates = Rates.constant(0.0, device=device)
+                    stage = stage_steps(paired, [group], objectives, Optimizer(), rates=rates, inputs=inputs)
+                    times[group_name(group)] = seconds(stage.run, device)
     paired.student.load_state_dict(saved)
     for module, mode in modes.items():
         module.training = mode

@@ -105,7 +105,7 @@ def cache_settings(config: DistillConfig) -> CacheSettings:
     reason = (
         f"cache.plan=auto keeps nothing: the views of source={STREAM} have no names by which rows could be found again."
     )
-    warnings.warn(reason, RuntimeWarning, stacklevel=3)
+    warnings.warn(reason, RuntimeWarning, stacklevel=1)
     return dataclasses.replace(config.cache, plan="none")
 
 

@@ -35,7 +35,8 @@ class Decisions:
 
 
 def decide(materials: Materials) -> Decisions:
-    """Decide, and compare with the other ranks what was decided.
+    """Decide. Ranks first compare teacher, images and how they compute; the plan is the first one's, and layouts are
+    made from costs that all of them tell.
 
     A run that goes on goes on with the plan that it began with, and with its layouts if there are as many ranks.
     Raises ConfigError if ranks would train something else, or if what is asked for does not fit; CacheError if stored
@@ -47,11 +48,16 @@ def decide(materials: Materials) -> Decisions:
     asked = config.stages or method_stages(config.method, len(paired), config.recipe, config.optimizer)
     stages = plan_stages(asked, len(paired), total_steps, source.steps_per_epoch)
     planner = Planner(paired, source, objectives, stages, materials.images.cache, materials.device)
+    facts = _facts(materials)
+    if materials.ranks.size > 1:  # before any of them opens a column
+        chosen = {"precision": paired.precision.name, "image_dtype": str(materials.image_dtype)}
+        materials.ranks.check_alike({**facts, **chosen, "images": image_fingerprint(source)})
     plan, costs, teacher = _teacher(materials, planner)
-    decided = identity(config) | _facts(materials, plan)
-    materials.ranks.check_alike({**decided, "images": image_fingerprint(source)})
     layouts = _layouts(materials, objectives, stages, teacher)
-    return Decisions(objectives, stages, plan, costs, teacher, layouts, decided)
+    inexact = [[output, kept.codec] for output, kept in sorted(plan.kept.items()) if kept.codec != "fp32"]
+    return Decisions(
+        objectives, stages, plan, costs, teacher, layouts, {**identity(config), **facts, "inexact": inexact}
+    )
 
 
 def _teacher(materials: Materials, planner: Planner) -> tuple[Plan, Costs | None, Teacher]:
@@ -69,7 +75,7 @@ def _teacher(materials: Materials, planner: Planner) -> tuple[Plan, Costs | None
     return plan, costs, CachedTeacher(materials.paired, columns, samples, materials.device, live)
 
 
-def _facts(materials: Materials, plan: Plan) -> dict:
+def _facts(materials: Materials) -> dict:
     """What decides the numbers beside the settings: a resumed run must meet the same teacher and images."""
     config, images, paired = materials.config, materials.images, materials.paired
     return {
@@ -79,7 +85,6 @@ def _facts(materials: Materials, plan: Plan) -> dict:
         "classes": images.dataset.classes,
         "compiled": materials.capture == "compile",
         "fused_norms": paired.fuses_norms,
-        "inexact": [[output, kept.codec] for output, kept in sorted(plan.kept.items()) if kept.codec != "fp32"],
     }
 
 

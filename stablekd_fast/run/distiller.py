@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.columns import Plan
@@ -148,13 +148,14 @@ class Distiller:
         out, ranks, resumes = Path(self.config.out), self.ranks, self.materials.resumed is not None
         if ranks.from_first(lambda: not resumes and self.checkpoint.exists()):
             raise ConfigError(f"{out} already holds a run. Pass --resume to continue it, or another --out to keep it.")
-        state = resume_run(self.parts) if resumes else RunState()
+        parts = self.parts  # all is decided and opened before anything is written
+        state = resume_run(parts) if resumes else RunState()
         resumed_at = state.progress.step if resumes else None
         recorder = Recorder(out, progress=progress, resume_step=resumed_at) if ranks.is_first else NoRecorder()
-        with recorder, self._closing():
+        with recorder, _closing(parts):
             if not resumes:
                 self._emit_start(recorder)
-            engine = Engine(self.parts, state, recorder)
+            engine = Engine(parts, state, recorder)
             engine.train()
             result = self._finish(engine, out)
             recorder.emit("run_end", step=state.progress.step, **asdict(result))
@@ -167,25 +168,17 @@ class Distiller:
     def build_cache(self) -> dict[str, int]:
         """Store what the plan keeps, for all images and views of the run; rows by column. Trains nothing."""
         parts, teacher = self.parts, self.parts.teacher
-        with self._closing():
+        with _closing(parts):
             wanted, source = parts.plan.kept.keys(), parts.source.part(self.ranks.rank, self.ranks.size)
             if not isinstance(teacher, CachedTeacher):  # nothing is kept
                 return {}
             for view in range(views_shown(source.views, parts.stages[-1].last / source.steps_per_epoch)):
                 for batch in teacher.ahead(source.whole_view(view), wanted):
-                    teacher.outputs(wanted, _on(batch.images, parts), batch)
+                    images = None if batch.images is None else batch.images.to(parts.device, non_blocking=True)
+                    teacher.outputs(wanted, images, batch)
             self.ranks.finish()
             teacher.fill(wanted)
             return teacher.report()["rows"]
-
-    @contextlib.contextmanager
-    def _closing(self) -> Iterator[None]:
-        """Let go of the cache's files at the end, whatever it is."""
-        try:
-            yield
-        finally:
-            self.parts.teacher.close()
-            self.source.close()
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
         """Evaluate the composed student on the test split, and export it."""
@@ -245,8 +238,14 @@ class Distiller:
             )
 
 
-def _on(images: Tensor | None, parts: Parts) -> Tensor | None:
-    return None if images is None else images.to(parts.device, non_blocking=True)
+@contextlib.contextmanager
+def _closing(parts: Parts) -> Iterator[None]:
+    """Let go of the cache's files at the end, whatever it is."""
+    try:
+        yield
+    finally:
+        parts.teacher.close()
+        parts.source.close()
 
 
 def distill(config: DistillConfig | None = None, *, progress: bool = True, **settings: Any) -> RunResult:

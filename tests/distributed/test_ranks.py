@@ -150,6 +150,15 @@ def test_a_rank_with_other_settings_is_refused_with_the_difference(launch, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_rank_with_another_teacher_is_refused_before_rows_are_stored(launch, tmp_path):
+    _, _, by_hand, _ = launch
+    processes = by_hand(2, "other weights", tmp_path / "out", tmp_path / "rows")
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert all("Rank 0 and rank 1 differ (teacher_fingerprint: " in output for output in outputs), outputs
+    assert not (tmp_path / "rows").exists() and not (tmp_path / "out").exists()
+
+
 def test_a_rank_that_hangs_is_named_within_the_timeout(launch, tmp_path):
     _, _, by_hand, _ = launch
     waiting, hanging = by_hand(2, "hanging", tmp_path / "out")

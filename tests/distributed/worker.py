@@ -26,9 +26,9 @@ BASE = DistillConfig(
 )  # fmt: skip
 
 
-def distiller(out: str, **settings) -> Distiller:
+def distiller(out: str, teacher_seed: int = 1, **settings) -> Distiller:
     config = dataclasses.replace(BASE, out=out, **settings)
-    teacher = settled(small_net(6, 1))
+    teacher = settled(small_net(6, teacher_seed))
     digits = torch.load(os.environ["DIGITS"], weights_only=False)
     return Distiller(config, teacher=teacher, student=small_net(2, 2), dataset=digits)
 
@@ -73,6 +73,12 @@ def cores() -> None:
 
 def different(out: str) -> None:
     train(out, seed=RANK, batch_size=32 if RANK == 0 else 16)
+
+
+def other_weights(out: str, directory: str) -> None:
+    """Each rank has a teacher of its own."""
+    cache = CacheSettings(plan="all", directory=directory)
+    distiller(out, teacher_seed=1 + RANK, cache=cache).run(progress=False)
 
 
 def hanging(out: str) -> None:
@@ -175,6 +181,7 @@ TASKS = {
     "counted": counted,
     "cores": cores,
     "different": different,
+    "other weights": other_weights,
     "hanging": hanging,
     "data": data_axis,
 }

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from stablekd_fast.engine.checkpoint import load_tensors
 from stablekd_fast.engine.evaluate import with_fresh_batch_norm
 from stablekd_fast.engine.schedule import METHODS, Optimizer, Stage
 from stablekd_fast.errors import ConfigError, TrainingError
+from stablekd_fast.run import distiller as distiller_module
 
 
 def events(distiller, kind):
@@ -210,3 +212,18 @@ def test_distilled_students_learn(make):
     result = distiller.run(progress=False)
     assert result.accuracy > 0.8
     assert isinstance(distiller.paired.student, nn.Sequential)
+
+
+def test_a_run_that_does_not_fit_leaves_nothing_behind(make, monkeypatch):
+    """All is decided before a file is written, and decided once."""
+    decided = []
+
+    def counting(materials, decide=distiller_module.decide):
+        decided.append(materials)
+        return decide(materials)
+
+    monkeypatch.setattr(distiller_module, "decide", counting)
+    distiller = make(feature="no such loss")
+    with pytest.raises(ConfigError, match="no such loss"):
+        distiller.run(progress=False)
+    assert not Path(distiller.config.out).exists() and len(decided) == 1
