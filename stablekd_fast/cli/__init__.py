@@ -17,7 +17,7 @@ from stablekd_fast.cli.spelling import Parser, explained, underscored
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.execution.memory import keep_freed_memory
-from stablekd_fast.planning.pair import PairPlan
+from stablekd_fast.planning.pair import PairPlan, plan_pair, plan_ranks
 from stablekd_fast.report.terminal import console, print_rows
 
 
@@ -78,7 +78,6 @@ def _evaluate(options: jsonargparse.Namespace) -> int:
 
 def _plan(options: jsonargparse.Namespace) -> int:
     from stablekd_fast.blocks import describe_blocks
-    from stablekd_fast.planning.pair import plan_pair, plan_ranks
 
     asked = PairPlan(**vars(options))
     paired = asked.paired()

@@ -301,6 +301,7 @@ def test_where_nothing_is_stored_there_is_nothing_to_take_up_or_to_close(large_s
     for source in (small_source(), large_source()):
         source.refresh_stored()
         source.close()
+        assert len(next(source.batches(0, 1)).labels) == source.batch_size  # and it goes on as before
 
 
 def test_leaving_early_stops_the_threads(large_source):

@@ -20,9 +20,8 @@ from stablekd_fast.run.distiller import Distiller
 
 RANK, CPU = int(os.environ.get("RANK", 0)), torch.device("cpu")
 BASE = DistillConfig(
-    method="blocks", epochs=6.0, subset=320, validation=40, batch_size=32, log_every=5, bn_images=64, cuts=["0", "1",
-    "2"],
-    checkpoint_every=7, device="cpu", precision="fp32", bridge="pca", views=2, timeout=60,
+    method="blocks", epochs=6.0, subset=320, validation=40, batch_size=32, log_every=5, bn_images=64,
+    cuts=["0", "1", "2"], checkpoint_every=7, device="cpu", precision="fp32", bridge="pca", views=2, timeout=60,
 )  # fmt: skip
 
 
