@@ -69,8 +69,7 @@ class Layout:
         """What averages gradients over this rank's data axis; None where that is one rank."""
         if self.data == 1:
             return None
-        group = ranks.mesh(self.blocks, self.data, device).get_group("data")
-        return Averaging(ranks, group, self.data)
+        return Averaging(ranks, ranks.data_group(self.blocks, self.data, device), self.data)
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import DeviceMesh
 
-from stablekd_fast.errors import ConfigError, RankError
+from stablekd_fast.errors import ConfigError, DeviceStuck, RankError
+from stablekd_fast.execution.moments import Clock, Moment
 
 T = TypeVar("T")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _SETTLING_SECONDS = 3.0
 """How long a rank whose exchange failed waits for others to say that theirs failed too."""
 _PARTING_SECONDS = 0.5
+_POLLING_SECONDS = 5e-4
 
 
 @dataclass
@@ -50,10 +51,14 @@ class Ranks:
     """The bytes handed to all-reduces of gradients so far; a captured step counts once, when it is captured."""
     other_bytes: int = 0
     """The bytes of tensors handed to other exchanges so far."""
-    waited: float = 0.0
-    """The seconds spent in exchanges, waiting for ranks that are late included."""
+    clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
+    """Times exchanges under the name `waiting_in`, waiting for ranks that are late included; not those within a graph,
+    which no event can time."""
+    waiting_in: str = "other"
+    exchanges_captured: bool = False
+    """Whether an exchange was captured in a graph."""
     _store: dist.Store | None = None
-    _meshes: dict[tuple[int, int], DeviceMesh] = field(default_factory=dict)
+    _groups: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict)
 
     @property
     def is_first(self) -> bool:
@@ -65,13 +70,37 @@ class Ranks:
         """Whether torchrun has started the processes anew after one was lost."""
         return int(os.environ.get(RESTARTS, 0)) > 0
 
-    def mesh(self, blocks: int, data: int, device: torch.device) -> DeviceMesh:
-        """The mesh of `blocks` times `data` ranks, made once per shape; all ranks must ask in the same order."""
-        if (blocks, data) not in self._meshes:
+    def data_group(self, blocks: int, data: int, device: torch.device) -> dist.ProcessGroup:
+        """The ranks beside this one on the data axis of a mesh of `blocks` times `data` ranks. The groups of a mesh are
+        made once; all ranks must ask in the same order."""
+        if (blocks, data) not in self._groups:
             with self.meeting("a mesh is made"):
-                shape, names = (blocks, data), ("blocks", "data")
-                self._meshes[shape] = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
-        return self._meshes[blocks, data]
+                for first in range(0, blocks * data, data):
+                    members = list(range(first, first + data))
+                    limit = datetime.timedelta(seconds=self.timeout)  # torch's own is half an hour
+                    group = dist.group.WORLD if blocks == 1 else dist.new_group(members, timeout=limit)
+                    if self.rank in members:
+                        assert isinstance(group, dist.ProcessGroup)
+                        _let_us_speak_first(group, device, self.timeout)
+                        self._groups[blocks, data] = group
+        return self._groups[blocks, data]
+
+    def wait(self, moment: Moment, what: str) -> None:
+        """Wait until the device has come to `moment`. Other ranks may have a part in what it does before.
+
+        Raises DeviceStuck, which names the ranks that are missing, if it does not come there within the timeout: a
+        captured step that waits for a rank is watched by nobody else.
+        """
+        if self.size == 1:
+            return moment.wait()
+        deadline = time.monotonic() + self.timeout
+        try:
+            while not moment.passed:
+                if time.monotonic() > deadline:
+                    raise DeviceStuck(self._missing(what, "the GPU does not come to the end of its work"))
+                time.sleep(_POLLING_SECONDS)
+        except RuntimeError as error:  # the exchange was aborted, or the device failed
+            raise DeviceStuck(self._missing(what, error)) from error
 
     def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
         """Overwrite `tensors`, alike in shape on all ranks, with those of the rank `source`. One exchange per dtype."""
@@ -83,6 +112,8 @@ class Ranks:
                 self.other_bytes += flat.nbytes
                 dist.broadcast(flat, source)
                 _unflatten(flat, alike)
+        if tensors:
+            self.wait(Moment(tensors[0].device), "state is shared")
 
     def average_gradients(self, tensors: Sequence[Tensor], group: dist.ProcessGroup, count: int) -> None:
         """Overwrite float32 or float64 `tensors` with their means over the `count` ranks of a process group: one
@@ -103,6 +134,7 @@ class Ranks:
             self.other_bytes += values.nbytes
             with self.meeting("values are summed"):
                 dist.all_reduce(values)
+            self.wait(Moment(values.device), "values are summed")
         return values
 
     def all_gather(self, value: T) -> list[T]:
@@ -151,20 +183,20 @@ class Ranks:
 
     @contextlib.contextmanager
     def meeting(self, what: str) -> Iterator[None]:
-        """A context for an exchange, whose seconds count as waited.
+        """A context for an exchange, whose seconds the clock counts.
 
         Raises RankError if the exchange fails. Its message says that the rank waited where `what`, and names the ranks
         that did not come.
         """
-        start = time.perf_counter()
+        captured = self.clock.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self.exchanges_captured |= captured
         try:
-            yield
+            with contextlib.nullcontext() if captured else self.clock.timing(self.waiting_in):
+                yield
         except (RuntimeError, dist.DistError) as error:
             raise RankError(self._missing(what, error)) from error
-        finally:
-            self.waited += time.perf_counter() - start
 
-    def _missing(self, what: str, error: Exception) -> str:
+    def _missing(self, what: str, error: Exception | str) -> str:
         """The message on an exchange that failed. Ranks that wait too say so in the store; the others are missing."""
         reason = str(error).strip().splitlines()[0]
         head = (
@@ -201,7 +233,8 @@ def join(device: torch.device, timeout: float) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout))
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), timeout, _store=store)
+    _let_us_speak_first(dist.group.WORLD, device, timeout)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), timeout, clock=Clock(device), _store=store)
     if store is not None:  # otherwise the caller made the process group, and the process is the caller's
         _divide_cores(ranks, device)
     return ranks
@@ -267,6 +300,13 @@ def _part() -> None:
     time.sleep(_PARTING_SECONDS)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _let_us_speak_first(group: dist.ProcessGroup | None, device: torch.device, timeout: float) -> None:
+    """Have NCCL's own watch, which ends the process and names nobody, wait until `Ranks.wait` has had its time."""
+    if device.type == "cuda" and group is not None:
+        later = datetime.timedelta(seconds=2 * timeout + 60)
+        group._get_backend(device)._set_default_timeout(later)
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

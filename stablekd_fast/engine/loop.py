@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
+from collections import deque
 from collections.abc import Generator
 from contextlib import closing
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,19 @@ from stablekd_fast.engine.evaluate import Metrics, evaluate, with_fresh_batch_no
 from stablekd_fast.engine.merge import Merges
 from stablekd_fast.engine.parts import Parts
 from stablekd_fast.engine.schedule import PlannedStage
-from stablekd_fast.engine.stage import DividedSteps, LossReader, StageRun, stage_steps
+from stablekd_fast.engine.stage import DividedSteps, LossReader, StageRun, bodies_of, stage_steps
 from stablekd_fast.engine.step import GroupStep, Rates, load_batch
-from stablekd_fast.errors import TrainingError
+from stablekd_fast.errors import DeviceStuck, TrainingError
 from stablekd_fast.execution.capture import Runner, make_runner
 from stablekd_fast.execution.memory import watched
+from stablekd_fast.execution.moments import Clock, Moment
 from stablekd_fast.report import NoRecorder, Recorder
 from stablekd_fast.teacher.live import Teacher
 from stablekd_fast.teacher.parts import TeacherPart
+
+_STEPS_AHEAD = 8
+"""So many steps the host may be ahead of the device where it shares a run with other ranks: were one of them lost, more
+steps in the device's queue would make the host wait where it cannot be told."""
 
 
 class Engine:
@@ -35,6 +39,8 @@ class Engine:
         self.parts, self.state, self.recorder = parts, state, recorder
         self.ranks, self.progress = parts.ranks, state.progress
         self.merges = Merges(parts, self.progress)
+        self.clock = Clock(parts.device)
+        self._under_way: deque[Moment] = deque()
 
     def train(self) -> None:
         """Train every stage that is not finished yet."""
@@ -49,6 +55,9 @@ class Engine:
                         self._after_step(stage)
                 if stage.teacher is not self.parts.teacher:
                     stage.teacher.close()
+            except DeviceStuck:
+                stage.runner = None  # to end its graph is to wait for it
+                raise
             finally:
                 if stage.runner is not None:
                     stage.runner.close()
@@ -77,17 +86,15 @@ class Engine:
         batches = stage.source.batches(first, stage.planned.last, dtype, stage.needs_images)
         source = stage.teacher.ahead(batches, stage.wanted)
         while True:
-            start = time.perf_counter()
-            batch = next(source, None)
-            self.progress.wait_seconds += time.perf_counter() - start
+            with self.clock.timing("waiting"):
+                batch = next(source, None)
             if batch is None:
                 return
             yield batch
 
     def _train_step(self, stage: StageRun, batch: Batch) -> None:
-        start = time.perf_counter()
         memory = watched(lambda: f"stage {stage.planned.stage.name}, {stage.current}", len(batch.labels))
-        with memory, stage.divided.training():
+        with self.clock.timing("training"), memory, stage.divided.training():
             stage.current = "the teacher"
             load_batch(stage.own[0].inputs, stage.teacher, stage.wanted, batch)
             if stage.runner is None:
@@ -95,17 +102,30 @@ class Engine:
             stage.runner.run()
         stage.losses.unread += 1
         self.progress.step += 1
-        self.progress.train_seconds += time.perf_counter() - start
+        if self.ranks.size > 1:
+            self._keep_pace(_STEPS_AHEAD)
 
     def _runner(self, stage: StageRun) -> Runner:
-        def body(step: GroupStep) -> None:
-            stage.current = f"group {step.name}"
-            step.run()
+        def told(name: str) -> None:
+            stage.current = f"group {name}"
 
-        bodies = [partial(body, step) for step in stage.own]
+        first, *then = bodies_of(stage.own, told)
         state = [tensor for step in stage.own for tensor in step.state()]
         execution = self.parts.execution
-        return make_runner(execution.capture, bodies, state, self.parts.device, fall_back=execution.fall_back)
+        return make_runner(execution.capture, first, state, self.parts.device, fall_back=execution.fall_back, then=then)
+
+    def _keep_pace(self, ahead: int) -> None:
+        """Wait until the device is at most `ahead` steps behind, or until it is clear that a rank is lost."""
+        if ahead:
+            self._under_way.append(Moment(self.parts.device))
+        while len(self._under_way) > ahead:
+            self.ranks.wait(self._under_way.popleft(), "a step ends")
+
+    def _take_times(self, until: int | None = None, *, wait: bool = False) -> None:
+        """Add the times that the clock has by now to those of the run."""
+        seconds = self.clock.collect(until, wait=wait)
+        self.progress.train_seconds += seconds.get("training", 0.0)
+        self.progress.wait_seconds += seconds.get("waiting", 0.0)
 
     def _after_step(self, stage: StageRun) -> None:
         at, last, every = self.progress.step, stage.planned.last, self.parts.intervals
@@ -118,8 +138,10 @@ class Engine:
         if at % every.log == 0 or evaluates or saves or at == last:
             self._read_losses(stage)
         if evaluates or saves or at == last:
+            self._keep_pace(0)
             stage.divided.broadcast_state()
             self._log(stage)
+            self._take_times(wait=True)
         if evaluates or at == self.parts.stages[-1].last:
             self._validate()
         if saves:
@@ -222,34 +244,37 @@ class Engine:
         self._log(stage)
         if not stage.losses.unread:
             return
-        self.progress.train_seconds += stage.divided.broadcast_losses()
+        with self.clock.timing("training"):
+            stage.divided.broadcast_losses()
         planned, step = stage.planned, self.progress.step
-        images = self.parts.source.batch_size * (step - stage.entered_at)
         event = {
             "step": step,
             "epoch": step / self.parts.source.steps_per_epoch,
             "lr": planned.stage.optimizer.lr_at(planned.progress(step - 1)),
-            "images_per_second": images / (self.progress.seconds - stage.entered_seconds),
-            "data_wait_share": self.progress.wait_seconds / self.progress.seconds,
         }
-        stage.losses.start(step - planned.first, event)
+        stage.losses.start(step - planned.first, event, self.clock.count)
         if stage.losses.arrived:
             self._log(stage)
 
     def _log(self, stage: StageRun) -> None:
         """Take the losses that are being read, check them, log them; nothing where none are."""
-        start = time.perf_counter()
-        losses = stage.losses.take()
+        with self.clock.timing("training"):
+            losses = stage.losses.take(lambda moment: self.ranks.wait(moment, "losses are read"))
         if losses is None:
             return
-        self.progress.train_seconds += time.perf_counter() - start
+        self._take_times(losses.timings)
+        images = self.parts.source.batch_size * (losses.event["step"] - stage.entered_at)
+        speed = {
+            "images_per_second": images / (self.progress.seconds - stage.entered_seconds),
+            "data_wait_share": self.progress.wait_seconds / self.progress.seconds,
+        }
         if losses.first_bad:
             name, step = next(iter(losses.first_bad.items()))
             raise self._diverged(f"loss of blocks {name} is", stage.planned.first + step)
         if self.progress.merge is not None:
             for row in losses.by_step:
                 self.progress.merge.watch(row)
-        self.recorder.emit("train", losses=losses.means(), **losses.event)
+        self.recorder.emit("train", losses=losses.means(), **losses.event, **speed)
 
     def _validate(self) -> None:
         if self.parts.validation is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,8 @@ from stablekd_fast.data import Batch, StreamSource, TrainSource
 from stablekd_fast.distributed import Layout, Ranks
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage
 from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, StepOptions, load_batch
-from stablekd_fast.execution.capture import HostCopy, Runner, make_runner
+from stablekd_fast.execution.capture import Body, Runner, make_runner
+from stablekd_fast.execution.moments import HostCopy, Moment
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.teacher.live import Teacher
 
@@ -48,8 +49,39 @@ class StageSteps:
 
     def runner(self, capture: str, *, fall_back: bool = False) -> Runner:
         """Make what runs the steps in a mode of `make_runner`. The inputs must have been loaded once."""
-        bodies = [step.run for step in self.steps]
-        return make_runner(capture, bodies, self.state(), self.inputs.device, fall_back=fall_back)
+        first, *then = bodies_of(self.steps)
+        return make_runner(capture, first, self.state(), self.inputs.device, fall_back=fall_back, then=then)
+
+
+def bodies_of(steps: list[GroupStep], told: Callable[[str], None] = lambda name: None) -> list[list[Body]]:
+    """Return what the steps do, in the phases that `make_runner` takes. `told` is called with a step's name before the
+    step does something.
+
+    Steps that average over ranks do so together: one exchange between two phases serves all of them. Branches of a
+    graph run at the same time, and a communicator must not be used twice at a time. Steps that exchange something in
+    forward and backward too come one after the other.
+    """
+
+    def body(step: GroupStep, part: Callable[[GroupStep], None]) -> None:
+        told(step.name)
+        part(step)
+
+    def of_each(part: Callable[[GroupStep], None]) -> list[Body]:
+        return [partial(body, step, part) for step in steps]
+
+    def average(tensors: Callable[[GroupStep], list[Tensor]]) -> None:
+        steps[0].average_over_ranks([tensor for step in steps for tensor in tensors(step)])
+
+    if steps[0].averaging is None:
+        return [of_each(GroupStep.run)]
+    computing = of_each(GroupStep.compute)
+    one_by_one = any(step.syncs_norms for step in steps)
+    return [
+        [partial(average, GroupStep.of_whole_batch)],
+        *([[one] for one in computing] if one_by_one else [computing]),
+        [partial(average, GroupStep.of_own_part)],
+        of_each(GroupStep.finish),
+    ]
 
 
 def stage_steps(
@@ -77,16 +109,18 @@ class DividedSteps:
     def __init__(self, ranks: Ranks, layout: Layout, steps: list[GroupStep]) -> None:
         self.ranks, self.layout, self.steps = ranks, layout, steps
         self.own = [steps[group] for group in layout.groups_of(ranks.rank)]
-        self.idle = 0.0
-        """Seconds of training in which this rank waited for others."""
         self._bytes_before = (ranks.gradient_bytes, ranks.other_bytes)
+        ranks.clock.collect(wait=True)
+        ranks.exchanges_captured = False
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """What is waited for within counts as idle."""
-        before = self.ranks.waited
-        yield
-        self.idle += self.ranks.waited - before
+        """Exchanges within count as idle time of this rank."""
+        before, self.ranks.waiting_in = self.ranks.waiting_in, "training"
+        try:
+            yield
+        finally:
+            self.ranks.waiting_in = before
 
     def stores(self, cut_count: int) -> set[int]:
         """The teacher's outputs that this rank stores: one that two places read is stored by the first of them."""
@@ -106,27 +140,29 @@ class DividedSteps:
         self.ranks.broadcast([random], 0)
         torch.set_rng_state(random)
 
-    def broadcast_losses(self) -> float:
-        """After it every rank knows the losses of all groups. Returns the seconds that it took, waiting included."""
+    def broadcast_losses(self) -> None:
+        """After it every rank knows the losses of all groups."""
         if self.ranks.size == 1:
-            return 0.0
-        start = time.perf_counter()
+            return
         with self.training():
             for number, step in enumerate(self.steps):
                 self.ranks.broadcast([step.losses, step.first_bad], self.layout.owner(number))
         self.ranks.say_where()
-        return time.perf_counter() - start
 
     def report(self, steps: int, seconds: float) -> list[dict]:
-        """For each rank what it did in `steps` steps and so many seconds, as predicted and as measured."""
+        """For each rank what it did in `steps` steps and so many seconds of its device, as predicted and as measured.
+
+        Where exchanges are captured, how long the rank idled in them is not known, and its steps' time includes it.
+        """
         layout, ranks, before = self.layout, self.ranks, self._bytes_before
+        idle = ranks.clock.collect(wait=True).get("training", 0.0)
         return ranks.all_gather(
             {
                 "rank": ranks.rank,
                 "groups": [step.name for step in self.own],
                 "predicted_ms": 1e3 * layout.seconds[layout.block_of(ranks.rank)] if layout.seconds else None,
-                "measured_ms": 1e3 * (seconds - self.idle) / steps,
-                "idle_share": self.idle / seconds if seconds else 0.0,
+                "measured_ms": 1e3 * (seconds - idle) / steps,
+                "idle_share": None if ranks.exchanges_captured else idle / seconds if seconds else 0.0,
                 "gradient_bytes": (ranks.gradient_bytes - before[0]) / steps,
                 "other_bytes": (ranks.other_bytes - before[1]) / steps,
             }
@@ -142,6 +178,8 @@ class Losses:
     """For each group whose loss was not finite the first step of the stage at which that was so."""
     event: dict
     """What is logged with them."""
+    timings: int
+    """How many of the loop's timings had ended when they were made."""
 
     def means(self) -> dict[str, float]:
         """The mean of each group's losses."""
@@ -157,6 +195,7 @@ class _Reading:
     """The place in the stage behind the last of the losses."""
     count: int
     event: dict
+    timings: int
 
 
 class LossReader:
@@ -173,21 +212,23 @@ class LossReader:
         """Whether a copy was started whose values can be taken without a wait."""
         return self._reading is not None and self._reading.copy.arrived
 
-    def start(self, position: int, event: dict) -> None:
-        """Begin to copy the unread losses, which end before `position` of the stage; `event` comes back with them."""
+    def start(self, position: int, event: dict, timings: int) -> None:
+        """Begin to copy the unread losses, which end before `position` of the stage; `event` and `timings` come back
+        with them."""
         copy = HostCopy([tensor for step in self.steps for tensor in (step.losses, step.first_bad)])
-        self._reading, self.unread = _Reading(copy, position, self.unread, event), 0
+        self._reading, self.unread = _Reading(copy, position, self.unread, event, timings), 0
 
-    def take(self) -> Losses | None:
-        """Wait for the copy under way, if there is one, and return what it brought."""
+    def take(self, wait: Callable[[Moment], None]) -> Losses | None:
+        """Have `wait` wait for the copy under way, if there is one, and return what it brought."""
         reading, self._reading = self._reading, None
         if reading is None:
             return None
+        wait(reading.copy.end)
         values, names = reading.copy.values(), [step.name for step in self.steps]
         places = range(reading.position - reading.count, reading.position)
         columns = [losses[[place % len(losses) for place in places]].tolist() for losses in values[::2]]
         bad = {name: int(first) for name, first in zip(names, values[1::2]) if first >= 0}
-        return Losses([dict(zip(names, row)) for row in zip(*columns)], bad, reading.event)
+        return Losses([dict(zip(names, row)) for row in zip(*columns)], bad, reading.event, reading.timings)
 
 
 @dataclass

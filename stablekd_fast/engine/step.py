@@ -142,6 +142,8 @@ class GroupStep:
         self.paired, self.objectives, self.inputs = paired, objectives, inputs
         blocks = [paired.student_blocks[k] for k in group]
         self.micro_batches, self.averaging = micro_batches, averaging
+        self.syncs_norms = sync_norms and averaging is not None
+        """Whether forward and backward exchange something with other ranks."""
         if sync_norms and averaging is not None:
             self.blocks = [synced(block, averaging) for block in blocks]
         else:
@@ -167,24 +169,58 @@ class GroupStep:
         self.position = torch.full((), position, dtype=torch.int64, device=device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         """The stage's step whose loss was first not finite, -1 while there is none."""
+        self._loss: Tensor | None = None
+        self._whole: dict[int, Tensor] = {}
         self._network = torch.compile(self._compute, dynamic=False) if compiled else self._compute
 
     def run(self) -> None:
         """Train on the batch in the inputs. Reads nothing back to the host, and keeps no tensor that it made."""
+        self.average_over_ranks(self.of_whole_batch())
+        self.compute()
+        self.average_over_ranks(self.of_own_part())
+        self.finish()
+
+    def of_whole_batch(self) -> list[Tensor]:
+        """Find what the losses of parts need so that they add up to that of the whole batch. Returns what is then to
+        be averaged over ranks, in place."""
+        if self.micro_batches == 1 and self.averaging is None:
+            return []
+        _, targets, _ = self._tensors()
+        found = {k: self.objectives.feature.whole_batch(targets[k]) for k in sorted(self.aligned)}
+        self._whole = {k: value for k, value in found.items() if value is not None}
+        return list(self._whole.values())
+
+    def compute(self) -> None:
+        """Take this step's rates; go forward and backward through the micro-batches. Gradients and loss are kept for
+        `finish`."""
         self.take_rates()
-        total, (entry, targets, labels) = [], self._tensors()
-        whole = self._of_whole_batch(targets)
-        for micro_batch in self._split_batch(entry, targets, labels):
+        total = []
+        for micro_batch in self._split_batch(*self._tensors()):
             with self.paired.precision.applied(self.device):
-                outputs, gradients, losses = self._network(*micro_batch, whole)
+                outputs, gradients, losses = self._network(*micro_batch, self._whole)
             if self.micro_batches > 1:
                 gradients = [gradient / self.micro_batches for gradient in gradients]
             self.backward(outputs, gradients)
             total += losses
-        loss = torch.stack(total).sum() / self.micro_batches
-        self.average_gradients(loss)
+        self._loss = torch.stack(total).sum() / self.micro_batches
+
+    def of_own_part(self) -> list[Tensor]:
+        """Return the gradients and the loss of this rank's part of the batch, which are to be averaged over ranks."""
+        assert self._loss is not None, "compute comes first"
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        return [*gradients, self._loss]
+
+    def average_over_ranks(self, tensors: list[Tensor]) -> None:
+        """Overwrite tensors with their means over the processes that train this group on other images."""
+        if self.averaging is not None and tensors:
+            self.averaging.average(tensors)
+
+    def finish(self) -> None:
+        """Update the parameters and note the loss."""
+        assert self._loss is not None, "compute comes first"
         self.update()
-        self.note(loss)
+        self.note(self._loss)
+        self._loss, self._whole = None, {}
 
     def take_rates(self) -> None:
         """Read the rates of this step from the table of the stage."""
@@ -212,12 +248,6 @@ class GroupStep:
             gradients = self.loss_scale.applied(gradients)
         with self.paired.precision.products(self.device):
             torch.autograd.backward(outputs, gradients)
-
-    def average_gradients(self, loss: Tensor) -> None:
-        """Overwrite gradients and loss with their means over the processes that train this group."""
-        if self.averaging is not None:
-            gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-            self.averaging.average([*gradients, loss])
 
     def update(self) -> None:
         """Clip the gradients, take the optimizer's step, and bring the moving average up to date."""
@@ -262,17 +292,6 @@ class GroupStep:
         wanted = self.aligned | ({head} & set(self.group) if self.objectives.use_teacher_logits else set())
         labels = self.inputs[LABELS] if self.objectives.use_labels and head in self.group else None
         return self.entry(), {k: self.inputs[output_key(k)] for k in sorted(wanted)}, labels
-
-    def _of_whole_batch(self, targets: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Return what the losses of parts need so that they add up to that of the whole batch; nothing without
-        parts."""
-        if self.micro_batches == 1 and self.averaging is None:
-            return {}
-        found = {k: self.objectives.feature.whole_batch(targets[k]) for k in sorted(self.aligned)}
-        found = {k: value for k, value in found.items() if value is not None}
-        if self.averaging is not None and found:
-            self.averaging.average(list(found.values()))
-        return found
 
     def _split_batch(
         self, entry: Tensor, targets: dict[int, Tensor], labels: Tensor | None

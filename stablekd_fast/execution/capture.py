@@ -1,7 +1,8 @@
-"""How a step runs: eagerly, as a CUDA graph, or as an emulated one. The engine's streams, events and graphs are here.
+"""How a step runs: eagerly, as a CUDA graph, or as an emulated one. The engine's streams and graphs are here.
 
-A *body* is a function without arguments that reads and writes tensors at fixed addresses only. Bodies that are captured
-together must not depend on each other: in a CUDA graph they are branches that run side by side.
+A *body* is a function without arguments that reads and writes tensors at fixed addresses only. Bodies of one *phase*
+must not depend on each other: in a CUDA graph they are branches that run side by side. A phase begins when all of the
+phase before has ended.
 """
 
 from __future__ import annotations
@@ -57,30 +58,38 @@ def pick_capture(name: str, device: torch.device) -> str:
 
 
 def make_runner(
-    mode: str, bodies: Sequence[Body], state: Sequence[Tensor], device: torch.device, *, fall_back: bool
+    mode: str,
+    bodies: Sequence[Body],
+    state: Sequence[Tensor],
+    device: torch.device,
+    *,
+    fall_back: bool,
+    then: Sequence[Sequence[Body]] = (),
 ) -> Runner:
-    """A runner for bodies, by a mode that `pick_capture` gave.
+    """A runner for bodies, by a mode that `pick_capture` gave: `bodies` are its first phase, `then` further ones.
 
-    `state` holds all tensors that outlive a run and that the bodies change. Making a runner leaves them as they were.
-    With `fall_back`, bodies that cannot be captured run eagerly, after one warning that names what broke capture;
-    without it, CaptureError is raised.
+    `state` holds all tensors that outlive a run and that the bodies change. Making a runner leaves them as they were,
+    and the device usable, also where that fails. With `fall_back`, bodies that cannot be captured run eagerly, after
+    one warning that names what broke capture; without it, CaptureError is raised.
     """
+    phases = [bodies, *then]
     if mode not in CAPTURED:
-        return (CompiledRunner if mode == "compile" else EagerRunner)(bodies)
+        return (CompiledRunner if mode == "compile" else EagerRunner)(phases)
     try:
-        return {"cudagraph": GraphRunner, "emulate": EmulatedRunner}[mode](bodies, state, device)
+        return {"cudagraph": GraphRunner, "emulate": EmulatedRunner}[mode](phases, state, device)
     except CaptureError as error:
         if not fall_back:
-            raise
+            cause = error.__cause__
+            raise cause if isinstance(cause, torch.OutOfMemoryError) else error from None  # `watched` explains that one
         warnings.warn(f"Training goes on without a captured graph: {error}", RuntimeWarning, stacklevel=2)
-        return EagerRunner(bodies)
+        return EagerRunner(phases)
 
 
 class EagerRunner:
     """Calls the bodies in order."""
 
-    def __init__(self, bodies: Sequence[Body]) -> None:
-        self.bodies, self.results = list(bodies), []
+    def __init__(self, phases: Sequence[Sequence[Body]]) -> None:
+        self.bodies, self.results = [body for bodies in phases for body in bodies], []
 
     def run(self) -> list[Any]:
         self.results = [body() for body in self.bodies]
@@ -112,12 +121,12 @@ class CompiledRunner(EagerRunner):
 class EmulatedRunner:
     """Records the bodies once and replays the records: what a CUDA graph would compute, on any device."""
 
-    def __init__(self, bodies: Sequence[Body], state: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(self, phases: Sequence[Sequence[Body]], state: Sequence[Tensor], device: torch.device) -> None:
         self._operations: list[Operation] = []
         with restored(state, device):
             recording = Recording()
             with recording:
-                self.results = [body() for body in bodies]
+                self.results = [body() for bodies in phases for body in bodies]
             self._operations = recording.operations
 
     def run(self) -> list[Any]:
@@ -129,53 +138,62 @@ class EmulatedRunner:
 
 
 class GraphRunner:
-    """All bodies in one CUDA graph, each on a branch of its own; one replay per step.
+    """All bodies in one CUDA graph, those of a phase on a branch each; one replay per step.
 
     One graph has one memory pool in which blocks belong to streams, so branches that run at the same time never share
     memory; and one random generator, whose offsets the branches take in the order of capture.
     """
 
-    def __init__(self, bodies: Sequence[Body], state: Sequence[Tensor], device: torch.device) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        streams = [_stream(device, number) for number in range(len(bodies))]
-        with restored(state, device):
-            self._warm_up(bodies, streams, device)
-        last, current = _Last(), torch.cuda.current_stream(device)
+    def __init__(self, phases: Sequence[Sequence[Body]], state: Sequence[Tensor], device: torch.device) -> None:
+        self._device = device
+        streams = [_stream(device, number) for number in range(max(map(len, phases)))]
+        with torch.cuda.device(device):
+            with restored(state, device):
+                self._warm_up(phases, streams)
+            self._graph = torch.cuda.CUDAGraph()
+            self._capture(phases, streams, state)
+
+    def _capture(
+        self, phases: Sequence[Sequence[Body]], streams: list[torch.cuda.Stream], state: Sequence[Tensor]
+    ) -> None:
+        last, current, pool = _Last(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
         try:
             # Threads that load data call CUDA too: only this one's calls are checked.
             with (
                 _own_gradients(state),
                 no_garbage_collection(),  # it might destroy another graph or wait for an event
-                torch.cuda.graph(self._graph, stream=streams[0], capture_error_mode="thread_local"),
+                torch.cuda.graph(self._graph, pool, streams[0], capture_error_mode="thread_local"),
                 last,
             ):
-                self.results = _side_by_side(bodies, streams)
-        except (RuntimeError, CaptureError) as error:
+                self.results = _side_by_side(phases, streams)
+        except BaseException as error:
             self.results = []
-            _recover(device, current)
+            _recover(self._graph, pool, current)
+            if not isinstance(error, (RuntimeError, CaptureError)):
+                raise
             line = str(_first(error)).strip().splitlines()[0]
-            raise CaptureError(f"{last.operation or 'the step'} cannot be captured: {line}") from error
+            raise CaptureError(f"{last.operation or 'the step'} cannot be captured: {line}") from _first(error)
 
-    def _warm_up(self, bodies: Sequence[Body], streams: list[torch.cuda.Stream], device: torch.device) -> None:
+    def _warm_up(self, phases: Sequence[Sequence[Body]], streams: list[torch.cuda.Stream]) -> None:
         """Run on the streams of the capture, so that libraries have set up their handles and workspaces there."""
-        current = torch.cuda.current_stream(device)
+        current = torch.cuda.current_stream()
         try:
-            for body, stream in zip(bodies, streams):
-                stream.wait_stream(current)
-                with torch.cuda.stream(stream):
-                    for number in range(_WARM_UP):
-                        with Watch() if number == 0 else contextlib.nullcontext():
-                            body()
-                current.wait_stream(stream)
+            for number in range(_WARM_UP):
+                for body, stream in ((body, stream) for bodies in phases for body, stream in zip(bodies, streams)):
+                    stream.wait_stream(current)
+                    with torch.cuda.stream(stream), Watch() if number == 0 else contextlib.nullcontext():
+                        body()
+                    current.wait_stream(stream)
         finally:  # what a body began before it failed must not run into the restoring of state
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize()
 
     def run(self) -> list[Any]:
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         return self.results
 
     def close(self) -> None:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         self._graph.reset()
         self.results = []
 
@@ -186,13 +204,22 @@ def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _recover(device: torch.device, stream: torch.cuda.Stream) -> None:
-    """Go on after a capture that failed: torch then leaves its stream current, and its generator capturing."""
+def _recover(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+    """Go on after a capture that failed: make `stream`, which was current before it, current again, and give back the
+    memory of `pool`.
+
+    Where the capture could not even be ended, torch leaves its stream current and its generator capturing, and its
+    allocator goes on to count the pool as one that a capture fills: it then keeps all freed memory, for good.
+    """
     torch.cuda.set_stream(stream)
-    torch.cuda.synchronize(device)
-    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.synchronize()
+    index = torch.cuda.current_device()
     generator = torch.cuda.default_generators[index]
     generator.graphsafe_set_state(generator.clone_state())
+    with contextlib.suppress(RuntimeError):  # raised where the capture was ended; the graph then holds the pool
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    graph.reset()
 
 
 def _first(error: BaseException) -> BaseException:
@@ -212,16 +239,18 @@ class _Last(Watch):
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
-def _side_by_side(bodies: Sequence[Body], streams: Sequence[torch.cuda.Stream]) -> list[Any]:
-    """Run each body on its stream: all fork from the first, which captures, and join it again."""
+def _side_by_side(phases: Sequence[Sequence[Body]], streams: Sequence[torch.cuda.Stream]) -> list[Any]:
+    """Run each body of a phase on its stream: all fork from the first, which captures, and join it again."""
     first, results = streams[0], []
-    for stream in streams[1:]:
-        stream.wait_stream(first)
-    for body, stream in zip(bodies, streams):
-        with torch.cuda.stream(stream):
-            results.append(body())
-    for stream in streams[1:]:
-        first.wait_stream(stream)
+    for bodies in phases:
+        branches = streams[1 : len(bodies)]
+        for stream in branches:
+            stream.wait_stream(first)
+        for body, stream in zip(bodies, streams):
+            with torch.cuda.stream(stream):
+                results.append(body())
+        for stream in branches:
+            first.wait_stream(stream)
     return results
 
 
@@ -247,29 +276,3 @@ def _own_gradients(state: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for tensor, gradient in zip(state, before):
             tensor.grad = gradient
-
-
-class HostCopy:
-    """Copies of tensors on their way to the host, while the device goes on."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._event: torch.cuda.Event | None = None
-        if tensors and tensors[0].device.type == "cuda":
-            self._values = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
-            for value, tensor in zip(self._values, tensors):
-                value.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(tensors[0].device))
-        else:
-            self._values = [tensor.clone() for tensor in tensors]
-
-    @property
-    def arrived(self) -> bool:
-        """Whether `values` would return at once."""
-        return self._event is None or self._event.query()
-
-    def values(self) -> list[Tensor]:
-        """Wait for the copies and return them."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._values

@@ -120,10 +120,14 @@ def _ranks(event: dict) -> list[str]:
     mesh = f"stage {event['stage'] + 1} on {event['mesh']['blocks']} x {event['mesh']['data']} ranks (blocks x data)"
     return [
         f"{mesh}: rank {row['rank']} trained {', '.join(row['groups'])}, {row['measured_ms']:.1f} ms a step "
-        f"(predicted {_number(row['predicted_ms'], '.1f')}), idle {row['idle_share']:.0%}, "
+        f"(predicted {_number(row['predicted_ms'], '.1f')}), {_idle(row['idle_share'])}, "
         f"{row['gradient_bytes']:,.0f} bytes of gradients a step"
         for row in event["ranks"]
     ]
+
+
+def _idle(share: float | None) -> str:
+    return "idle time not known, as exchanges are captured" if share is None else f"idle {share:.0%}"
 
 
 def _number(value: float | None, form: str) -> str:

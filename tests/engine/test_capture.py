@@ -138,7 +138,7 @@ def test_making_a_runner_leaves_weights_statistics_moments_and_random_state_alon
     nn.ModuleList(paired.student_blocks).train()
     step = GroupStep(paired, [0, 1, 2, 3], aims, Optimizer(), inputs, rates=Rates.constant(0.1))
     before, random = [tensor.detach().clone() for tensor in step.state()], torch.get_rng_state()
-    runner = EmulatedRunner([step.run], step.state(), CPU)
+    runner = EmulatedRunner([[step.run]], step.state(), CPU)
     assert same_bits(before, step.state())
     assert torch.equal(random, torch.get_rng_state())
     runner.run()

@@ -12,7 +12,8 @@ from stablekd_fast.engine import stage as stage_module
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
 from stablekd_fast.engine.stage import stage_steps
 from stablekd_fast.engine.step import Rates
-from stablekd_fast.execution.capture import EmulatedRunner, HostCopy
+from stablekd_fast.execution.capture import EmulatedRunner
+from stablekd_fast.execution.moments import HostCopy
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.live import LiveTeacher, Relay
 

@@ -12,7 +12,8 @@ from stablekd_fast.cli import main
 from stablekd_fast.engine.checkpoint import load_tensors
 from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.errors import CaptureError
-from stablekd_fast.execution.capture import EagerRunner, HostCopy, make_runner
+from stablekd_fast.execution.capture import EagerRunner, make_runner
+from stablekd_fast.execution.moments import HostCopy
 from stablekd_fast.execution.precision import LossScale
 from stablekd_fast.teacher.live import LiveTeacher
 
