@@ -44,10 +44,6 @@ class RankError(TrainingError):
     """Another process of the run is gone, does not answer, or failed."""
 
 
-class DeviceStuck(RankError):
-    """This process's GPU waits, in an exchange, for a rank that is gone: whoever waits for the GPU waits for ever."""
-
-
 class CaptureError(TrainingError):
     """A step cannot be captured: it reads device data on the host, or does what a graph cannot repeat."""
 

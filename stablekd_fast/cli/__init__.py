@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from stablekd_fast.cli.spelling import Parser, explained, underscored
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.execution.memory import keep_freed_memory
+from stablekd_fast.execution.moments import given_up
 from stablekd_fast.planning.pair import PairPlan, plan_pair, plan_ranks
 from stablekd_fast.report.terminal import console, print_rows
 
@@ -40,10 +42,17 @@ def main(arguments: list[str] | None = None) -> int:
         return RUN[settings.command](options)
     except StableKDError as error:
         print(f"stablekd: {error}", file=sys.stderr)
-        return 2
+        return _leave(2) if given_up() else 2
     except KeyboardInterrupt:
         print("stablekd: interrupted. --resume continues from the last checkpoint.", file=sys.stderr)
         return 130
+
+
+def _leave(code: int) -> int:
+    """End the process at once: a GPU that waits for a lost process is waited for at an ordinary exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _demo(options: jsonargparse.Namespace) -> int:

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stablekd_fast.errors import ConfigError, DeviceStuck, RankError
-from stablekd_fast.execution.moments import Clock, Moment
+from stablekd_fast.errors import ConfigError, RankError
+from stablekd_fast.execution.moments import Clock, Moment, give_up
 
 T = TypeVar("T")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
@@ -88,7 +88,7 @@ class Ranks:
     def wait(self, moment: Moment, what: str) -> None:
         """Wait until the device has come to `moment`. Other ranks may have a part in what it does before.
 
-        Raises DeviceStuck, which names the ranks that are missing, if it does not come there within the timeout: a
+        Raises RankError, which names the ranks that are missing, if it does not come there within the timeout: a
         captured step that waits for a rank is watched by nobody else.
         """
         if self.size == 1:
@@ -97,10 +97,10 @@ class Ranks:
         try:
             while not moment.passed:
                 if time.monotonic() > deadline:
-                    raise DeviceStuck(self._missing(what, "the GPU does not come to the end of its work"))
+                    raise RuntimeError("the GPU does not come to the end of its work")
                 time.sleep(_POLLING_SECONDS)
-        except RuntimeError as error:  # the exchange was aborted, or the device failed
-            raise DeviceStuck(self._missing(what, error)) from error
+        except RuntimeError as error:
+            raise self._lost(what, error) from error
 
     def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
         """Overwrite `tensors`, alike in shape on all ranks, with those of the rank `source`. One exchange per dtype."""
@@ -194,9 +194,14 @@ class Ranks:
             with contextlib.nullcontext() if captured else self.clock.timing(self.waiting_in):
                 yield
         except (RuntimeError, dist.DistError) as error:
-            raise RankError(self._missing(what, error)) from error
+            raise self._lost(what, error) from error
 
-    def _missing(self, what: str, error: Exception | str) -> str:
+    def _lost(self, what: str, error: Exception) -> RankError:
+        """The error for an exchange that failed. A GPU may go on to wait for the rank that is gone, in another one."""
+        give_up(self.clock.device)
+        return RankError(self._missing(what, error))
+
+    def _missing(self, what: str, error: Exception) -> str:
         """The message on an exchange that failed. Ranks that wait too say so in the store; the others are missing."""
         reason = str(error).strip().splitlines()[0]
         head = (

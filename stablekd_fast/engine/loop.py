@@ -19,7 +19,7 @@ from stablekd_fast.engine.parts import Parts
 from stablekd_fast.engine.schedule import PlannedStage
 from stablekd_fast.engine.stage import DividedSteps, LossReader, StageRun, bodies_of, stage_steps
 from stablekd_fast.engine.step import GroupStep, Rates, load_batch
-from stablekd_fast.errors import DeviceStuck, TrainingError
+from stablekd_fast.errors import TrainingError
 from stablekd_fast.execution.capture import Runner, make_runner
 from stablekd_fast.execution.memory import watched
 from stablekd_fast.execution.moments import Clock, Moment
@@ -55,9 +55,6 @@ class Engine:
                         self._after_step(stage)
                 if stage.teacher is not self.parts.teacher:
                     stage.teacher.close()
-            except DeviceStuck:
-                stage.runner = None  # to end its graph is to wait for it
-                raise
             finally:
                 if stage.runner is not None:
                     stage.runner.close()

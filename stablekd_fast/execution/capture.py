@@ -19,6 +19,7 @@ from torch import Tensor
 from stablekd_fast.errors import CaptureError, ConfigError
 from stablekd_fast.execution.emulator import Operation, Recording, Watch, replay
 from stablekd_fast.execution.memory import no_garbage_collection
+from stablekd_fast.execution.moments import given_up
 
 CAPTURES = ("auto", "eager", "cudagraph", "compile", "emulate")
 CAPTURED = ("cudagraph", "emulate")
@@ -193,6 +194,8 @@ class GraphRunner:
         return self.results
 
     def close(self) -> None:
+        if given_up(self._device):
+            return
         torch.cuda.synchronize(self._device)
         self._graph.reset()
         self.results = []

@@ -13,6 +13,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+_GIVEN_UP: set[torch.device] = set()
+
+
+def give_up(device: torch.device) -> None:
+    """Note that a GPU may be waiting for another process that is gone: whoever waits for it waits for ever."""
+    if device.type == "cuda":
+        _GIVEN_UP.add(device)
+
+
+def given_up(device: torch.device | None = None) -> bool:
+    """Whether nobody must wait for the device (any device, without one) any more; the process can only end."""
+    return bool(_GIVEN_UP) if device is None else device in _GIVEN_UP
+
 
 class Moment:
     """The end of all work that was given to the current stream of `device` so far; on a CPU, now."""
