@@ -55,7 +55,7 @@ class _Normalise(torch.autograd.Function):
         values = x if x.dtype == torch.float64 else x.float()
         own_variance, own_mean = torch.var_mean(values, over, correction=0)
         gathered = [torch.empty_like(torch.stack([own_mean, own_variance])) for _ in range(averaging.count)]
-        with averaging.ranks.meeting("statistics of batch norms are gathered"):
+        with averaging.ranks.meeting("statistics of batch norms are gathered", averaging.group):
             dist.all_gather(gathered, torch.stack([own_mean, own_variance]), group=averaging.group)
         means, variances = torch.stack(gathered).unbind(1)
         mean = means.mean(0)  # parts are of one size; a variance from means and squares would cancel

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,7 +124,7 @@ class Ranks:
         for alike in _by_dtype(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in alike])
             self.gradient_bytes += flat.nbytes
-            with self.meeting("gradients are averaged"):
+            with self.meeting("gradients are averaged", group):
                 dist.all_reduce(flat, group=group)
             _unflatten(flat.div_(count), alike)
 
@@ -182,8 +182,8 @@ class Ranks:
             self._store.set(f"stablekd/at/{self.rank}", json.dumps([self.where(), time.time()]))
 
     @contextlib.contextmanager
-    def meeting(self, what: str) -> Iterator[None]:
-        """A context for an exchange, whose seconds the clock counts.
+    def meeting(self, what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+        """A context for an exchange in a group (of all ranks, without one), whose seconds the clock counts.
 
         Raises RankError if the exchange fails. Its message says that the rank waited where `what`, and names the ranks
         that did not come.
@@ -194,14 +194,15 @@ class Ranks:
             with contextlib.nullcontext() if captured else self.clock.timing(self.waiting_in):
                 yield
         except (RuntimeError, dist.DistError) as error:
-            raise self._lost(what, error) from error
+            raise self._lost(what, error, group) from error
 
-    def _lost(self, what: str, error: Exception) -> RankError:
+    def _lost(self, what: str, error: Exception, group: dist.ProcessGroup | None = None) -> RankError:
         """The error for an exchange that failed. A GPU may go on to wait for the rank that is gone, in another one."""
         give_up(self.clock.device)
-        return RankError(self._missing(what, error))
+        among = range(self.size) if group is None else dist.get_process_group_ranks(group)
+        return RankError(self._missing(what, error, among))
 
-    def _missing(self, what: str, error: Exception) -> str:
+    def _missing(self, what: str, error: Exception, among: Iterable[int]) -> str:
         """The message on an exchange that failed. Ranks that wait too say so in the store; the others are missing."""
         reason = str(error).strip().splitlines()[0]
         head = (
@@ -216,7 +217,7 @@ class Ranks:
         try:
             self._store.set(f"stablekd/waiting/{self.rank}", "1")
             time.sleep(_SETTLING_SECONDS)
-            missing = [rank for rank in range(self.size) if not self._store.check([f"stablekd/waiting/{rank}"])]
+            missing = [rank for rank in among if not self._store.check([f"stablekd/waiting/{rank}"])]
             said = [f"rank {rank}, last heard of at {_last_heard(self._store, rank)}" for rank in missing]
         except (RuntimeError, dist.DistError):  # the process that held the store is gone as well
             return f"{head} {remedy}"

@@ -170,6 +170,24 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(launch, tmp_path):
     assert "Missing: rank 1, last heard of at step " in output, output
 
 
+@pytest.mark.parametrize("how", ["between gradients", "in a norm"])
+def test_a_rank_that_hangs_in_a_group_of_the_mesh_is_named_within_the_timeout(launch, how):
+    """The timeout is 6 seconds: groups of a mesh must have it too, and every exchange must name who is missing."""
+    _, _, by_hand, _ = launch
+    processes = by_hand(4, "parting", how)
+    try:
+        output, _ = processes[2].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    (line,) = [line for line in output.splitlines() if line.startswith("ENDED")]
+    _, seconds, kind, text = line.split(maxsplit=3)
+    assert kind == "RankError" and 5 < float(seconds) < 20
+    assert "Missing: rank 3, last heard of" in text and "rank 0" not in text, "the others are not in the group"
+    assert "timeout 6 s" in text
+
+
 def wait_for_steps(process, log: Path, step: int) -> None:
     """Wait until the training of so many steps was logged."""
     while last_step(log) < step:

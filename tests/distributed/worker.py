@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -97,6 +98,30 @@ def hanging(out: str) -> None:
     made.run(progress=False)
 
 
+def parting(how: str) -> None:
+    """Average over a data axis of two among four ranks, of which the last one stops in the midst of it: before the
+    exchange, or before that of a batch norm in the forward pass."""
+    from stablekd_fast.distributed import Layout
+    from stablekd_fast.distributed.norms import SyncNorm
+
+    ranks = join(CPU, 6)
+    averaging = Layout(2, 2, (0, 1)).averaging(ranks, CPU)
+    norm = SyncNorm(torch.nn.BatchNorm2d(3), averaging)
+    for _ in range(3):
+        averaging.average([torch.ones(4)])
+        norm(torch.randn(2, 3, 4, 4))
+    if RANK == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if RANK == 2:
+        start = time.monotonic()
+        try:
+            norm(torch.randn(2, 3, 4, 4)) if how == "in a norm" else averaging.average([torch.ones(4)])
+        except Exception as error:
+            say("ENDED", f"{time.monotonic() - start:.1f}", type(error).__name__, str(error))
+        os._exit(0)
+    time.sleep(120)  # the others are busy elsewhere
+
+
 def data_axis() -> None:
     """Print, in float64 over 20 steps and in float32 over one, how far training on parts of batches is from training on
     whole ones."""
@@ -183,6 +208,7 @@ TASKS = {
     "other weights": other_weights,
     "hanging": hanging,
     "data": data_axis,
+    "parting": parting,
 }
 
 if __name__ == "__main__":
