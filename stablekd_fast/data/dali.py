@@ -12,7 +12,7 @@ The other way to use DALI, with its own readers, order and random crops, is `dal
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,6 +29,8 @@ from stablekd_fast.errors import ConfigError
 
 _READERS = 2
 """So many threads fetch bytes and draw boxes."""
+_IDLE = 2
+"""So many pipelines wait for their next iteration: training's, and that of an evaluation in its midst."""
 _PARTS = 4
 """So many parts of a batch are finished side by side."""
 
@@ -99,7 +101,9 @@ class DaliDecoder:
         require_dali("dali")
         self.crops, self.batch_size, self.threads = crops, batch_size, max(1, threads)
         self.device, self.depth = torch.device(device), depth
-        self._pipeline: _Pipeline | None = None
+        self._idle: list[_Pipeline] = []
+        """Empty pipelines. Each iteration has one to itself while it lasts: what comes out of a pipeline belongs to
+        whoever put it in."""
 
     def identity(self) -> dict:
         return {"source": "dali", "version": load_dali().__version__, "device": self.device.type}
@@ -125,39 +129,25 @@ class DaliDecoder:
 
     def _through_pipeline(self, batches: Iterator[_Batch]) -> Generator[_Batch]:
         """Have DALI decode the batches, `depth` of them in its hands at a time."""
-        in_flight: deque[_Batch] = deque()
+        flight = _Flight(self._pipeline)
         try:
             for batch in batches:
-                self._start(batch)
-                in_flight.append(batch)
-                if len(in_flight) >= self.depth:
-                    yield self._take(in_flight)
-            while in_flight:
-                yield self._take(in_flight)
+                flight.start(batch)
+                if len(flight) >= self.depth:
+                    yield flight.take()
+            while len(flight):
+                yield flight.take()
         finally:
-            if in_flight or (self._pipeline is not None and self._pipeline.holds_fillers):
-                self._pipeline = None  # what is left in it belongs to nobody
+            pipeline = flight.end()
+            if pipeline is not None and len(self._idle) < _IDLE:
+                self._idle.append(pipeline)
 
-    def _start(self, batch: _Batch) -> None:
-        images = list(batch.plain.values())
-        if not images:
-            return
-        if self._pipeline is None:
-            self._pipeline = _Pipeline(self.batch_size, self.threads, self.crops.size, self.device, self.depth)
-        self._pipeline.start(images)
-
-    def _take(self, in_flight: deque[_Batch]) -> _Batch:
-        batch = in_flight.popleft()
-        places = list(batch.plain)
-        if places:
-            assert self._pipeline is not None
-            try:
-                batch.cuts = dict(zip(places, self._pipeline.take(len(places))))
-            except RuntimeError:  # one damaged image spoils its batch, and the pipeline with it
-                self._pipeline = None
-                for other in in_flight:
-                    self._start(other)
-        return batch
+    def _pipeline(self) -> _Pipeline:
+        """Return a pipeline that nobody uses."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _Pipeline(self.batch_size, self.threads, self.crops.size, self.device, self.depth)
 
     def _finish(self, task: tuple[_Batch, int]) -> _Batch:
         """Fill in every `_PARTS`-th image of a batch: what was stored, what DALI decoded, and what it was not given."""
@@ -178,6 +168,56 @@ class DaliDecoder:
         if crop is None:
             batch.positions[place], crop = self.crops.next_good(int(batch.positions[place]), batch.view)
         return crop
+
+
+class _Flight:
+    """The batches of one iteration that are in a pipeline of its own, which `board` gives; in their order."""
+
+    def __init__(self, board: Callable[[], _Pipeline]) -> None:
+        self._board = board
+        self._pipeline: _Pipeline | None = None
+        self._batches: deque[_Batch] = deque()
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def start(self, batch: _Batch) -> None:
+        """Begin a batch."""
+        self._batches.append(batch)
+        self._feed(batch)
+
+    def take(self) -> _Batch:
+        """Return the oldest batch with what DALI decoded of it; with nothing if DALI gave up on it."""
+        batch = self._batches.popleft()
+        places = list(batch.plain)
+        if places:
+            assert self._pipeline is not None
+            try:
+                batch.cuts = dict(zip(places, self._pipeline.take(len(places))))
+            except RuntimeError:  # one damaged image spoils its batch, and the pipeline with it
+                self._pipeline = None
+                for other in self._batches:
+                    self._feed(other)
+        return batch
+
+    def end(self) -> _Pipeline | None:
+        """Give up the batches that are left, and return the pipeline, empty; None if there is none that is sound."""
+        pipeline, self._pipeline = self._pipeline, None
+        self._batches.clear()
+        try:
+            if pipeline is not None:
+                pipeline.drain()
+        except RuntimeError:  # an image that nobody waits for is damaged
+            return None
+        return pipeline
+
+    def _feed(self, batch: _Batch) -> None:
+        images = list(batch.plain.values())
+        if not images:
+            return
+        if self._pipeline is None:
+            self._pipeline = self._board()
+        self._pipeline.start(images)
 
 
 class _Pipeline:
@@ -206,11 +246,13 @@ class _Pipeline:
         self._fed: deque[list[np.ndarray]] = deque(maxlen=2 * depth + 2)
         """The bytes that DALI reads, which are not copied."""
         self._last: list[Encoded] = []
-        self.holds_fillers = False
+        self._inside = 0
+        """How many batches were begun and not taken."""
 
     def start(self, images: list[Encoded]) -> None:
         """Begin a batch, or wait with it for others where DALI has not begun at all yet."""
         self._last = images
+        self._inside += 1
         self._fed.append([np.frombuffer(image.content, np.uint8) for image in images])
         self._dali.feed_input("encoded", self._fed[-1])
         self._dali.feed_input("start", [image.box[:2].astype(np.int32) for image in images])
@@ -222,16 +264,26 @@ class _Pipeline:
     def take(self, count: int) -> list[Tensor]:
         """Return the boxes of the oldest batch, of `count` images. Raises RuntimeError for a damaged image, and loses
         all that was begun."""
-        while self._to_fill:  # there were too few batches for DALI to begin
-            self.holds_fillers = True
-            self.start(self._last)
-        (output,) = self._dali.share_outputs()
+        output = self._next()
         if self.device.type == "cuda":
             cuts = list(copied_to_gpu(output, count, self.size, self.device))
         else:
             cuts = [torch.from_numpy(np.array(output.at(place))) for place in range(count)]
         self._dali.release_outputs()
         return cuts
+
+    def drain(self) -> None:
+        """Let all that was begun come out, for nobody. Raises RuntimeError for a damaged image."""
+        while self._inside:
+            self._next()
+            self._dali.release_outputs()
+
+    def _next(self) -> Any:
+        while self._to_fill:  # there were too few batches for DALI to begin
+            self.start(self._last)
+        self._inside -= 1
+        (output,) = self._dali.share_outputs()
+        return output
 
 
 def device_id_of(device: torch.device) -> int | None:

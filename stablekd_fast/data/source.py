@@ -90,7 +90,8 @@ class TrainSource:
             assert augmentation.size is not None  # every resized crop has one
             self._crops = Crops(split, augmentation.size, self.view_seed, augmentation.scaled_decode)
         self.decoder = self._make_decoder()
-        self._order_epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._order = (-1, np.empty(0, dtype=np.int64))
+        """The epoch last asked for and its order, in one place: threads may ask for different epochs."""
 
     def part(self, rank: int, ranks: int) -> TrainSource:
         """Return the same source for one of `ranks` processes, with the same images in memory and the same stored
@@ -157,9 +158,11 @@ class TrainSource:
     def positions(self, step: int) -> np.ndarray:
         """Return which images make the batch of a step: positions in the split, int64 `[N]`."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        if epoch != self._order_epoch:
-            self._order_epoch, self._order = epoch, epoch_order(self.seed, epoch, len(self.split))
-        return self._own(self._order[index * self.batch_size : (index + 1) * self.batch_size])
+        known, order = self._order
+        if epoch != known:
+            order = epoch_order(self.seed, epoch, len(self.split))
+            self._order = epoch, order
+        return self._own(order[index * self.batch_size : (index + 1) * self.batch_size])
 
     def _view(self, step: int) -> int:
         epoch = step // self.steps_per_epoch

@@ -48,3 +48,46 @@ def write_large_tree(tmp_path):
         return root
 
     return write
+
+
+@pytest.fixture
+def picture():
+    """Makes pictures that are smooth, as photographs are: a few random colours blown up."""
+    return _smooth
+
+
+def _smooth(seed: int, height: int, width: int) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def strange_tree(tmp_path, picture):
+    """Two classes of pictures, among them whatever users' folders hold; and how many cannot be used."""
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for k in range(6):
+                picture(k, 90 + 7 * k, 130 - 5 * k).save(tmp_path / part / label / f"plain{k}.jpg", quality=92)
+    folder = tmp_path / "train" / "b"
+    whole = (folder / "plain0.jpg").read_bytes()
+    picture(10, 80, 100).convert("CMYK").save(folder / "cmyk.jpg")
+    picture(11, 80, 100).convert("L").save(folder / "gray.jpg")
+    picture(12, 80, 100).save(folder / "progressive.jpg", progressive=True)
+    picture(13, 80, 100).save(folder / "png.png")
+    Image.fromarray((np.arange(8000, dtype=np.uint16) * 8).reshape(80, 100)).save(folder / "deep.png")
+    for orientation in (1, 3, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture(14, 80, 120).save(folder / f"turned{orientation}.jpg", exif=exif)
+    picture(15, 40, 20_000).save(folder / "wide.jpg")
+    picture(16, 1, 1).save(folder / "dot.jpg")
+    (folder / "tail.jpg").write_bytes(whole + b"behind the end")
+    (folder / "long_tail.jpg").write_bytes(whole + bytes(5000))
+    holes = bytearray(whole)
+    holes[len(holes) // 2 : len(holes) // 2 + 40] = bytes(40)
+    (folder / "holes.jpg").write_bytes(holes)
+    bad = {"empty.jpg": b"", "text.jpg": b"no picture", "cut.jpg": whole[: len(whole) // 2], "head.jpg": whole[:300]}
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    return tmp_path, sorted(bad)
