@@ -42,22 +42,24 @@ def define_loss(
     """Define the operators `<name>` and `<name>_with_grad` by their references, and return how to call them.
 
     The first function returned gives the loss, and can be differentiated with respect to the `differentiable` operands.
-    Where only the student asks, the gradient is made in the same pass as the loss and waits for backward; in every
-    other case the reference, which is differentiable to any order, is differentiated. The second function returned
-    gives loss and gradient, and records nothing for autograd.
+    Where only the student asks, the gradient is made in the same pass as the loss and waits for backward; that of a
+    float16 student, which would be rounded to nothing before it is scaled, is made in backward, from what comes
+    upstream. In every other case the reference, which is differentiable to any order, is differentiated. The second
+    function returned gives loss and gradient, and records nothing for autograd.
     """
     arguments = ", ".join(f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in get_type_hints(operands).items())
     with_factors = f"{arguments}, float factor, Tensor? upstream"
     _OPERANDS[name] = _OPERANDS[f"{name}_with_grad"] = operands
     define(name, f"({arguments}) -> Tensor", loss, _loss_fake)
     define(f"{name}_with_grad", f"({with_factors}) -> (Tensor, Tensor)", with_grad, _with_grad_fake)
-    backward = _backward_of(operands, loss, [operands._fields.index(field) for field in differentiable])
+    places = [operands._fields.index(field) for field in differentiable]
+    backward = _backward_of(f"{name}_with_grad", operands, loss, places)
     for operator in (name, f"{name}_with_grad"):
         torch.library.register_autograd(f"stablekd::{operator}", backward, setup_context=_setup_context)
     alone, together = (getattr(torch.ops.stablekd, operator).default for operator in (name, f"{name}_with_grad"))
 
     def by_autograd(given: Given) -> Tensor:
-        if given[0].requires_grad and torch.is_grad_enabled():
+        if given[0].requires_grad and torch.is_grad_enabled() and given[0].dtype != torch.float16:
             return together(*given, 1.0, None)[0]
         return alone(*given)
 
@@ -79,8 +81,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, Tenso
     ctx.save_for_backward(*tensors, gradient)
 
 
-def _backward_of(operands: type[Given], loss: Loss[Given], differentiable: list[int]) -> Callable:
-    """Return the backward of both operators, with respect to the operands at the places in `differentiable`."""
+def _backward_of(with_grad: str, operands: type[Given], loss: Loss[Given], differentiable: list[int]) -> Callable:
+    """Return the backward of a loss and of its operator `with_grad`, with respect to the operands at the places in
+    `differentiable`."""
     count = len(operands._fields)
 
     def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -90,6 +93,10 @@ def _backward_of(operands: type[Given], loss: Loss[Given], differentiable: list[
         create_graph = torch.is_grad_enabled()
         if gradient is not None and wanted == [0] and not create_graph:
             gradients[0] = gradient * upstream
+            return tuple(gradients)
+        if wanted == [0] and not create_graph and len(tensors) == count:
+            given = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
+            gradients[0] = getattr(torch.ops.stablekd, with_grad).default(*given, 1.0, upstream)[1]
             return tuple(gradients)
         values = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
         factor, scale = values[count:] or (1.0, None)

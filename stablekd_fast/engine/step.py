@@ -194,11 +194,13 @@ class GroupStep:
         """Take this step's rates; go forward and backward through the micro-batches. Gradients and loss are kept for
         `finish`."""
         self.take_rates()
+        # float16 is too coarse for gradients that are scaled later: the losses scale them before they round.
+        upstream = None if self.loss_scale is None else self.loss_scale.scale / self.micro_batches
         total = []
         for micro_batch in self._split_batch(*self._tensors()):
             with self.paired.precision.applied(self.device):
-                outputs, gradients, losses = self._network(*micro_batch, self._whole)
-            if self.micro_batches > 1:
+                outputs, gradients, losses = self._network(*micro_batch, self._whole, upstream)
+            if self.micro_batches > 1 and upstream is None:
                 gradients = [gradient / self.micro_batches for gradient in gradients]
             self.backward(outputs, gradients)
             total += losses
@@ -235,7 +237,7 @@ class GroupStep:
         """
         own_entry, targets, labels = self._tensors()
         with self.paired.precision.applied(self.device):
-            return self._compute(own_entry if entry is None else entry, targets, labels, {})
+            return self._compute(own_entry if entry is None else entry, targets, labels, {}, None)
 
     def entry(self) -> Tensor:
         """What feeds the group: images, or the teacher's activation before it."""
@@ -244,8 +246,6 @@ class GroupStep:
 
     def backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
         """Start backward from the gradients that the losses returned."""
-        if self.loss_scale is not None:
-            gradients = self.loss_scale.applied(gradients)
         with self.paired.precision.products(self.device):
             torch.autograd.backward(outputs, gradients)
 
@@ -302,17 +302,21 @@ class GroupStep:
             yield entry[start : start + size], cut, None if labels is None else labels[start : start + size]
 
     def _compute(
-        self, x: Tensor, targets: dict[int, Tensor], labels: Tensor | None, whole: dict[int, Tensor]
+        self,
+        x: Tensor,
+        targets: dict[int, Tensor],
+        labels: Tensor | None,
+        whole: dict[int, Tensor],
+        upstream: Tensor | None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         outputs, gradients, losses = [], [], []
         for k, block in zip(self.group, self.blocks):
             x = block(x)
             if k in self.aligned:
                 axis = self.paired.cuts[k].student_channel_axis
-                of_batch = [whole[k]] if k in whole else []
-                loss, gradient = self.objectives.feature(x.detach(), targets[k], axis, *of_batch)
+                loss, gradient = self.objectives.feature(x.detach(), targets[k], axis, whole.get(k), upstream)
             elif k == len(self.paired.cuts):
-                loss, gradient = self.objectives.logits(x.detach(), targets.get(k), labels)
+                loss, gradient = self.objectives.logits(x.detach(), targets.get(k), labels, upstream)
             else:
                 continue
             outputs.append(x)

@@ -135,10 +135,6 @@ class LossScale:
         self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
         self.skipped = torch.zeros((), device=device)
 
-    def applied(self, gradients: list[Tensor]) -> list[Tensor]:
-        """The gradients times the scale. The product is taken in float32, since 2^16 is infinite in float16."""
-        return [(gradient.float() * self.scale).to(gradient.dtype) for gradient in gradients]
-
     def take_off(self, gradients: list[Tensor]) -> None:
         """Divide gradients by the scale, in place, and note in `skipped` whether one is not finite."""
         self.skipped.zero_()

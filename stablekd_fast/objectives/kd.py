@@ -36,8 +36,11 @@ class LogitKD:
 
 
 @register("logits", "kd", LogitKD)
-def logit_kd(config: LogitKD, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return loss and gradient: the cross entropy alone without teacher logits, the divergence alone without labels.
+def logit_kd(
+    config: LogitKD, student: Tensor, teacher: Tensor | None, labels: Tensor | None, upstream: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient, both times `upstream`: the cross entropy alone without teacher logits, the divergence
+    alone without labels.
 
     Labels are int64 `[N]`, or probabilities `[N, C]`.
     """
@@ -46,11 +49,11 @@ def logit_kd(config: LogitKD, student: Tensor, teacher: Tensor | None, labels: T
     total = kl_weight + ce_weight
     if teacher is None or kl_weight == 0.0:
         assert labels is not None
-        return _cross_entropy(student, labels, ce_weight, config.label_smoothing)
+        return _cross_entropy(student, labels, ce_weight, config.label_smoothing, upstream)
     if labels is not None and ce_weight and labels.is_floating_point():
-        cross_entropy, ce_gradient = _cross_entropy(student, labels, ce_weight, config.label_smoothing)
+        cross_entropy, ce_gradient = _cross_entropy(student, labels, ce_weight, config.label_smoothing, upstream)
         divergence, kl_gradient = kernels.kd_loss_with_grad(
-            student, teacher, temperature=config.temperature, scale=kl_weight
+            student, teacher, temperature=config.temperature, scale=kl_weight, upstream=upstream
         )
         return cross_entropy + divergence, ce_gradient + kl_gradient
     return kernels.kd_loss_with_grad(
@@ -61,12 +64,17 @@ def logit_kd(config: LogitKD, student: Tensor, teacher: Tensor | None, labels: T
         alpha=kl_weight / total,
         label_smoothing=config.label_smoothing,
         scale=total,
+        upstream=upstream,
     )
 
 
-def _cross_entropy(student: Tensor, labels: Tensor, weight: float, smoothing: float) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    student: Tensor, labels: Tensor, weight: float, smoothing: float, upstream: Tensor | None
+) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = student.detach().requires_grad_(True)
         loss = weight * nn.functional.cross_entropy(leaf, labels, label_smoothing=smoothing)
+        if upstream is not None:
+            loss = loss.float() * upstream
         (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient

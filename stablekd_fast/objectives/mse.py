@@ -36,9 +36,21 @@ def _power(config: FeatureMSE, target: Tensor) -> Tensor | None:
 
 @register("feature", "mse", FeatureMSE, whole_batch=_power)
 def feature_mse(
-    config: FeatureMSE, student: Tensor, target: Tensor, channel_axis: int, power: Tensor | None = None
+    config: FeatureMSE,
+    student: Tensor,
+    target: Tensor,
+    channel_axis: int,
+    power: Tensor | None = None,
+    upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return loss and gradient. `power` is the mean square of the whole batch's target; None: of this one."""
+    """Return loss and gradient, both times `upstream`. `power` is the mean square of the whole batch's target; None: of
+    this one."""
     return kernels.feature_mse_with_grad(
-        student, target, normalize=config.normalize, scale=power, weight=config.weight, channel_axis=channel_axis
+        student,
+        target,
+        normalize=config.normalize,
+        scale=power,
+        weight=config.weight,
+        channel_axis=channel_axis,
+        upstream=upstream,
     )

@@ -8,11 +8,17 @@ Two places take objectives:
 
 Losses come already weighted, as 0-dim tensors, together with their gradient with respect to the student's tensor:
 a step starts backward from the gradients, so no further pass over the feature maps is made.
+
+A function may take a keyword `upstream`, a 0-dim tensor or None, by which loss and gradient are then to be multiplied
+before they are rounded to the student's type: the gradient of a mean over a large feature map is too small for float16,
+and the loss scale of a step comes too late behind it. The gradient of a function that does not take it is multiplied
+afterwards. What is reported is the loss without `upstream`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
@@ -30,18 +36,24 @@ class FeatureObjective:
 
     config: Any
     function: LossWithGradient
+    takes_upstream: bool
     whole_batch_function: Callable[[Any, Tensor], Tensor | None]
 
     def __call__(
-        self, student: Tensor, target: Tensor, channel_axis: int, power: Tensor | None = None
+        self,
+        student: Tensor,
+        target: Tensor,
+        channel_axis: int,
+        power: Tensor | None = None,
+        upstream: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the weighted loss and its gradient with respect to the student.
+        """Return the weighted loss, and its gradient with respect to the student times `upstream`, a 0-dim tensor.
 
         Student and target are `[N, ...]` of one shape. Where they are a part of a batch, `power` is what `whole_batch`
         gives for all of it.
         """
-        of_batch = () if power is None else (power,)
-        return self.function(self.config, student, target, channel_axis, *of_batch)
+        given = (self.config, student, target, channel_axis, *(() if power is None else (power,)))
+        return _scaled_inside(self.function, given, upstream, self.takes_upstream)
 
     def whole_batch(self, target: Tensor) -> Tensor | None:
         """Return the 0-dim tensor that the loss needs of all targets of a batch; None where it needs nothing."""
@@ -54,15 +66,33 @@ class LogitObjective:
 
     config: Any
     function: LossWithGradient
+    takes_upstream: bool
 
-    def __call__(self, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the weighted loss and its gradient with respect to the student; logits are `[N, classes]`."""
-        return self.function(self.config, student, teacher, labels)
+    def __call__(
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, upstream: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weighted loss, and its gradient with respect to the student times `upstream`, a 0-dim tensor;
+        logits are `[N, classes]`."""
+        given = (self.config, student, teacher, labels)
+        return _scaled_inside(self.function, given, upstream, self.takes_upstream)
+
+
+def _scaled_inside(
+    function: LossWithGradient, given: tuple, upstream: Tensor | None, takes_upstream: bool
+) -> tuple[Tensor, Tensor]:
+    if upstream is None:
+        return function(*given)
+    if takes_upstream:
+        loss, gradient = function(*given, upstream=upstream)
+        return loss / upstream, gradient
+    loss, gradient = function(*given)
+    return loss, (gradient.float() * upstream).to(gradient.dtype)  # a scale of 2^16 is infinite in float16
 
 
 class _Registered(NamedTuple):
     config: type[Any]
     function: LossWithGradient
+    takes_upstream: bool
     whole_batch: Callable[[Any, Tensor], Tensor | None]
 
 
@@ -86,7 +116,8 @@ def register(
     """
 
     def add(function: Function) -> Function:
-        _REGISTRY[place][name] = _Registered(config, function, whole_batch)
+        takes_upstream = "upstream" in inspect.signature(function).parameters
+        _REGISTRY[place][name] = _Registered(config, function, takes_upstream, whole_batch)
         return function
 
     return add
@@ -114,5 +145,5 @@ def objective(
             raise ConfigError(f"The {place} objective {name!r} has no option {key!r}{nearest(key, fields)}.")
     config = entry.config(**options)
     if place == "feature":
-        return FeatureObjective(config, entry.function, entry.whole_batch)
-    return LogitObjective(config, entry.function)
+        return FeatureObjective(config, entry.function, entry.takes_upstream, entry.whole_batch)
+    return LogitObjective(config, entry.function, entry.takes_upstream)
