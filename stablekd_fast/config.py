@@ -89,6 +89,10 @@ class DistillConfig:
     capture: Literal["auto", "eager", "cudagraph", "compile", "emulate"] = "auto"
     """How steps run. `auto`: as CUDA graphs on a GPU, eagerly elsewhere and where capture fails; `compile`: by
     torch.compile; `emulate`: recorded and replayed as a graph would be, to look for faults."""
+    deterministic: bool = False
+    """Make a run on a GPU repeatable to the bit, on the same machine with the same versions: operations that add in any
+    order are replaced by slower ones, and one that has no such form ends the run. The kernels of this package add in
+    one order anyway, and so do CPUs, where it changes nothing that was seen."""
     fuse_norms: Literal["auto", "on", "off"] = "auto"
     """Whether batch norm, residual and ReLU of the student are one operator while it trains. `auto`: on CPUs."""
     ema: float | None = None

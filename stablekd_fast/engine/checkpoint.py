@@ -25,10 +25,14 @@ from stablekd_fast.engine.parts import Parts
 from stablekd_fast.engine.progress import MergeRecord, Progress
 from stablekd_fast.engine.step import GroupStep
 from stablekd_fast.errors import CheckpointError
+from stablekd_fast.execution.process import random_states, set_random_states
 from stablekd_fast.files import write_atomically
 
 STUDENT, AVERAGE, OPTIMIZER, LOSS_SCALE, BRIDGE = "student", "average", "optimizer", "loss_scale", "bridge"
-RANDOM_CPU, RANDOM_CUDA = "random/cpu", "random/cuda"
+RANDOM = "random"
+
+_ADDED = {"deterministic": False}
+"""Settings that checkpoints of earlier versions do not hold, and what was so then."""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
@@ -95,6 +99,7 @@ def load_optimizer_tensors(
 
 def check_same_run(checkpoint: Path, saved: dict, own: dict) -> None:
     """Raise CheckpointError with the difference if the settings `saved` in a checkpoint are not one's own."""
+    saved = _ADDED | saved
     differing = sorted(key for key in own.keys() | saved.keys() if own.get(key) != saved.get(key))
     if differing:
         listed = "; ".join(f"{key}: was {saved.get(key)!r}, is {own.get(key)!r}" for key in differing)
@@ -144,9 +149,7 @@ def save_run(parts: Parts, state: RunState) -> None:
     tensors |= state.optimizer
     tensors |= {f"{AVERAGE}/{name}": value for name, value in (state.average or {}).items()}
     tensors |= {f"{BRIDGE}/{cut}": weight for cut, weight in _bridge_weights(parts.paired)}
-    tensors[RANDOM_CPU] = torch.get_rng_state()
-    if parts.device.type == "cuda":
-        tensors[RANDOM_CUDA] = torch.cuda.get_rng_state(parts.device)
+    tensors |= {f"{RANDOM}/{name}": value for name, value in random_states(parts.device).items()}
     metadata = {
         "identity": parts.identity,
         "plan": parts.plan.plain(),
@@ -175,9 +178,7 @@ def resume_run(parts: Parts) -> RunState:
         state.average = {name: torch.empty_like(p).copy_(averaged[name]) for name, p in parameters}
     for cut, weight in _bridge_weights(parts.paired):
         weight.copy_(tensors[f"{BRIDGE}/{cut}"])
-    torch.set_rng_state(tensors[RANDOM_CPU])
-    if parts.device.type == "cuda" and RANDOM_CUDA in tensors:
-        torch.cuda.set_rng_state(tensors[RANDOM_CUDA], parts.device)
+    set_random_states(parts.device, below(tensors, RANDOM))
     return state
 
 

@@ -165,6 +165,7 @@ class Engine:
         if self.ranks.size > 1:
             self.ranks.where = lambda: f"step {self.progress.step}, stage {settings.name}"
             self._fill(stage)
+            divided.broadcast_random_states()  # what was measured until now may have drawn, on each rank something else
         self.recorder.emit(
             "stage_start",
             step=self.progress.step,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from stablekd_fast.blocks import PairedBlocks
@@ -18,6 +17,7 @@ from stablekd_fast.engine.schedule import Optimizer, PlannedStage
 from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, StepOptions, load_batch
 from stablekd_fast.execution.capture import Body, Runner, make_runner
 from stablekd_fast.execution.moments import HostCopy, Moment
+from stablekd_fast.execution.process import random_states, set_random_states
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.teacher.live import Teacher
 
@@ -131,14 +131,18 @@ class DividedSteps:
         return read - set().union(*(objectives.teacher_outputs([group], cut_count) for group in before))
 
     def broadcast_state(self) -> None:
-        """After it every rank holds every group as its owner does, and the first one's random state."""
+        """After it every rank holds every group as its owner does, and the first one's random states."""
         if self.ranks.size == 1:
             return
-        random = torch.get_rng_state()
         for number, step in enumerate(self.steps):
             self.ranks.broadcast(step.state(), self.layout.owner(number))
-        self.ranks.broadcast([random], 0)
-        torch.set_rng_state(random)
+        self.broadcast_random_states()
+
+    def broadcast_random_states(self) -> None:
+        """After it every rank draws what the first one draws, as all do when a run goes on from a checkpoint."""
+        states = random_states(self.own[0].device)
+        self.ranks.broadcast(list(states.values()), 0)
+        set_random_states(self.own[0].device, states)
 
     def broadcast_losses(self) -> None:
         """After it every rank knows the losses of all groups."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.execution.tensor_cores import tensor_cores
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +46,7 @@ class Precision:
 
         Backward passes need it too, since they choose anew: cuDNN's default is TF32.
         """
-        return _tensor_cores(device, self.name != "fp32")
+        return tensor_cores(device, self.name != "fp32")
 
     @contextlib.contextmanager
     def applied(self, device: torch.device) -> Iterator[None]:
@@ -60,20 +61,6 @@ class Precision:
 
 
 FP32 = Precision()
-
-
-@contextlib.contextmanager
-def _tensor_cores(device: torch.device, allowed: bool) -> Iterator[None]:
-    """Allow or forbid TF32 in float32 products; the process's own settings come back afterwards."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 def pick_precision(name: str, device: torch.device, trial: Callable[[Precision], float]) -> Precision:

@@ -22,10 +22,11 @@ from stablekd_fast.engine.evaluate import evaluate
 from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.parts import Execution, Intervals, Parts
 from stablekd_fast.errors import ConfigError, nearest
+from stablekd_fast.execution.process import current_device, deterministic
 from stablekd_fast.planning.costs import views_shown
 from stablekd_fast.planning.rows import decisions, predict
 from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
-from stablekd_fast.run.builders import bn_batches, eval_source
+from stablekd_fast.run.builders import bn_batches, eval_source, pick_device
 from stablekd_fast.run.decisions import Decisions, decide
 from stablekd_fast.run.materials import Given, Materials, gather
 from stablekd_fast.teacher.cached import CachedTeacher
@@ -82,12 +83,15 @@ class Distiller:
     def materials(self) -> Materials:
         """What the run works with. Made once; raises ConfigError, DataError, ModelError or CutError if it does not
         fit."""
-        return gather(self.config, self.given)
+        with self._process():
+            return gather(self.config, self.given)
 
     @cached_property
     def decided(self) -> Decisions:
         """What was decided for the run, alike on all ranks. Made once; raises ConfigError or CacheError."""
-        return decide(self.materials)
+        materials = self.materials
+        with self._process():
+            return decide(materials)
 
     @cached_property
     def parts(self) -> Parts:
@@ -124,6 +128,14 @@ class Distiller:
             identity=decided.identity,
         )
 
+    @contextlib.contextmanager
+    def _process(self) -> Iterator[None]:
+        """A context in which the run works: its GPU is the current one, and what was set for determinism is in
+        force."""
+        device = pick_device(self.config.device)
+        with current_device(device), deterministic(device, self.config.deterministic):
+            yield
+
     @property
     def ranks(self) -> Ranks:
         """The processes of the run."""
@@ -152,7 +164,7 @@ class Distiller:
         state = resume_run(parts) if resumes else RunState()
         resumed_at = state.progress.step if resumes else None
         recorder = Recorder(out, progress=progress, resume_step=resumed_at) if ranks.is_first else NoRecorder()
-        with recorder, _closing(parts):
+        with self._process(), recorder, _closing(parts):
             if not resumes:
                 self._emit_start(recorder)
             engine = Engine(parts, state, recorder)
@@ -168,7 +180,7 @@ class Distiller:
     def build_cache(self) -> dict[str, int]:
         """Store what the plan keeps, for all images and views of the run; rows by column. Trains nothing."""
         parts, teacher = self.parts, self.parts.teacher
-        with _closing(parts):
+        with self._process(), _closing(parts):
             wanted, source = parts.plan.kept.keys(), parts.source.part(self.ranks.rank, self.ranks.size)
             if not isinstance(teacher, CachedTeacher):  # nothing is kept
                 return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from stablekd_fast.engine.stage import StageSteps, stage_steps
 from stablekd_fast.engine.step import Rates
 from stablekd_fast.execution.memory import placed
 from stablekd_fast.execution.precision import FP32, Precision
+from stablekd_fast.execution.process import deterministic
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.selftest.claim import Broken, Claim, NotHere, difference
 from stablekd_fast.teacher.live import Relay
@@ -91,26 +92,9 @@ def _captured(device: torch.device) -> str:
     return "cudagraph" if device.type == "cuda" else "emulate"
 
 
-@contextlib.contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Have sums on a GPU taken in the same order each time."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    before = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        cudnn.deterministic, cudnn.benchmark = True, False
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before[0])
-        cudnn.deterministic, cudnn.benchmark = before[1:]
-
-
 def _replays(optimizer: str, precision: Precision) -> Callable[[torch.device], str]:
     def check(device: torch.device) -> str:
-        with _deterministic(device):
+        with deterministic(device):
             sides = [
                 _Trial(device, _OPTIMIZERS[optimizer], precision).train(mode) for mode in ("eager", _captured(device))
             ]

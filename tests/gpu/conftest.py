@@ -16,6 +16,7 @@ from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
 from stablekd_fast.engine.stage import stage_steps
 from stablekd_fast.engine.step import GroupStep, Rates, load_batch
+from stablekd_fast.execution import process
 from stablekd_fast.execution.capture import make_runner
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
@@ -121,11 +122,5 @@ def small():
 @pytest.fixture
 def deterministic():
     """Both ways must take the same kernels, and those must add in one order."""
-    cudnn = torch.backends.cudnn
-    before = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark
-    if not REHEARSING:
-        torch.use_deterministic_algorithms(True)
-    cudnn.deterministic, cudnn.benchmark = True, False
-    yield
-    torch.set_deterministic_debug_mode(before[0])
-    cudnn.deterministic, cudnn.benchmark = before[1:]
+    with process.deterministic(torch.device("cpu" if REHEARSING else "cuda")):
+        yield
