@@ -166,7 +166,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
 
     info = commands["info"]
     info.add_argument("--selftest", action="store_true", help="check the essential claims; exit code 1 if one fails")
-    info.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="device of the self-test")
+    info.add_argument("--device", type=str, default="auto", help="device of the self-test: auto, cpu, cuda or cuda:N")
 
     helps = {
         "demo": "compare methods on embedded real data",

@@ -20,19 +20,31 @@ from stablekd_fast.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; `cuda` is the one that torchrun means for this process.
+    """`auto` is the GPU where there is one; `cuda` is the one that torchrun means for this process, else the current
+    one; `cuda:N` the one of this number.
 
-    Raises ConfigError for a device that is not there.
+    Raises ConfigError for a device that is not there, and for one GPU that several processes of a host would share.
     """
+    asked = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            f"device={asked} was given to each of {os.environ['LOCAL_WORLD_SIZE']} processes of this host, but each "
+            "needs a GPU of its own; give --device cuda, which takes as many as there are processes."
+        )
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is not None and device.index >= (count := torch.cuda.device_count()):
+            raise RuntimeError(f"this machine shows {count} GPUs, numbered from 0")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used ({error}); choose cpu, cuda or auto.") from error
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"device={asked} cannot be used ({reason}); choose cpu, cuda, cuda:N or auto, or start fewer processes."
+        ) from error
     return device
 
 

@@ -1,0 +1,12 @@
+"""A stand-in for a CUDA device, on machines that have none: what is done to it is recorded, nothing is computed.
+
+`device.py` takes the place of `torch.cuda`'s streams, events, graphs, generators and allocator, `launches.py` that of
+Triton's driver, `traffic.py` watches every operation of a loop on fake CUDA tensors. docs/standin.md says what each
+proves and what not.
+"""
+
+from stablekd_fast.bench.standin.device import StandIn, standin
+from stablekd_fast.bench.standin.launches import Launch, recorded_launches
+from stablekd_fast.bench.standin.traffic import Refusal, Traffic
+
+__all__ = ["Launch", "Refusal", "StandIn", "Traffic", "recorded_launches", "standin"]
