@@ -83,6 +83,9 @@ class Graph:
             self.stand.pools[self.pool] -= 1
         self.captured, self.pool = False, None
 
+    def __del__(self) -> None:
+        self.reset()
+
 
 class Capture:
     """`torch.cuda.graph`: a context in which a stream captures."""
