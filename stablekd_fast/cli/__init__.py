@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.execution.memory import keep_freed_memory
 from stablekd_fast.execution.moments import given_up
+from stablekd_fast.files import write_atomically
 from stablekd_fast.planning.pair import PairPlan, plan_pair, plan_ranks
 from stablekd_fast.report.terminal import console, print_rows
 
@@ -112,20 +114,37 @@ def _info(options: jsonargparse.Namespace) -> int:
     print_rows("versions", [{"what": key, "value": value} for key, value in versions().items()])
     rows = [{"operator": name, **facts} for name, facts in kernels.implementations().items()]
     print_rows("operators", rows)
-    return _selftest(options.device) if options.selftest else 0
+    claims = _selftest(options.device) if options.selftest else []
+    if options.json is not None:
+        found = {"machine": machine(), "versions": versions(), "operators": rows, "selftest": claims}
+        write_atomically(Path(options.json), (json.dumps(found, indent=1) + "\n").encode())
+    broken = [row for row in claims if row["result"] == "fail"]
+    if broken:
+        words = f"stablekd info --selftest --device {options.device} --json report.json"
+        where = f"the file {options.json}" if options.json else f"the file that `{words}` writes"
+        console.print(
+            f"{len(broken)} of {len(claims)} claims do not hold on this machine. To report it, send {where}: it holds "
+            "machine, versions, all rows above, and where each failure arose.",
+            highlight=False,
+            markup=False,
+        )
+    return int(bool(broken))
 
 
-def _selftest(device: str) -> int:
-    """Check the claims and return the exit code: 1 if one does not hold."""
+def _selftest(device: str) -> list[dict[str, str]]:
+    """Check the claims, print them, and return their rows."""
     from rich.markup import escape
 
+    from stablekd_fast.execution.process import current_device
     from stablekd_fast.run.builders import pick_device
     from stablekd_fast.selftest import selftest
 
     chosen = pick_device(device)
-    rows = selftest(chosen)
-    print_rows(f"self-test on {chosen}", [{name: escape(value) for name, value in row.items()} for row in rows])
-    return int(any(row["result"] == "fail" for row in rows))
+    with current_device(chosen):
+        rows = selftest(chosen)
+    shown = [{name: escape(value) for name, value in row.items() if name != "traceback"} for row in rows]
+    print_rows(f"self-test on {chosen}", shown)
+    return rows
 
 
 RUN = {
@@ -167,6 +186,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     info = commands["info"]
     info.add_argument("--selftest", action="store_true", help="check the essential claims; exit code 1 if one fails")
     info.add_argument("--device", type=str, default="auto", help="device of the self-test: auto, cpu, cuda or cuda:N")
+    info.add_argument("--json", type=str | None, default=None, help="file for all that is shown, and for tracebacks")
 
     helps = {
         "demo": "compare methods on embedded real data",

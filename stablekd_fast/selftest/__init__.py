@@ -14,12 +14,15 @@ from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.shard import Part
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.selftest.claim import Broken, Claim, NotHere
+from stablekd_fast.selftest.images import IMAGES
 from stablekd_fast.selftest.operators import OPERATORS
+from stablekd_fast.selftest.ranks import RANKS
 from stablekd_fast.selftest.training import TRAINING
 
 
 def selftest(device: torch.device) -> list[dict[str, str]]:
-    """Return a row for each claim: its name, `pass`, `fail` or `not here`, and what was found."""
+    """Return a row for each claim: its name, how it was checked, what was found, and `pass`, `fail` or `not here`; for
+    one that fails the traceback too."""
     if device.type == "cuda":  # cuBLAS adds in one order only if it is told so before its first call
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
@@ -64,7 +67,9 @@ def _apex(device: torch.device) -> str:
 CLAIMS = [
     *OPERATORS,
     *TRAINING,
-    Claim("a stored row comes back to the bit", _row_comes_back),
-    Claim("NVIDIA DALI", _dali),
-    Claim("NVIDIA apex", _apex),
+    *IMAGES,
+    *RANKS,
+    Claim("a stored row comes back to the bit", _row_comes_back, "32 rows written and read"),
+    Claim("NVIDIA DALI", _dali, "imported"),
+    Claim("NVIDIA apex", _apex, "imported"),
 ]

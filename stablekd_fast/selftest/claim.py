@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,23 +20,27 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Claim:
-    """`check` returns what it found on a device, raises `NotHere`, and fails by raising anything else."""
+    """`check` returns what it found on a device, raises `NotHere`, and fails by raising anything else; `how` says in
+    a few words what it compares with what."""
 
     name: str
     check: Callable[[torch.device], str]
+    how: str
 
     def row(self, device: torch.device) -> dict[str, str]:
-        """Check the claim, whatever may go wrong, and return a row of the self-test."""
+        """Check the claim, whatever may go wrong, and return a row of the self-test. That of a claim that fails has the
+        error's `traceback` too."""
         torch.manual_seed(0)
+        row = {"claim": self.name, "how it was checked": self.how}
         try:
-            result, found = "pass", self.check(device)
+            return {**row, "what was found": self.check(device), "result": "pass"}
         except NotHere as reason:
-            result, found = "not here", str(reason)
+            return {**row, "what was found": str(reason), "result": "not here"}
         except Exception as error:  # whatever it is, the other claims are checked too
-            result, found = "fail", (str(error).strip().splitlines() or [""])[0]
+            found = (str(error).strip().splitlines() or [""])[0]
             if not isinstance(error, Broken):
                 found = f"{type(error).__name__}: {found}"
-        return {"claim": self.name, "result": result, "what was found": found}
+            return {**row, "what was found": found, "result": "fail", "traceback": traceback.format_exc()}
 
 
 def difference(pairs: list[tuple[Tensor, Tensor]]) -> float:

@@ -16,7 +16,7 @@ from stablekd_fast.kernels.feature_mse import Normalize
 from stablekd_fast.kernels.feature_mse import reference as mse_by
 from stablekd_fast.kernels.kd_loss import reference as kd_by
 from stablekd_fast.kernels.quantize_rows import reference as codes_by
-from stablekd_fast.selftest.claim import Broken, Claim, difference
+from stablekd_fast.selftest.claim import Broken, Claim, NotHere, difference
 
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
 """The largest error of a result by dtype, relative to its largest element. Losses are float32 whatever goes in."""
@@ -145,14 +145,49 @@ def _augment_batch(device: torch.device) -> str:
     return _same_bits(pairs)
 
 
+LOST, APART = 1e-3, 0.01
+"""The largest share of elements that float16 may lose, and the largest relative error of the gradient."""
+
+
+def _fp16_gradients(device: torch.device) -> str:
+    """Check a gradient at the size of a ResNet's first stage, where its elements are smaller than float16 can hold."""
+    scale = torch.tensor(2.0**16, device=device)
+    student, target = torch.randn(2, 64, 64, 56, 56, device=device).half()
+    _, half = kernels.feature_mse_with_grad(student, target, upstream=scale)
+    _, exact = kernels.feature_mse_with_grad(student.float(), target.float(), upstream=scale)
+    lost = ((half == 0) & (exact != 0)).double().mean().item()
+    apart = ((half.float() - exact).norm() / exact.norm()).item()
+    found = f"{lost:.2g} of the elements are lost, relative error {apart:.2g}"
+    if lost >= LOST or apart >= APART:
+        raise Broken(f"{found}; less than {LOST:g} and {APART:g} are allowed")
+    return found
+
+
+def _every_gpu(device: torch.device) -> str:
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        raise NotHere("needs two GPUs")
+    given, current = _logits(), torch.cuda.current_device()
+    _, expected = kernels.kd_loss_with_grad(*given)
+    for number in range(torch.cuda.device_count()):
+        _, found = kernels.kd_loss_with_grad(*(x.to(f"cuda:{number}") for x in given))
+        _error(found, expected.double(), torch.float32, LARGEST_ERROR[torch.float32])
+    if torch.cuda.current_device() != current:
+        raise Broken("the current device has changed")
+    return f"{torch.cuda.device_count()} GPUs, cuda:{current} current"
+
+
 _NORMALIZES: tuple[Normalize, ...] = (None, "power", "channel", "l2")
 
+_EXACT = "on the CPU in float64, same operands"
+
 OPERATORS = [
-    Claim("kd_loss agrees with float64", _kd_loss),
-    Claim("decoupled_kl agrees with float64", _decoupled_kl),
-    *(Claim(f"feature_mse, normalize={n}, agrees with float64", _feature_mse(n)) for n in _NORMALIZES),
-    Claim("feature_cosine agrees with float64", _feature_cosine),
-    Claim("batch_norm_act agrees with float64", _batch_norm_act),
-    Claim("quantize_rows, dequantize_rows give the reference's bits", _rows),
-    Claim("augment_batch gives the reference's bits", _augment_batch),
+    Claim("kd_loss agrees with float64", _kd_loss, _EXACT),
+    Claim("decoupled_kl agrees with float64", _decoupled_kl, _EXACT),
+    *(Claim(f"feature_mse, normalize={n}, agrees with float64", _feature_mse(n), _EXACT) for n in _NORMALIZES),
+    Claim("feature_cosine agrees with float64", _feature_cosine, _EXACT),
+    Claim("batch_norm_act agrees with float64", _batch_norm_act, _EXACT),
+    Claim("quantize_rows, dequantize_rows give the reference's bits", _rows, "with the reference on the CPU"),
+    Claim("augment_batch gives the reference's bits", _augment_batch, "with the reference on the CPU"),
+    Claim("float16 gradients survive", _fp16_gradients, "with float32 at 64 x 64 x 56 x 56, scaled by 2^16"),
+    Claim("every GPU computes, whichever is the current one", _every_gpu, "kd_loss on cuda:1, ... against the CPU"),
 ]

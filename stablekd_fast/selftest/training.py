@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -13,7 +15,10 @@ from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
 from stablekd_fast.engine.stage import StageSteps, stage_steps
 from stablekd_fast.engine.step import Rates
+from stablekd_fast.errors import CaptureError
+from stablekd_fast.execution.capture import make_runner
 from stablekd_fast.execution.memory import placed
+from stablekd_fast.execution.moments import Clock
 from stablekd_fast.execution.precision import FP32, Precision
 from stablekd_fast.execution.process import deterministic
 from stablekd_fast.objectives import Objectives, objective
@@ -137,14 +142,67 @@ def _agrees_with_cpu(device: torch.device) -> str:
     return f"{apart:.2g} apart"
 
 
+def _a_failed_capture(device: torch.device) -> str:
+    """Break ten captures by what no graph can hold, then train in a good one."""
+    if device.type != "cuda":
+        raise NotHere("only a GPU captures; needs a CUDA device")
+    weight, trial = torch.ones(1 << 20, device=device), _Trial(device, _OPTIMIZERS["AdamW"], FP32)
+    steps = trial.enter(_GROUPS[0])
+    torch.cuda.empty_cache()
+    held, stream = torch.cuda.memory_reserved(device), torch.cuda.current_stream(device)
+    for number in range(_FAILED):
+
+        def body(number: int = number) -> None:
+            (weight * 2).sum()
+            if torch.cuda.is_current_stream_capturing():
+                torch.cuda.synchronize(device) if number % 2 else weight.sum().item()
+
+        try:
+            make_runner("cudagraph", [body], [weight], device, fall_back=False)
+        except CaptureError:
+            continue
+        raise Broken("a step that waits for the device was captured")
+    torch.cuda.empty_cache()
+    left = torch.cuda.memory_reserved(device) - held
+    if left > 0 or torch.cuda.current_stream(device) != stream:
+        raise Broken(f"failed captures have left {left} bytes that nobody can use, or another stream current")
+    with contextlib.closing(steps.runner("cudagraph")) as runner:
+        runner.run()
+    losses = [step.losses[0].item() for step in steps.steps]
+    if not all(math.isfinite(loss) for loss in losses):
+        raise Broken(f"the step captured after them gave the losses {losses}")
+    return f"{_FAILED} failed, no memory lost, then one trained"
+
+
+def _device_times(device: torch.device) -> str:
+    """Time work that the host hands out at once and the device takes long for."""
+    if device.type != "cuda":
+        raise NotHere("on a CPU the host's time is the device's; needs a CUDA device")
+    clock, start = Clock(device), time.perf_counter()
+    with clock.timing("work"):
+        torch.cuda._sleep(_SLEEP_CYCLES)
+    handed_out = time.perf_counter() - start
+    seconds = clock.collect(wait=True)["work"]
+    taken = time.perf_counter() - start
+    if not handed_out < seconds <= taken * 1.05:
+        raise Broken(f"{1e3 * seconds:.1f} ms were shown for work that was over after {1e3 * taken:.1f} ms")
+    return f"{1e3 * seconds:.1f} ms of work, handed out in {1e3 * handed_out:.2f} ms"
+
+
+_FAILED, _SLEEP_CYCLES = 10, 50_000_000
+
 TRAINING = [
     *(
         Claim(
-            f"captured steps give the bits of eager ones: {optimizer}, {precision.name}", _replays(optimizer, precision)
+            f"captured steps give the bits of eager ones: {optimizer}, {precision.name}",
+            _replays(optimizer, precision),
+            "12 steps in two stages, with every weight, moment, rate and loss",
         )
         for optimizer in _OPTIMIZERS
         for precision in (FP32, Precision("bf16"))
     ),
-    Claim("a step never waits for the device", _never_waits),
-    Claim("first losses agree with the CPU's", _agrees_with_cpu),
+    Claim("a step never waits for the device", _never_waits, "torch's own check of waiting"),
+    Claim("first losses agree with the CPU's", _agrees_with_cpu, "the same weights and batch on the CPU"),
+    Claim("failed captures leave nothing behind", _a_failed_capture, "memory, stream, and a good capture after them"),
+    Claim("times are the device's own", _device_times, "events against the host's clock"),
 ]

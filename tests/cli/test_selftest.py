@@ -1,5 +1,7 @@
 """`stablekd info --selftest` passes here, and fails where an essential claim does not hold."""
 
+import json
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def test_all_claims_hold_here_and_nothing_is_disturbed(capsys):
     for row in rows:
         assert row["what was found"]
         if row["result"] == "not here":
-            assert row["claim"].startswith(("NVIDIA", "a step never waits", "first losses"))
+            assert row["claim"].startswith(("NVIDIA", "DALI")) or "needs" in row["what was found"], row
 
 
 def test_the_command_says_so(monkeypatch, capsys):
@@ -98,6 +100,52 @@ def test_a_claim_that_raises_is_a_failure_with_the_first_line_of_its_error(monke
     assert (row["result"], row["what was found"]) == ("fail", "RuntimeError: the disk [/dev/sda] is gone")
     assert alone(monkeypatch, "stored row") == 1
     assert "[/dev/sda]" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_float16_gradient_that_loses_elements_fails(monkeypatch):
+    """Scaled when it is rounded already."""
+    right = kernels.feature_mse_with_grad
+
+    def wrong(student, target, *, upstream, **settings):
+        loss, gradient = right(student, target, **settings)
+        return loss * upstream, (gradient.float() * upstream).to(gradient.dtype)
+
+    monkeypatch.setattr(kernels, "feature_mse_with_grad", wrong)
+    (row,) = results(["float16"])
+    assert row["result"] == "fail" and "of the elements are lost" in row["what was found"]
+
+
+@pytest.mark.dali
+def test_a_source_that_is_not_read_alone_and_gives_other_images_fails(monkeypatch):
+    """One pipeline for all iterations, as it was once."""
+    from stablekd_fast.data import dali
+
+    made = []
+    board = dali.DaliDecoder._pipeline
+
+    def shared(decoder):
+        if not made or made[-1][0] is not decoder:
+            made.append((decoder, board(decoder)))
+        return made[-1][1]
+
+    monkeypatch.setattr(dali.DaliDecoder, "_pipeline", shared)
+    monkeypatch.setattr(dali._Pipeline, "drain", lambda pipeline: None)
+    (row,) = results(["read twice"])
+    assert row["result"] == "fail", row
+
+
+def test_the_file_for_a_report_holds_where_a_claim_failed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(RowStore, "gather", lambda *_: [][1])
+    monkeypatch.setattr("stablekd_fast.selftest.CLAIMS", [claim for claim in CLAIMS if "stored row" in claim.name])
+    file = tmp_path / "report.json"
+    assert main(["info", "--selftest", "--device", "cpu", "--json", str(file)]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"1 of 1 claims do not hold on this machine. To report it, send the file {file}" in said.replace("- ", "-")
+    found = json.loads(file.read_text())
+    assert found["machine"]["cpu"] and found["versions"]["torch"] == torch.__version__ and found["operators"]
+    (row,) = found["selftest"]
+    assert row["result"] == "fail" and "IndexError" in row["what was found"] and "test_selftest.py" in row["traceback"]
+    assert {"claim", "how it was checked", "what was found", "result"} < row.keys()
 
 
 def test_a_row_that_comes_back_otherwise_fails(monkeypatch):

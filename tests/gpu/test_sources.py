@@ -94,3 +94,24 @@ def test_bf16_images_are_those_in_float32_rounded_once(photographs, name):
     )
     for one, other in zip(source.batches(0, 3, torch.bfloat16), source.batches(0, 3), strict=True):
         assert torch.equal(one.images, other.images.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
+def test_an_evaluation_in_mid_run_leaves_training_with_its_images(photographs, name):
+    dataset = open_dataset(photographs)
+    alone = batches(dataset, "cuda", name)
+    source = TrainSource(
+        dataset.train,
+        dataset.augmentation,
+        dataset.mean,
+        dataset.std,
+        batch_size=4,
+        seed=3,
+        workers=2,
+        device="cuda",
+        source=name,
+    )
+    for batch, expected in zip(source.batches(0, 6), alone, strict=True):
+        assert torch.equal(batch.images, expected.images) and torch.equal(batch.sample_ids, expected.sample_ids)
+        for looked_at, other in zip(source.batches(1, 3), alone[1:]):
+            assert torch.equal(looked_at.images, other.images)

@@ -75,7 +75,8 @@ class Loop:
 
         self.stage = SimpleNamespace(
             planned=PlannedStage(Stage([[0]], steps=1000, optimizer=Optimizer()), 0, 1000), divided=divided,
-            steps=[step], own=[step], wanted=set(), source=SimpleNamespace(batches=batches), needs_images=None, current="",
+            steps=[step], own=[step], wanted=set(), needs_images=None, current="",
+            source=SimpleNamespace(batches=batches),
             teacher=SimpleNamespace(ahead=lambda given, wanted: given, outputs=lambda *_: {}),
             losses=LossReader([step]), runner=SimpleNamespace(run=self.run), entered_at=0, entered_seconds=0.0, index=0,
         )  # fmt: skip
