@@ -92,12 +92,14 @@ class _Driver:
 def recorded_launches(**settings: object) -> Iterator[tuple[StandIn, list[Launch]]]:
     """A context in which tensors that are made are fake ones, `cuda:0` is the current device, and every launch of a
     Triton kernel is recorded."""
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._subclasses import fake_tensor
     from triton.runtime import driver
 
     launches: list[Launch] = []
-    aligned = mock.patch.object(FakeTensor, "data_ptr", lambda tensor: 16 * (1 + id(tensor) % 1024), create=True)
-    with standin(**settings) as stand, aligned, FakeTensorMode(allow_non_fake_inputs=True):
+    aligned = mock.patch.object(fake_tensor.FakeTensor, "data_ptr", lambda tensor: 16 * (1 + id(tensor) % 1024))
+    # Some versions touch the real device when the first fake tensor is made.
+    untouched = mock.patch.object(fake_tensor, "init_gpu_context", lambda *_: None, create=True)
+    with standin(**settings) as stand, aligned, untouched, fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         before = driver._active
         driver.set_active(_Driver(stand, launches))  # type: ignore[arg-type]
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -169,6 +170,7 @@ class GraphRunner:
                 self.results = _side_by_side(phases, streams)
         except BaseException as error:
             self.results = []
+            _forget_locals(error)
             _recover(self._graph, pool, current)
             if not isinstance(error, (RuntimeError, CaptureError)):
                 raise
@@ -223,6 +225,13 @@ def _recover(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.c
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
     graph.reset()
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Let go of what the functions held that an error has left: their tensors would live as long as the error does."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _first(error: BaseException) -> BaseException:

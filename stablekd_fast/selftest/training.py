@@ -146,25 +146,14 @@ def _a_failed_capture(device: torch.device) -> str:
     """Break ten captures by what no graph can hold, then train in a good one."""
     if device.type != "cuda":
         raise NotHere("only a GPU captures; needs a CUDA device")
-    weight, trial = torch.ones(1 << 20, device=device), _Trial(device, _OPTIMIZERS["AdamW"], FP32)
-    steps = trial.enter(_GROUPS[0])
-    torch.cuda.empty_cache()
-    held, stream = torch.cuda.memory_reserved(device), torch.cuda.current_stream(device)
+    weight, trial = torch.ones(1 << 22, device=device), _Trial(device, _OPTIMIZERS["AdamW"], FP32)
+    steps, stream, held = trial.enter(_GROUPS[0]), torch.cuda.current_stream(device), []
     for number in range(_FAILED):
-
-        def body(number: int = number) -> None:
-            (weight * 2).sum()
-            if torch.cuda.is_current_stream_capturing():
-                torch.cuda.synchronize(device) if number % 2 else weight.sum().item()
-
-        try:
-            make_runner("cudagraph", [body], [weight], device, fall_back=False)
-        except CaptureError:
-            continue
-        raise Broken("a step that waits for the device was captured")
-    torch.cuda.empty_cache()
-    left = torch.cuda.memory_reserved(device) - held
-    if left > 0 or torch.cuda.current_stream(device) != stream:
+        _fail_to_capture(weight, number % 2 == 1)
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved(device))
+    left = held[-1] - held[1]  # what libraries keep for good is there after the first of either kind
+    if left > _SEGMENT or torch.cuda.current_stream(device) != stream:
         raise Broken(f"failed captures have left {left} bytes that nobody can use, or another stream current")
     with contextlib.closing(steps.runner("cudagraph")) as runner:
         runner.run()
@@ -172,6 +161,21 @@ def _a_failed_capture(device: torch.device) -> str:
     if not all(math.isfinite(loss) for loss in losses):
         raise Broken(f"the step captured after them gave the losses {losses}")
     return f"{_FAILED} failed, no memory lost, then one trained"
+
+
+def _fail_to_capture(weight: Tensor, waits: bool) -> None:
+    """Try to capture a step that waits for the device, which breaks the capture, or reads a value, which is refused."""
+
+    def body() -> None:
+        doubled = weight * 2
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize(weight.device) if waits else doubled.sum().item()
+
+    try:
+        make_runner("cudagraph", [body], [weight], weight.device, fall_back=False)
+    except CaptureError:
+        return
+    raise Broken("a step that waits for the device was captured")
 
 
 def _device_times(device: torch.device) -> str:
@@ -190,6 +194,8 @@ def _device_times(device: torch.device) -> str:
 
 
 _FAILED, _SLEEP_CYCLES = 10, 50_000_000
+_SEGMENT = 2 << 20
+"""The smallest piece that the allocator takes from the device."""
 
 TRAINING = [
     *(
