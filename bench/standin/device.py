@@ -274,9 +274,6 @@ def standin(**settings: object) -> Iterator[StandIn]:
     stand = StandIn(**settings)  # type: ignore[arg-type]
     patches = {
         torch.cuda: {
-            "is_available": lambda: True,
-            "is_initialized": lambda: True,
-            "_lazy_init": lambda: None,
             "device_count": lambda: stand.count,
             "current_device": lambda: stand.index,
             "_exchange_device": stand.exchange,

@@ -26,7 +26,8 @@ _READING = {
     _aten._unique2,
 }
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
-_VIEWS = {"view", "transpose", "t", "permute", "expand", "slice", "select", "detach", "unsqueeze", "squeeze", "split"}
+_NO_WORK = {"view", "transpose", "t", "permute", "expand", "slice", "select", "detach", "unsqueeze", "squeeze", "split"}
+_NO_WORK |= {"device", "empty", "empty_like", "empty_strided"}
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,13 @@ class Refusal:
 
 @dataclass
 class Traffic(TorchDispatchMode):
-    """A mode that counts operations on fake CUDA tensors, and notes where the host would wait for the device: values
-    read on the host, and copies between the device and pageable memory."""
+    """A mode that counts operations on fake CUDA tensors, and notes where the host would wait for the device (values
+    read on the host, copies between the device and pageable memory), and copies on another stream than the one that was
+    current when the mode was entered. It is entered within `standin`, which knows streams."""
 
     package: str = "stablekd_fast"
     operations: Counter[str] = field(default_factory=Counter)
-    """How often each was dispatched on the device; views are left out."""
+    """How often each was dispatched on the device; those that give it no work are left out."""
     moved: int = 0
     """Bytes of tensors read and written on the device."""
     shipped: int = 0
@@ -53,44 +55,55 @@ class Traffic(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self._pinned: set[int] = set()
+        self._stream: object = None
+
+    def __enter__(self):
+        self._stream = torch.cuda.current_stream()
+        return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        reason = self._reason(function, args, kwargs)
+        kwargs = dict(kwargs or {})
+        packet, pins = function.overloadpacket, kwargs.pop("pin_memory", None)
+        reason = self._reason(packet, args, kwargs)
         if reason:
             self.refusals[Refusal(reason, self._place())] += 1
-        result = function(*args, **kwargs)
+        if packet is _aten._local_scalar_dense:
+            return 1  # there is no value; loops that ask whether all is well are told so
+        result = args[0].clone() if packet is _aten._pin_memory else function(*args, **kwargs)
+        if pins or packet is _aten._pin_memory:
+            self._pinned.add(_memory(result))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-        if any(tensor.is_cuda for tensor in tensors) and function.__name__.split(".")[0] not in _VIEWS:
-            self.operations[str(function.overloadpacket)] += 1
+        if any(tensor.is_cuda for tensor in tensors) and packet.__name__ not in _NO_WORK:
+            self.operations[packet.__name__] += 1
             self.moved += sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
         return result
 
-    def _reason(self, function, args: tuple, kwargs: dict) -> str | None:
-        packet = function.overloadpacket
+    def _reason(self, packet, args: tuple, kwargs: dict) -> str | None:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if packet in _READING and any(tensor.is_cuda for tensor in given):
-            return f"{packet} reads a value on the host"
+            return f"{packet.__name__} reads a value on the host"
         if packet in _INDEXING and args[0].is_cuda:
             masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
-            return f"{packet} by a mask asks how many elements it chooses" if masks else None
+            return f"{packet.__name__} by a mask asks how many elements it chooses" if masks else None
         if packet is _aten._to_copy:
-            source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
-            return self._copy(source, target, source.nbytes, False, kwargs.get("non_blocking", False))
+            target = torch.device(kwargs.get("device") or args[0].device)
+            return self._copy(args[0], target, kwargs.get("non_blocking", False), into_pinned=False)
         if packet is _aten.copy_:
-            target, source = args[:2]
-            waits_not = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-            pinned = not target.is_cuda and source.is_cuda and target.is_pinned()
-            return self._copy(source, target.device, source.nbytes, pinned, waits_not)
+            target, source, *rest = args
+            waits_not = rest[0] if rest else kwargs.get("non_blocking", False)
+            return self._copy(source, target.device, waits_not, into_pinned=_memory(target) in self._pinned)
         return None
 
-    def _copy(self, source: Tensor, target: torch.device, size: int, into_pinned: bool, waits_not: bool) -> str | None:
+    def _copy(self, source: Tensor, target: torch.device, waits_not: bool, *, into_pinned: bool) -> str | None:
         if (source.device.type == "cuda") == (target.type == "cuda"):
             return None
-        self.shipped += size
+        self.shipped += source.nbytes
+        if torch.cuda.current_stream() != self._stream:
+            return "a copy goes on another stream than the loop's work, which does not wait for it"
         if target.type == "cpu":
             return None if into_pinned and waits_not else "a copy to pageable memory waits for the device"
-        if size <= SMALL_COPY or (source.is_pinned() and waits_not):
+        if source.nbytes <= SMALL_COPY or (_memory(source) in self._pinned and waits_not):
             return None
         return f"a copy of more than {SMALL_COPY >> 10} KB comes from pageable memory"
 
@@ -98,7 +111,12 @@ class Traffic(TorchDispatchMode):
         """The innermost line of the package under way, as `room/file.py:function`."""
         for frame in reversed(traceback.extract_stack()):
             parts = Path(frame.filename).parts
-            if "standin" in parts or not (self.package in parts or "kernels" in parts):
+            if frame.name.startswith("<") or "standin" in parts or not {self.package, "kernels"} & set(parts):
                 continue
             return f"{'/'.join(parts[-2:])}:{frame.name}"
         return "elsewhere"
+
+
+def _memory(tensor: Tensor) -> int:
+    """What is the same for all views of one piece of memory."""
+    return tensor.untyped_storage()._cdata

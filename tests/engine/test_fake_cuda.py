@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from stablekd_fast import models
+from stablekd_fast.bench.standin.fakes import on_fake_cuda, walk_backward
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
@@ -33,27 +34,6 @@ def paired():
     return pair_blocks(teacher, student, torch.randn(4, 3, 16, 16))
 
 
-def to_fake_cuda(paired, mode):
-    """The same blocks with every parameter and buffer replaced by a fake one on `cuda`."""
-    holder = torch.nn.ModuleList([paired.teacher, paired.student, *paired.teacher_blocks, *paired.student_blocks])
-    holder.extend(bridge for bridge in paired.bridges if bridge is not None)
-    replaced = {}
-
-    def fake(tensor):
-        if id(tensor) not in replaced:
-            with mode:
-                made = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-            parameter = isinstance(tensor, torch.nn.Parameter)
-            replaced[id(tensor)] = torch.nn.Parameter(made) if parameter else made
-        return replaced[id(tensor)]
-
-    for module in holder.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is not None:
-                    store[name] = fake(tensor)
-
-
 @pytest.fixture
 def fakes_need_no_driver():
     """Older torch (seen with 2.6) asks the CUDA driver even to copy fake tensors."""
@@ -62,47 +42,6 @@ def fakes_need_no_driver():
             torch.zeros(1, device="cuda").copy_(torch.ones(1, device="cuda"))
     except RuntimeError as error:
         pytest.skip(f"torch {torch.__version__} cannot copy fake CUDA tensors here: {str(error).splitlines()[0]}")
-
-
-def walk_backward(outputs, gradients):
-    """`torch.autograd.backward` without its engine: calls each node of the graph once its gradients are complete."""
-    waiting, given, counted = {}, {}, set()
-
-    def count(node):
-        if node in counted:
-            return
-        counted.add(node)
-        for following, _ in node.next_functions:
-            if following is not None:
-                waiting[following] = waiting.get(following, 0) + 1
-                count(following)
-
-    def give(node, place, gradient):
-        slots = given.setdefault(node, {})
-        if gradient is not None:
-            expected = node._input_metadata[place]
-            gradient = gradient.sum_to_size(expected.shape).to(expected.dtype)
-            slots[place] = gradient if place not in slots else slots[place] + gradient
-
-    for output, gradient in zip(outputs, gradients, strict=True):
-        count(output.grad_fn)
-        give(output.grad_fn, output.output_nr, gradient)
-    ready = [output.grad_fn for output in outputs if output.grad_fn not in waiting]
-    with torch.no_grad():
-        while ready:
-            node = ready.pop()
-            slots = given.pop(node)
-            if hasattr(node, "variable"):
-                node.variable.grad = slots[0]
-                continue
-            found = node(*[slots.get(place) for place in range(len(node._input_metadata))])
-            found = found if isinstance(found, tuple) else (found,)
-            for (following, place), gradient in zip(node.next_functions, found):
-                if following is not None:
-                    give(following, place, gradient)
-                    waiting[following] -= 1
-                    if waiting[following] == 0:
-                        ready.append(following)
 
 
 def test_the_walk_through_the_graph_is_torch_s_backward():
@@ -145,7 +84,7 @@ def run_under_fakes(paired, precision, optimizer, ema):
     """All stages, a step each, on fake CUDA tensors; the operations of the teacher and of the steps."""
     paired.precision = Precision(precision)
     mode = FakeTensorMode()
-    to_fake_cuda(paired, mode)
+    on_fake_cuda(paired, mode)
     aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
     teacher, steps = FakeRecording(), FakeRecording()
     with mode:
