@@ -34,7 +34,26 @@ _IDLE = 2
 _PARTS = 4
 """So many parts of a batch are finished side by side."""
 
-INSTALL = "pip install 'stablekd_fast[dali]'"
+_EXTRAS = {12: "dali-cuda12", 13: "dali-cuda13"}
+"""The extra of this package that brings DALI, by the CUDA major that torch is built for."""
+
+
+def dali_install() -> str:
+    """Return the command that installs the DALI for the torch at hand."""
+    extra = _EXTRAS.get(_torch_major() or 0, "dali")
+    return f"pip install 'stablekd_fast[{extra}]'"
+
+
+def _torch_major() -> int | None:
+    return int(torch.version.cuda.split(".")[0]) if torch.version.cuda else None
+
+
+def dali_remark() -> str | None:
+    """Return what to say where DALI and torch are built for different CUDA majors; on a CPU it does not matter."""
+    ours, theirs = _torch_major(), load_dali().__cuda_version__ // 1000
+    if ours in (None, theirs):
+        return None
+    return f"DALI is built for CUDA {theirs} and torch for CUDA {ours}; {dali_install()} brings the DALI for this torch"
 
 
 def dali_missing() -> str | None:
@@ -43,7 +62,7 @@ def dali_missing() -> str | None:
         # The package `nvidia-dali` of PyPI is an empty stub, which lacks this module.
         import nvidia.dali.fn  # noqa: F401
     except ImportError as error:
-        return f"DALI is not installed ({error}); {INSTALL}"
+        return f"DALI is not installed ({error}); {dali_install()}"
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from stablekd_fast.data.crops import Crops, Decoder
-from stablekd_fast.data.dali import DaliDecoder, dali_missing
+from stablekd_fast.data.dali import DaliDecoder, dali_missing, dali_remark
 from stablekd_fast.data.split import Split
 from stablekd_fast.data.torchvision_decoder import ThreadDecoder
 from stablekd_fast.errors import ConfigError, nearest
@@ -59,8 +59,12 @@ def pick_source(name: str, split: Split, device: torch.device, *, scaled: bool =
     missing = dali_missing()
     if missing:
         return SourceChoice("torchvision", missing)
-    where = ", on the GPU" if device.type == "cuda" else ""
-    return SourceChoice("dali", f"it decodes no more of an image than is needed{where}")
+    if device.type == "cpu":
+        return SourceChoice("dali", "it decodes no more of an image than is needed")
+    remark = dali_remark()
+    return SourceChoice(
+        "dali", f"it decodes no more of an image than is needed, on the GPU{f' ({remark})' if remark else ''}"
+    )
 
 
 def make_decoder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ def deterministic(device: torch.device, wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    cudnn, told = torch.backends.cudnn, os.environ.get(_WORKSPACES)
+    cudnn: Any = torch.backends.cudnn  # its settings are made when they are set
+    told = os.environ.get(_WORKSPACES)
     if device.type == "cuda" and told not in (None, *_REPEATABLE):
         raise ConfigError(
             f"deterministic=true was given, but {_WORKSPACES}={told} lets cuBLAS add in any order; unset it, or set it "

@@ -13,6 +13,7 @@ import torch
 from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.shard import Part
 from stablekd_fast.cache.store import RowStore
+from stablekd_fast.data.dali import dali_missing, dali_remark, load_dali
 from stablekd_fast.selftest.claim import Broken, Claim, NotHere
 from stablekd_fast.selftest.images import IMAGES
 from stablekd_fast.selftest.operators import OPERATORS
@@ -44,11 +45,11 @@ def _row_comes_back(device: torch.device) -> str:
 
 
 def _dali(device: torch.device) -> str:
-    try:
-        from nvidia import dali
-    except ImportError as error:
-        raise NotHere("it cannot be imported; pip install nvidia-dali-cuda130 brings it") from error
-    return str(dali.__version__)
+    missing = dali_missing()
+    if missing:
+        raise NotHere(missing)
+    remark = dali_remark()
+    return f"{load_dali().__version__}{f'; {remark}' if remark else ''}"
 
 
 def _apex(device: torch.device) -> str:

@@ -3,12 +3,14 @@ folder."""
 
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, TrainSource, open_dataset
-from stablekd_fast.data.dali import dali_missing
+from stablekd_fast.data.dali import dali_missing, load_dali
+from stablekd_fast.data.decoders import pick_source
 from stablekd_fast.errors import ConfigError, DataError
 
 
@@ -120,11 +122,35 @@ def test_one_pipeline_serves_many_calls(strange_tree):
 def test_without_dali_the_automatic_choice_says_why_and_a_demand_fails(strange_tree, monkeypatch):
     root, _ = strange_tree
     monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "DALI is not installed" in dali_missing()
     chosen = source_of(root, "auto").choice
-    assert chosen.name == "torchvision" and "pip install 'stablekd_fast[dali]'" in chosen.reason
+    assert chosen.name == "torchvision" and "pip install 'stablekd_fast[dali-cuda13]'" in chosen.reason
     with pytest.raises(ConfigError, match="dali was asked for, but DALI is not installed.*--source torchvision"):
         source_of(root, "dali")
+
+
+@pytest.mark.parametrize("cuda, extra", [("12.8", "dali-cuda12"), ("13.0", "dali-cuda13"), (None, "dali")])
+def test_the_dali_that_is_missing_is_named_for_the_torch_at_hand(monkeypatch, cuda, extra):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
+    assert dali_missing().endswith(f"; pip install 'stablekd_fast[{extra}]'")
+    assert f"\n{extra} = [" in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("cuda", ["12.8", "13.0", None])
+def test_a_dali_of_another_cuda_is_used_and_said_to_be_one(strange_tree, monkeypatch, cuda):
+    root, _ = strange_tree
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    split = open_dataset(root, image_size=64).train
+    theirs = load_dali().__cuda_version__ // 1000
+    assert theirs in (12, 13)
+    on_gpu = pick_source("auto", split, torch.device("cuda"))
+    other = cuda is not None and int(cuda[:2]) != theirs
+    said = f"DALI is built for CUDA {theirs} and torch for CUDA {(cuda or '')[:2]}; pip install"
+    assert on_gpu.name == "dali" and (said in on_gpu.reason) == other
+    assert "CUDA" not in pick_source("auto", split, torch.device("cpu")).reason
 
 
 @pytest.mark.dali
