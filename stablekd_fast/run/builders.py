@@ -43,7 +43,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"device={asked} cannot be used ({reason}); choose cpu, cuda, cuda:N or auto, or start fewer processes."
+            f"device {asked!r} cannot be used ({reason}); choose cpu, cuda, cuda:N or auto, or start fewer processes."
         ) from error
     return device
 

@@ -45,6 +45,7 @@ MOST = {"fp32": (390, 0.84e9), "bf16": (444, 0.45e9)}
 def lent(monkeypatch, gpu):
     """What stands in for a driver; autocast believes that there is one."""
     monkeypatch.setattr(torch.autograd, "backward", walk_backward)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # asked for by some constructors, fake or not
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
 
