@@ -94,7 +94,7 @@ class Capture:
         self, graph: Graph, pool: Pool | None = None, stream: Stream | None = None, capture_error_mode: str = "global"
     ) -> None:
         self.stand = _current()
-        self.graph, self.pool, self.mode = graph, pool or self.stand.new_pool(), capture_error_mode
+        self.graph, self.pool = graph, pool or self.stand.new_pool()
         self.stream = stream or self.stand.new_stream()
 
     def __enter__(self) -> None:
@@ -156,7 +156,7 @@ class StandIn:
     broken: bool = False
     """Whether the capture that goes on has met something that it cannot contain."""
     log: list[tuple] = field(default_factory=list)
-    """What happened, in order, each beginning with the current stream's number."""
+    """What happened, in order: what it was, the number of the stream that it was put on, and further facts."""
     pools: Counter[Pool] = field(default_factory=Counter)
     """How often each memory pool is held."""
     filling: set[Pool] = field(default_factory=set)

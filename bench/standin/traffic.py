@@ -13,19 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stablekd_fast.execution.emulator import INDEXING, by_mask
+
 SMALL_COPY = 64 << 10
 """Bytes up to which a copy from pageable memory is nothing to speak of: the driver stages it at once."""
 
 _aten = torch.ops.aten
-_READING = {
-    _aten._local_scalar_dense,
-    _aten.nonzero,
-    _aten.masked_select,
-    _aten.equal,
-    _aten.unique_dim,
-    _aten._unique2,
-}
-_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
+_READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _NO_WORK = {"view", "transpose", "t", "permute", "expand", "slice", "select", "detach", "unsqueeze", "squeeze", "split"}
 _NO_WORK |= {"device", "empty", "empty_like", "empty_strided"}
 
@@ -44,7 +38,6 @@ class Traffic(TorchDispatchMode):
     read on the host, copies between the device and pageable memory), and copies on another stream than the one that was
     current when the mode was entered. It is entered within `standin`, which knows streams."""
 
-    package: str = "stablekd_fast"
     operations: Counter[str] = field(default_factory=Counter)
     """How often each was dispatched on the device; those that give it no work are left out."""
     moved: int = 0
@@ -65,7 +58,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         packet, pins = function.overloadpacket, kwargs.pop("pin_memory", None)
-        reason = self._reason(packet, args, kwargs)
+        reason = self._reason(function, args, kwargs)
         if reason:
             self.refusals[Refusal(reason, self._place())] += 1
         if packet is _aten._local_scalar_dense:
@@ -79,13 +72,13 @@ class Traffic(TorchDispatchMode):
             self.moved += sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
         return result
 
-    def _reason(self, packet, args: tuple, kwargs: dict) -> str | None:
+    def _reason(self, function, args: tuple, kwargs: dict) -> str | None:
+        packet = function.overloadpacket
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if packet in _READING and any(tensor.is_cuda for tensor in given):
+        if packet in INDEXING and args[0].is_cuda:
+            return f"{packet.__name__} by a mask asks how many elements it chooses" if by_mask(args) else None
+        if _READING & set(function.tags) and any(tensor.is_cuda for tensor in given):
             return f"{packet.__name__} reads a value on the host"
-        if packet in _INDEXING and args[0].is_cuda:
-            masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
-            return f"{packet.__name__} by a mask asks how many elements it chooses" if masks else None
         if packet is _aten._to_copy:
             target = torch.device(kwargs.get("device") or args[0].device)
             return self._copy(args[0], target, kwargs.get("non_blocking", False), into_pinned=False)
@@ -111,7 +104,7 @@ class Traffic(TorchDispatchMode):
         """The innermost line of the package under way, as `room/file.py:function`."""
         for frame in reversed(traceback.extract_stack()):
             parts = Path(frame.filename).parts
-            if frame.name.startswith("<") or "standin" in parts or not {self.package, "kernels"} & set(parts):
+            if frame.name.startswith("<") or "standin" in parts or not {"stablekd_fast", "kernels"} & set(parts):
                 continue
             return f"{'/'.join(parts[-2:])}:{frame.name}"
         return "elsewhere"

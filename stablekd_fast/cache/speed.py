@@ -18,8 +18,7 @@ from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.memory_rows import MemoryRows
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.cache.store import RowStore
-from stablekd_fast.execution.moments import Clock
-from stablekd_fast.execution.timing import REPEATS, seconds
+from stablekd_fast.execution.timing import REPEATS, seconds, timed
 
 _PROBE_BYTES = 48 << 20
 _PAGE_CACHE_FRACTION = 0.6
@@ -94,10 +93,7 @@ def _memory_rates(
     form: RowFormat, rows: Tensor, parts: list[Tensor], batch: int, memory: torch.device, device: torch.device
 ) -> tuple[dict, dict]:
     store = MemoryRows(form.parts, len(rows), memory)
-    clock = Clock(memory)
-    with clock.timing("writing"):
-        store.put(rows, parts)
-    write = clock.collect(wait=True)["writing"] / (len(rows) * form.row_bytes)
+    write = timed(lambda: store.put(rows, parts), memory)[1] / (len(rows) * form.row_bytes)
     batches = iter(torch.randperm(len(rows)).repeat(REPEATS + 1).split(batch))
     read = seconds(lambda: [part.to(device) for part in store.gather(next(batches))], device) / (batch * form.row_bytes)
     resource = "device" if memory == device else "link"

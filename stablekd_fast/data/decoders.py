@@ -59,12 +59,11 @@ def pick_source(name: str, split: Split, device: torch.device, *, scaled: bool =
     missing = dali_missing()
     if missing:
         return SourceChoice("torchvision", missing)
-    if device.type == "cpu":
-        return SourceChoice("dali", "it decodes no more of an image than is needed")
-    remark = dali_remark()
-    return SourceChoice(
-        "dali", f"it decodes no more of an image than is needed, on the GPU{f' ({remark})' if remark else ''}"
-    )
+    reason = "it decodes no more of an image than is needed"
+    if device.type == "cuda":
+        remark = dali_remark()
+        reason += f", on the GPU ({remark})" if remark else ", on the GPU"
+    return SourceChoice("dali", reason)
 
 
 def make_decoder(

@@ -100,7 +100,8 @@ class Engine:
         stage.losses.unread += 1
         self.progress.step += 1
         if self.ranks.size > 1:
-            self._keep_pace(_STEPS_AHEAD)
+            self._under_way.append(Moment(self.parts.device))
+            self._catch_up(_STEPS_AHEAD)
 
     def _runner(self, stage: StageRun) -> Runner:
         def told(name: str) -> None:
@@ -111,10 +112,8 @@ class Engine:
         execution = self.parts.execution
         return make_runner(execution.capture, first, state, self.parts.device, fall_back=execution.fall_back, then=then)
 
-    def _keep_pace(self, ahead: int) -> None:
+    def _catch_up(self, ahead: int) -> None:
         """Wait until the device is at most `ahead` steps behind, or until it is clear that a rank is lost."""
-        if ahead:
-            self._under_way.append(Moment(self.parts.device))
         while len(self._under_way) > ahead:
             self.ranks.wait(self._under_way.popleft(), "a step ends")
 
@@ -135,7 +134,7 @@ class Engine:
         if at % every.log == 0 or evaluates or saves or at == last:
             self._read_losses(stage)
         if evaluates or saves or at == last:
-            self._keep_pace(0)
+            self._catch_up(0)
             stage.divided.broadcast_state()
             self._log(stage)
             self._take_times(wait=True)

@@ -110,6 +110,7 @@ class DividedSteps:
         self.ranks, self.layout, self.steps = ranks, layout, steps
         self.own = [steps[group] for group in layout.groups_of(ranks.rank)]
         self._bytes_before = (ranks.gradient_bytes, ranks.other_bytes)
+        self._idle = 0.0
         ranks.clock.collect(wait=True)
         ranks.exchanges_captured = False
 
@@ -152,6 +153,11 @@ class DividedSteps:
             for number, step in enumerate(self.steps):
                 self.ranks.broadcast([step.losses, step.first_bad], self.layout.owner(number))
         self.ranks.say_where()
+        self._take_idle_time()
+
+    def _take_idle_time(self, *, wait: bool = False) -> None:
+        """Add up what exchanges of this stage's steps have taken by now: their timings are kept until then."""
+        self._idle += self.ranks.clock.collect(wait=wait).get("training", 0.0)
 
     def report(self, steps: int, seconds: float) -> list[dict]:
         """For each rank what it did in `steps` steps and so many seconds of its device, as predicted and as measured.
@@ -159,7 +165,8 @@ class DividedSteps:
         Where exchanges are captured, how long the rank idled in them is not known, and its steps' time includes it.
         """
         layout, ranks, before = self.layout, self.ranks, self._bytes_before
-        idle = ranks.clock.collect(wait=True).get("training", 0.0)
+        self._take_idle_time(wait=True)
+        idle = self._idle
         return ranks.all_gather(
             {
                 "rank": ranks.rank,

@@ -81,8 +81,9 @@ def make_runner(
         return {"cudagraph": GraphRunner, "emulate": EmulatedRunner}[mode](phases, state, device)
     except CaptureError as error:
         if not fall_back:
-            cause = error.__cause__
-            raise cause if isinstance(cause, torch.OutOfMemoryError) else error from None  # `watched` explains that one
+            if isinstance(cause := error.__cause__, torch.OutOfMemoryError):
+                raise cause from None  # `watched` explains it
+            raise
         warnings.warn(f"Training goes on without a captured graph: {error}", RuntimeWarning, stacklevel=2)
         return EagerRunner(phases)
 

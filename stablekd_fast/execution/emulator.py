@@ -20,7 +20,7 @@ _UNCAPTURABLE = {
     torch.Tag.data_dependent_output: "it reads a tensor's value on the host",
     torch.Tag.dynamic_output_shape: "a shape depends on a tensor's values",
 }
-_INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
+INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
 """Operations that read the device on the host where an index is a mask, to learn how many elements it chooses."""
 _WITHOUT_CONTENTS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided}
 
@@ -61,9 +61,8 @@ class Watch(TorchDispatchMode):
 
 def _why_not(function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> str | None:
     """Why a graph could not repeat the operation; None if it could."""
-    if function.overloadpacket in _INDEXING:
-        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
-        return _UNCAPTURABLE[torch.Tag.dynamic_output_shape] if masks else None
+    if function.overloadpacket in INDEXING:
+        return _UNCAPTURABLE[torch.Tag.dynamic_output_shape] if by_mask(args) else None
     for tag, reason in _UNCAPTURABLE.items():
         if tag in function.tags:
             return reason
@@ -76,6 +75,11 @@ def _why_not(function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> str 
         target, source, *rest = args
         return _crossing(source.device, target.device, rest[0] if rest else kwargs.get("non_blocking", False))
     return None
+
+
+def by_mask(args: tuple) -> bool:
+    """Whether the arguments of one of `INDEXING` choose elements by a mask."""
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
 
 def _crossing(source: torch.device, target: torch.device, non_blocking: bool) -> str | None:

@@ -17,11 +17,9 @@ _REPEATABLE = (":4096:8", ":16:8")
 """The sizes of cuBLAS's workspaces with which it adds in one order; it reads them at its first call in a process."""
 
 
-@contextlib.contextmanager
-def current_device(device: torch.device) -> Iterator[None]:
+def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context in which a GPU is torch's current one, for whatever asks for none by its number. Nothing on a CPU."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        yield
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from stablekd_fast.cache.speed import CodecCost, measure_codec, measure_tiers
 from stablekd_fast.data import Batch, TrainSource
 from stablekd_fast.engine.schedule import PlannedStage, group_name
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.execution.moments import Clock
+from stablekd_fast.execution.timing import timed
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.planning.networks import measure_students, measure_teacher
 from stablekd_fast.planning.profiles import Profile, predicted_blocks
@@ -75,10 +75,8 @@ class Planner:
         """Costs on this machine; takes some seconds. Neither the student nor any random state is changed."""
         batches = self.source.batches(0, _TIMED_BATCHES + 1)
         batch = next(batches)
-        clock = Clock(self.device)
-        with clock.timing("images"):
-            made = sum(1 for _ in batches)
-        images = clock.collect(wait=True)["images"] / max(made, 1)
+        made, taken = timed(lambda: sum(1 for _ in batches), self.device)
+        images = taken / max(made, 1)
         columns, job = self.columns, self.job
 
         def stored(output: int, codec: str) -> float:

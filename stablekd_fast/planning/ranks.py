@@ -19,8 +19,7 @@ from stablekd_fast.distributed import Layout, Ranks
 from stablekd_fast.engine.schedule import PlannedStage, group_name
 from stablekd_fast.engine.step import named_parameters_of
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.execution.moments import Clock
-from stablekd_fast.execution.timing import REPEATS, seconds
+from stablekd_fast.execution.timing import REPEATS, seconds, timed
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.planning.assign import GroupCost, ReduceCost, best_layout, linear
 from stablekd_fast.planning.networks import measure_students, measure_teacher
@@ -157,10 +156,8 @@ def _measured_images(source: TrainSource, ranks: Ranks) -> float:
     """Seconds that a rank's loader takes for an image; next to none where images lie in memory."""
     if source.split.resident:
         return 0.0
-    clock = Clock(source.device)
-    with clock.timing("images"):
-        count = sum(len(batch.labels) for batch in source.batches(0, _LOADED))
-    return statistics.mean(ranks.all_gather(clock.collect(wait=True)["images"] / count))
+    count, taken = timed(lambda: sum(len(batch.labels) for batch in source.batches(0, _LOADED)), source.device)
+    return statistics.mean(ranks.all_gather(taken / count))
 
 
 def predicted_scaling(

@@ -22,8 +22,8 @@ def photographs(tmp_path):
     return tmp_path
 
 
-def batches(dataset, device, name="auto"):
-    source = TrainSource(
+def source_of(dataset, device, name="auto"):
+    return TrainSource(
         dataset.train,
         dataset.augmentation,
         dataset.mean,
@@ -34,7 +34,10 @@ def batches(dataset, device, name="auto"):
         device=device,
         source=name,
     )
-    return list(source.batches(0, 6))
+
+
+def batches(dataset, device, name="auto"):
+    return list(source_of(dataset, device, name).batches(0, 6))
 
 
 def assert_same_views(ours, expected, tolerance):
@@ -67,10 +70,7 @@ def test_dali_decodes_on_the_device(photographs):
 @pytest.mark.dali
 def test_dalis_own_readers_stream_to_the_device(photographs):
     dataset = open_dataset(photographs)
-    source = TrainSource(
-        dataset.train, dataset.augmentation, dataset.mean, dataset.std, batch_size=4, seed=3, workers=2, device="cuda"
-    )
-    streamed = list(StreamSource(source).batches(0, 6, torch.bfloat16))
+    streamed = list(StreamSource(source_of(dataset, "cuda")).batches(0, 6, torch.bfloat16))
     for batch in streamed:
         assert batch.images.is_cuda and batch.images.shape == (4, 3, 224, 224) and batch.images.dtype == torch.bfloat16
         assert batch.images.is_contiguous(memory_format=torch.channels_last) and batch.images.std() > 0.1
@@ -81,17 +81,7 @@ def test_dalis_own_readers_stream_to_the_device(photographs):
 @pytest.mark.parametrize("name", ["torchvision", pytest.param("dali", marks=pytest.mark.dali)])
 def test_bf16_images_are_those_in_float32_rounded_once(photographs, name):
     dataset = open_dataset(photographs)
-    source = TrainSource(
-        dataset.train,
-        dataset.augmentation,
-        dataset.mean,
-        dataset.std,
-        batch_size=4,
-        seed=3,
-        workers=2,
-        device="cuda",
-        source=name,
-    )
+    source = source_of(dataset, "cuda", name)
     for one, other in zip(source.batches(0, 3, torch.bfloat16), source.batches(0, 3), strict=True):
         assert torch.equal(one.images, other.images.bfloat16())
 
@@ -100,17 +90,7 @@ def test_bf16_images_are_those_in_float32_rounded_once(photographs, name):
 def test_an_evaluation_in_mid_run_leaves_training_with_its_images(photographs, name):
     dataset = open_dataset(photographs)
     alone = batches(dataset, "cuda", name)
-    source = TrainSource(
-        dataset.train,
-        dataset.augmentation,
-        dataset.mean,
-        dataset.std,
-        batch_size=4,
-        seed=3,
-        workers=2,
-        device="cuda",
-        source=name,
-    )
+    source = source_of(dataset, "cuda", name)
     for batch, expected in zip(source.batches(0, 6), alone, strict=True):
         assert torch.equal(batch.images, expected.images) and torch.equal(batch.sample_ids, expected.sample_ids)
         for looked_at, other in zip(source.batches(1, 3), alone[1:]):
