@@ -274,6 +274,8 @@ def standin(**settings: object) -> Iterator[StandIn]:
     stand = StandIn(**settings)  # type: ignore[arg-type]
     patches = {
         torch.cuda: {
+            # torch may be told to believe in a driver wherever devices are counted, and would then ask the driver.
+            "is_available": lambda: False,
             "device_count": lambda: stand.count,
             "current_device": lambda: stand.index,
             "_exchange_device": stand.exchange,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -48,7 +49,7 @@ class Traffic(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._pinned: set[int] = set()
+        self._pinned: set[StorageWeakRef] = set()
         self._stream: object = None
 
     def __enter__(self):
@@ -110,6 +111,6 @@ class Traffic(TorchDispatchMode):
         return "elsewhere"
 
 
-def _memory(tensor: Tensor) -> int:
-    """What is the same for all views of one piece of memory."""
-    return tensor.untyped_storage()._cdata
+def _memory(tensor: Tensor) -> StorageWeakRef:
+    """What is the same for all views of one piece of memory, and for no other piece, even after its end."""
+    return StorageWeakRef(tensor.untyped_storage())

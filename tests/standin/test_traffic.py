@@ -45,7 +45,6 @@ MOST = {"fp32": (390, 0.84e9), "bf16": (444, 0.45e9)}
 def lent(monkeypatch, gpu):
     """What stands in for a driver; autocast believes that there is one."""
     monkeypatch.setattr(torch.autograd, "backward", walk_backward)
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # asked for by some constructors, fake or not
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
 
@@ -186,3 +185,20 @@ def test_what_does_not_is_not(asks):
     with FakeTensorMode(), traffic:
         asks(torch.ones(1 << 15, device=GPU))
     assert not traffic.refusals
+
+
+def test_fake_tensors_ask_no_driver_where_devices_are_counted(monkeypatch):
+    """Lightning sets this variable for the whole process: torch then believes in a driver if it counts a device."""
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    with FakeTensorMode():
+        assert torch.ones(2, device=GPU).device == GPU
+
+
+def test_memory_that_was_pinned_is_not_taken_for_memory_that_is_not():
+    """Memory is allocated where other memory was freed."""
+    traffic = Traffic()
+    with FakeTensorMode(), traffic:
+        for _ in range(50):
+            torch.ones(1 << 15, pin_memory=True).to(GPU, non_blocking=True)
+            torch.ones(1 << 15).to(GPU, non_blocking=True)
+    assert list(traffic.refusals.values()) == [50]
