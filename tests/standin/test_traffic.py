@@ -198,7 +198,6 @@ def test_memory_that_was_pinned_is_not_taken_for_memory_that_is_not():
     """Memory is allocated where other memory was freed."""
     traffic = Traffic()
     with FakeTensorMode(), traffic:
-        for _ in range(50):
-            torch.ones(1 << 15, pin_memory=True).to(GPU, non_blocking=True)
-            torch.ones(1 << 15).to(GPU, non_blocking=True)
+        [torch.ones(1 << 15, pin_memory=True) for _ in range(50)]
+        [torch.ones(1 << 15).to(GPU, non_blocking=True) for _ in range(50)]
     assert list(traffic.refusals.values()) == [50]
