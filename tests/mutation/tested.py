@@ -1,0 +1,155 @@
+"""Which tests run which lines of a room, and running some of them."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox import ROOT, Sandbox
+
+SPARE = 4.0, 60.0
+"""The time that tests may take with a bug: so many times what they took without one, and so many seconds more."""
+
+
+class _Plugin:
+    """Runs the chosen tests, quick files first; notes how long each took, and the first one that fails."""
+
+    def __init__(self, chosen: dict[str, float] | None, coverage) -> None:
+        self.chosen, self.coverage = chosen, coverage
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.failed: list[str] = []
+
+    def pytest_collection_modifyitems(self, config, items) -> None:
+        if self.chosen is None:
+            return
+        totals: dict[Path, float] = defaultdict(float)
+        for item in items:
+            totals[item.path] += self.chosen.get(item.nodeid, 0.0)
+        items[:] = [item for item in items if item.nodeid in self.chosen]
+        items.sort(key=lambda item: totals[item.path])  # stable: within a file the order stays
+
+    def pytest_runtest_logstart(self, nodeid, location) -> None:
+        if self.coverage:
+            self.coverage.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        self.seconds[report.nodeid] += report.duration
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+def run_tests(
+    tests: list[str], outcome: Path, chosen: dict[str, float] | None = None, cover: Path | None = None
+) -> int:
+    """Run tests in this process, a fresh one, and write what came of them."""
+    coverage = None
+    if cover is not None:
+        from coverage import Coverage
+
+        coverage = Coverage(config_file=str(cover))
+        coverage.start()
+    import pytest
+
+    plugin = _Plugin(chosen, coverage)
+    stop = ["-x"] if chosen is not None else []
+    status = pytest.main(["-n0", "-q", "--no-header", "-p", "no:cacheprovider", *stop, *tests], plugins=[plugin])
+    if coverage:
+        coverage.stop()
+        coverage.save()
+    outcome.write_text(json.dumps({"seconds": plugin.seconds, "failed": plugin.failed}))
+    return int(status)
+
+
+@dataclass
+class Map:
+    """Which tests of a room run which lines."""
+
+    seconds: dict[str, float]
+    """Of each test that passes."""
+    lines: dict[str, dict[int, set[str]]]
+    """By file and line."""
+
+    def chosen(self, path: str, line: int, at_import: bool) -> dict[str, float]:
+        """Return the tests that a change at a line can alter; all, where that is not known."""
+        own = self.lines.get(path, {})
+        found = set().union(*(own.get(number, ()) for number in _statement(path, line)))
+        if at_import or not found:
+            found = set(self.seconds)
+        return {name: seconds for name, seconds in self.seconds.items() if name in found}
+
+
+def _statement(path: str, line: int) -> range:
+    """The lines of the innermost statement around a line; of one that has a body, its head only."""
+    best = range(line, line + 1)
+    for node in ast.walk(ast.parse((ROOT / path).read_bytes())):
+        if isinstance(node, (ast.stmt, ast.ExceptHandler)) and node.lineno <= line <= node.end_lineno:
+            body = getattr(node, "body", None)
+            last = max(node.lineno, body[0].lineno - 1) if body else node.end_lineno
+            if line <= last:
+                best = range(node.lineno, last + 1)
+    return best
+
+
+def make_map(sandbox: Sandbox, room: dict, folder: Path) -> Map:
+    """Run all tests of a room once, and note which lines each runs, in all the processes that it starts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept, data = folder / "map.json", folder / "coverage"
+    if not kept.exists():
+        config, outcome = folder / "coveragerc", folder / "outcome.json"
+        sources = "\n    ".join(str(sandbox.tree / source) for source in room["sources"])
+        config.write_text(
+            f"[run]\ndata_file = {data}\nparallel = true\nsource =\n    {sources}\n"
+            "context = ${PYTEST_CURRENT_TEST-}\n"
+            "disable_warnings = no-data-collected, module-not-imported, module-not-measured\n"
+        )
+        process = sandbox.start(
+            lambda: run_tests(room["tests"], outcome, cover=config),
+            folder / "map.log",
+            {"COVERAGE_PROCESS_START": str(config)},
+        )
+        while process.status is None:
+            process.wait(60.0)
+        process.end()
+        _keep(sandbox, data, json.loads(outcome.read_text()), kept)
+    found = json.loads(kept.read_text())
+    lines = {
+        path: {int(line): set(tests) for line, tests in by_line.items()} for path, by_line in found["lines"].items()
+    }
+    return Map(found["seconds"], lines)
+
+
+def _keep(sandbox: Sandbox, data: Path, outcome: dict, kept: Path) -> None:
+    from coverage import CoverageData
+
+    merged = CoverageData(basename=str(data) + ".merged")
+    merged.erase()
+    for part in sorted(data.parent.glob("coverage.*")):
+        if not part.name.startswith("coverage.merged"):
+            one = CoverageData(basename=str(part))
+            one.read()
+            merged.update(one)
+            part.unlink()
+    passed = {name: seconds for name, seconds in outcome["seconds"].items() if name not in outcome["failed"]}
+    lines: dict[str, dict[int, list[str]]] = {}
+    for file in merged.measured_files():
+        path = str(Path(file).relative_to(sandbox.tree))
+        lines[path] = {
+            line: sorted({_test(context, passed) for context in contexts} & set(passed))
+            for line, contexts in merged.contexts_by_lineno(file).items()
+        }
+    kept.write_text(json.dumps({"seconds": passed, "failed": outcome["failed"], "lines": lines}))
+
+
+def _test(context: str, tests: dict[str, float]) -> str:
+    """The test of a context: of this process's own, or of a process that it started, which knows the phase as well."""
+    name = context
+    for phase in (" (setup)", " (call)", " (teardown)"):
+        name = name.removesuffix(phase)
+    return name
