@@ -57,7 +57,8 @@ def draw(seed: int, each: int) -> None:
         sys.exit(f"{DRAWN} exists: what was drawn stays, or the tests were written for other bugs.")
     drawn = {}
     for room in ROOMS:
-        chosen = random.Random(f"{seed} {room}").sample(all_mutants(room), each)
+        possible = all_mutants(room)
+        chosen = random.Random(f"{seed} {room}").sample(possible, min(each, len(possible)))
         chosen.sort(key=lambda one: (one.path, one.start))
         drawn[room] = [{key: asdict(one)[key] for key in NAMES} for one in chosen]
     DRAWN.write_text(json.dumps(drawn, indent=1) + "\n")
@@ -69,7 +70,7 @@ NAMES = ("path", "function", "operator", "before", "after", "nth")
 def chosen_mutants(room: str) -> tuple[list[Mutant], list[dict]]:
     """Find the bugs of a room in the sources of today, and those whose place is gone."""
     there = {one.name: one for one in all_mutants(room)}
-    drawn = json.loads(DRAWN.read_text())[room]
+    drawn = json.loads(DRAWN.read_text()).get(room, [])
     names = [tuple(one[key] for key in NAMES) for one in drawn]
     found = [there[name] for name in names if name in there]
     hand = by_hand(room)
@@ -84,6 +85,10 @@ def outcomes(room: str) -> dict[tuple, dict]:
     lines = file.read_text().splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines]
     return {tuple(row[key] for key in NAMES): row for row in rows}
+
+
+BUILDING = 600.0
+"""Seconds in which the C++ core is built."""
 
 
 @dataclass
@@ -117,8 +122,13 @@ class Campaign:
         files = sorted({name.split("::")[0] for name in chosen})
         outcome = sandbox.folder / "outcome.json"
         outcome.unlink(missing_ok=True)
-        process = sandbox.start(lambda: run_tests(files, outcome, chosen), sandbox.folder / "log")
-        self.running[number] = process, one, times * sum(chosen.values()) + more
+        native = not one.path.endswith(".py")
+
+        def work() -> int:
+            return (sandbox.build() if native else 0) or run_tests(files, outcome, chosen)
+
+        process = sandbox.start(work, sandbox.folder / "log")
+        self.running[number] = process, one, times * sum(chosen.values()) + more + native * BUILDING
 
     def _look(self, number: int) -> None:
         process, one, limit = self.running[number]
@@ -163,7 +173,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     parsed = commands.add_parser("draw")
     parsed.add_argument("--seed", type=int, required=True)
-    parsed.add_argument("--each", type=int, default=32, help="bugs per room")
+    parsed.add_argument("--each", type=int, default=32, help="bugs per room of Python")
     parsed = commands.add_parser("run")
     parsed.add_argument("--room", action="append", choices=list(ROOMS), help="all, unless given")
     parsed.add_argument("--again", action="store_true", help="those whose outcome is known, too")

@@ -60,6 +60,18 @@ class Sandbox:
         """Bring a file back to what the repository holds."""
         self.put(path, (ROOT / path).read_bytes())
 
+    def build(self) -> int:
+        """Compile what has changed of the C++ core. Returns the status of the build."""
+        import pybind11
+
+        configure = [
+            "cmake", "-S", self.tree, "-B", self.folder / "build", "-G", "Ninja",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={self.tree / 'stablekd_fast'}",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]  # fmt: skip
+        done = 0 if (self.folder / "build").exists() else subprocess.run(configure, check=False).returncode
+        return done or subprocess.run(["cmake", "--build", self.folder / "build"], check=False).returncode
+
     def start(self, work: Callable[[], int], log: Path, environment: dict[str, str] | None = None) -> Running:
         """Start a process in the sandbox that calls `work`; its exit status is what that returns."""
         return Running(self, work, log, environment or {})

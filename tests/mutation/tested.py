@@ -78,10 +78,10 @@ class Map:
 
     def chosen(self, path: str, line: int, at_import: bool) -> dict[str, float]:
         """Return the tests that a change at a line can alter; all, where that is not known."""
-        own = self.lines.get(path, {})
-        found = set().union(*(own.get(number, ()) for number in _statement(path, line)))
-        if at_import or not found:
-            found = set(self.seconds)
+        own, found = self.lines.get(path, {}), set()
+        if own and not at_import:
+            found = set().union(*(own.get(number, ()) for number in _statement(path, line)))
+        found = found or set(self.seconds)
         return {name: seconds for name, seconds in self.seconds.items() if name in found}
 
 
