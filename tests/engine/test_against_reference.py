@@ -14,6 +14,7 @@ from stablekd_fast.engine.checkpoint import load_tensors
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
 from stablekd_fast.engine.stage import stage_steps
 from stablekd_fast.engine.step import Rates
+from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.run.builders import eval_source
 from stablekd_fast.run.distiller import Distiller
@@ -123,6 +124,35 @@ def test_stages_compute_what_the_reference_computes(case, random_batch, settled,
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-7)
     for own, expected in zip(norms(paired.student), norms(nn.Sequential(*reference.student)), strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.3, 1e3, None], ids=str)
+def test_a_clipped_step_in_float16_is_that_of_float64(clip, random_batch, settled, one_thread):
+    """Whatever the loss scale: the norm that is clipped is that of the gradient. Below and above the norm."""
+    batch = random_batch(0, 12)
+    teacher, student = settled(network(2, 8, 1)), network(1, 8, 2)
+    reference = ReferenceTrainer(
+        [block.double() for block in by_hand(teacher)], [block.double() for block in by_hand(student)]
+    )
+    before = [parameter.detach().clone() for parameter in reference.parameters()]
+    reference.train(WHOLE, 1, [(batch.images.double(), batch.labels)], **SGD, cycle="constant", clip=clip)
+    moved = [own.detach() - start for own, start in zip(reference.parameters(), before)]
+    paired = pair_blocks(teacher, student, batch.images, cuts=["0", "1", "2"])
+    paired.precision = Precision("fp16")
+    aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
+    nn.ModuleList([paired.student, *paired.student_blocks]).train()
+    settings = Optimizer(**SGD, cycle="constant", clip=clip)
+    made = stage_steps(paired, WHOLE, aims, settings, rates=Rates.constant(SGD["lr"]))
+    made.steps[0].loss_scale.scale.fill_(64.0)
+    made.load(Relay(paired, LiveTeacher(paired)), batch)
+    made.run()
+    assert not made.steps[0].loss_scale.skipped.item()
+    own = [parameter.detach().double() - start for parameter, start in zip(paired.student.parameters(), before)]
+    assert length(*(a - b for a, b in zip(own, moved))) < 0.02 * length(*moved)
+
+
+def length(*tensors):
+    return torch.stack([tensor.norm() for tensor in tensors]).norm().item()
 
 
 def norms(net):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from stablekd_fast.config import DistillConfig, identity
+from stablekd_fast.engine import loop
 from stablekd_fast.engine.checkpoint import load_tensors, save_tensors
 from stablekd_fast.errors import CheckpointError, ConfigError, TrainingError
 
@@ -107,6 +108,39 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bits(launch, tmp_path):
         del merge["time"]
     assert merges[0] == merges[1] and len(merges[0]) == 2
     assert not list(broken.glob(".*.tmp"))
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"ema": 0.5}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize("stop", [4, 6, 10])
+def test_what_a_resumed_run_goes_on_with(make, monkeypatch, settings, stop):
+    """Loss scales, averages: every tensor of the checkpoint at the end is that of a run that was not stopped. In
+    float16 the first steps overflow, so the scales have changed before the stop, and each group has its own."""
+    make(out="whole", checkpoint_every=2, **settings).run(progress=False)
+    with monkeypatch.context() as patched:
+        original = loop.Engine._save
+
+        def save(self, stage):
+            original(self, stage)
+            if self.progress.step >= stop:
+                raise Stopped
+
+        patched.setattr(loop.Engine, "_save", save)
+        with pytest.raises(Stopped):
+            make(out="stopped", checkpoint_every=2, **settings).run(progress=False)
+    saved = load_tensors(Path(make(out="stopped").config.out) / "checkpoint.safetensors")[0]
+    scales = {value.item() for name, value in saved.items() if name.endswith("/scale")}
+    assert bool(scales - {2.0**16}) == ("precision" in settings)
+    distiller = make(out="stopped", checkpoint_every=2, resume=True, **settings)
+    distiller.run(progress=False)
+    stopped = Path(distiller.config.out) / "checkpoint.safetensors"
+    one, other = load_tensors(stopped.parents[1] / "whole" / stopped.name)[0], load_tensors(stopped)[0]
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
 
 
 def test_a_resume_with_other_settings_is_refused_with_the_difference(make):

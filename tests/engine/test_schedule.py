@@ -108,6 +108,9 @@ def test_wrong_settings_are_refused():
         Stage([[0]])
     with pytest.raises(ConfigError, match=r"optimizer.lr=-1"):
         Optimizer(lr=-1)
+    for clip in (0, -0.5):
+        with pytest.raises(ConfigError, match=f"optimizer.clip={clip} was given; it must be greater than 0"):
+            Optimizer(clip=clip)
     with pytest.raises(ConfigError, match="method 'hinton'.*kd"):
         method_stages("hinton", 4)
     with pytest.raises(ConfigError, match="recipe 'x'"):

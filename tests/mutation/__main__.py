@@ -13,6 +13,7 @@ appended to `docs/results/mutation/ROOM.jsonl` as it becomes known, so a campaig
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import sys
@@ -92,13 +93,25 @@ BUILDING = 600.0
 
 
 @dataclass
+class Trial:
+    """A bug that tests are run against."""
+
+    mutant: Mutant
+    process: Running
+    limit: float
+    """Seconds that the tests may take."""
+    undo: contextlib.ExitStack
+    """Takes the bug out again."""
+
+
+@dataclass
 class Campaign:
     """The bugs of a room, tried in several sandboxes at once."""
 
     room: str
     folder: Path
     workers: int
-    running: dict[int, tuple[Running, Mutant, float]] = field(default_factory=dict)
+    running: dict[int, Trial] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sandboxes = [Sandbox(self.folder / f"{self.room}-{number}") for number in range(self.workers)]
@@ -118,7 +131,8 @@ class Campaign:
     def _start(self, number: int, one: Mutant, known: Map) -> None:
         sandbox, (times, more) = self.sandboxes[number], SPARE
         chosen = known.chosen(one.path, one.line, one.at_import)
-        sandbox.put(one.path, one.apply((ROOT / one.path).read_bytes()))
+        undo = contextlib.ExitStack()
+        undo.enter_context(sandbox.changed(one.path, one.apply))
         files = sorted({name.split("::")[0] for name in chosen})
         outcome = sandbox.folder / "outcome.json"
         outcome.unlink(missing_ok=True)
@@ -127,27 +141,27 @@ class Campaign:
         def work() -> int:
             return (sandbox.build() if native else 0) or run_tests(files, outcome, chosen)
 
-        process = sandbox.start(work, sandbox.folder / "log")
-        self.running[number] = process, one, times * sum(chosen.values()) + more + native * BUILDING
+        limit = times * sum(chosen.values()) + more + native * BUILDING
+        self.running[number] = Trial(one, sandbox.start(work, sandbox.folder / "log"), limit, undo)
 
     def _look(self, number: int) -> None:
-        process, one, limit = self.running[number]
+        trial = self.running[number]
+        one, process = trial.mutant, trial.process
         process.wait(0.2)
-        if process.status is None and process.seconds < limit:
+        if process.status is None and process.seconds < trial.limit:
             return
         status, seconds = process.status, process.seconds
         process.end()
-        sandbox = self.sandboxes[number]
-        sandbox.restore(one.path)
+        trial.undo.close()
         del self.running[number]
-        written = sandbox.folder / "outcome.json"
+        written = self.sandboxes[number].folder / "outcome.json"
         failed = json.loads(written.read_text())["failed"] if written.exists() else []
         by = failed[0] if failed else "no end within its time" if status is None else f"exit status {status}"
         row = {key: getattr(one, key) for key in (*NAMES, "line")}
         row |= {"noticed": status != 0, "by": None if status == 0 else by, "seconds": round(seconds, 1)}
         with (OUTCOMES / f"{self.room}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{'noticed' if status else 'SURVIVED' if status == 0 else 'noticed'} {seconds:5.0f} s  "
+        print(f"{'NOT NOTICED' if status == 0 else 'noticed'} {seconds:5.0f} s  "
               f"{one.path}:{one.line} {one.operator}: {' '.join(one.before.split())[:60]}", flush=True)  # fmt: skip
 
 

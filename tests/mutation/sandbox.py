@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -52,13 +53,15 @@ class Sandbox:
         for inner in ("bench", "kernels"):
             (self.tree / "stablekd_fast" / inner).symlink_to(self.tree / inner)
 
-    def put(self, path: str, content: bytes) -> None:
-        """Replace a file."""
-        (self.tree / path).write_bytes(content)
-
-    def restore(self, path: str) -> None:
-        """Bring a file back to what the repository holds."""
-        self.put(path, (ROOT / path).read_bytes())
+    @contextlib.contextmanager
+    def changed(self, path: str, change: Callable[[bytes], bytes]) -> Iterator[None]:
+        """A file is another one until the block ends."""
+        before = (self.tree / path).read_bytes()
+        (self.tree / path).write_bytes(change(before))
+        try:
+            yield
+        finally:
+            (self.tree / path).write_bytes(before)
 
     def build(self) -> int:
         """Compile what has changed of the C++ core. Returns the status of the build."""

@@ -127,15 +127,16 @@ def make_map(sandbox: Sandbox, room: dict, folder: Path) -> Map:
 
 def _keep(sandbox: Sandbox, data: Path, outcome: dict, kept: Path) -> None:
     from coverage import CoverageData
+    from coverage.exceptions import CoverageException
 
-    merged = CoverageData(basename=str(data) + ".merged")
-    merged.erase()
-    for part in sorted(data.parent.glob("coverage.*")):
-        if not part.name.startswith("coverage.merged"):
-            one = CoverageData(basename=str(part))
+    merged = CoverageData(no_disk=True)
+    for part in sorted(data.parent.glob(f"{data.name}.*")):
+        one = CoverageData(basename=str(part))
+        try:
             one.read()
-            merged.update(one)
-            part.unlink()
+        except CoverageException:
+            continue  # of a process that was killed while it wrote
+        merged.update(one)
     passed = {name: seconds for name, seconds in outcome["seconds"].items() if name not in outcome["failed"]}
     lines: dict[str, dict[int, list[str]]] = {}
     for file in merged.measured_files():
