@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from stablekd_fast.cache.columns import Columns
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
@@ -275,3 +276,23 @@ def test_stored_images_are_the_decoded_ones_and_nothing_is_read_twice(
     again, _ = run("again", cache=disk(images=True), **settings)
     assert same(plain, again) and len(files) == 6
     assert os.listdir(tmp_path / "cache" / "images.uint8")
+    assert open_files(tmp_path / "cache") == []
+
+
+def open_files(folder) -> list[str]:
+    """Files under a folder that this process holds open."""
+    links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    return [name for name in map(os.readlink, filter(os.path.islink, links)) if name.startswith(str(folder))]
+
+
+def test_a_run_leaves_no_file_open(run, disk, tmp_path):
+    run("a", cache=disk(), epochs=4.0)
+    assert open_files(tmp_path / "cache") == []
+
+
+def test_without_a_directory_no_row_is_stored_already(tmp_path, digits):
+    config = DistillConfig(out=str(tmp_path / "x"), device="cpu", cuts=["0", "1", "2"])
+    made = Distiller(config, teacher=net(2, 1), student=net(1, 2), dataset=digits)
+    output = made.paired.teacher_outputs(torch.randn(4, 3, 8, 8), {0})[0]
+    columns = Columns(made.paired, made.source, CacheSettings(), torch.device("cpu"), 1)
+    assert columns.stored_rows(0, output, "fp32") == 0

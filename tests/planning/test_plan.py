@@ -123,3 +123,61 @@ def test_decisions_say_where_the_teacher_goes_on():
 def test_a_plan_survives_json():
     plan = Plan({2: Kept("host", "int8"), 0: Kept("disk", "fp32")})
     assert Plan.from_plain(plan.plain()) == plan
+
+
+def test_every_cost_is_counted_once_and_where_it_belongs():
+    """All costs differ and none is zero; milliseconds per batch of 100 rows, added up by hand."""
+    a = OutputCost("a", 0.010, {"fp32": CodecCost(1000, 0.0003, 0.0007, stored=0.25)})
+    b = OutputCost("b", 0.020, {"int8": CodecCost(300, 0.0011, 0.0013, exact=False)})
+    c = OutputCost("c", 0.040, {"fp16": CodecCost(700, 0.0017, 0.0019)}, bridged=True)
+    tiers = {
+        "disk": TierCost({"disk": 1e-8, "link": 2e-8}, {"disk": 4e-8, "device": 3e-8}, 1e12),
+        "host": TierCost({"link": 5e-8}, {"link": 7e-8}, 1e12),
+    }
+    stages = (StageCost(0.005, frozenset({0, 1, 2}), 100, 30), StageCost(0.003, frozenset({2}), 50, 10))
+    costs = Costs((a, b, c), stages, tiers, {"device": 0.001, "loader": 0.008}, 1000, 100)
+    plan = Plan({0: Kept("disk", "fp32"), 1: Kept("host", "int8"), 2: Kept("host", "fp16")})
+    own = predict(costs, plan)
+
+    def milliseconds(device, link, disk, loader=8.0):
+        return {"device": device / 1e3, "link": link / 1e3, "disk": disk / 1e3, "loader": loader / 1e3}
+
+    # Filling. a: a quarter is on disk already, three quarters are computed, encoded, decoded and written. In memory
+    # nothing is there yet: b and c are computed. The teacher goes on from each.
+    of_a = 0.25 * 0.7 + 0.75 * (10 + 0.3 + 0.7) + 0.75 * 3.0
+    of_b, of_c = 20 + 1.1 + 1.3, 40 + 1.7 + 1.9
+    first = milliseconds(1 + 5 + of_a + of_b + of_c, 0.25 * 2.0 + 2.1 + 4.9, 0.25 * 1.0 + 0.75 * 4.0)
+    second = milliseconds(1 + 3 + 70 + 1.7 + 1.9, 4.9, 0)  # c alone is wanted: all three blocks run for it
+    assert own.filling[0] == pytest.approx(first) and own.filling[1] == pytest.approx(second)
+    # Filled. Everything is read and decoded.
+    assert own.filled[0] == pytest.approx(milliseconds(1 + 5 + 0.7 + 1.3 + 1.9, 2.0 + 1.5 + 3.5, 1.0))
+    assert own.filled[1] == pytest.approx(milliseconds(1 + 3 + 1.9, 3.5, 0))
+    busiest = 30 * first["device"] + 70 * 0.0099 + 10 * second["device"] + 40 * 0.008
+    assert own.seconds == pytest.approx(busiest)
+    assert own.images_per_second(costs) == pytest.approx([100 / 0.0099, 100 / 0.008])
+    # Without b: it is computed from a's row, which is exact; c from b's.
+    part = predict(costs, Plan({0: Kept("disk", "fp32")}))
+    assert part.filled[0] == pytest.approx(milliseconds(1 + 5 + 0.7 + 20 + 40, 2.0, 1.0))
+    # Without a: no row to go on from before b, and none behind b, as it is not exact.
+    part = predict(costs, Plan({1: Kept("host", "int8")}))
+    assert part.filled[0] == pytest.approx(milliseconds(1 + 5 + 10 + 1.3 + 60 - 0, 1.5, 0))
+    assert part.filled[0]["device"] == pytest.approx((1 + 5 + 10 + 1.3 + 20 + 40) / 1e3)
+    shown = decisions(costs, plan)
+    assert [(row["output"], row["decision"], row["row_bytes"]) for row in shown] == [
+        ("a", "keep (disk, fp32)", 1000),
+        ("b", "keep (host, int8)", 300),
+        ("c", "keep (host, fp16)", 700),
+    ]
+    assert [row["live_ms"] for row in shown] == pytest.approx([10, 20, 60])
+    assert [row["kept_ms"] for row in shown] == pytest.approx([2.0, 1.5, 3.5])
+    assert [row["gigabytes"] for row in shown] == pytest.approx([1e-3, 3e-4, 7e-4])
+
+
+def test_budgets_hold_all_rows_of_a_tier_together():
+    a, b = (OutputCost(name, 0.01, {"fp32": CodecCost(1000, 0.0, 0.0)}) for name in "ab")
+    stages = (StageCost(0.0, frozenset({0, 1}), 10, 0),)
+    for budget, fitting in ((2_000_000, True), (1_999_999, False), (1_000_000, False)):
+        costs = Costs((a, b), stages, {"host": TierCost({}, {}, budget)}, {}, 1000, 100)
+        assert fits(costs, Plan({0: Kept("host", "fp32"), 1: Kept("host", "fp32")})) == fitting
+        assert fits(costs, Plan({0: Kept("host", "fp32")}))
+        assert len(best_plan(costs).kept) == 1 + fitting
