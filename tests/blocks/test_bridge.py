@@ -51,3 +51,9 @@ def test_layouts_are_converted():
 def test_an_unknown_kind_is_refused(activation):
     with pytest.raises(ConfigError, match="select, average, pca"):
         fit_bridge("magic", activation, 3, 1, 1)
+
+
+def test_channels_are_on_axis_1_unless_said():
+    weight = torch.randn(2, 3)
+    x = torch.randn(4, 3, 5, 6)
+    torch.testing.assert_close(Bridge(weight)(x), torch.einsum("sc,nchw->nshw", weight, x))

@@ -181,3 +181,68 @@ def test_what_the_logits_do_not_depend_on_is_no_part_of_a_block():
         images = torch.randn(count, 3, 8, 8)
         (whole,) = traced.split([])
         assert torch.equal(whole(images), model(images))
+
+
+class Tokens(nn.Module):
+    """Patches as tokens, and blocks over them: attention between tokens, of any width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.one, self.two = (nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU()) for _ in range(2))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.one(x)
+        x = x + self.two(x)
+        return self.head(x.mean(1))
+
+
+def test_tokens_of_different_widths_are_bridged_along_their_channels():
+    """On 16 pixels there are 16 tokens: as many as the student has channels."""
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    for teacher_width, student_width in ((24, 16), (16, 24), (20, 12)):
+        teacher, student = Tokens(teacher_width).eval(), Tokens(student_width)
+        paired = pair_blocks(teacher, student, images, cuts=["add", "add_1"])
+        assert len(paired.cuts) == 2
+        for k, cut in enumerate(paired.cuts):
+            assert (cut.teacher_channel_axis, cut.student_channel_axis) == (-1, -1)
+            assert (cut.teacher_shape, cut.student_shape) == ((16, teacher_width), (16, student_width))
+            assert paired.teacher_outputs(images, {k})[k].shape == (4, 16, student_width)
+
+
+class LastChannels(nn.Module):
+    """Maps `[N, 8, 8, 8]` with the channels last, by the Linear that makes them."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.layer, self.head = nn.Conv2d(3, 8, 1), layer, nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.layer(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.LayerNorm(8)])
+def test_where_height_and_width_are_as_many_as_channels_the_layer_says_which_are_which(layer):
+    [axis] = {point.channel_axis for point in trace(LastChannels(layer), IMAGES).points if "layer" in point.aliases}
+    assert axis == -1
+
+
+class LateLinear(nn.Module):
+    """Channels first, as the convolution has them; a Linear of the same width lies nearer, behind another layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.steps = nn.Conv2d(3, 8, 1), nn.Sequential(*[nn.ReLU() for _ in range(4)])
+        self.linear, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.steps(self.conv(x))
+        return self.head(self.linear(x.permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def test_a_layout_is_not_looked_for_beyond_another_shape():
+    net, images = LateLinear(), torch.randn(2, 3, 8, 6)
+    points = {alias: point for point in trace(net, images).points for alias in point.aliases}
+    assert points["steps"].channel_axis == 1 and points["linear"].channel_axis == -1

@@ -216,3 +216,10 @@ def test_rows_in_memory_fill_their_room_exactly(dtype):
     assert rows.present(torch.tensor([9, 11, 3])).tolist() == [True, False, True]
     asked = torch.tensor([7, 0, 9])
     assert torch.equal(rows.gather(asked)[0].float(), values.float()[asked])
+
+
+def test_a_row_beyond_a_table_of_one_row_is_not_there():
+    rows = MemoryRows([Part("rows", torch.float32, (4,))], 10, torch.device("cpu"))
+    assert rows.present(torch.tensor([0, 5])).tolist() == [False, False]
+    rows.put(torch.tensor([0]), [torch.ones(1, 4)])
+    assert rows.present(torch.tensor([0, 5])).tolist() == [True, False]
