@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +101,10 @@ def _statement(path: str, line: int) -> range:
 
 def make_map(sandbox: Sandbox, room: dict, folder: Path) -> Map:
     """Run all tests of a room once, and note which lines each runs, in all the processes that it starts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kept, data = folder / "map.json", folder / "coverage"
-    if not kept.exists():
+    kept, data, digest = folder / "map.json", folder / "coverage", _digest(sandbox, room)
+    if not kept.exists() or json.loads(kept.read_text())["digest"] != digest:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         config, outcome = folder / "coveragerc", folder / "outcome.json"
         sources = "\n    ".join(str(sandbox.tree / source) for source in room["sources"])
         config.write_text(
@@ -117,7 +120,7 @@ def make_map(sandbox: Sandbox, room: dict, folder: Path) -> Map:
         while process.status is None:
             process.wait(60.0)
         process.end()
-        _keep(sandbox, data, json.loads(outcome.read_text()), kept)
+        kept.write_text(json.dumps({"digest": digest, **_merged(sandbox, data, json.loads(outcome.read_text()))}))
     found = json.loads(kept.read_text())
     lines = {
         path: {int(line): set(tests) for line, tests in by_line.items()} for path, by_line in found["lines"].items()
@@ -125,7 +128,17 @@ def make_map(sandbox: Sandbox, room: dict, folder: Path) -> Map:
     return Map(found["seconds"], lines)
 
 
-def _keep(sandbox: Sandbox, data: Path, outcome: dict, kept: Path) -> None:
+def _digest(sandbox: Sandbox, room: dict) -> str:
+    """What tells whether tests and sources of a room are those of before."""
+    digest = hashlib.sha256()
+    for place in (*room["sources"], *room["tests"]):
+        for path in sorted((sandbox.tree / place).rglob("*.py")):
+            digest.update(str(path.relative_to(sandbox.tree)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _merged(sandbox: Sandbox, data: Path, outcome: dict) -> dict:
+    """Return seconds of the tests that pass, names of those that fail, and by file and line the tests that run it."""
     from coverage import CoverageData
     from coverage.exceptions import CoverageException
 
@@ -145,7 +158,7 @@ def _keep(sandbox: Sandbox, data: Path, outcome: dict, kept: Path) -> None:
             line: sorted({_test(context, passed) for context in contexts} & set(passed))
             for line, contexts in merged.contexts_by_lineno(file).items()
         }
-    kept.write_text(json.dumps({"seconds": passed, "failed": outcome["failed"], "lines": lines}))
+    return {"seconds": passed, "failed": outcome["failed"], "lines": lines}
 
 
 def _test(context: str, tests: dict[str, float]) -> str:
