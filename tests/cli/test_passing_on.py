@@ -155,8 +155,8 @@ def test_a_demo_is_what_was_asked_for(monkeypatch):
 
 
 BENCHED = {
-    "kernels": ("operators.kernels.run_kernels", ["--ops", "kd_loss,rows", "--device", "cuda", "--no-compile", "--quick",
-                "--threads", "3"], ["cuda", False, True, ["kd_loss", "rows"], 3]),
+    "kernels": ("operators.kernels.run_kernels", ["--ops", "kd_loss,rows", "--device", "cuda", "--no-compile",
+                "--quick", "--threads", "3"], ["cuda", False, True, ["kd_loss", "rows"], 3]),
     "cache": ("runs.cache.run_cache", ["--directory", "there", "--quick"], ["there", True]),
     "teacher": ("runs.teacher.run_teacher", ["--directory", "there", "--small", "s", "--large", "l"],
                 ["there", "s", "l"]),

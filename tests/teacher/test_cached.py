@@ -7,6 +7,7 @@ from torch import nn
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.cache.columns import Columns, Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings
+from stablekd_fast.cache.store import RowStore
 from stablekd_fast.data import Batch, TrainSource, open_dataset
 from stablekd_fast.data.dataset import Augmentation
 from stablekd_fast.errors import CacheError
@@ -143,6 +144,32 @@ def test_reading_ahead_serves_its_own_batch_alone(digits, kept):
     assert next(got, None) is None
     [mixed] = teacher.ahead(iter([batches[3]]), EVERYTHING)  # none of its rows is there
     bench.check(teacher, mixed, EVERYTHING, [1, 1, 1, 1])
+    teacher.close()
+
+
+def test_what_was_read_ahead_is_used_and_not_read_again(digits, tmp_path, monkeypatch):
+    bench, began = Bench(digits), []
+    submit = RowStore.submit
+    monkeypatch.setattr(RowStore, "submit", lambda self, rows, out: (began.append(rows), submit(self, rows, out))[1])
+    teacher = bench.teacher({1: Kept("disk", "fp32")}, str(tmp_path / "rows"))
+    batches = [bench.batch([0, 1, 2, 3]), bench.batch([4, 5, 6, 7])]
+    for batch in batches:
+        bench.check(teacher, batch, {1}, [1, 1, 0, 0])
+    for batch in teacher.ahead(iter(batches), {1}):
+        bench.check(teacher, batch, {1}, [0] * 4)
+    assert len(began) == 2
+    teacher.close()
+
+
+def test_a_row_that_was_stored_after_the_reading_began_is_read_all_the_same(digits, kept):
+    """Two batches in a row hold the same images: the second one's rows are looked for before the first has stored
+    them."""
+    bench = Bench(digits)
+    teacher = bench.teacher({1: kept[0]}, kept[1])
+    batches = [bench.batch([0, 1, 2, 3]), bench.batch([3, 2, 1, 0])]
+    ran = iter([[1, 1, 0, 0], [0] * 4])
+    for batch in teacher.ahead(iter(batches), {1}):
+        bench.check(teacher, batch, {1}, next(ran))
     teacher.close()
 
 
