@@ -5,22 +5,29 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import shutil
+import signal
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sandbox import ROOT, Sandbox
 
 SPARE = 4.0, 60.0
-"""The time that tests may take with a bug: so many times what they took without one, and so many seconds more."""
+"""The time that a test may take with a bug: so many times what it took without one, and so many seconds more. All of
+them together may take as much."""
+_NO_END = 70
+"""The exit status where a test does not end."""
 
 
 class _Plugin:
-    """Runs the chosen tests, quick files first; notes how long each took, and the first one that fails."""
+    """Runs the chosen tests, quick files first; notes how long each took, and the first one that fails or does not
+    end."""
 
-    def __init__(self, chosen: dict[str, float] | None, coverage) -> None:
-        self.chosen, self.coverage = chosen, coverage
+    def __init__(self, chosen: dict[str, float] | None, coverage, outcome: Path) -> None:
+        self.chosen, self.coverage, self.outcome = chosen, coverage, outcome
         self.seconds: dict[str, float] = defaultdict(float)
         self.failed: list[str] = []
 
@@ -36,6 +43,19 @@ class _Plugin:
     def pytest_runtest_logstart(self, nodeid, location) -> None:
         if self.coverage:
             self.coverage.switch_context(nodeid)
+        if self.chosen is not None:
+            times, more = SPARE
+            signal.signal(signal.SIGALRM, partial(self._end, nodeid))
+            signal.setitimer(signal.ITIMER_REAL, times * self.chosen.get(nodeid, 0.0) + more)
+
+    def _end(self, nodeid: str, *_) -> None:
+        self.failed.append(nodeid)
+        self.write()
+        os._exit(_NO_END)
+
+    def write(self) -> None:
+        """Say what came of the tests."""
+        self.outcome.write_text(json.dumps({"seconds": self.seconds, "failed": self.failed}))
 
     def pytest_runtest_logreport(self, report) -> None:
         self.seconds[report.nodeid] += report.duration
@@ -59,13 +79,13 @@ def run_tests(
         coverage.start()
     import pytest
 
-    plugin = _Plugin(chosen, coverage)
+    plugin = _Plugin(chosen, coverage, outcome)
     stop = ["-x"] if chosen is not None else []
     status = pytest.main(["-n0", "-q", "--no-header", "-p", "no:cacheprovider", *stop, *tests], plugins=[plugin])
     if coverage:
         coverage.stop()
         coverage.save()
-    outcome.write_text(json.dumps({"seconds": plugin.seconds, "failed": plugin.failed}))
+    plugin.write()
     return int(status)
 
 
