@@ -233,7 +233,8 @@ def _single_carriers(graph: fx.Graph) -> set[fx.Node]:
 def _channel_axis(model: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> int:
     """1 for `[N, C, ...]`, -1 for channels last, as the nearest layer that declares a width has it.
 
-    The search follows only nodes of the same shape, up and down: beyond them the layout may be another.
+    The search follows only nodes of the same shape, up and down, and none that reorders axes: beyond them the layout
+    may be another.
     """
     shape = shapes[node]
     if len(shape) == 1:
@@ -249,11 +250,23 @@ def _channel_axis(model: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[i
                 axis = _declared_axis(called_module(model, neighbour), shape, side)
                 if axis is not None:
                     return axis
-        for neighbour in (*here.users, *here.all_input_nodes):
+        inputs = () if _reorders(model, here) else here.all_input_nodes
+        for neighbour in (*(user for user in here.users if not _reorders(model, user)), *inputs):
             if neighbour not in seen and shapes.get(neighbour) == shape:
                 seen.add(neighbour)
                 queue.append(neighbour)
     return 1
+
+
+_REORDERING = {"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "reshape", "view", "unflatten"}
+
+
+def _reorders(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node gives its axes another order or another meaning: a map as wide as it has channels then has the
+    same shape behind it."""
+    if node.op == "call_module":
+        return type(called_module(model, node)).__name__.lower() in _REORDERING
+    return getattr(node.target, "__name__", str(node.target)) in _REORDERING
 
 
 def called_module(root: nn.Module, node: fx.Node) -> nn.Module:

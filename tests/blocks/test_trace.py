@@ -243,6 +243,6 @@ class LateLinear(nn.Module):
 
 
 def test_a_layout_is_not_looked_for_beyond_another_shape():
-    net, images = LateLinear(), torch.randn(2, 3, 8, 6)
+    net, images = LateLinear(), torch.randn(2, 3, 8, 8)
     points = {alias: point for point in trace(net, images).points for alias in point.aliases}
     assert points["steps"].channel_axis == 1 and points["linear"].channel_axis == -1
