@@ -63,6 +63,7 @@ def test_twelve_outputs_are_as_good_as_the_best_of_all(seed):
     assert predict(costs, best_plan(costs)).seconds == pytest.approx(brute_force(costs), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_twelve_outputs_with_all_tiers_and_codecs_take_seconds_at_most():
     start = time.perf_counter()
     for seed in range(3):
