@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import pytest
 from sandbox import ROOT, Sandbox
 
 SPARE = 4.0, 60.0
@@ -41,12 +42,22 @@ class _Plugin:
         items.sort(key=lambda item: totals[item.path])  # stable: within a file the order stays
 
     def pytest_runtest_logstart(self, nodeid, location) -> None:
-        if self.coverage:
-            self.coverage.switch_context(nodeid)
         if self.chosen is not None:
             times, more = SPARE
             signal.signal(signal.SIGALRM, partial(self._end, nodeid))
             signal.setitimer(signal.ITIMER_REAL, times * self.chosen.get(nodeid, 0.0) + more)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item) -> None:
+        self._enter(item, "setup")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self, item) -> None:
+        self._enter(item, "call")
+
+    def _enter(self, item, phase: str) -> None:
+        if self.coverage:
+            self.coverage.switch_context(f"{item.nodeid} ({phase})")  # as PYTEST_CURRENT_TEST has it
 
     def _end(self, nodeid: str, *_) -> None:
         self.failed.append(nodeid)
@@ -77,8 +88,6 @@ def run_tests(
 
         coverage = Coverage(config_file=str(cover))
         coverage.start()
-    import pytest
-
     plugin = _Plugin(chosen, coverage, outcome)
     stop = ["-x"] if chosen is not None else []
     status = pytest.main(["-n0", "-q", "--no-header", "-p", "no:cacheprovider", *stop, *tests], plugins=[plugin])
@@ -175,15 +184,15 @@ def _merged(sandbox: Sandbox, data: Path, outcome: dict) -> dict:
     for file in merged.measured_files():
         path = str(Path(file).relative_to(sandbox.tree))
         lines[path] = {
-            line: sorted({_test(context, passed) for context in contexts} & set(passed))
+            line: sorted(set().union(*(_tests(context, passed) for context in contexts)))
             for line, contexts in merged.contexts_by_lineno(file).items()
         }
     return {"seconds": passed, "failed": outcome["failed"], "lines": lines}
 
 
-def _test(context: str, tests: dict[str, float]) -> str:
-    """The test of a context: of this process's own, or of a process that it started, which knows the phase as well."""
-    name = context
-    for phase in (" (setup)", " (call)", " (teardown)"):
-        name = name.removesuffix(phase)
-    return name
+def _tests(context: str, tests: dict[str, float]) -> set[str]:
+    """The tests of a context, which is a test and its phase. What is set up for one may serve all of its file."""
+    if context.endswith(" (setup)"):
+        file = context.split("::")[0]
+        return {name for name in tests if name.split("::")[0] == file}
+    return {context.removesuffix(" (call)").removesuffix(" (teardown)")} & tests.keys()

@@ -52,6 +52,13 @@ def test_dots_of_accuracies(drawn):
     ]
     assert ticks(axes) == ["kd", "ours"] and axes.get_xlabel() == "accuracy on the test split"
     assert axes.yaxis_inverted(), "the first method is on top"
+    assert_rows_are_plain(axes)
+
+
+def assert_rows_are_plain(axes):
+    """Rows have names, and neither lines nor a border."""
+    assert not any(line.get_visible() for line in axes.yaxis.get_gridlines())
+    assert not axes.spines["left"].get_visible()
 
 
 def test_curves_of_accuracies(drawn):
@@ -155,6 +162,17 @@ def test_losses_of_a_diagnosis(drawn):
     assert [line.get_alpha() for line in axes.get_lines()] == [0.5, 0.5, None, 0.5, 0.5, None, None], "runs are faint"
 
 
+def test_losses_are_those_of_blocks_that_have_one_end_to_end(drawn):
+    """Where blocks train together, some may have no loss of their own."""
+    rows = diagnosis()
+    for row in rows:
+        if row["arm"] == "together" and row["block"] == 1:
+            row["composed_loss"] = None
+    diagnosis_plots.losses(rows, ["together", "apart"])
+    first = lines(drawn())[0]
+    assert first[2] == [3 * (1 + step) for step in (0, 10, 20)], "of block 1 alone"
+
+
 def test_gaps_of_a_diagnosis(drawn):
     def interval(mean):
         return {"mean": mean, "low": mean - 0.25, "high": mean + 0.5, "values": [mean - 0.125, mean + 0.125]}
@@ -173,4 +191,5 @@ def test_gaps_of_a_diagnosis(drawn):
         ]
     assert [line[:3] for line in lines(drawn())] == expected
     assert ticks(drawn()) == ["block 1", "gap, all blocks"]
+    assert_rows_are_plain(drawn())
     assert [text.get_text() for text in drawn().get_legend().get_texts()] == ["a", "b"]

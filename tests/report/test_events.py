@@ -1,6 +1,8 @@
 import io
 import json
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from rich.console import Console
 from stablekd_fast.errors import CheckpointError, ConfigError, TrainingError
 from stablekd_fast.report import Recorder, read_events
 from stablekd_fast.report.progress import Bar
+from stablekd_fast.report.tensorboard import open_scalars
 
 EVALUATION = {"epoch": 1.0, "split": "validation", "accuracy": 0.6325, "top5": 0.9, "loss": 1.06}
 TRAIN = {"epoch": 0.5, "lr": 0.01, "images_per_second": 812.4, "data_wait_share": 0.1}
@@ -129,6 +132,45 @@ def test_progress_off_a_terminal_is_one_line_per_evaluation(record, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "step 10/20 (epoch 1.00, stage 1|2): validation accuracy 63.25%, loss 1.0600\n"
+
+
+def test_a_resumed_run_still_knows_how_many_steps_it_has(record, capsys):
+    with record() as recorder:
+        recorder.emit("run_start", step=0, method="stablekd", total_steps=20)
+        recorder.emit("evaluate", step=5, **EVALUATION)
+    with record(progress=True, resume_step=5) as recorder:
+        recorder.emit("evaluate", step=10, **EVALUATION)
+    assert capsys.readouterr().err.startswith("step 10/20 ")
+
+
+def test_scalars_are_written_and_closed(tmp_path, monkeypatch):
+    """By a writer with the signature of TensorBoard's."""
+    written, closed = [], []
+
+    class SummaryWriter:
+        def __init__(self, directory, purge_step):
+            written.append((directory, purge_step))
+
+        def add_scalar(self, tag, value, step, walltime):
+            written.append((tag, value, step, walltime))
+
+        def close(self):
+            closed.append(True)
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    scalars = open_scalars(tmp_path, "auto", 4)
+    scalars.show({"kind": "train", "step": 3, "time": 9.0, "losses": {"1+2": 0.5, "3": None}, **TRAIN})
+    scalars.close()
+    assert written[:2] == [(str(tmp_path), 5), ("loss/1+2", 0.5, 3, 9.0)]
+    assert [row[:2] for row in written[2:]] == [
+        (f"train/{name}", value) for name, value in TRAIN.items() if name in NAMES
+    ]
+    assert closed == [True]
+
+
+NAMES = ("lr", "images_per_second", "data_wait_share")
 
 
 def test_no_progress_is_silent(record, capsys):

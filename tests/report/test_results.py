@@ -1,6 +1,8 @@
+import importlib.metadata
 import json
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from stablekd_fast.report import (
     versions,
     write_results,
 )
+from stablekd_fast.report.machine import PACKAGES
 from stablekd_fast.report.table import duration
 
 
@@ -110,6 +113,23 @@ def test_tables_show_every_cell():
             assert cell in drawn and cell in plain and cell.replace("|", r"\|") in markdown
     lines = markdown.splitlines()
     assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1 and set(lines[1]) <= set("|-: ")
+
+
+def test_columns_are_named_and_numbers_stand_to_the_right():
+    columns = summary_table(RUNS).columns
+    assert [column.header.plain for column in columns] == list(summary_rows(RUNS)[0])
+    assert [column.justify for column in columns] == ["left"] + ["right"] * (len(columns) - 1)
+
+
+def test_a_package_that_is_missing_hides_no_other(monkeypatch):
+    def version(name):
+        if name == PACKAGES[0]:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return f"{name} 1"
+
+    monkeypatch.setattr(sys.modules["stablekd_fast.report.machine"], "version", version)
+    found = versions()
+    assert PACKAGES[0] not in found and all(found[name] == f"{name} 1" for name in PACKAGES[1:])
 
 
 def test_no_runs_make_an_empty_table():
