@@ -246,3 +246,11 @@ def test_a_layout_is_not_looked_for_beyond_another_shape():
     net, images = LateLinear(), torch.randn(2, 3, 8, 8)
     points = {alias: point for point in trace(net, images).points for alias in point.aliases}
     assert points["steps"].channel_axis == 1 and points["linear"].channel_axis == -1
+
+
+def test_a_layout_is_not_looked_for_behind_pooling():
+    """The classifier is nearer than the convolution, and as wide as the map."""
+    steps = nn.Sequential(*[nn.ReLU() for _ in range(6)])
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    points = {alias: point for point in trace(net, IMAGES).points for alias in point.aliases}
+    assert points["1"].channel_axis == 1
