@@ -14,16 +14,17 @@ from stablekd_fast.teacher.live import LiveTeacher, Relay
 CPU = torch.device("cpu")
 
 
-def small_net(depth: int, seed: int) -> nn.Sequential:
-    """Three stages on 8x8 images and a classifier for ten classes; quick to train."""
+def small_net(depth: int, seed: int, first: int = 8) -> nn.Sequential:
+    """Three stages on 8x8 images, `first` channels wide and then twice as wide, and a classifier for ten classes; quick
+    to train."""
     torch.manual_seed(seed)
     stages = []
-    for inside, width, stride in ((3, 8, 1), (8, 16, 2), (16, 16, 2)):
+    for inside, width, stride in ((3, first, 1), (first, 2 * first, 2), (2 * first, 2 * first, 2)):
         layers = [nn.Conv2d(inside, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         for _ in range(depth - 1):
             layers += [nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         stages.append(nn.Sequential(*layers))
-    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * first, 10))
 
 
 @pytest.fixture(name="small_net")

@@ -24,19 +24,6 @@ from tests.engine.reference_trainer import ReferenceTrainer
 APART, HALVES, WHOLE = [[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2, 3]]
 
 
-def network(depth, width, seed):
-    """As `small_net`, of any width."""
-    torch.manual_seed(seed)
-    stages = []
-    for inside, outside, stride in ((3, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 2)):
-        layers = []
-        for place in range(depth):
-            own = (inside, stride) if place == 0 else (outside, 1)
-            layers += [nn.Conv2d(own[0], outside, 3, own[1], 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
-        stages.append(nn.Sequential(*layers))
-    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
-
-
 def by_hand(net):
     """Its blocks, in a copy."""
     net = copy.deepcopy(net)
@@ -73,10 +60,10 @@ WEIGHTS = {"features": 0.7, "kl": 0.4, "ce": 0.6, "temperature": 2.5}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_stages_compute_what_the_reference_computes(case, random_batch, settled, one_thread):
+def test_stages_compute_what_the_reference_computes(case, small_net, random_batch, settled, one_thread):
     """In float64: losses of every step, weights, averages. The rates are float32."""
     parts, clip, ema, width = case.get("parts", 1), case.get("clip"), case.get("ema"), case.get("width", 8)
-    teacher, student = settled(network(2, 8, 1)).double(), network(1, width, 2).double()
+    teacher, student = settled(small_net(2, 1, 8)).double(), small_net(1, 2, width).double()
     batches = [random_batch(seed, 12) for seed in range(9)]
     batches = [
         Batch(b.sample_ids, 0, b.images.double(), soft(b.labels) if case.get("soft") else b.labels) for b in batches
@@ -127,10 +114,10 @@ def test_stages_compute_what_the_reference_computes(case, random_batch, settled,
 
 
 @pytest.mark.parametrize("clip", [1e-3, 0.3, 1e3, None], ids=str)
-def test_a_clipped_step_in_float16_is_that_of_float64(clip, random_batch, settled, one_thread):
+def test_a_clipped_step_in_float16_is_that_of_float64(clip, small_net, random_batch, settled, one_thread):
     """Whatever the loss scale: the norm that is clipped is that of the gradient. Below and above the norm."""
     batch = random_batch(0, 12)
-    teacher, student = settled(network(2, 8, 1)), network(1, 8, 2)
+    teacher, student = settled(small_net(2, 1, 8)), small_net(1, 2, 8)
     reference = ReferenceTrainer(
         [block.double() for block in by_hand(teacher)], [block.double() for block in by_hand(student)]
     )
@@ -208,7 +195,7 @@ def close(values, expected, rel=3e-4):
 
 
 @pytest.mark.parametrize("every, ema, width", [(1, None, 8), (7, 0.6, 8), (3, None, 6)])
-def test_every_number_of_the_event_log_is_the_reference_s(settled, digits, tmp_path, every, ema, width):
+def test_every_number_of_the_event_log_is_the_reference_s(small_net, settled, digits, tmp_path, every, ema, width):
     """A run of three stages, evaluated in between, from the images that its source gives."""
     config = DistillConfig(
         out=str(tmp_path / "run"), epochs=STEPS / PER_EPOCH, subset=160, validation=40, batch_size=32, log_every=every,
@@ -216,7 +203,7 @@ def test_every_number_of_the_event_log_is_the_reference_s(settled, digits, tmp_p
         stages=[Stage(groups, steps=steps, optimizer=own) for groups, steps, own in LENGTHS], copy_classifier=False,
         logits_options={"temperature": 2.5, "kl_weight": 0.4, "ce_weight": 0.6}, feature_options={"weight": 0.7},
     )  # fmt: skip
-    teacher, student = settled(network(2, 8, 1)), network(1, width, 2)
+    teacher, student = settled(small_net(2, 1, 8)), small_net(1, 2, width)
     distiller = Distiller(config, teacher=teacher, student=student, dataset=digits)
     batches = [(b.pixels.double(), b.labels) for b in distiller.source.batches(0, STEPS)]
     held_out, test = (
