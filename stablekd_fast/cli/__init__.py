@@ -166,8 +166,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
 
     demo = commands["demo"]
     demo.add_argument("--out", type=str, default="demo", help="directory for results and report")
-    demo.add_argument("--seeds", type=int, default=3)
-    demo.add_argument("--device", type=str, default="auto")
+    demo.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    demo.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto for what there is")
 
     commands["distill"].add_argument("--config", action="config", help="YAML file with any of these settings")
     commands["distill"].add_class_arguments(DistillConfig)
@@ -176,8 +176,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     evaluate.add_argument("weights", type=str, help="student.safetensors, checkpoint.safetensors or a weights file")
     evaluate.add_argument("--data", type=str | None, default=None, help="data set; that of the run by default")
     evaluate.add_argument("--model", type=str | None, default=None, help="model name; that of the run by default")
-    evaluate.add_argument("--split", default="test", choices=["test", "train"])
-    evaluate.add_argument("--device", type=str, default="auto")
+    evaluate.add_argument("--split", default="test", choices=["test", "train"], help="which images")
+    evaluate.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto for what there is")
 
     commands["plan"].add_class_arguments(PairPlan)
 

@@ -64,7 +64,14 @@ class Bench:
     """Words that make it short. The tests append them to the commands that the documentation shows."""
 
     def parser(self) -> Parser:
-        parser, rounds = Parser(), {} if self.rounds is None else {"--rounds": {"type": int, "default": self.rounds}}
+        parser, rounds = (
+            Parser(),
+            {}
+            if self.rounds is None
+            else {
+                "--rounds": {"type": int, "default": self.rounds, "help": "turns of each contender; the median counts"}
+            },
+        )
         for name, settings in {**self.options, **rounds, **OUTPUT}.items():
             parser.add_argument(name, **settings)
         return parser
@@ -158,7 +165,7 @@ def _numbers(name: str, text: str) -> list[float]:
 
 KERNELS: Options = {
     "--ops": _text("operators, with commas between; all by default"),
-    "--device": {"type": str, "default": "cpu"},
+    "--device": {"type": str, "default": "cpu", "help": "cpu or cuda"},
     "--compile": {"action": ActionYesNo, "default": True, "help": "torch.compile as a rival too"},
     "--quick": _flag("a few small cases"),
     "--aot": _flag("no timing: compile for GPUs, and count bytes"),
@@ -175,21 +182,24 @@ STEP: Options = {
 LOADER: Options = {
     "--small": _text("data set of small images, e.g. CIFAR-10; the digits by default"),
     "--large": _text("folder data set of photographs, or a tar of them"),
-    "--batch_size": {"type": int, "default": 64},
+    "--batch_size": {"type": int, "default": 64, "help": "images of a batch"},
     "--workers": {"type": int | None, "default": None, "help": "threads or processes; all usable cores by default"},
 }
 END_TO_END: Options = {
-    **{f"--{name}": {"type": str, "required": True} for name in ("data", "teacher", "teacher_weights", "student")},
+    "--data": {"type": str, "required": True, "help": "data set, as `stablekd distill` takes it"},
+    "--teacher": {"type": str, "required": True, "help": "name of the teacher's network"},
+    "--teacher_weights": {"type": str, "required": True, "help": "file with the teacher's weights"},
+    "--student": {"type": str, "required": True, "help": "name of the student's network"},
     "--goal": {"type": str, "default": "kd:40", "help": "METHOD:EPOCHS whose accuracy is to be reached"},
     "--methods": {"type": str, "default": "ce,kd+features,blocks,stablekd", "help": "with commas between"},
     "--budgets": {"type": str, "default": "2,4,8,16", "help": "epochs to try, in turn; the goal's come last"},
     "--tuning": _text("tuning.json of stablekd_fast.bench.campaigns.accuracy"),
-    "--subset": {"type": float | None, "default": None},
-    "--validation": {"type": float, "default": 0},
-    "--batch_size": {"type": int, "default": 64},
+    "--subset": {"type": float | None, "default": None, "help": "training images, a number or a share; all by default"},
+    "--validation": {"type": float, "default": 0, "help": "images held out of training, a number or a share"},
+    "--batch_size": {"type": int, "default": 64, "help": "images of a batch"},
     "--precision": {"type": Literal["fp32", "bf16"], "default": "fp32", "help": "number format of the engine's runs"},
     "--remember": _text("where to keep the teacher's outputs between runs"),
-    "--seeds": {"type": int, "default": 3},
+    "--seeds": {"type": int, "default": 3, "help": "runs of each setting"},
     "--out": {"type": str, "required": True, "help": "folder of the runs; finished ones are read, not done again"},
 }
 

@@ -223,3 +223,35 @@ def test_a_row_beyond_a_table_of_one_row_is_not_there():
     assert rows.present(torch.tensor([0, 5])).tolist() == [False, False]
     rows.put(torch.tensor([0]), [torch.ones(1, 4)])
     assert rows.present(torch.tensor([0, 5])).tolist() == [True, False]
+
+
+def test_of_two_damaged_rows_the_first_is_named(filled, wanted):
+    path = filled / "shard-00000.safetensors"
+    keys = torch.tensor(list(read_shard(path)))
+    for slot in (5, 3):
+        patch(path, (4096 + slot * 75, b"\x81\x81"))
+    with RowStore(filled, wanted) as store, pytest.raises(CacheError, match=f"Row {keys[3]} "):
+        store.gather(keys)
+
+
+def test_a_file_that_was_cut_short_after_its_rows_were_seen(filled, wanted):
+    """No checksum is compared again, so that the end of the file itself must be noticed."""
+    path = filled / "shard-00000.safetensors"
+    keys = torch.tensor(list(read_shard(path)))
+    with RowStore(filled, wanted) as store:
+        store.gather(keys)
+        os.truncate(path, SCALES + 20 * 12)
+        store.gather(keys[:20])
+        with pytest.raises(CacheError, match=f"Row {keys[20]} .* cannot be read: the file ends too early"):
+            store.gather(keys)
+
+
+def test_the_core_itself_knows_a_row_that_is_not_stored(filled, wanted):
+    """The store asks before; between its question and the reading a table could change."""
+    absent = 1  # `Fault` in csrc/row_store.h
+    with RowStore(filled, wanted) as store:
+        store.tables.places[7] = -1
+        rows, out, tables = torch.tensor([6, 7]), store.empty(2), store.tables.current()
+        parts = [(part.bytes, tensor.data_ptr()) for part, tensor in zip(wanted.parts, out)]
+        ticket = store.reader.submit(rows.data_ptr(), 2, *(table.data_ptr() for table in tables), parts, False)
+        assert store.reader.wait(ticket)[:2] == (absent, 7)

@@ -5,15 +5,19 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
 from stablekd_fast import __version__, cli
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.cli import bench as bench_module
 from stablekd_fast.cli.benches import BENCHES
 from stablekd_fast.config import DistillConfig
+from stablekd_fast.data import open_dataset
 from stablekd_fast.diagnose.settings import NOT_USED, Probing
 from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.errors import StableKDError
+from stablekd_fast.run.builders import eval_source
 
 OTHER = {
     "data": "d", "teacher": "resnet8", "teacher_weights": "t.pt", "student": "resnet14", "student_weights": "s.pt",
@@ -170,6 +174,37 @@ BENCHED = {
 """By bench what runs it, what is typed, and what it must be given."""
 
 
+def test_a_bench_shows_each_case_as_it_is_done(monkeypatch):
+    measured = SimpleNamespace(rows=[], tables={}, settings={}, origin={}, refused=[])
+    for name, (place, typed, _) in BENCHED.items():
+        calls = called(monkeypatch, f"stablekd_fast.bench.{place}", measured)
+        assert cli.main(["bench", name, *typed]) == 0
+        assert any(callable(value) for value in [*calls[0][0], *calls[0][1].values()]), name
+
+
+def test_every_option_of_every_command_says_what_it_is_for():
+    """Commands whose options are settings take their words from these, and only for their help."""
+    _, commands = cli._parser()
+    for name in commands.keys() - {"distill", "plan", "diagnose", "cache build"}:
+        for action in commands[name]._actions:
+            assert action.help or not action.option_strings, f"{name} {action.option_strings[0]}"
+
+
+def test_that_an_earlier_bench_ran_elsewhere_is_said_beside_the_results(monkeypatch, tmp_path, capsys):
+    measured = SimpleNamespace(rows=[], tables={}, settings={}, origin={}, refused=[])
+    called(monkeypatch, "stablekd_fast.bench.runs.cache.run_cache", measured)
+    earlier = tmp_path / "earlier.json"
+    assert cli.main(["bench", "cache", "--rounds", "5", "--json", str(earlier)]) == 0
+    assert cli.main(["bench", "cache", "--rounds", "5", "--against", str(earlier)]) == 0
+    assert capsys.readouterr().err == ""
+    content = json.loads(earlier.read_text())
+    content["settings"]["rounds"] = 4
+    earlier.write_text(json.dumps(content))
+    assert cli.main(["bench", "cache", "--rounds", "5", "--against", str(earlier)]) == 0
+    written = capsys.readouterr()
+    assert f"The run in {earlier} differs: " in written.err and "differs" not in written.out
+
+
 NEEDED = {"plan": ["--data", "d"], "teacher": ["--small", "s"], "step": ["--small", "s"]}
 
 
@@ -262,3 +297,18 @@ def test_commands_that_need_a_choice_say_so(capsys):
     for command in ("info", "verify", "gc"):
         assert cli.main(["cache", command]) == 2
         assert "directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [None, 48])
+def test_images_are_evaluated_at_the_size_that_was_asked_for(tmp_path, size):
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(5):
+                Image.new("RGB", (100, 90)).save(tmp_path / part / name / f"{number}.png")
+    dataset = open_dataset(tmp_path, image_size=size)
+    config = DistillConfig(data=str(tmp_path), student="resnet8", method="ce", image_size=size, batch_size=2)
+    whole = list(eval_source(dataset, dataset.test, config).batches())
+    assert [tuple(batch.pixels.shape) for batch in whole] == [(n, 3, size or 224, size or 224) for n in (4, 4, 2)]
+    parts = [list(eval_source(dataset, dataset.test, config, rank, 3).batches()) for rank in range(3)]
+    assert sorted(torch.cat([one.sample_ids for part in parts for one in part]).tolist()) == list(range(10))

@@ -106,7 +106,7 @@ def test_cutmix_pastes_a_box_and_labels_by_its_area(kind, write_large_tree):
 
 def test_mix_weights_follow_the_beta_distribution():
     ids = np.arange(20_000)
-    for alpha in (0.2, 1.0, 3.0):
+    for alpha in (0.2, 1.0, 2.0, 3.0):
         weights = draw_mix_weights(0, ids, 1, alpha)
         assert abs(weights.mean() - 0.5) < 0.01 and abs(weights.var() - 0.25 / (2 * alpha + 1)) < 0.003
     partners = draw_partners(0, ids, 1, 10)

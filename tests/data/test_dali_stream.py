@@ -97,6 +97,20 @@ def test_without_flips_nothing_is_mirrored_and_crops_vary(ramps):
 
 
 @pytest.mark.dali
+def test_crops_are_made_smaller_by_averages(tmp_path):
+    """A pattern finer than the pixels of the crop comes out grey. Without a filter it comes out as other stripes."""
+    stripes = np.zeros((600, 600, 3), np.uint8)
+    stripes[:, 0::4], stripes[:, 1::4] = 255, 255
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.fromarray(stripes).save(tmp_path / part / name / "0.png")
+    [batch] = stream_of(tmp_path, batch_size=2).batches(0, 1)
+    # Crops of a few source pixels for each of their own keep some contrast.
+    assert (pixels(batch) - 127.5).abs().mean() < 25
+
+
+@pytest.mark.dali
 def test_jitter_changes_brightness_within_its_strength(ramps):
     """On images of one grey, of which saturation changes nothing."""
     root = ramps.parent / "grey"

@@ -146,3 +146,64 @@ def test_nothing_is_written_beside_an_output(width, dtype, monkeypatch):
             channels_last=channels_last,
         )  # fmt: skip
     guarded.check()
+
+
+@pytest.mark.parametrize("width", [6, 17, 1001])
+def test_label_smoothing_is_shared_by_the_classes_that_take_part(width):
+    """A class that is -inf for student and teacher is masked: it takes no share of the smoothing."""
+    student, teacher, labels = rows(width, 1), rows(width, 2), torch.zeros(4, dtype=torch.int64)
+    masked = torch.arange(width) % 3 == 2
+    student[:, masked], teacher[:, masked] = -torch.inf, -torch.inf
+    loss, own = kernels.kd_loss_with_grad(student, teacher, labels, temperature=2.0, alpha=0.4, label_smoothing=0.3)
+    exact, target = student[:, ~masked].double().requires_grad_(), teacher[:, ~masked].double()
+    log_q, p = torch.log_softmax(exact / 2, 1), torch.softmax(target / 2, 1)
+    expected = 0.4 * 4 * (p * (p.log() - log_q)).sum(1).mean()
+    expected = expected + 0.6 * F.cross_entropy(exact, labels, label_smoothing=0.3)
+    (gradient,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own[:, ~masked].double(), gradient, rtol=1e-4, atol=1e-6)
+    assert own[:, masked].eq(0).all()
+
+
+@pytest.mark.parametrize("width", [1023, 1024, 1025, 2048, 3000])
+def test_long_rows_are_added_up_once(width):
+    """Each block of a long row begins with its largest exponentials: one that counted twice would be seen."""
+    student, teacher = torch.zeros(2, width), torch.zeros(2, width)
+    student[:, ::1024], teacher[:, ::1024] = 6.0, 7.0
+    p, log_q = torch.softmax(teacher.double(), 1), torch.log_softmax(student.double(), 1)
+    expected = (p * (p.log() - log_q)).sum(1).mean()
+    got, own = kernels.kd_loss_with_grad(student, teacher, temperature=1.0, alpha=1.0)
+    torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=0)
+    torch.testing.assert_close(own.double(), (log_q.exp() - p) / 2, rtol=1e-4, atol=1e-8)
+
+
+def test_a_large_gradient_need_not_be_aligned():
+    """Past the caches only whole, aligned vectors can be written; rows of 1,027 elements begin anywhere."""
+    student, teacher = torch.randn(4200, 1027), torch.randn(4200, 1027)
+    _, own = kernels.kd_loss_with_grad(student, teacher, temperature=2.0, alpha=1.0)
+    expected = 2 * (torch.softmax(student / 2, 1) - torch.softmax(teacher / 2, 1)) / len(student)
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_codes_reach_from_minus_127_to_127():
+    """The scale of numbers below 2^-126 is a whole multiple of 2^-149, and may be too small for the largest."""
+    smallest = 2.0**-149
+    values = smallest * torch.tensor([[-190.0, -128.0, -3.0, 0.0, 127.0, 189.0]]).view(1, 1, 6)
+    codes, scales = kernels.quantize_rows(values, torch.int8)
+    assert scales.unique().tolist() == [smallest]
+    assert codes.flatten().tolist() == [-127, -127, -3, 0, 127, 127]
+
+
+@pytest.mark.parametrize("loss", [kernels.kd_loss, kernels.decoupled_kl, kernels.feature_mse, kernels.feature_cosine])
+def test_a_float16_gradient_is_scaled_before_it_is_rounded(loss):
+    """At 2^-30 of its size it would be all zeros in float16, before the loss scale brought it back."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (8, 16) if loss in (kernels.kd_loss, kernels.decoupled_kl) else (2, 16, 4, 4)
+    student, teacher = (torch.randn(shape, generator=generator).half() for _ in range(2))
+    more = {kernels.decoupled_kl: (torch.arange(8),)}.get(loss, ())
+    scale = 2.0**30
+    exact = student.float().requires_grad_()
+    (loss(exact, teacher.float(), *more) * 16).backward()
+    student.requires_grad_()
+    (loss(student, teacher, *more) * (1 / scale) * (16 * scale)).backward()
+    torch.testing.assert_close(student.grad.float(), exact.grad, rtol=5e-3, atol=1e-5)

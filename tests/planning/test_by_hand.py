@@ -1,13 +1,18 @@
 """Costs of other devices and of several ranks, added up by hand. No two numbers are alike."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.cache.codecs import RowFormat
+from stablekd_fast.data.batch import Batch
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.planning import ranks
 from stablekd_fast.planning.assign import GroupCost, ReduceCost, best_layout, linear
+from stablekd_fast.planning.costs import Planner
 from stablekd_fast.planning.pair import PairPlan
 from stablekd_fast.planning.profiles import Profile, predicted_blocks
 
@@ -110,13 +115,47 @@ def test_layouts_take_what_a_hand_computes():
     assert three.places == (0, 0, 1, 2) and three.seconds == pytest.approx((12 * 0.033, 12 * 0.044, 12 * 0.088))
     slow_loader = best_layout(GROUPS, 2, 12, reduce, image_seconds=0.1)
     assert slow_loader.data == 2, "each rank loads a half"
+    assert best_layout(GROUPS, 2, 12, reduce).data == 1, "images cost nothing unless something is said of them"
 
 
 def test_what_cannot_be_planned_is_refused():
     assert PairPlan(teacher="resnet56", student="resnet20", ranks=1).ranks == 1
     assert PairPlan(teacher="resnet56", student="resnet20").ranks is None
-    for ranks in (0, -2):
+    for count in (0, -2):
         with pytest.raises(ConfigError, match="ranks"):
-            PairPlan(teacher="resnet56", student="resnet20", ranks=ranks)
+            PairPlan(teacher="resnet56", student="resnet20", ranks=count)
     with pytest.raises(ConfigError, match="states no interconnect_bandwidth"):
         Profile(**{**vars(DEVICE), "interconnect_bandwidth": 0.0}).reduce(2)
+
+
+def test_a_run_shows_the_views_of_all_its_stages():
+    """Three stages that end after 40, 60 and 250 steps of 100 an epoch."""
+    stages = [SimpleNamespace(last=last) for last in (40, 60, 250)]
+    for views, shown in ((4, 3), (2, 2), (None, 3)):
+        source = SimpleNamespace(views=views, steps_per_epoch=100)
+        assert Planner(None, source, None, stages, None, torch.device("cpu")).views == shown
+
+
+def test_costs_of_groups_are_lines_through_a_part_and_the_whole_of_a_batch(monkeypatch):
+    """Two ranks, whose clocks say that the student's block takes 1 + 2n, the teacher's 3 + 5n seconds for n images; on
+    the other rank everything takes twice as long."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)) for _ in range(2)]
+    paired = pair_blocks(nets[0].eval(), nets[1], torch.randn(2, 3, 8, 8), cuts=["0"])
+    monkeypatch.setattr(
+        ranks, "measure_students",
+        lambda paired, objectives, groupings, batch, device: {"1": 1 + 2 * len(batch.labels), "2": 0.5},
+    )  # fmt: skip
+    monkeypatch.setattr(ranks, "measure_teacher", lambda paired, images: [3 + 5 * len(images), 0.25])
+    doubled = lambda told: (  # noqa: E731
+        [{name: 2 * seconds for name, seconds in one.items()} for one in told[0]],
+        [[2 * seconds for seconds in one] for one in told[1]],
+        {},
+    )
+    together = SimpleNamespace(size=2, all_gather=lambda told: [told, doubled(told)])
+    batch = Batch(torch.arange(12), 0, torch.randn(12, 3, 8, 8), torch.zeros(12, dtype=torch.int64))
+    reads = SimpleNamespace(teacher_outputs=lambda groups, cuts: frozenset())
+    [[first, last]] = ranks._measured_groups(paired, reads, [[[0], [1]]], batch, {}, together, torch.device("cpu"))
+    assert first.student(10) == pytest.approx(1.5 * 21) and first.teacher(10) == pytest.approx(1.5 * 53)
+    assert first.student(4) == pytest.approx(1.5 * 9) and first.teacher(4) == pytest.approx(1.5 * 23)
+    assert last.student(7) == pytest.approx(0.75) and last.teacher(7) == pytest.approx(0.375)

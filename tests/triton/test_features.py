@@ -262,3 +262,13 @@ def test_splitting_is_exact(device, extent):
 def test_variants_are_listed_once(module):
     variants = [entry.variant for entry in module.specialisations()]
     assert len(variants) == len(set(variants))
+
+
+def test_programs_are_laid_out_in_whole_warps():
+    """The interpreter takes any number of them, a GPU only powers of two."""
+    for channels_last in (True, False):
+        for channels in (1, 3, 8, 17, 64, 384, 1000, 2048, 4096):
+            tiling = cosine_kernels._tiling(channels_last, channels)
+            for number in tiling[1:]:
+                assert type(number) is int and number & (number - 1) == 0, tiling
+            assert 4 <= tiling.warps <= 16 and tiling.channels >= channels

@@ -88,9 +88,7 @@ def preset_folder(name: str) -> Path:
         shutil.rmtree(part, ignore_errors=True)  # what an interrupted call left
         part.mkdir(parents=True)
         preset.fetch(part)
-        if folder.is_dir():
-            folder.rmdir()  # it is empty
-        part.rename(folder)
+        part.rename(folder)  # takes the place of an empty folder, too
     except (OSError, RuntimeError) as error:
         raise DataError(f"{name} is not at {folder}, and fetching it failed ({error}); {todo}.") from error
     return folder / preset.inside

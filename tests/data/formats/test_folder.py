@@ -199,3 +199,10 @@ def test_unknown_settings_are_refused(write_tree):
 def test_impossible_augmentation_is_refused(fields):
     with pytest.raises(ConfigError):
         Augmentation(flip=True, **fields)
+
+
+def test_images_of_64_pixels_are_small_and_those_of_65_are_not(write_tree, tmp_path):
+    """Small ones are kept in memory at their own size; the longer side decides."""
+    edge = open_dataset(write_tree(size=(40, 64)))
+    assert edge.train.resident and edge.train.images.shape[1:] == (40, 64, 3)
+    assert not open_dataset(write_tree(size=(40, 65), root=tmp_path / "larger")).train.resident

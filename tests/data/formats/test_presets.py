@@ -77,6 +77,29 @@ def test_without_network_the_error_says_what_to_do_by_hand(name, root, no_networ
     assert not (root / name).exists()
 
 
+@pytest.mark.parametrize(
+    "name, addresses",
+    [
+        ("cifar10", ["https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"]),
+        ("cifar100", ["https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"]),
+        ("imagenette", ["https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"]),
+        ("imagewoof", ["https://s3.amazonaws.com/fast-ai-imageclas/imagewoof2-320.tgz"]),
+    ],
+)
+def test_what_is_asked_of_the_network(name, addresses, root, monkeypatch):
+    """The preset asks for these addresses and no others; the network's end answers nothing."""
+    asked = []
+
+    def refuse(request, *rest, **options):
+        asked.append(getattr(request, "full_url", request))
+        raise OSError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(DataError, match="no network"):
+        open_dataset(name)
+    assert sorted(set(asked)) == addresses
+
+
 def test_imagenet_needs_an_account(root):
     with pytest.raises(DataError, match="without an account; ask for ILSVRC 2012"):
         open_dataset("imagenet")
@@ -98,3 +121,11 @@ def test_a_fetched_data_set_is_put_in_place_whole(root, monkeypatch):
     assert not (root / "imagenette").exists()
     assert open_dataset("imagenette").classes == ["tench"]
     assert open_dataset("imagenette").classes == ["tench"] and len(fetched) == 2
+
+
+def test_an_empty_folder_of_that_name_is_filled(root, monkeypatch):
+    (root / "imagenette").mkdir(parents=True)
+    fetch = lambda folder: write_tree(folder / "imagenette2-320", ["n01440764"])  # noqa: E731
+    monkeypatch.setitem(presets.PRESETS, "imagenette", presets.Preset(fetch, "by hand"))
+    assert open_dataset("imagenette").classes == ["tench"]
+    assert sorted(path.name for path in root.iterdir()) == ["imagenette"]
