@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SETTINGS = {**os.environ, "OMP_NUM_THREADS": "1"}
+SETTINGS = {"OMP_NUM_THREADS": "1"}
+"""What the processes find in their environment besides that of the test."""
 
 
 def torchrun(ranks: int, *arguments: object, restarts: int = 0) -> subprocess.Popen:
@@ -45,7 +46,11 @@ def by_hand(ranks: int, *arguments: object) -> list[subprocess.Popen]:
 
 def _popen(command: list, environment: dict) -> subprocess.Popen:
     return subprocess.Popen(
-        [str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(word) for word in command],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
