@@ -70,7 +70,7 @@ class DistillConfig:
     align: Literal["ends", "all"] = "all"
     """After a merge, align features at the group's end only, or at the cuts inside it too."""
     copy_classifier: bool = True
-    """Start the student's head from the teacher's where shapes agree (not for ce)."""
+    """Start the head of a student that is made by name from the teacher's where shapes agree (not for ce)."""
     optimizer: Optimizer | None = None
     """The optimizer of the first stage, from which the recipe makes those of later ones; None takes the recipe's."""
     stages: list[Stage] | None = None

@@ -5,50 +5,63 @@ twice, and run on CPUs and NVIDIA GPUs. None has parameters. Tensors that do not
 ConfigError.
 
 Reductions are torch's: `"batchmean"` divides a sum over all elements by the batch size, `"mean"` by the number of
-elements, `"sum"` by nothing. `"none"` is not supported: the kernels never write the single terms.
+elements, `"sum"` by nothing. `"none"` is not supported: the kernels never write the single terms. All are instances of
+torch's own base class of losses, as tools that check their criteria want it.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.loss import _Loss
 
 from stablekd_fast import kernels
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.kernels._checks import OperandError
 from stablekd_fast.kernels.feature_cosine import Per
 from stablekd_fast.kernels.feature_mse import Normalize
 
 Reduction = Literal["batchmean", "mean", "sum"]
 
 
-class KLDivWithLogitsLoss(nn.Module):
+class KLDivWithLogitsLoss(_Loss):
     """T^2 * KL(target || input) between the softmax distributions of two logits at temperature T.
 
     What `nn.KLDivLoss(reduction)(log_softmax(input / T, 1), softmax(target / T, 1)) * T**2` computes. It takes logits,
     so take the softmax calls out when it replaces `nn.KLDivLoss`; and its default reduction is `"batchmean"`, the
     divergence's own, where that of `nn.KLDivLoss` is `"mean"`, which divides by the classes too.
+
+    `axis`: that of the classes; None takes the last of `[B, T, V]` (tokens), and 1 of `[N, C]` and `[N, C, H, W]`
+    (pixels). Logits whose classes do not lie side by side in memory are copied.
     """
 
-    def __init__(self, reduction: Reduction = "batchmean", temperature: float = 1.0) -> None:
+    def __init__(self, reduction: Reduction = "batchmean", temperature: float = 1.0, axis: int | None = None) -> None:
         super().__init__()
         _check_reduction(reduction, ("batchmean", "mean", "sum"))
         _check_temperature(temperature)
-        self.reduction, self.temperature = reduction, temperature
+        self.reduction, self.temperature, self.axis = reduction, temperature, axis
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """`input` (the student's) and `target` (the teacher's) are logits `[N, C]`."""
-        loss = kernels.kd_loss(input, target, temperature=self.temperature)
+        """`input` (the student's) and `target` (the teacher's) are logits `[N, C]`, `[B, T, V]` or `[N, C, H, W]`."""
+        if input.shape != target.shape or input.dim() < 2:
+            raise OperandError(
+                f"KLDivWithLogitsLoss was given {list(input.shape)} and {list(target.shape)}; it needs logits of one "
+                "shape, with an axis of classes besides that of the batch."
+            )
+        axis = (-1 if input.dim() == 3 else 1) if self.axis is None else self.axis
+        rows, targets = (logits.movedim(axis, -1).flatten(0, -2) for logits in (input, target))
+        loss = kernels.kd_loss(rows, targets, temperature=self.temperature)
         if self.reduction == "mean":
-            return loss / input.shape[1]
-        return loss * input.shape[0] if self.reduction == "sum" else loss
+            return loss / rows.shape[1]
+        return loss * len(rows) if self.reduction == "sum" else loss * (len(rows) / len(input))
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}, temperature={self.temperature}"
 
 
-class KDLoss(nn.Module):
+class KDLoss(_Loss):
     """alpha * T^2 * KL(teacher || student at temperature T) + (1 - alpha) * cross entropy, averaged over the batch.
 
     Hinton, Vinyals, Dean: arXiv 1503.02531. `beta` may replace 1 - alpha as the cross entropy's weight.
@@ -94,7 +107,7 @@ class KDLoss(nn.Module):
         return f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}"
 
 
-class DKDLoss(nn.Module):
+class DKDLoss(_Loss):
     """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch (Zhao et al., DKD: arXiv 2203.08679).
 
     It has no cross entropy.
@@ -115,7 +128,7 @@ class DKDLoss(nn.Module):
         return f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}"
 
 
-class MSELoss(nn.Module):
+class MSELoss(_Loss):
     """Mean squared error of features, as `nn.MSELoss`, or on a scale of its own.
 
     `normalize`: None, `"power"` (over the target's mean square), `"channel"` (both standardised by the target's
@@ -148,7 +161,7 @@ class MSELoss(nn.Module):
         return f"reduction={self.reduction!r}, normalize={self.normalize!r}"
 
 
-class CosineLoss(nn.Module):
+class CosineLoss(_Loss):
     """Mean of 1 - cosine similarity of features, `per` `"position"` (over channels) or `"sample"` (flattened)."""
 
     def __init__(self, per: Per = "position", channel_axis: int = 1) -> None:

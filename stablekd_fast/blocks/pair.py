@@ -9,11 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks.bridge import Bridge, fit_bridge
+from stablekd_fast.blocks.check import (
+    check_composition,
+    check_disjoint,
+    check_gradients,
+    check_separate,
+    run_through,
+)
 from stablekd_fast.blocks.modes import evaluation_mode
 from stablekd_fast.blocks.select import automatic_pairs, named_pairs
 from stablekd_fast.blocks.trace import trace
 from stablekd_fast.errors import CutError
 from stablekd_fast.execution.precision import FP32, Precision
+from stablekd_fast.models.outputs import LogitsOf
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,12 @@ class PairedBlocks:
     @classmethod
     def without_teacher(cls, student: nn.Module) -> PairedBlocks:
         """The student as its one block, for training from labels alone."""
-        return cls(student, student, [student], [student], [], [], [0], [0])
+        return cls.uncut(student, student)
+
+    @classmethod
+    def uncut(cls, teacher: nn.Module, student: nn.Module) -> PairedBlocks:
+        """Each network as its one block, for objectives at the logits alone: any two networks will do."""
+        return cls(teacher, student, [LogitsOf(teacher)], [LogitsOf(student)], [], [], [0], [0])
 
     def __len__(self) -> int:
         return len(self.student_blocks)
@@ -134,6 +147,7 @@ def pair_blocks(
     Raises:
         CutError: a cut does not exist or does not fit, or a model cannot be traced.
     """
+    check_separate(teacher, student)
     by_hand = teacher_blocks is not None or student_blocks is not None
     if by_hand:
         if teacher_blocks is None or student_blocks is None:
@@ -157,9 +171,10 @@ def pair_blocks(
         )
         found = [Cut(t.name, s.name, t.shape, s.shape, t.channel_axis, s.channel_axis) for t, s in pairs]
 
-    _check_disjoint(student, parts[1])
-    for model, model_blocks, role in ((teacher, parts[0], "teacher"), (student, parts[1], "student")):
-        _check_composition(model, model_blocks, example_input[:2], role)
+    check_disjoint(student, parts[1])
+    check_composition(teacher, parts[0], example_input, "teacher", modes=(False,))
+    check_composition(student, parts[1], example_input, "student", modes=(False, True))
+    check_gradients(student, parts[1], example_input)
     paired = PairedBlocks(
         teacher, student, list(parts[0]), list(parts[1]), found, [None] * len(found), list(flops[0]), list(flops[1])
     )
@@ -187,21 +202,13 @@ def _unbatched(axis: int) -> int:
     return axis - 1 if axis > 0 else axis
 
 
-def _run_through(blocks: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
-    """The output of every block."""
-    outputs = [images]
-    for block in blocks:
-        outputs.append(block(outputs[-1]))
-    return outputs[1:]
-
-
 @torch.no_grad()
 def _cuts_of_lists(teacher_blocks: list, student_blocks: list, images: Tensor) -> list[Cut]:
     shapes = []
     for blocks in (teacher_blocks, student_blocks):
         holder = nn.ModuleList(blocks)
         with evaluation_mode(holder):
-            shapes.append([tuple(out.shape[1:]) for out in _run_through(blocks, images[:2])[:-1]])
+            shapes.append([tuple(out.shape[1:]) for out in run_through(blocks, images[:2])[:-1]])
     cuts = []
     for k, (t, s) in enumerate(zip(*shapes)):
         axis = -1 if len(t) == 2 else 1
@@ -214,39 +221,11 @@ def _cuts_of_lists(teacher_blocks: list, student_blocks: list, images: Tensor) -
     return cuts
 
 
-def _check_disjoint(student: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    names = {id(parameter): name for name, parameter in student.named_parameters()}
-    owner: dict[int, int] = {}
-    for k, block in enumerate(blocks):
-        for parameter in block.parameters():
-            if owner.setdefault(id(parameter), k) != k:
-                raise CutError(
-                    f"The parameter {names.get(id(parameter), '?')!r} is used in blocks {owner[id(parameter)]} and "
-                    f"{k}; blocks that train alone cannot share parameters. Move the cut so that one block holds all "
-                    "its uses."
-                )
-    unused = [name for key, name in names.items() if key not in owner]
-    if unused:
-        raise CutError(
-            f"The student's parameters {unused[:3]} belong to no block. Give block lists that compose to the student, "
-            "or remove parameters that its forward does not use."
-        )
-
-
-@torch.no_grad()
-def _check_composition(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, role: str) -> None:
-    holder = nn.ModuleList([model, *blocks])
-    with evaluation_mode(holder):
-        plain, composed = model(images), _run_through(blocks, images)[-1]
-    if plain.shape != composed.shape or not torch.equal(plain, composed):
-        raise CutError(
-            f"The {role}'s blocks do not compose to the {role}: outputs differ on the example input. Cut at other "
-            "places, or give block lists that compose to the model exactly."
-        )
-
-
 def copy_head(paired: PairedBlocks) -> bool:
-    """Copy the teacher's last block into the student's if all shapes agree. Returns whether they do."""
+    """Copy the teacher's last block into the student's if all shapes agree. Returns whether they do; networks that were
+    not cut have no head of their own."""
+    if not paired.cuts:
+        return False
     theirs = list(paired.teacher_blocks[-1].state_dict().values())
     ours = list(paired.student_blocks[-1].state_dict().values())
     if [tensor.shape for tensor in theirs] != [tensor.shape for tensor in ours]:

@@ -55,7 +55,7 @@ def automatic_pairs(teacher: TracedNetwork, student: TracedNetwork, blocks: int 
     With `blocks` given, the pairs of equal spatial size that balance the costs of exactly that many blocks, in each of
     which the student has products to train. Raises CutError if there are not enough places.
     """
-    ends = _stage_ends(teacher, student)
+    ends, asked = _stage_ends(teacher, student), blocks is not None
     if blocks is None:
         pairs = _drop_cheap(teacher, student, ends)
         if len(pairs) >= 2:
@@ -66,12 +66,22 @@ def automatic_pairs(teacher: TracedNetwork, student: TracedNetwork, blocks: int 
     head = ends[-1:]
     body = _balanced(teacher, student, head, blocks - 1 - len(head))
     if body is None:
-        raise CutError(
-            f"{blocks} blocks were asked for, but teacher and student have too few cuts of equal spatial size in "
-            f"common. Teacher sizes: {_sizes(teacher)}; student sizes: {_sizes(student)}. Ask for fewer blocks, or "
-            "give cuts by name or block lists by hand."
-        )
+        raise CutError(_too_few(teacher, student, blocks, asked=asked))
     return body + head
+
+
+def _too_few(teacher: TracedNetwork, student: TracedNetwork, blocks: int, asked: bool) -> str:
+    """Say what both networks have, and what stays whole in them."""
+    wanted = f"{blocks} blocks were asked for, but teacher and student" if asked else "Teacher and student"
+    sides = {"teacher": teacher, "student": student}
+    sizes = "; ".join(f"the {role} has {_sizes(network) or 'none'}" for role, network in sides.items())
+    reasons = {f"In the {role} {reason}." for role, network in sides.items() for reason in network.whole.values()}
+    more = " ".join(sorted(reasons)[:4])
+    return (
+        f"{wanted} have too few cuts of equal spatial size in common: {sizes}. {more}{' ' if more else ''}"
+        f"{'Ask for fewer blocks, or give' if asked else 'Give'} cuts by name or block lists by hand; the methods kd "
+        "and ce need no cuts."
+    )
 
 
 def _find(network: TracedNetwork, name: str, role: str) -> CutPoint:
@@ -105,11 +115,21 @@ def _stage_ends(teacher: TracedNetwork, student: TracedNetwork) -> list[PointPai
         ((ends[0][spatial], ends[1][spatial]) for spatial in ends[1] if spatial in ends[0]),
         key=lambda pair: student.points.index(pair[1]),
     )
-    ordered: list[PointPair] = []
+    return _longest_chain(pairs, teacher, student)
+
+
+def _longest_chain(pairs: list[PointPair], teacher: TracedNetwork, student: TracedNetwork) -> list[PointPair]:
+    """The pairs, in the student's order, that follow one another in the teacher too: as many as can be, and of such
+    choices the one whose last pair has most of both networks before it."""
+    chains: list[tuple[int, float, list[PointPair]]] = []
     for pair in pairs:
-        if not ordered or teacher.points.index(pair[0]) > teacher.points.index(ordered[-1][0]):
-            ordered.append(pair)
-    return ordered
+        before = [
+            chain for chain in chains if teacher.points.index(chain[2][-1][0]) < teacher.points.index(pair[0])
+        ]  # fmt: skip
+        count, _, longest = max(before, key=lambda chain: chain[:2], default=(0, 0.0, []))
+        share = min(pair[0].flops / max(teacher.flops, 1), pair[1].flops / max(student.flops, 1))
+        chains.append((count + 1, share, [*longest, pair]))
+    return max(chains, key=lambda chain: chain[:2], default=(0, 0.0, []))[2]
 
 
 def _stage_end(network: TracedNetwork) -> dict[tuple[int, ...], CutPoint]:

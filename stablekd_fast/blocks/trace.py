@@ -1,22 +1,25 @@
 """Find the places where one tensor carries a whole network, and split the network there.
 
-The network is traced with `torch.fx`. A trace freezes every Python branch, `self.training` among them, so a
-module whose `forward` reads it (dropout, stochastic depth, shifted-window attention) stays a leaf of the trace
-and goes on honouring `.train()` and `.eval()`. Blocks refer to the network's own submodules and parameters.
+Blocks refer to the network's own submodules and parameters. What depends on the sizes of images alone, such as masks
+and rotary embeddings, is made anew in each block that needs it; what a block would overwrite of its input is copied
+first.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stablekd_fast.blocks.modes import evaluation_mode
-from stablekd_fast.errors import CutError
+from stablekd_fast.blocks.check import check_runs
+from stablekd_fast.blocks.graph import NetworkGraph, TrainingFlag, follow
+from stablekd_fast.blocks.modes import evaluation_mode, untouched
 
 UNNAMED = 1_000
 """The depth of a cut point at which no module ends."""
@@ -50,10 +53,21 @@ class TracedNetwork:
     """A network's graph with its cut points in the order of execution."""
 
     root: nn.Module
-    graph: fx.Graph
+    followed: NetworkGraph
+    values: Values
     points: tuple[CutPoint, ...]
     flops: int
     """FLOPs of the whole network per image (multiply-add counted as two)."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        """From the images to the logits."""
+        return self.followed.graph
+
+    @property
+    def whole(self) -> dict[str, str]:
+        """By module why it could not be followed, and stays whole."""
+        return self.followed.whole
 
     def split(self, points: list[CutPoint]) -> list[fx.GraphModule]:
         """The network as `len(points) + 1` modules that compose to it and share its parameters."""
@@ -63,163 +77,207 @@ class TracedNetwork:
         exit_node = next(node for node in nodes if node.op == "output").args[0]
         borders = [entry, *(point.node for point in points), exit_node]
         return [
-            _segment(self.root, nodes[position[first] + 1 : position[last] + 1], first, last)
+            self._segment(nodes[position[first] + 1 : position[last] + 1], first, last)
             for first, last in itertools.pairwise(borders)
         ]
+
+    def _segment(self, nodes: list[fx.Node], entry: fx.Node, exit_node: fx.Node) -> fx.GraphModule:
+        """A module of the given nodes, which map the value of `entry` to that of `exit_node`."""
+        graph = fx.Graph()
+        given = graph.placeholder("x")
+        copies: dict[fx.Node, Any] = {entry: given}
+        if any(entry in self.values.changed.get(node, ()) for node in nodes):
+            copies[entry] = graph.call_method("clone", (given,))
+
+        def copied(node: fx.Node) -> Any:
+            if node not in copies:
+                copies[node] = self._made_anew(graph, node, given, copied)
+            return copies[node]
+
+        for node in nodes:
+            if node.op not in ("placeholder", "output") and node not in self.values.free:
+                copies[node] = graph.node_copy(node, copied)
+        graph.output(copied(exit_node))
+        objects = self.followed.objects
+        segment = fx.GraphModule({name: objects[name] for name in _named_in(graph)}, graph)
+        segment.training = self.root.training
+        return segment
+
+    def _made_anew(self, graph: fx.Graph, node: fx.Node, given: fx.Node, copied) -> Any:
+        """What depends on no image, made from the number of images that a block is `given`."""
+        if node not in self.values.sizes:
+            return graph.node_copy(node, copied)
+
+        def size(fixed: int, per_image: int) -> Any:
+            if not per_image:
+                return fixed
+            count = graph.call_method("size", (given, 0))
+            return count if per_image == 1 else graph.call_function(operator.mul, (count, per_image))
+
+        return _mapped(lambda pair: size(*pair), self.values.sizes[node])
 
 
 def trace(model: nn.Module, example_input: torch.Tensor) -> TracedNetwork:
     """Trace `model` on `example_input` `[N, ...]` and list its cut points.
 
-    Raises CutError where `torch.fx` cannot follow the network.
+    Raises CutError where the network cannot be followed, ModelError where it cannot compute such images at all.
     """
-    graph, module_outputs = _trace_graph(model, tuple(example_input.shape[1:]))
-    shapes, costs = _profile(model, graph, example_input)
+    check_runs(model, example_input)
+    followed = follow(model, tuple(example_input.shape[1:]))
+    values = _measured(model, followed, example_input)
     aliases: dict[fx.Node, list[str]] = {}
-    for path, node in module_outputs.items():
+    for path, node in followed.module_outputs.items():
         aliases.setdefault(node, []).append(path)
 
-    carriers = _single_carriers(graph)
+    carriers = _single_carriers(followed.graph, values)
     points, flops = [], 0
-    for node in graph.nodes:
-        flops += costs.get(node, 0)
-        if node in carriers and node in shapes:
-            modules = sorted(aliases.get(node, []), key=lambda path: (path.count("."), path))
+    for node in followed.graph.nodes:
+        flops += values.flops.get(node, 0)
+        if node in carriers and node in values.shapes:
+            modules = sorted((path for path in aliases.get(node, []) if path), key=lambda path: (path.count("."), path))
             names = tuple(modules) or (node.name,)
             depth = names[0].count(".") if modules else UNNAMED
-            axis = _channel_axis(model, node, shapes)
-            points.append(CutPoint(names[0], names, node, shapes[node], axis, flops, depth))
-    return TracedNetwork(model, graph, tuple(points), flops)
-
-
-class _BlockTracer(fx.Tracer):
-    """Traces into containers, and keeps as leaves the modules that a trace would freeze or cannot follow."""
-
-    def __init__(self, image_shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.image_shape = image_shape
-        self.module_outputs: dict[str, fx.Node] = {}
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Images(node, self) if node.op == "placeholder" else super().proxy(node)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        childless = next(m.children(), None) is None
-        return childless or _reads_training_flag(m) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m, forward, args, kwargs):
-        path = self.path_of_module(m)
-        nodes_before, stack_before = set(self.graph.nodes), dict(self.module_stack)
-        try:
-            result = super().call_module(m, forward, args, kwargs)
-        except Exception:
-            # The module runs Python that cannot be traced: take back its half-made nodes, and make it a leaf.
-            for node in reversed(list(self.graph.nodes)):
-                if node not in nodes_before:
-                    self.graph.erase_node(node)
-            self.module_stack.clear()
-            self.module_stack.update(stack_before)
-            result = self.create_proxy("call_module", path, args, kwargs)
-        # A module that returns several values, such as features to look at, gives what the network goes on with first.
-        carried = result[0] if isinstance(result, tuple) and result else result
-        if isinstance(carried, fx.Proxy):
-            self.module_outputs[path] = carried.node
-        return result
-
-
-class _Images(fx.Proxy):
-    """The network's input: Python can branch on the size of an image, while the number of images stays open."""
-
-    @property
-    def shape(self) -> tuple:
-        assert isinstance(self.tracer, _BlockTracer)
-        return (self.size(0), *self.tracer.image_shape)
-
-
-def _reads_training_flag(module: nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "training" in code.co_names
-
-
-def _trace_graph(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[fx.Graph, dict[str, fx.Node]]:
-    """The network's graph from one input to its logits, and the node of each module's output by the module's path."""
-    tracer = _BlockTracer(image_shape)
-    try:
-        with evaluation_mode(model):
-            graph = tracer.trace(model)
-            if _reads_training_flag(model):
-                model.train()
-                if str(_BlockTracer(image_shape).trace(model)) != str(graph):
-                    raise CutError(
-                        f"{type(model).__name__}.forward does different things in train and eval mode, which a trace "
-                        "cannot keep. Pass teacher_blocks= and student_blocks= (lists of modules) instead of cuts."
-                    )
-    except CutError:
-        raise
-    except Exception as error:
-        raise CutError(
-            f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}). "
-            "Pass teacher_blocks= and student_blocks= (lists of modules that compose to the model) instead of cuts."
-        ) from error
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    output = next(node for node in graph.nodes if node.op == "output").args[0]
-    if not isinstance(output, fx.Node):
-        raise CutError(f"{type(model).__name__} returns {type(output).__name__}, but one tensor of logits is needed.")
-    for extra in inputs[1:]:
-        if extra.users:
-            raise CutError(f"{type(model).__name__}.forward takes several inputs, but one image tensor is needed.")
-        graph.erase_node(extra)
-    _drop_unused(graph)
-    return graph, tracer.module_outputs
-
-
-def _drop_unused(graph: fx.Graph) -> None:
-    """Remove nodes on which the logits do not depend, such as features that are returned beside them."""
-    for node in reversed(graph.nodes):
-        if node.op not in ("placeholder", "output") and not node.users:
-            graph.erase_node(node)
+            axis = _channel_axis(model, node, values.shapes)
+            points.append(CutPoint(names[0], names, node, values.shapes[node], axis, flops, depth))
+    return TracedNetwork(model, followed, values, tuple(points), flops)
 
 
 class _Profiler(fx.Interpreter):
-    """Runs a graph and notes each node's shape and FLOPs."""
+    """Runs a graph, and notes of each node what it gives, its FLOPs, and which values before it it changes."""
 
     def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
         super().__init__(module)
-        self.counter, self.shapes, self.flops = counter, {}, {}
+        self.counter, self.flops = counter, {}
+        self.results: dict[fx.Node, Any] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.changed: dict[fx.Node, set[fx.Node]] = {}
 
     def run_node(self, n: fx.Node):
-        before = self.counter.get_total_flops()
+        flops = self.counter.get_total_flops()
+        versions = {node: value._version for node, value in self.env.items() if isinstance(value, Tensor)}
         result = super().run_node(n)
-        self.flops[n] = self.counter.get_total_flops() - before
-        if isinstance(result, torch.Tensor):
+        self.flops[n] = self.counter.get_total_flops() - flops
+        changed = {node for node, version in versions.items() if self.env[node]._version != version}
+        if changed:
+            self.changed[n] = changed
+        if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
+        if _is_size(result) or n.op in ("get_attr", "call_module", "call_function", "call_method"):
+            self.results[n] = result
         return result
 
 
-def _profile(model: nn.Module, graph: fx.Graph, example_input: torch.Tensor):
-    """Shapes without the batch axis, and FLOPs per image, of every node that yields a batched tensor."""
-    images = example_input[:2]
+@dataclass(frozen=True)
+class Values:
+    """What the nodes of a graph give, as trials with images show it."""
+
+    shapes: dict[fx.Node, tuple[int, ...]]
+    """Without the batch axis, of every node that yields a batched tensor."""
+    flops: dict[fx.Node, int]
+    """Per image."""
+    changed: dict[fx.Node, set[fx.Node]]
+    """By node the earlier values that it changes in place, in one mode at least."""
+    sizes: dict[fx.Node, Any]
+    """By node that gives whole numbers: each as `(fixed, per image)`."""
+    free: set[fx.Node]
+    """Nodes that depend on no image, only on how many there are."""
+
+
+def _measured(model: nn.Module, followed: NetworkGraph, example_input: Tensor) -> Values:
+    """Run the graph on two images in each mode, and on three."""
+    images = example_input[:2] if len(example_input) > 1 else example_input[:1].expand(2, *example_input.shape[1:])
+    more = torch.cat([images, images[:1]])
     counter = FlopCounterMode(display=False)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused attention kernel hides its matrix products
     try:
-        with evaluation_mode(model), torch.no_grad(), counter:
-            profiler = _Profiler(fx.GraphModule(model, graph), counter)
-            profiler.run(images)
+        with untouched(model), evaluation_mode(model), counter:
+            runs = []
+            for number, (mode, given) in enumerate(((False, images), (True, images), (False, more))):
+                torch.manual_seed(number)
+                model.train(mode)
+                profiler = _Profiler(fx.GraphModule(followed.objects, followed.graph), counter)
+                profiler.run(given.clone())
+                runs.append(profiler)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    n = len(images)
-    shapes = {node: shape[1:] for node, shape in profiler.shapes.items() if shape and shape[0] == n}
-    return shapes, {node: flops // n for node, flops in profiler.flops.items()}
+    evaluated, trained, larger = runs
+    changed = {
+        node: evaluated.changed.get(node, set()) | trained.changed.get(node, set()) for node in followed.graph.nodes
+    }
+    sizes = {
+        node: _sizes(evaluated.results[node], larger.results[node])
+        for node in evaluated.results
+        if _is_size(evaluated.results[node]) and node in larger.results
+    }
+    sizes = {node: value for node, value in sizes.items() if value is not None}
+    shapes = {node: shape[1:] for node, shape in evaluated.shapes.items() if shape and shape[0] == 2}
+    values = Values(shapes, {node: flops // 2 for node, flops in evaluated.flops.items()}, changed, sizes, set())
+    for node in followed.graph.nodes:
+        if node in sizes or _is_free(node, followed, values, evaluated.results, trained.results):
+            values.free.add(node)
+    return values
 
 
-def _single_carriers(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that are, at some moment of execution, the only value still needed (parameters aside)."""
+def _is_free(node: fx.Node, followed: NetworkGraph, values: Values, first: dict, second: dict) -> bool:
+    """Whether a node can be made anew in each block: it depends on no image, is the same whenever it runs, changes
+    nothing, and trains nothing."""
+    if node.op == "get_attr" or isinstance(followed.objects.get(str(node.target)), TrainingFlag):
+        return True
+    if node.op not in ("call_function", "call_method", "call_module") or values.changed[node]:
+        return False
+    if node.op == "call_module" and any(True for _ in followed.objects[str(node.target)].parameters()):
+        return False
+    inputs = node.all_input_nodes
+    if not all(one in values.free for one in inputs) or any(_is_parameter(one, followed) for one in inputs):
+        return False
+    one, other = first.get(node), second.get(node)
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+
+
+def _is_parameter(node: fx.Node, followed: NetworkGraph) -> bool:
+    return node.op == "get_attr" and isinstance(followed.objects[str(node.target)], nn.Parameter)
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value is a whole number, or a tuple of such."""
+    if isinstance(value, tuple):
+        return all(_is_size(part) for part in value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _sizes(of_two: Any, of_three: Any) -> Any:
+    """Each number as `(fixed, per image)`; None if one is neither fixed nor a multiple of the number of images."""
+    if isinstance(of_two, tuple):
+        parts = tuple(_sizes(*pair) for pair in zip(of_two, of_three))
+        return None if None in parts or len(of_two) != len(of_three) else parts
+    if of_two == of_three:
+        return of_two, 0
+    return (0, of_two // 2) if of_two * 3 == of_three * 2 else None
+
+
+def _mapped(make: Callable[[tuple[int, int]], Any], sizes: Any) -> Any:
+    """`make` applied to each pair of `_sizes`."""
+    return make(sizes) if sizes and isinstance(sizes[0], int) else tuple(_mapped(make, part) for part in sizes)
+
+
+def _named_in(graph: fx.Graph) -> list[str]:
+    """What the nodes of a graph name in their module."""
+    return [str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")]
+
+
+def _single_carriers(graph: fx.Graph, values: Values) -> set[fx.Node]:
+    """Nodes that are, at some moment of execution, the only value still needed, aside from those that depend on no
+    image."""
     nodes = list(graph.nodes)
-    last_use = {node: max((nodes.index(user) for user in node.users), default=-1) for node in nodes}
+    position = {node: i for i, node in enumerate(nodes)}
+    last_use = {node: max((position[user] for user in node.users), default=-1) for node in nodes}
+    for node in nodes:
+        if not node.users:  # one that changes others in place is over when they are
+            last_use[node] = max((last_use[value] for value in values.changed.get(node, ())), default=-1)
     carriers, live = set(), set()
     for i, node in enumerate(nodes):
-        if node.op != "get_attr":
+        if node not in values.free:
             live.add(node)
         live = {value for value in live if last_use[value] > i}
         if len(live) == 1:
@@ -283,20 +341,3 @@ def _declared_axis(module: nn.Module, shape: tuple[int, ...], side: str) -> int 
     if width is None or width not in (shape[0], shape[-1]):
         return None
     return -1 if shape[-1] == width else 1
-
-
-def _segment(root: nn.Module, nodes: list[fx.Node], entry: fx.Node, exit_node: fx.Node) -> fx.GraphModule:
-    """A module of the given nodes, which map the value of `entry` to that of `exit_node`."""
-    graph = fx.Graph()
-    copies = {entry: graph.placeholder("x")}
-
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in copies and node.op == "get_attr":
-            copies[node] = graph.node_copy(node)
-        return copies[node]
-
-    for node in nodes:
-        if node.op not in ("placeholder", "output") and node not in copies:
-            copies[node] = graph.node_copy(node, copied)
-    graph.output(copies[exit_node])
-    return fx.GraphModule(root, graph)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.data import Batch
+from stablekd_fast.models.outputs import logits_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def evaluate(
     loss = 0.0
     for batch in batches:
         images, labels = to_device(batch.pixels), to_device(batch.labels)
-        logits = model(images).float()
+        logits = logits_of(model(images)).float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         correct += ranked[:, 0].sum().item()
         correct5 += ranked.any(1).sum().item()

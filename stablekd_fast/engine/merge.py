@@ -15,6 +15,7 @@ from stablekd_fast.data import Batch
 from stablekd_fast.engine.parts import Parts
 from stablekd_fast.engine.progress import MergeRecord, Progress
 from stablekd_fast.engine.step import IMAGES, GroupStep, StageInputs, load_batch
+from stablekd_fast.models.outputs import logits_of
 from stablekd_fast.teacher.live import Teacher
 
 PROBE_BATCHES = 4
@@ -114,7 +115,7 @@ class Merges:
         if before is None:  # resumed right at the merge: the plain student is what stood before it
             student = self.parts.paired.student
             with torch.no_grad(), evaluation_mode(student):
-                before = student(images)
+                before = logits_of(student(images))
         after = composed_output(self.parts.paired, steps, images)
         losses = probe_losses(self.parts.paired, self.parts.teacher, steps, self._as_trained(probes))
         self.progress.merge = MergeRecord(

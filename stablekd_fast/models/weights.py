@@ -41,6 +41,7 @@ def _read(path: Path) -> object:
     if not path.is_file():
         found = "is a directory" if path.is_dir() else "does not exist"
         raise ModelError(f"The weight file {path} {found}; give the path of a .safetensors file or of a torch file.")
+    _refuse_texts(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -55,6 +56,22 @@ def _read(path: Path) -> object:
         raise ModelError(
             f"The weight file {path} cannot be read ({reason}). It is truncated or of another format; fetch it again."
         ) from error
+
+
+_TEXTS = {
+    b"version https://git-lfs": "a pointer of Git LFS, in place of the weights: fetch them with `git lfs pull`",
+    b"<!doctype html": "a web page: the address was that of a page about the file; fetch the file itself",
+    b"<html": "a web page: the address was that of a page about the file; fetch the file itself",
+}
+"""How texts begin that downloads leave where weights should be, and what they are."""
+
+
+def _refuse_texts(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip().lower()
+    for beginning, what in _TEXTS.items():
+        if start.startswith(beginning):
+            raise ModelError(f"The weight file {path} is {what}.")
 
 
 def _unnested(content: object, path: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from stablekd_fast import models
 from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
+from stablekd_fast.blocks.check import check_runs, check_separate
 from stablekd_fast.blocks.pair import copy_head
 from stablekd_fast.cache.image_column import ImageColumn
 from stablekd_fast.cache.settings import CacheSettings
@@ -18,7 +20,7 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset, EvalSource, Split, StreamSource, TrainSource, open_dataset
 from stablekd_fast.distributed import Ranks, join
 from stablekd_fast.engine.checkpoint import load_metadata
-from stablekd_fast.errors import ConfigError, ModelError
+from stablekd_fast.errors import ConfigError, CutError, ModelError
 from stablekd_fast.execution.capture import pick_capture
 from stablekd_fast.execution.memory import placed, watched
 from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
@@ -106,7 +108,7 @@ def gather(config: DistillConfig, given: Given) -> Materials:
     capture = pick_capture(config.capture, device)
     torch.manual_seed(config.seed)
     paired = _place(given.paired, device) if given.paired is not None else _pair(config, given, images, device)
-    if config.copy_classifier and not config.student_weights:
+    if config.copy_classifier and not config.student_weights and given.student is None:
         copy_head(paired)
     precision = _precision(config, resumed, ranks, paired.student, images, device)
     paired = dataclasses.replace(paired, precision=precision, fuses_norms=pick_fusion(config.fuse_norms, device))
@@ -154,19 +156,34 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
         student = models.build(config.student, classes, size)
         if config.student_weights:
             models.load_weights(student, config.student_weights)
+    student, example = placed(student, device), example.to(device)
+    _check_classes(student, example, classes, images.dataset.name, "student")
+    part = config.batch_size // config.accumulate
+    if part == 1:  # norms over the batch alone find nothing to average
+        check_runs(student, example[:1], training=True)
     if config.method == "ce":
-        return PairedBlocks.without_teacher(placed(student, device))
+        return PairedBlocks.without_teacher(student)
     teacher = given.teacher if given.teacher is not None else _named_teacher(config, classes, size)
-    teacher, student = placed(teacher, device).eval(), placed(student, device)
-    example = example.to(device)
-    with torch.no_grad():
-        width = teacher(example[:2]).shape[-1]
+    teacher = placed(teacher, device).eval()
+    _check_classes(teacher, example, classes, images.dataset.name, "teacher")
+    try:
+        return pair_blocks(teacher, student, example, config.cuts or "auto", config.blocks, bridge=config.bridge)
+    except CutError as error:
+        if config.method != "kd" or config.cuts is not None or config.blocks is not None:
+            raise
+        check_separate(teacher, student)
+        warnings.warn(f"The networks are not cut, which the method kd does not need: {error}", stacklevel=1)
+        return PairedBlocks.uncut(teacher, student)
+
+
+def _check_classes(model: nn.Module, example: Tensor, classes: int, dataset: str, role: str) -> None:
+    """Raise ModelError if a network does not tell the classes of the data set apart."""
+    width = check_runs(model, example).shape[1]
     if width != classes:
         raise ModelError(
-            f"The teacher predicts {width} classes, but the data set {images.dataset.name} has {classes}. "
-            "Use a teacher trained on these classes."
+            f"The {role} predicts {width} classes, but the data set {dataset} has {classes}. Use a {role} "
+            f"{'trained on' if role == 'teacher' else 'made for'} these classes."
         )
-    return pair_blocks(teacher, student, example, config.cuts or "auto", config.blocks, bridge=config.bridge)
 
 
 def _place(paired: PairedBlocks, device: torch.device) -> PairedBlocks:

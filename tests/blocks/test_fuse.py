@@ -1,5 +1,6 @@
 """Blocks with fused norms compute what the network's own blocks compute."""
 
+import copy
 import operator
 
 import pytest
@@ -22,7 +23,7 @@ NETWORKS = [
 def blocks_of(name, classes, size, dtype):
     torch.manual_seed(0)
     network = models.build(name, classes, size).to(memory_format=torch.channels_last)
-    paired = pair_blocks(network, network, torch.randn(2, 3, size, size))
+    paired = pair_blocks(copy.deepcopy(network), network, torch.randn(2, 3, size, size))
     network.to(dtype)
     return network, paired.student_blocks
 

@@ -1,5 +1,6 @@
 """What a teacher's digest depends on: what it computes, and not how its source is written down."""
 
+import copy
 import importlib.util
 import sys
 
@@ -79,8 +80,9 @@ def digests_of(tmp_path, monkeypatch):
         spec.loader.exec_module(module)
         torch.manual_seed(0)
         net, images = module.Net().eval(), torch.randn(2, 3, 8, 8)
-        blocks = [net.one, _Rest(net)]
-        return prefix_digests(pair_blocks(net, net, images, teacher_blocks=blocks, student_blocks=blocks))
+        pair = net, copy.deepcopy(net)
+        lists = [[one.one, _Rest(one)] for one in pair]
+        return prefix_digests(pair_blocks(*pair, images, teacher_blocks=lists[0], student_blocks=lists[1]))
 
     return digests
 

@@ -6,11 +6,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from stablekd_fast import models
+from stablekd_fast.config import DistillConfig
 from stablekd_fast.engine.checkpoint import load_tensors
 from stablekd_fast.engine.evaluate import with_fresh_batch_norm
 from stablekd_fast.engine.schedule import METHODS, Optimizer, Stage
 from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.run import distiller as distiller_module
+from stablekd_fast.run.distiller import Distiller
 
 
 def events(distiller, kind):
@@ -155,11 +158,19 @@ def test_inputs_of_another_shape_are_refused(make):
     assert inputs["images"].eq(1).all(), "the caller's tensor was adopted"
 
 
-def test_the_head_is_copied_only_where_it_fits(make):
+def test_the_head_is_copied_to_a_student_by_name_only(make, digits, tmp_path):
+    """A module that is given is the user's, with the head that it has."""
+
+    def heads(distiller):
+        return [network.fc.weight for network in (distiller.paired.student, distiller.paired.teacher)]
+
+    for copied in (True, False):
+        config = DistillConfig(
+            student="resnet8x4", out=str(tmp_path / str(copied)), copy_classifier=copied, subset=64, batch_size=32
+        )
+        assert torch.equal(*heads(Distiller(config, teacher=models.build("resnet8x4", 10), dataset=digits))) == copied
     distiller = make(copy_classifier=True)
-    assert torch.equal(distiller.paired.student[-1].weight, distiller.paired.teacher[-1].weight)
-    apart = make(copy_classifier=False, out="other")
-    assert not torch.equal(apart.paired.student[-1].weight, apart.paired.teacher[-1].weight)
+    assert not torch.equal(distiller.paired.student[-1].weight, distiller.paired.teacher[-1].weight)
 
 
 def test_distilling_modules_from_python(small_net, digits, tmp_path):

@@ -1,0 +1,307 @@
+"""What a trace must not change: in-place operations, flags, random draws, hooks, sizes and optional arguments."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stablekd_fast.blocks import PairedBlocks, pair_blocks
+from stablekd_fast.blocks.graph import follow
+from stablekd_fast.blocks.trace import trace
+from stablekd_fast.errors import CutError, ModelError
+from stablekd_fast.models.outputs import logits_of
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A stem, two layers and a head; subclasses say what happens between."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.two, self.fc = nn.Conv2d(width, width, 3, 2, padding=1), nn.Linear(width, 5)
+
+    def head(self, x):
+        return self.fc(x.mean((2, 3)))
+
+    def forward(self, x):
+        return self.head(self.two(self.between(self.one(self.stem(x)))))
+
+    def between(self, x):
+        return x
+
+
+class ReluAfterwards(Net):
+    def between(self, x):
+        return F.relu(x, inplace=True)
+
+
+class ReluUnused(Net):
+    def between(self, x):
+        x.relu_()
+        return x
+
+
+class AddedToAView(Net):
+    def between(self, x):
+        x[:, 0].add_(1.0)
+        return x
+
+
+class DroppedInPlace(Net):
+    def __init__(self, width=4):
+        super().__init__(width)
+        self.drop = nn.Dropout(0.5, inplace=True)
+
+    def between(self, x):
+        return self.drop(x)
+
+
+class FlagInAHelper(Net):
+    def head(self, x):
+        return self.fc(F.dropout(x.mean((2, 3)), 0.5, self.training))
+
+
+class FlagByName(Net):
+    def between(self, x):
+        return F.dropout(x, p=0.5, inplace=True, training=self.training)
+
+
+class Noise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x):
+        return self.inner(x) * (1 + torch.rand(1))
+
+
+class Noisy(Net):
+    """The random number depends on nothing that is traced: a trace would draw it once and for all."""
+
+    def __init__(self, width=4):
+        super().__init__(width)
+        self.noise = Noise()
+
+    def between(self, x):
+        return self.noise(x)
+
+
+class NormalisesItsInput(Net):
+    def forward(self, x):
+        x.sub_(0.5)
+        return super().forward(x)
+
+
+class SizesBeside(Net):
+    """A mask that depends on sizes alone is used at both ends."""
+
+    def forward(self, x):
+        count, side = x.size(0), x.shape[2]
+        mask = torch.linspace(0, 1, side).view(1, 1, 1, side)
+        x = self.between(self.one(self.stem(x) * mask))
+        return self.head(self.two(x * mask)).view(count, -1)
+
+
+KINDS = [
+    ReluAfterwards, ReluUnused, AddedToAView, DroppedInPlace, FlagInAHelper, FlagByName, Noisy,
+    NormalisesItsInput, SizesBeside,
+]  # fmt: skip
+
+
+def _keep_in(kept):
+    return lambda module, given, output: kept.append(output.detach().clone())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_do_what_the_network_does(kind):
+    """At every cut at once, in both modes and for another number of images: outputs to the bit, the network's own
+    activations at the cuts, and gradients."""
+    torch.manual_seed(0)
+    model = kind().double()
+    traced = trace(model.float(), IMAGES)
+    model.double()
+    parts = traced.split(list(traced.points))
+    assert {"stem", "one"} <= {alias for point in traced.points for alias in point.aliases}
+    holder, images = nn.ModuleList([model, *parts]), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    for training in (False, True):
+        holder.train(training)
+        kept = []
+        hook = model.one.register_forward_hook(_keep_in(kept))
+        torch.manual_seed(3)
+        plain = model(images.clone())
+        hook.remove()
+        wanted = torch.autograd.grad(plain.square().sum(), list(model.parameters()))
+        torch.manual_seed(3)
+        x, outputs = images, []
+        for part in parts:
+            x = part(x)
+            outputs.append(x)
+        assert torch.equal(x, plain)
+        [one] = [k for k, point in enumerate(traced.points) if "one" in point.aliases]
+        assert torch.equal(outputs[one], kept[0]), "the output at the cut was overwritten"
+        for got, expected in zip(torch.autograd.grad(x.square().sum(), list(model.parameters())), wanted):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_images_are_not_overwritten():
+    model, images = NormalisesItsInput(), IMAGES.clone()
+    paired = pair_blocks(copy.deepcopy(model).eval(), model, images, ["one"])
+    paired.teacher_outputs(images)
+    assert torch.equal(images, IMAGES)
+
+
+def test_a_copy_is_made_only_where_something_is_overwritten():
+    def copies(model, name):
+        traced = trace(model, IMAGES)
+        [point] = [point for point in traced.points if name in point.aliases]
+        return [node.target for part in traced.split([point]) for node in part.graph.nodes].count("clone")
+
+    assert copies(ReluAfterwards(), "one") == copies(DroppedInPlace(), "one") == 1
+    assert copies(ReluAfterwards(), "stem") == copies(Net(), "one") == 0
+
+
+def test_a_flag_follows_the_network_and_the_block():
+    model = FlagInAHelper()
+    [block] = trace(model, IMAGES).split([])
+    for switch in (model, block):
+        for training in (True, False, True):
+            switch.train(training)
+            outputs = []
+            for run in (model, block):
+                torch.manual_seed(1)
+                outputs.append(run(IMAGES))
+            assert torch.equal(*outputs)
+    assert {id(parameter) for parameter in block.parameters()} == {id(parameter) for parameter in model.parameters()}
+
+
+def test_hooks_keep_a_module_whole_and_run():
+    class Holder(Net):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+
+        def between(self, x):
+            return self.body(x)
+
+    model, seen = Holder(), []
+    model.body.register_forward_hook(lambda module, given, output: seen.append(output))
+    traced = trace(model, IMAGES)
+    assert "has hooks" in traced.whole["body"]
+    seen.clear()
+    traced.split([])[0](IMAGES)
+    assert len(seen) == 1
+    model.register_forward_hook(lambda module, given, output: None)
+    with pytest.raises(CutError, match="Holder has hooks"):
+        trace(model, IMAGES)
+
+
+def test_a_trace_leaves_nothing_in_the_network():
+    model = SizesBeside()
+    before = dict(model.__dict__), sorted(model.state_dict())
+    follow(model, (3, 8, 8))
+    assert (dict(model.__dict__), sorted(model.state_dict())) == before
+
+
+@dataclasses.dataclass
+class Answer:
+    hidden: torch.Tensor
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("packed", [
+    lambda y, f: (y, f), lambda y, f: [(y, f), f], lambda y, f: {"features": f, "logits": y},
+    lambda y, f: {"out": y, "aux": f}, lambda y, f: Answer(f, y), lambda y, f: {"loss": None, "first": y, "rest": f},
+])  # fmt: skip
+def test_logits_are_found_in_what_a_network_returns(packed):
+    class Packing(Net):
+        def forward(self, x):
+            f = self.one(self.stem(x))
+            return packed(self.head(self.two(f)), f)
+
+    torch.manual_seed(0)
+    model = Packing()
+    assert logits_of(model(IMAGES)).shape == (4, 5)
+    paired = pair_blocks(copy.deepcopy(model).eval(), model, IMAGES, ["one"])
+    assert torch.equal(paired.teacher_outputs(IMAGES)[1], logits_of(paired.teacher(IMAGES)))
+
+
+def test_other_arguments_stand_at_their_defaults():
+    class Optional(Net):
+        def forward(self, x, mask=None, is_feat=False, *, scale=2.0):
+            features = self.one(self.stem(x)) * scale
+            if mask is not None:
+                features = features * mask
+            logits = self.head(self.two(features))
+            return (features, logits) if is_feat else logits
+
+    model = Optional()
+    paired = pair_blocks(copy.deepcopy(model).eval(), model, IMAGES, ["one"])
+    assert torch.equal(paired.teacher_outputs(IMAGES)[1], paired.teacher(IMAGES))
+
+
+def test_an_auxiliary_head_in_training_alone():
+    class Auxiliary(Net):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = self.two(self.one(self.stem(x)))
+            return (self.head(x), self.extra(x.mean((2, 3)))) if self.training else self.head(x)
+
+    paired = pair_blocks(Auxiliary().eval(), Net(), IMAGES, ["one"])
+    assert torch.equal(paired.teacher_outputs(IMAGES)[1], paired.teacher(IMAGES))
+
+
+def test_a_student_that_is_its_teacher_is_refused():
+    model = Net()
+    with pytest.raises(CutError, match="same module was given as teacher and as student"):
+        pair_blocks(model, model, IMAGES, ["one"])
+    twin = Net()
+    twin.one = model.one
+    with pytest.raises(CutError, match=r"student's parameter one\.weight and the teacher's one\.weight share"):
+        pair_blocks(model, twin, IMAGES, ["stem"])
+
+
+def test_a_teacher_that_is_not_finite_is_called_that():
+    broken, large = Net(), Net()
+    broken.fc.weight.data[0, 0] = torch.nan
+    large.fc.weight.data.fill_(3e38)
+    large.two.bias.data.fill_(100.0)
+    for model, said in ((broken, "its fc.weight holds NaN"), (large, "finite, but too large")):
+        with pytest.raises(CutError, match=f"teacher's logits .* are not finite: .*{said}"):
+            pair_blocks(model, Net(), IMAGES, ["one"])
+
+
+def test_images_that_a_network_cannot_compute_are_named():
+    with pytest.raises(ModelError, match=r"Conv2d cannot compute 2 image\(s\) of the shape \[3, 8, 8\]"):
+        trace(nn.Conv2d(1, 2, 3), IMAGES)
+    with pytest.raises(ModelError, match=r"gives \[2, 4, 6, 6\] for 2 image\(s\), but logits"):
+        trace(nn.Conv2d(3, 4, 3), IMAGES)
+
+
+def test_why_a_module_stayed_whole_is_said():
+    class Inner(Net):
+        def forward(self, x):
+            x = super().forward(x)
+            return x * 2 if x.sum() > 1e9 else x
+
+    model = nn.Sequential(Inner())
+    with pytest.raises(CutError, match=r"In the teacher 0 \(Inner\) cannot be followed \(symbolically.*kd and ce need"):
+        pair_blocks(copy.deepcopy(model), model, IMAGES)
+
+
+def test_networks_that_are_not_cut_give_their_logits():
+    class Dict(Net):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    teacher, student = Dict().eval(), Dict()
+    paired = PairedBlocks.uncut(teacher, student)
+    assert torch.equal(paired.teacher_outputs(IMAGES)[0], teacher(IMAGES)["logits"])
+    assert [id(p) for p in paired.student_blocks[0].parameters()] == [id(p) for p in student.parameters()]
