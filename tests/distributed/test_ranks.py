@@ -5,10 +5,13 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from stablekd_fast.distributed import ranks as ranks_module
+from stablekd_fast.distributed.ranks import RESTARTS, Ranks
 from stablekd_fast.engine.checkpoint import load_tensors
 
 
@@ -228,3 +231,23 @@ def test_a_job_that_loses_ranks_ends_as_an_undisturbed_one(launch, merged, tmp_p
         kill_a_rank(job, 0.5 * torch.rand((), generator=generator).item(), tmp_path / "killed")
     finished(job)
     assert_same_bits(merged, tmp_path / "killed")
+
+
+@pytest.mark.parametrize("told, restarted", [(None, False), ("0", False), ("1", True), ("3", True)])
+def test_a_process_was_restarted_if_torchrun_counts_more_than_none(monkeypatch, told, restarted):
+    monkeypatch.delenv(RESTARTS, raising=False)
+    if told is not None:
+        monkeypatch.setenv(RESTARTS, told)
+    assert Ranks().restarted == restarted
+
+
+@pytest.mark.parametrize("rank, cores", [(0, [4, 5]), (1, [6, 7, 9])])
+def test_cores_that_this_process_may_use_are_divided(monkeypatch, rank, cores):
+    """Two ranks of a machine with five cores of ten: 0 stands for the process itself, 1 would be another."""
+    bound = []
+    monkeypatch.setattr(os, "sched_getaffinity", {0: {9, 4, 5, 6, 7}, 1: set(range(10))}.__getitem__)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: bound.append(cores))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    both = SimpleNamespace(rank=rank, all_gather=lambda value: [value, value])
+    ranks_module._divide_cores(both, torch.device("cpu"))
+    assert bound and all(taken == cores for taken in bound)
