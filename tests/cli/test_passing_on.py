@@ -306,7 +306,7 @@ def test_images_are_evaluated_at_the_size_that_was_asked_for(tmp_path, size):
             (tmp_path / part / name).mkdir(parents=True)
             for number in range(5):
                 Image.new("RGB", (100, 90)).save(tmp_path / part / name / f"{number}.png")
-    dataset = open_dataset(tmp_path, image_size=size)
+    dataset = open_dataset(tmp_path)  # which knows nothing of the size
     config = DistillConfig(data=str(tmp_path), student="resnet8", method="ce", image_size=size, batch_size=2)
     whole = list(eval_source(dataset, dataset.test, config).batches())
     assert [tuple(batch.pixels.shape) for batch in whole] == [(n, 3, size or 224, size or 224) for n in (4, 4, 2)]
