@@ -196,14 +196,13 @@ def test_codes_reach_from_minus_127_to_127():
 
 @pytest.mark.parametrize("loss", [kernels.kd_loss, kernels.decoupled_kl, kernels.feature_mse, kernels.feature_cosine])
 def test_a_float16_gradient_is_scaled_before_it_is_rounded(loss):
-    """At 2^-30 of its size it would be all zeros in float16, before the loss scale brought it back."""
+    """A mean over many has gradients around 1e-6, where float16 has few digits left. A loss scale comes in time."""
     generator = torch.Generator().manual_seed(0)
-    shape = (8, 16) if loss in (kernels.kd_loss, kernels.decoupled_kl) else (2, 16, 4, 4)
+    shape = (8192, 32) if loss in (kernels.kd_loss, kernels.decoupled_kl) else (4, 32, 32, 32)
     student, teacher = (torch.randn(shape, generator=generator).half() for _ in range(2))
-    more = {kernels.decoupled_kl: (torch.arange(8),)}.get(loss, ())
-    scale = 2.0**30
+    more = {kernels.decoupled_kl: (torch.arange(8192) % 32,)}.get(loss, ())
     exact = student.float().requires_grad_()
-    (loss(exact, teacher.float(), *more) * 16).backward()
+    (loss(exact, teacher.float(), *more) * 1024).backward()
     student.requires_grad_()
-    (loss(student, teacher, *more) * (1 / scale) * (16 * scale)).backward()
-    torch.testing.assert_close(student.grad.float(), exact.grad, rtol=5e-3, atol=1e-5)
+    (loss(student, teacher, *more) * 1024).backward()
+    assert (student.grad.float() - exact.grad).norm() < 2e-3 * exact.grad.norm()
