@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -99,7 +100,8 @@ class SharedBlocks:
 
     def _pair(self, images: Tensor) -> PairedBlocks:
         assert self.teacher is not None
-        student = self.teacher if self.student is None else self.student
+        # Where no student is known yet, the teacher's own outputs are wanted: a copy is cut at the same places.
+        student = copy.deepcopy(self.teacher) if self.student is None else self.student
         return pair_blocks(self.teacher, student, images, self.cuts, bridge=self.bridge)
 
     def _kept(
