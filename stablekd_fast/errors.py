@@ -53,3 +53,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(word, known, 1, 0.0)
     return f"; the nearest is {near[0]!r} (all: {', '.join(known)})" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, to be quoted in a sentence; its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

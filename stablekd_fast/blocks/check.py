@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks.modes import evaluation_mode, untouched
-from stablekd_fast.errors import CutError, ModelError
+from stablekd_fast.errors import CutError, ModelError, first_line
 from stablekd_fast.models.outputs import logits_of
 
 _GRADIENT_TOLERANCE = 1e-3
@@ -36,7 +36,7 @@ def check_runs(model: nn.Module, images: Tensor, training: bool = False) -> Tens
             model.train(training)
             logits = logits_of(model(images[:2].clone()))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         what = f"{count} image(s) of the shape {list(images.shape[1:])} in {_MODES[training]} mode"
         raise ModelError(
             f"{name} cannot compute {what} ({reason}). Give it images of the size, the channels and the number that it "

@@ -7,17 +7,18 @@ things in the other mode, decides on data, draws constants at random or has hook
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from stablekd_fast.blocks.modes import evaluation_mode
-from stablekd_fast.errors import CutError
-from stablekd_fast.models.outputs import logits_of
+from stablekd_fast.blocks.modes import evaluation_mode, untouched
+from stablekd_fast.errors import CutError, first_line
+from stablekd_fast.models.outputs import LogitsOf, logits_of
 
 BY_HAND = "Pass teacher_blocks= and student_blocks= (lists of modules that compose to the model) instead of cuts."
 _ROOT = "network"
@@ -85,17 +86,6 @@ class _Images(fx.Proxy):
         return (self.size(0), *self.tracer.image_shape)
 
 
-class _OneInput(nn.Module):
-    """A network of images alone: other arguments stand at their defaults, and of what it returns logits count."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.network(x))
-
-
 class _Tracer(fx.Tracer):
     """Follows containers, and leaves whole what cannot be followed."""
 
@@ -136,7 +126,7 @@ class _Tracer(fx.Tracer):
                     self.graph.erase_node(node)
             self.module_stack.clear()
             self.module_stack.update(stack)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            reason = first_line(error)
             self.whole[path] = f"{_named(path, m)} cannot be followed ({reason})"
             result = self.create_proxy("call_module", full, args, kwargs)
         finally:
@@ -167,8 +157,8 @@ class _Trace:
     constants: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tracer, holder = _Tracer(self.image_shape, self.known), _OneInput(self.model)
-        with evaluation_mode(self.model), torch.random.fork_rng(devices=[]):
+        self.tracer, holder = _Tracer(self.image_shape, self.known), LogitsOf(self.model)
+        with untouched(self.model), evaluation_mode(self.model):
             torch.manual_seed(int(self.training))  # constants that are drawn at random differ
             self.model.train(self.training)
             self.graph = self.tracer.trace(holder)
@@ -184,28 +174,22 @@ class _Trace:
         objects = {}
         for node in self.graph.nodes:
             if node.op == "get_attr":
-                objects[node.target] = self.constants.get(node.target, _attribute(self.model, node.target))
+                kept = self.constants.get(node.target)
+                objects[node.target] = attrgetter(node.target)(self.model) if kept is None else kept
             elif node.op == "call_module":
                 objects[node.target] = node.meta.get("flag") or self.model.get_submodule(node.target)
         return NetworkGraph(self.graph, objects, self.tracer.module_outputs, self.tracer.whole)
-
-
-def _attribute(model: nn.Module, path: str) -> Any:
-    here: Any = model
-    for name in path.split("."):
-        here = getattr(here, name, None)
-    return here
 
 
 def _drop_unused(graph: fx.Graph) -> None:
     """Remove nodes on which the logits do not depend, such as features that are returned beside them, but none that may
     change a value that others use."""
     for node in reversed(graph.nodes):
-        if node.op not in ("placeholder", "output") and not node.users and not writes(node):
+        if node.op not in ("placeholder", "output") and not node.users and not _writes(node):
             graph.erase_node(node)
 
 
-def writes(node: fx.Node) -> bool:
+def _writes(node: fx.Node) -> bool:
     """Whether an operation is one that by its name changes what it is given."""
     name = getattr(node.target, "__name__", str(node.target))
     if node.op not in ("call_method", "call_function"):
@@ -217,7 +201,7 @@ def writes(node: fx.Node) -> bool:
 def _differences(model: nn.Module, evaluated: _Trace, trained: _Trace) -> dict[str, str]:
     """Compare a network's two traces: which modules must stay whole, and why. Flags that are handed on are replaced by
     nodes that read them."""
-    pairs = list(_aligned(evaluated, trained))
+    pairs = list(zip_longest(evaluated.graph.nodes, trained.graph.nodes))
     same = dict(pairs)
     for ours, theirs in pairs:
         if ours is None or theirs is None or not _alike(ours, theirs, same):
@@ -232,12 +216,6 @@ def _differences(model: nn.Module, evaluated: _Trace, trained: _Trace) -> dict[s
     return {}
 
 
-def _aligned(evaluated: _Trace, trained: _Trace) -> Iterator[tuple[fx.Node | None, fx.Node | None]]:
-    ours, theirs = list(evaluated.graph.nodes), list(trained.graph.nodes)
-    for k in range(max(len(ours), len(theirs))):
-        yield ours[k] if k < len(ours) else None, theirs[k] if k < len(theirs) else None
-
-
 def _alike(ours: fx.Node, theirs: fx.Node, same: dict) -> bool:
     """Whether two nodes do the same to the same values, flags aside."""
     if ours.op != theirs.op or (ours.target != theirs.target and ours.op != "get_attr"):
@@ -249,10 +227,15 @@ def _alike(ours: fx.Node, theirs: fx.Node, same: dict) -> bool:
     )
 
 
+def _given(node: fx.Node) -> tuple:
+    """A node's arguments, and those with names in the order of these."""
+    return node.args, tuple(sorted(node.kwargs.items()))
+
+
 def _operands(node: fx.Node) -> list:
     """All that a node is given, in order, names of arguments included."""
     found: list = []
-    map_aggregate((node.args, tuple(sorted(node.kwargs.items()))), lambda value: found.append(value))  # pyright: ignore
+    map_aggregate(_given(node), lambda value: found.append(value))  # pyright: ignore
     return found
 
 
@@ -291,10 +274,5 @@ def _read_flags(model: nn.Module, trace: _Trace, ours: fx.Node | None, theirs: f
     def chosen(value: Any) -> Any:
         return flag if next(operands) is True and value is False else value
 
-    names = sorted(ours.kwargs)
-    args = map_aggregate(ours.args, chosen)
-    kwargs = {}
-    for name in names:
-        next(operands)  # the name
-        kwargs[name] = map_aggregate(ours.kwargs[name], chosen)
-    ours.args, ours.kwargs = args, kwargs  # pyright: ignore
+    args, named = map_aggregate(_given(ours), chosen)  # pyright: ignore
+    ours.args, ours.kwargs = args, dict(named)

@@ -162,7 +162,8 @@ class _Profiler(fx.Interpreter):
             self.changed[n] = changed
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
-        if _is_size(result) or n.op in ("get_attr", "call_module", "call_function", "call_method"):
+        # What depends on no image: all that a block may have to make anew; activations would fill the memory.
+        if _is_size(result) or (n.op != "placeholder" and all(one in self.results for one in n.all_input_nodes)):
             self.results[n] = result
         return result
 

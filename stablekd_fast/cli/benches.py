@@ -64,14 +64,13 @@ class Bench:
     """Words that make it short. The tests append them to the commands that the documentation shows."""
 
     def parser(self) -> Parser:
-        parser, rounds = (
-            Parser(),
-            {}
-            if self.rounds is None
-            else {
-                "--rounds": {"type": int, "default": self.rounds, "help": "turns of each contender; the median counts"}
-            },
-        )
+        parser, rounds = Parser(), {}
+        if self.rounds is not None:
+            rounds["--rounds"] = {
+                "type": int,
+                "default": self.rounds,
+                "help": "turns of each contender; the median counts",
+            }
         for name, settings in {**self.options, **rounds, **OUTPUT}.items():
             parser.add_argument(name, **settings)
         return parser
