@@ -1,4 +1,4 @@
-"""Fixed linear maps from the teacher's width to the student's at a cut.
+"""Fixed linear maps from the teacher's width, layout and grid to the student's at a cut.
 
 The mapped activation is both the input of block k and the target of block k-1, so a merge needs no change and no
 gradient leaves its group. A bridge is training-only state: it is kept in checkpoints and absent from the student.
@@ -9,36 +9,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from stablekd_fast.blocks.layout import Resampling
 from stablekd_fast.errors import ConfigError
 
 KINDS = ("select", "average", "pca")
 
 
 class Bridge(nn.Module):
-    """Maps a teacher activation to the student's width and layout."""
+    """Maps a teacher activation to the student's width, layout and, where these differ, places."""
 
     weight: Tensor | None
     """`[student width, teacher width]`; None where only the layout differs."""
 
-    def __init__(self, weight: Tensor | None, teacher_axis: int = 1, student_axis: int = 1, kind: str = "given"):
+    def __init__(
+        self,
+        weight: Tensor | None,
+        teacher_axis: int = 1,
+        student_axis: int = 1,
+        kind: str = "given",
+        places: Resampling | None = None,
+    ):
         super().__init__()
         self.register_buffer("weight", weight)
-        self.teacher_axis, self.student_axis, self.kind = teacher_axis, student_axis, kind
+        self.teacher_axis, self.student_axis, self.kind, self.places = teacher_axis, student_axis, kind, places
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[N, C_teacher, ...]` (or channels last) to `[N, C_student, ...]` in the student's layout."""
-        channels_last = x.movedim(self.teacher_axis, -1)
+        x = x.movedim(self.teacher_axis, -1)
+        if self.places is not None and self.places.shrinks:
+            x = self.places(x)
         if self.weight is not None:
-            channels_last = nn.functional.linear(channels_last, self.weight.to(x.dtype))
-        return channels_last.movedim(-1, self.student_axis)
+            x = nn.functional.linear(x, self.weight.to(x.dtype))
+        if self.places is not None and not self.places.shrinks:
+            x = self.places(x)
+        return x.movedim(-1, self.student_axis)
 
     def extra_repr(self) -> str:
         shape = "layout only" if self.weight is None else f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
-        return f"{self.kind}, {shape}"
+        return f"{self.kind}, {shape}{'' if self.places is None else f', {self.places.extra_repr()}'}"
 
 
-def fit_bridge(kind: str, activation: Tensor, student_width: int, teacher_axis: int, student_axis: int) -> Bridge:
-    """Fit a bridge to teacher activations of a calibration batch.
+def fit_bridge(
+    kind: str,
+    activation: Tensor,
+    student_width: int,
+    teacher_axis: int,
+    student_axis: int,
+    places: Resampling | None = None,
+) -> Bridge:
+    """Fit a bridge to teacher activations of a calibration batch; `places` maps their places, where these differ.
 
     - `select`: as many teacher channels as the student has, chosen to leave least of the other channels unexplained
       (pivoted Cholesky of the second moments). Signs and scale stay as they are, so a student block that ends in ReLU
@@ -68,7 +87,7 @@ def fit_bridge(kind: str, activation: Tensor, student_width: int, teacher_axis: 
         weight = eye[chosen]
         if kind == "average":
             weight = _group_means(moments, chosen)
-    return Bridge(weight if weight is None else weight.float().contiguous(), teacher_axis, student_axis, kind)
+    return Bridge(weight if weight is None else weight.float().contiguous(), teacher_axis, student_axis, kind, places)
 
 
 def _pivot_channels(moments: Tensor, count: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from stablekd_fast.blocks.modes import evaluation_mode, untouched
 from stablekd_fast.errors import CutError, ModelError, first_line
 from stablekd_fast.models.outputs import logits_of
 
-_GRADIENT_TOLERANCE = 1e-3
-"""A share of a parameter's largest gradient: sums of several uses may be added up in another order."""
+_GRADIENT_TOLERANCE = {True: 1e-8, False: 1e-2}
+"""A share of a parameter's largest gradient, in float64 and otherwise: sums of several uses may be added up in another
+order, and batch norms of two images make much of it."""
 _MODES = {False: "eval", True: "train"}
 
 
@@ -85,65 +86,111 @@ def check_disjoint(student: nn.Module, blocks: Sequence[nn.Module]) -> None:
         )
 
 
-def check_composition(
-    model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, role: str, modes: Sequence[bool]
-) -> None:
-    """Raise CutError if the blocks one after the other do not give the model's own output, to the bit, in one of the
-    `modes` (whether the model trains)."""
-    for mode in modes:
-        plain, composed = _both(model, blocks, images, mode)
-        if not plain.isfinite().all():
-            raise CutError(
-                f"The {role}'s logits on the example input are not finite: {_what_is_not_finite(model)}. Load weights "
-                "of a trained network, or look at how images are normalised."
-            )
-        if plain.shape != composed.shape or not torch.equal(plain, composed):
-            raise CutError(
-                f"The {role}'s blocks do not compose to the {role}: outputs differ in {_MODES[mode]} mode on the "
-                "example input. Cut at other places, or give block lists that compose to the model exactly."
-            )
+def check_evaluation(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, role: str) -> None:
+    """Raise CutError if the blocks one after the other do not give the model's own output in eval mode, to the bit.
+
+    Raises ModelError if the model itself cannot compute the images, or gives no logits.
+    """
+    torch.manual_seed(0)
+    plain = check_runs(model, images)
+    with evaluation_mode(nn.ModuleList(blocks)), untouched(model):
+        torch.manual_seed(0)
+        composed = run_through(blocks, images[:2].clone())[-1]
+    if not plain.isfinite().all():
+        raise CutError(
+            f"The {role}'s logits on the example input are not finite: {_what_is_not_finite(model)}. Load weights "
+            "of a trained network, or look at how images are normalised."
+        )
+    _check_outputs(plain, composed, role, False)
 
 
-def check_gradients(student: nn.Module, blocks: Sequence[nn.Module], images: Tensor) -> None:
-    """Raise CutError if a parameter of the student gets another gradient through the blocks, joined to one network,
-    than through the student itself."""
-    named = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
-    if not named:
-        return
+def check_training(student: nn.Module, blocks: Sequence[nn.Module], images: Tensor) -> None:
+    """Raise CutError if in train mode the blocks, joined to one network, give another output than the student, or one
+    of its parameters another gradient.
 
-    def gradients(output: Tensor) -> tuple[Tensor | None, ...]:
-        # Not all classes alike: a network that ends in a softmax would have no gradient.
-        weights = torch.linspace(-1, 1, output.shape[-1], device=output.device, dtype=output.dtype)
-        return torch.autograd.grad((output * weights).sum(), list(named.values()), allow_unused=True)
+    Both are computed in float64, in which the order of a sum hardly shows; where a network cannot, in its own type.
+    """
+    holder = nn.ModuleList([student, *blocks])
+    with in_float64(holder):
+        exact = _computes(student, images[:2].double())
+    with in_float64(holder) if exact else contextlib.nullcontext():
+        named = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+        dtype = next((p.dtype for p in student.parameters() if p.is_floating_point()), images.dtype)
 
-    found = _both(student, blocks, images, True, gradients)
-    for name, plain, composed in zip(named, *found):
-        if (plain is None) != (composed is None) or (plain is not None and not _close(plain, composed)):
+        images = (images[:2] if len(images) > 1 else images[:1].expand(2, *images.shape[1:])).to(
+            dtype
+        )  # for batch norms
+        found = []
+        for run in (lambda x: logits_of(student(x)), lambda x: run_through(blocks, x)[-1]):
+            with evaluation_mode(holder), untouched(student), torch.enable_grad():
+                holder.train()
+                torch.manual_seed(0)
+                output = run(images.clone())
+                found.append((output.detach(), _gradients(output, list(named.values()))))
+        (plain, theirs), (composed, ours) = found
+    _check_outputs(plain, composed, "student", True)
+    share = _GRADIENT_TOLERANCE[exact]
+    largest = max((float(gradient.abs().max()) for gradient in theirs if gradient is not None), default=0.0)
+    for name, one, other in zip(named, theirs, ours):
+        if (one is None) != (other is None) or (
+            one is not None and other is not None and not _close(one, other, share, largest)
+        ):
             raise CutError(
                 f"The student's parameter {name} gets another gradient through the blocks than through the student "
                 "itself. Cut at other places, or give block lists that compose to the student exactly."
             )
 
 
-def _both(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    images: Tensor,
-    training: bool,
-    then: Callable[[Tensor], Any] | None = None,
-) -> tuple[Any, Any]:
-    """The output of the model and that of its blocks, from the same random state, or what `then` makes of each with
-    gradients; the model is as it was before."""
-    images = images[:2] if len(images) > 1 else images[:1].expand(2, *images.shape[1:])  # batch norms need two
-    holder = nn.ModuleList([model, *blocks])
-    found = []
-    for run in (lambda x: logits_of(model(x)), lambda x: run_through(blocks, x)[-1]):
-        with evaluation_mode(holder), untouched(model), torch.set_grad_enabled(then is not None):
-            holder.train(training)
-            torch.manual_seed(0)
-            output = run(images.clone())
-            found.append(output if then is None else then(output))
-    return found[0], found[1]
+def _gradients(output: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    if not output.requires_grad:
+        return (None,) * len(parameters)
+    # Not all classes alike: a network that ends in a softmax would have no gradient.
+    weights = torch.linspace(-1, 1, output.shape[-1], device=output.device, dtype=output.dtype)
+    return torch.autograd.grad((output * weights).sum(), parameters, allow_unused=True)
+
+
+def _computes(model: nn.Module, images: Tensor) -> bool:
+    try:
+        check_runs(model, images, training=True)
+    except ModelError:
+        return False
+    return True
+
+
+def _close(one: Tensor, other: Tensor, share: float, largest: float) -> bool:
+    """Whether gradients differ by less than a share of the parameter's own, or what is nothing beside the network's
+    `largest`: a bias that a batch norm follows has only rounding errors."""
+    return bool((one - other).abs().max() <= share * one.abs().max() + 1e-3 * share * largest)
+
+
+def _check_outputs(plain: Tensor, composed: Tensor, role: str, training: bool) -> None:
+    if plain.shape != composed.shape or not torch.equal(plain, composed):
+        raise CutError(
+            f"The {role}'s blocks do not compose to the {role}: outputs differ in {_MODES[training]} mode on the "
+            "example input. Cut at other places, or give block lists that compose to the model exactly."
+        )
+
+
+@contextlib.contextmanager
+def in_float64(network: nn.Module) -> Iterator[None]:
+    """A context in which a network computes in float64, with parameters and buffers of its own for that time."""
+    holders = [held for module in network.modules() for held in (module._parameters, module._buffers)]
+    unique = {id(held): held for held in holders}.values()
+    saved = [(held, dict(held)) for held in unique]
+    doubles: dict[int, Tensor] = {}
+    for held in unique:
+        for name, tensor in held.items():
+            if tensor is not None and tensor.is_floating_point():
+                if id(tensor) not in doubles:
+                    double = tensor.detach().double()
+                    parameter = isinstance(tensor, nn.Parameter)
+                    doubles[id(tensor)] = nn.Parameter(double, tensor.requires_grad) if parameter else double.clone()
+                held[name] = doubles[id(tensor)]  # pyright: ignore
+    try:
+        yield
+    finally:
+        for held, before in saved:
+            held.update(before)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def _what_is_not_finite(model: nn.Module) -> str:
@@ -151,8 +198,3 @@ def _what_is_not_finite(model: nn.Module) -> str:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"its {name} holds NaN or infinite numbers"
     return "its weights are finite, but too large"
-
-
-def _close(plain: Tensor, composed: Tensor | None) -> bool:
-    assert composed is not None
-    return bool((plain - composed).abs().max() <= _GRADIENT_TOLERANCE * plain.abs().max())

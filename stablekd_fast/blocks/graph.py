@@ -7,6 +7,7 @@ things in the other mode, decides on data, draws constants at random or has hook
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from operator import attrgetter
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.fx.proxy import TraceError
 
 from stablekd_fast.blocks.modes import evaluation_mode, untouched
+from stablekd_fast.blocks.sizes import Sizes, Value, open_lengths
 from stablekd_fast.errors import CutError, first_line
 from stablekd_fast.models.outputs import LogitsOf, logits_of
 
@@ -77,7 +80,7 @@ def follow(model: nn.Module, image_shape: tuple[int, ...]) -> NetworkGraph:
             return traces[0].result()
 
 
-class _Images(fx.Proxy):
+class _Images(Value):
     """The network's input: Python can branch on the size of an image, while the number of images stays open."""
 
     @property
@@ -89,16 +92,39 @@ class _Images(fx.Proxy):
 class _Tracer(fx.Tracer):
     """Follows containers, and leaves whole what cannot be followed."""
 
+    proxy_buffer_attributes = True  # what `forward` writes to a buffer is an operation too
+
     def __init__(self, image_shape: tuple[int, ...], whole: dict[str, str]) -> None:
         super().__init__()
         self.image_shape, self.whole = image_shape, dict(whole)
+        self.sizes: Sizes | None = None
         self.module_outputs: dict[str, fx.Node] = {}
         self.inside: list[str] = []
         self.owner: dict[fx.Node, str] = {}
         """The module whose `forward` made a node."""
 
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with open_lengths():
+            return super().trace(root, concrete_args)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Images(node, self) if node.op == "placeholder" else super().proxy(node)
+        if self.sizes is None:
+            self.sizes = Sizes(self.root, self.graph, self.image_shape)
+        return _Images(node, self) if node.op == "placeholder" else Value(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(obj._fixed()) if isinstance(obj, Value) else super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator:
+        try:
+            return super().iter(obj)
+        except TraceError:
+            assert isinstance(obj, Value)
+            return iter([obj[place] for place in range(len(obj))])  # pyright: ignore[reportIndexIssue]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        running = self.sizes is not None and self.sizes.running
+        return attr_val if running else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args, **kwargs) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -113,6 +139,8 @@ class _Tracer(fx.Tracer):
         return childless or path in self.whole or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m, forward, args, kwargs):
+        if self.sizes is not None and self.sizes.running:
+            return forward(*args, **kwargs)
         full = self.path_of_module(m)
         path = _own(full)
         before, stack = set(self.graph.nodes), dict(self.module_stack)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from stablekd_fast.blocks.bridge import Bridge, fit_bridge
 from stablekd_fast.blocks.check import (
-    check_composition,
     check_disjoint,
-    check_gradients,
+    check_evaluation,
     check_separate,
+    check_training,
     run_through,
 )
+from stablekd_fast.blocks.layout import Layout, Resampling, layout_of
 from stablekd_fast.blocks.modes import evaluation_mode
 from stablekd_fast.blocks.select import automatic_pairs, named_pairs
 from stablekd_fast.blocks.trace import trace
@@ -169,12 +170,16 @@ def pair_blocks(
             [b - a for a, b in zip([0, *(p.flops for p in points)], [*(p.flops for p in points), network.flops])]
             for network, points in zip(traced, sides)
         )
-        found = [Cut(t.name, s.name, t.shape, s.shape, t.channel_axis, s.channel_axis) for t, s in pairs]
+        found = [
+            Cut(t.name, s.name, a.shape, b.shape, a.channel_axis, b.channel_axis)
+            for t, s in pairs
+            for a, b in [(t.layout, s.layout)]
+        ]
 
     check_disjoint(student, parts[1])
-    check_composition(teacher, parts[0], example_input, "teacher", modes=(False,))
-    check_composition(student, parts[1], example_input, "student", modes=(False, True))
-    check_gradients(student, parts[1], example_input)
+    check_evaluation(teacher, parts[0], example_input, "teacher")
+    check_evaluation(student, parts[1], example_input, "student")
+    check_training(student, parts[1], example_input)
     paired = PairedBlocks(
         teacher, student, list(parts[0]), list(parts[1]), found, [None] * len(found), list(flops[0]), list(flops[1])
     )
@@ -183,23 +188,30 @@ def pair_blocks(
 
 
 def _fit_bridges(paired: PairedBlocks, images: Tensor, kind: str) -> list[Bridge | None]:
-    """A bridge for every cut at which width or layout differ, fitted to the teacher's activations on `images`."""
+    """A bridge for every cut at which width, layout or places differ, fitted to what the teacher gives for `images`."""
+    layouts = [_layouts(cut, images) for cut in paired.cuts]
+    needed = [
+        k
+        for k, (t, s) in enumerate(layouts)
+        if (t.shape, t.channel_axis, t.places) != (s.shape, s.channel_axis, s.places)
+    ]
     with evaluation_mode(paired.teacher):
-        activations = paired.teacher_outputs(images, range(len(paired.cuts)))
-    bridges: list[Bridge | None] = []
-    for cut, activation in zip(paired.cuts, activations.values()):
-        width = cut.student_shape[_unbatched(cut.student_channel_axis)]
-        same_layout = cut.teacher_channel_axis == cut.student_channel_axis
-        if same_layout and cut.teacher_shape == cut.student_shape:
-            bridges.append(None)
-        else:
-            bridges.append(fit_bridge(kind, activation, width, cut.teacher_channel_axis, cut.student_channel_axis))
+        activations = paired.teacher_outputs(images, needed)
+    bridges: list[Bridge | None] = [None] * len(paired.cuts)
+    for k in needed:
+        t, s = layouts[k]
+        places = None if t.places == s.places else Resampling(t, s)
+        bridges[k] = fit_bridge(kind, activations[k], s.channels, t.channel_axis, s.channel_axis, places)
     return bridges
 
 
-def _unbatched(axis: int) -> int:
-    """The same axis in a shape without the batch axis."""
-    return axis - 1 if axis > 0 else axis
+def _layouts(cut: Cut, images: Tensor) -> tuple[Layout, Layout]:
+    """How the teacher's and the student's activation lie at a cut."""
+    size = tuple(images.shape[2:])
+    return (
+        layout_of(cut.teacher_shape, cut.teacher_channel_axis, size),
+        layout_of(cut.student_shape, cut.student_channel_axis, size),
+    )
 
 
 @torch.no_grad()
@@ -211,13 +223,15 @@ def _cuts_of_lists(teacher_blocks: list, student_blocks: list, images: Tensor) -
             shapes.append([tuple(out.shape[1:]) for out in run_through(blocks, images[:2])[:-1]])
     cuts = []
     for k, (t, s) in enumerate(zip(*shapes)):
-        axis = -1 if len(t) == 2 else 1
-        if len(t) != len(s) or t[_unbatched(axis) + 1 :] != s[_unbatched(axis) + 1 :]:
+        cut = Cut(f"block{k}", f"block{k}", t, s, -1 if len(t) == 2 else 1, -1 if len(s) == 2 else 1)
+        layouts = _layouts(cut, images)
+        if not layouts[0].fits(layouts[1]):
             raise CutError(
                 f"Shapes differ after block {k}: the teacher carries {list(t)}, the student {list(s)} per image. "
-                "Channels may differ, spatial sizes must agree; move the border in one of the lists."
+                "Channels may differ, and the size of a grid with the image's proportions; other spatial sizes must "
+                "agree. Move the border in one of the lists."
             )
-        cuts.append(Cut(f"block{k}", f"block{k}", t, s, axis, axis))
+        cuts.append(cut)
     return cuts
 
 

@@ -8,6 +8,7 @@ first.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stablekd_fast.blocks.check import check_runs
 from stablekd_fast.blocks.graph import NetworkGraph, TrainingFlag, follow
+from stablekd_fast.blocks.layout import Layout, layout_of
 from stablekd_fast.blocks.modes import evaluation_mode, untouched
 
 UNNAMED = 1_000
@@ -32,20 +34,11 @@ class CutPoint:
     name: str
     aliases: tuple[str, ...]
     node: fx.Node
-    shape: tuple[int, ...]
-    """The shape for one image, without the batch axis."""
-    channel_axis: int
-    """The axis of the channels in the batched tensor: 1 for `[N, C, H, W]`, -1 for `[N, H, W, C]` and tokens."""
+    layout: Layout
     flops: int
     """FLOPs per image from the input up to here."""
     depth: int
     """How deep in the tree of modules the outermost one that ends here lies; `UNNAMED` where none ends."""
-
-    @property
-    def spatial(self) -> tuple[int, ...]:
-        """The shape without its channels: `(H, W)`, `(tokens,)` or `()`."""
-        axis = self.channel_axis - 1 if self.channel_axis > 0 else len(self.shape) - 1
-        return self.shape[:axis] + self.shape[axis + 1 :]
 
 
 @dataclass(frozen=True)
@@ -74,8 +67,7 @@ class TracedNetwork:
         nodes = list(self.graph.nodes)
         position = {node: i for i, node in enumerate(nodes)}
         entry = next(node for node in nodes if node.op == "placeholder")
-        exit_node = next(node for node in nodes if node.op == "output").args[0]
-        borders = [entry, *(point.node for point in points), exit_node]
+        borders = [entry, *(point.node for point in points), _last(self.graph)]
         return [
             self._segment(nodes[position[first] + 1 : position[last] + 1], first, last)
             for first, last in itertools.pairwise(borders)
@@ -101,7 +93,18 @@ class TracedNetwork:
         objects = self.followed.objects
         segment = fx.GraphModule({name: objects[name] for name in _named_in(graph)}, graph)
         segment.training = self.root.training
+        self._share_buffers(segment)
         return segment
+
+    def _share_buffers(self, segment: fx.GraphModule) -> None:
+        """Buffers that a segment reads by themselves stay their module's: a move to another device or type gives a
+        module new ones, and both must see them."""
+        buffers = dict(self.root.named_buffers(remove_duplicate=False))
+        for name in _named_in(segment.graph):
+            owner, holder = (module.get_submodule(name.rpartition(".")[0]) for module in (self.root, segment))
+            if name in buffers and holder is not owner:
+                holder._buffers = owner._buffers
+                holder._non_persistent_buffers_set = owner._non_persistent_buffers_set
 
     def _made_anew(self, graph: fx.Graph, node: fx.Node, given: fx.Node, copied) -> Any:
         """What depends on no image, made from the number of images that a block is `given`."""
@@ -122,9 +125,14 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> TracedNetwork:
 
     Raises CutError where the network cannot be followed, ModelError where it cannot compute such images at all.
     """
-    check_runs(model, example_input)
-    followed = follow(model, tuple(example_input.shape[1:]))
-    values = _measured(model, followed, example_input)
+    try:
+        followed = follow(model, tuple(example_input.shape[1:]))
+        values = _measured(model, followed, example_input)
+    except Exception:
+        check_runs(model, example_input)  # says what the network itself cannot do
+        raise
+    if len(values.shapes.get(_last(followed.graph), ())) != 1:
+        check_runs(model, example_input)
     aliases: dict[fx.Node, list[str]] = {}
     for path, node in followed.module_outputs.items():
         aliases.setdefault(node, []).append(path)
@@ -138,7 +146,8 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> TracedNetwork:
             names = tuple(modules) or (node.name,)
             depth = names[0].count(".") if modules else UNNAMED
             axis = _channel_axis(model, node, values.shapes)
-            points.append(CutPoint(names[0], names, node, values.shapes[node], axis, flops, depth))
+            layout = layout_of(values.shapes[node], axis, tuple(example_input.shape[2:]))
+            points.append(CutPoint(names[0], names, node, layout, flops, depth))
     return TracedNetwork(model, followed, values, tuple(points), flops)
 
 
@@ -185,7 +194,7 @@ class Values:
 
 
 def _measured(model: nn.Module, followed: NetworkGraph, example_input: Tensor) -> Values:
-    """Run the graph on two images in each mode, and on three."""
+    """Run the graph on two images in each mode, and where it gives sizes, on three."""
     images = example_input[:2] if len(example_input) > 1 else example_input[:1].expand(2, *example_input.shape[1:])
     more = torch.cat([images, images[:1]])
     counter = FlopCounterMode(display=False)
@@ -195,6 +204,8 @@ def _measured(model: nn.Module, followed: NetworkGraph, example_input: Tensor) -
         with untouched(model), evaluation_mode(model), counter:
             runs = []
             for number, (mode, given) in enumerate(((False, images), (True, images), (False, more))):
+                if number == 2 and not any(map(_is_size, runs[0].results.values())):
+                    break
                 torch.manual_seed(number)
                 model.train(mode)
                 profiler = _Profiler(fx.GraphModule(followed.objects, followed.graph), counter)
@@ -202,7 +213,7 @@ def _measured(model: nn.Module, followed: NetworkGraph, example_input: Tensor) -
                 runs.append(profiler)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    evaluated, trained, larger = runs
+    evaluated, trained, larger = runs[0], runs[1], runs[-1]
     changed = {
         node: evaluated.changed.get(node, set()) | trained.changed.get(node, set()) for node in followed.graph.nodes
     }
@@ -285,8 +296,12 @@ def _single_carriers(graph: fx.Graph, values: Values) -> set[fx.Node]:
             carrier = next(iter(live))
             if carrier.op not in ("placeholder", "output"):
                 carriers.add(carrier)
-    final = next(node for node in nodes if node.op == "output").args[0]
-    return carriers - {final}
+    return carriers - {_last(graph)}
+
+
+def _last(graph: fx.Graph) -> fx.Node:
+    """The node that gives the logits."""
+    return next(node for node in graph.nodes if node.op == "output").args[0]  # pyright: ignore[reportReturnType]
 
 
 def _channel_axis(model: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> int:
@@ -299,7 +314,9 @@ def _channel_axis(model: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[i
     if len(shape) == 1:
         return 1
     if len(shape) == 2:
-        return -1  # tokens
+        before = next((shapes[one] for one in node.all_input_nodes if one in shapes), ())
+        flat = len(before) == 3 and before[0] == shape[0] and math.prod(before[1:]) == shape[1]
+        return 1 if flat else -1  # a map whose rows were joined, or tokens
     queue, seen = [node], {node}
     while queue:
         here = queue.pop(0)

@@ -95,7 +95,8 @@ def bridge_digest(bridge: Bridge | None) -> str | None:
     if bridge is None:
         return None
     weight = None if bridge.weight is None else digest_of(bridge.weight)
-    return _digest([weight, bridge.teacher_axis, bridge.student_axis])
+    places = [] if bridge.places is None else [bridge.places.extra_repr()]
+    return _digest([weight, bridge.teacher_axis, bridge.student_axis, *places])
 
 
 def _device(device: torch.device) -> str:

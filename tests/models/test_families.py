@@ -125,7 +125,7 @@ def test_parameter_counts_are_the_published_ones(name):
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_stages_are_places_to_cut(name):
     network = trace(models.build(name, 10), torch.randn(2, 3, 32, 32))
-    spatial = {alias: point.spatial for point in network.points for alias in point.aliases}
+    spatial = {alias: point.layout.places for point in network.points for alias in point.aliases}
     expected = stages(name)
     assert {stage: spatial.get(stage) for stage in expected} == expected
     leaves = {node.target for node in network.graph.nodes if node.op == "call_module"}
