@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -67,7 +68,7 @@ def check_separate(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def check_disjoint(student: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Raise CutError if a parameter of the student lies in two blocks, or in none."""
+    """Raise CutError if a parameter of the student lies in two blocks."""
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     owner: dict[int, int] = {}
     for k, block in enumerate(blocks):
@@ -78,12 +79,6 @@ def check_disjoint(student: nn.Module, blocks: Sequence[nn.Module]) -> None:
                     f"{k}; blocks that train alone cannot share parameters. Move the cut so that one block holds all "
                     "its uses."
                 )
-    unused = [name for key, name in names.items() if key not in owner]
-    if unused:
-        raise CutError(
-            f"The student's parameters {unused[:3]} belong to no block. Give block lists that compose to the student, "
-            "or remove parameters that its forward does not use."
-        )
 
 
 def check_evaluation(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, role: str) -> None:
@@ -125,10 +120,21 @@ def check_training(student: nn.Module, blocks: Sequence[nn.Module], images: Tens
             with evaluation_mode(holder), untouched(student), torch.enable_grad():
                 holder.train()
                 torch.manual_seed(0)
-                output = run(images.clone())
-                found.append((output.detach(), _gradients(output, list(named.values()))))
+                try:
+                    output = run(images.clone())
+                    found.append((output.detach(), _gradients(output, list(named.values()))))
+                except RuntimeError as error:
+                    raise ModelError(f"{type(student).__name__} cannot be trained: {first_line(error)}") from error
         (plain, theirs), (composed, ours) = found
     _check_outputs(plain, composed, "student", True)
+    idle = [name for name, one, other in zip(named, theirs, ours) if one is None and other is None]
+    if idle:
+        more = f" and {len(idle) - 1} others" if len(idle) > 1 else ""
+        warnings.warn(
+            f"The student's logits do not depend on {idle[0]}{more}, such as an auxiliary head has: these parameters "
+            "stay as they are.",
+            stacklevel=3,
+        )
     share = _GRADIENT_TOLERANCE[exact]
     largest = max((float(gradient.abs().max()) for gradient in theirs if gradient is not None), default=0.0)
     for name, one, other in zip(named, theirs, ours):

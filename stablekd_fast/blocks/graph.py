@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 
 from stablekd_fast.blocks.modes import evaluation_mode, untouched
-from stablekd_fast.blocks.sizes import Sizes, Value, open_lengths
+from stablekd_fast.blocks.sizes import Sizes, Value, open_sizes
 from stablekd_fast.errors import CutError, first_line
 from stablekd_fast.models.outputs import LogitsOf, logits_of
 
@@ -104,7 +104,7 @@ class _Tracer(fx.Tracer):
         """The module whose `forward` made a node."""
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        with open_lengths():
+        with open_sizes():
             return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -141,7 +141,10 @@ class _Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if self.sizes is not None and self.sizes.running:
             return forward(*args, **kwargs)
-        full = self.path_of_module(m)
+        try:
+            full = self.path_of_module(m)
+        except NameError:  # made in a forward, as slices of a Sequential are: what it calls is followed
+            return forward(*args, **kwargs)
         path = _own(full)
         before, stack = set(self.graph.nodes), dict(self.module_stack)
         self.inside.append(path)

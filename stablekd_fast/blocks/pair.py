@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stablekd_fast.blocks.bridge import Bridge, fit_bridge
 from stablekd_fast.blocks.check import (
@@ -20,9 +21,10 @@ from stablekd_fast.blocks.layout import Layout, Resampling, layout_of
 from stablekd_fast.blocks.modes import evaluation_mode
 from stablekd_fast.blocks.select import automatic_pairs, named_pairs
 from stablekd_fast.blocks.trace import trace
-from stablekd_fast.errors import CutError
+from stablekd_fast.errors import CutError, RankError
 from stablekd_fast.execution.precision import FP32, Precision
 from stablekd_fast.models.outputs import LogitsOf
+from stablekd_fast.models.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class PairedBlocks:
     """The precision in which the forward passes of both networks compute."""
     fuses_norms: bool = False
     """Whether the student trains with `fuse_norms`."""
+    averages_gradients: bool = False
+    """Whether the loop that trains averages gradients over processes itself."""
 
     @classmethod
     def without_teacher(cls, student: nn.Module) -> PairedBlocks:
@@ -73,6 +77,7 @@ class PairedBlocks:
     @classmethod
     def uncut(cls, teacher: nn.Module, student: nn.Module) -> PairedBlocks:
         """Each network as its one block, for objectives at the logits alone: any two networks will do."""
+        teacher, student = unwrapped(teacher), unwrapped(student)
         return cls(teacher, student, [LogitsOf(teacher)], [LogitsOf(student)], [], [], [0], [0])
 
     def __len__(self) -> int:
@@ -111,7 +116,16 @@ class PairedBlocks:
         """The student's output after every block, with gradients.
 
         A group of merged blocks starts from the teacher's output before it, so that no gradient leaves the group.
+        Raises RankError where gradients would stay on their rank: among several processes, outside the forward
+        of a DistributedDataParallel and without `averages_gradients`.
         """
+        if torch.is_grad_enabled() and not self.averages_gradients and _gradients_stay():
+            raise RankError(
+                f"This is one of {torch.distributed.get_world_size()} processes, and blocks that are called by "
+                "themselves leave gradients on their rank. Call student_outputs in the forward of a module that holds "
+                "the student and is wrapped in DistributedDataParallel, or average the gradients and say so: "
+                "paired.averages_gradients = True."
+            )
         outputs = []
         for group in groups:
             x = images if group[0] == 0 else teacher_outputs[group[0] - 1].detach()
@@ -135,7 +149,8 @@ def pair_blocks(
     """Cut two networks into paired blocks that share the networks' own parameters.
 
     Args:
-        teacher, student: image classifiers that map `[N, 3, H, W]` to logits `[N, classes]`.
+        teacher, student: image classifiers that map `[N, 3, H, W]` to logits `[N, classes]`. DataParallel,
+            DistributedDataParallel and `torch.compile` around them are taken off.
         example_input: real images `[N, 3, H, W]`, normalised. Two are enough to find the cuts; bridges are fitted to
             all of them, so give a few hundred where widths differ.
         cuts: `"auto"`, or names of modules after which to cut, in order; `(teacher name, student name)` where they
@@ -147,7 +162,24 @@ def pair_blocks(
 
     Raises:
         CutError: a cut does not exist or does not fit, or a model cannot be traced.
+        ModelError: a model cannot compute the images, or its parameters are sharded.
     """
+    with torch.compiler.set_stance("force_eager"):  # parts that are compiled give other bits, and cannot be followed
+        return _pair_blocks(
+            unwrapped(teacher), unwrapped(student), example_input, cuts, blocks, teacher_blocks, student_blocks, bridge
+        )
+
+
+def _pair_blocks(
+    teacher: nn.Module,
+    student: nn.Module,
+    example_input: Tensor,
+    cuts: str | Sequence[str | tuple[str, str]],
+    blocks: int | None,
+    teacher_blocks: Sequence[nn.Module] | None,
+    student_blocks: Sequence[nn.Module] | None,
+    bridge: str,
+) -> PairedBlocks:
     check_separate(teacher, student)
     by_hand = teacher_blocks is not None or student_blocks is not None
     if by_hand:
@@ -185,6 +217,14 @@ def pair_blocks(
     )
     paired.bridges = _fit_bridges(paired, example_input, bridge)
     return paired
+
+
+def _gradients_stay() -> bool:
+    """Whether there are several processes, and no DistributedDataParallel is in its forward."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return False
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) is None
 
 
 def _fit_bridges(paired: PairedBlocks, images: Tensor, kind: str) -> list[Bridge | None]:

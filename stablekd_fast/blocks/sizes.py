@@ -9,13 +9,14 @@ from __future__ import annotations
 import builtins
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.proxy import TraceError
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import Attribute, TraceError
 
 _BATCHES = (2, 3)
 _UNKNOWN = object()
@@ -42,6 +43,13 @@ class Sizes:
         if value is _UNKNOWN or node in self._open or isinstance(value, Tensor):
             raise ValueError("it depends on the images")
         return value
+
+    def length(self, node: fx.Node) -> int | None:
+        """How many values a tuple or list holds, whatever they are; None for other values, and where it is open."""
+        self._value(node)
+        values = [run.env.get(node) for run in self._runs]
+        lengths = {len(value) if isinstance(value, (tuple, list)) else None for value in values}
+        return lengths.pop() if len(lengths) == 1 else None
 
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether a node gives a tensor."""
@@ -97,6 +105,9 @@ class Value(fx.Proxy):
         except ValueError:
             raise TraceError(f"{self.node.name} decides what Python does, and it depends on the images") from None
 
+    def __getattr__(self, name: str) -> fx.Proxy:
+        return _ValueAttribute(self, name)
+
     def __int__(self) -> int:
         return int(self._fixed())
 
@@ -107,16 +118,26 @@ class Value(fx.Proxy):
         return float(self._fixed())
 
     def __len__(self) -> int:
-        return len(self._fixed())
+        length = self.tracer.sizes.length(self.node)  # pyright: ignore[reportAttributeAccessIssue]
+        return len(self._fixed()) if length is None else length
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
+class _ValueAttribute(Value, Attribute):
+    """What a followed value has under a name, such as its shape, or the method of that name."""
+
+
+_MADE_BY_SIZE = ("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "eye")
+_TAKE_SIZES = ("expand", "repeat", "view", "reshape", "tile", "new_zeros", "new_ones", "new_full", "new_empty")
+
+
 @contextlib.contextmanager
-def open_lengths() -> Iterator[None]:
-    """A context in which `len` of a batch is its size along the first axis, which stays open."""
-    length = builtins.len
+def open_sizes() -> Iterator[None]:
+    """A context in which `len` of a batch is its size along the first axis, and sizes that are open can be given to
+    torch's functions that make tensors, and to methods of tensors that are not followed."""
+    length, functions = builtins.len, {name: getattr(torch, name) for name in _MADE_BY_SIZE}
 
     def of_values(given: Any, /) -> Any:
         if not isinstance(given, Value):
@@ -125,7 +146,29 @@ def open_lengths() -> Iterator[None]:
         return given.size(0) if sizes.is_tensor(given.node) else length(given)
 
     builtins.len = of_values
+    for name, function in functions.items():
+        setattr(torch, name, _recorded(function, None))
+    for name in _TAKE_SIZES:
+        setattr(Tensor, name, _recorded(getattr(Tensor, name), name))
     try:
         yield
     finally:
         builtins.len = length
+        for name, function in functions.items():
+            setattr(torch, name, function)
+        for name in _TAKE_SIZES:
+            delattr(Tensor, name)  # torch's own lies in a class below
+
+
+def _recorded(function: Callable, method: str | None) -> Callable:
+    """A function, or method of a tensor, that is noted where one of its arguments is a value that is followed."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        found: list[Value] = []
+        map_aggregate((args, kwargs), lambda one: found.append(one) if isinstance(one, Value) else None)
+        if not found:
+            return function(*args, **kwargs)
+        kind, target = ("call_method", method) if method else ("call_function", function)
+        return found[0].tracer.create_proxy(kind, target, args, kwargs)  # pyright: ignore[reportArgumentType]
+
+    return called

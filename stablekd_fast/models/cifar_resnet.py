@@ -1,9 +1,10 @@
 """Residual networks for CIFAR, in the two dialects that weight files come in.
 
-- `resnet20` to `resnet110`: He et al. (arXiv 1512.03385, section 4.2) with parameter-free shortcuts
+- `resnet8` to `resnet110`: He et al. (arXiv 1512.03385, section 4.2) with parameter-free shortcuts
   ("option A") and the classifier named `linear`.
-- `resnet8x4`, `resnet32x4`: the wide ones of the distillation literature (Tian et al., "Contrastive
-  Representation Distillation"), with projection shortcuts named `downsample` and the classifier named `fc`.
+- `resnet8_fc` to `resnet110_fc`, and the wide `resnet8x4` and `resnet32x4`: those of the distillation literature (Tian
+  et al., "Contrastive Representation Distillation"), with projection shortcuts named `downsample` and the classifier
+  named `fc`.
 """
 
 from collections.abc import Callable
@@ -104,8 +105,11 @@ def _stage(blocks: int, width_in: int, width: int, stride: int, shortcut: Shortc
     return nn.Sequential(first, *(BasicBlock(width, width, 1, shortcut) for _ in range(blocks - 1)))
 
 
+_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+
 MODELS = {
-    **{f"resnet{depth}": partial(PaddedResNet, depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": partial(PaddedResNet, depth) for depth in _DEPTHS},
+    **{f"resnet{depth}_fc": partial(ProjectedResNet, depth, widths=(16, 16, 32, 64)) for depth in _DEPTHS},
     "resnet20_half": partial(PaddedResNet, 20, width=8),
     "resnet8x4": partial(ProjectedResNet, 8, widths=(32, 64, 128, 256)),
     "resnet32x4": partial(ProjectedResNet, 32, widths=(32, 64, 128, 256)),

@@ -9,9 +9,11 @@ from stablekd_fast.errors import ModelError
 from stablekd_fast.models import (
     cifar_mobilenet_v2,
     cifar_resnet,
+    cifar_shufflenet_v1,
     cifar_shufflenet_v2,
     cifar_vgg,
     cifar_wrn,
+    mobilenet_v1,
     torchvision_models,
 )
 from stablekd_fast.models.timm_models import build_timm
@@ -32,10 +34,20 @@ OWN_MODELS: dict[str, Builder] = {
     **_of_any_size(cifar_resnet.MODELS),
     **_of_any_size(cifar_wrn.MODELS),
     **_of_any_size(cifar_vgg.MODELS),
+    **_of_any_size(cifar_shufflenet_v1.MODELS),
     **_of_any_size(cifar_shufflenet_v2.MODELS),
     **_of_any_size(cifar_mobilenet_v2.MODELS),
+    **_of_any_size(mobilenet_v1.MODELS),
     **torchvision_models.MODELS,
 }
+
+ALIASES = {
+    "MobileNetV1": "mobilenet_v1",
+    "MobileNetV2": "mobilenet_v2",
+    "ShuffleV1": "shufflenet_v1",
+    "ShuffleV2": "shufflenet_v2",
+}
+"""What the distillation literature calls models of ours."""
 
 
 def build(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
@@ -51,6 +63,7 @@ def build(name: str, num_classes: int, image_size: int | None = None) -> nn.Modu
         raise ModelError(f"{name} was asked for {num_classes} classes; at least 1 is needed.")
     if image_size is not None and image_size < 1:
         raise ModelError(f"{name} was asked for images of {image_size} pixels; a positive size is needed.")
+    name = ALIASES.get(name, name)
     if name in OWN_MODELS:
         return OWN_MODELS[name](num_classes, image_size)
     if name.startswith("timm/"):

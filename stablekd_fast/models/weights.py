@@ -1,40 +1,69 @@
-"""Weights from files into models: everything is compared first, then copied, and nothing is unpickled."""
+"""Weights from files into models: all is compared first, then copied, and nothing that a file asks for is run."""
 
+from __future__ import annotations
+
+import difflib
+import itertools
 import os
-import pickle
-from collections.abc import Mapping
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from stablekd_fast.errors import ModelError
+from stablekd_fast.errors import ModelError, first_line
+from stablekd_fast.pickles import Recorded, load_torch
 
-_NESTS = ("state_dict", "model", "model_state_dict")
-_PREFIXES = ("module.", "_orig_mod.")  # left behind by DataParallel and torch.compile
-_COUNTER = "num_batches_tracked"
+State = dict[str, Tensor]
+
+_NESTS = (
+    "state_dict", "model", "model_state_dict", "net", "network", "module", "params", "weights", "student", "model_ema",
+    "state_dict_ema", "ema",
+)  # fmt: skip
+"""Under these names, the first first, training scripts keep the weights in what they save."""
+_MAY_LACK = ("num_batches_tracked",)
+"""Entries of a state_dict without which a model computes the same."""
+_LEFT_BEHIND = ("num_batches_tracked", "total_ops", "total_params", "n_averaged")
+"""Entries that counters leave in files: batch norms, profilers and averages."""
+_AUXILIARY = re.compile(r"(^|\.)(aux\d*|AuxLogits|aux_\w+|auxiliary\w*)\.")
 _SHOWN = 4
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """Copy the weights in `path` into `model`, in the model's own dtype and place.
 
-    `path` is a `.safetensors` file or one of `torch.save`: a state_dict, or a dict that holds one as
-    "state_dict" or "model". A prefix `module.` on all names is dropped. Batch norm's
-    `num_batches_tracked` may be missing, nothing else.
+    `path` is a `.safetensors` file or one of `torch.save`: a state_dict, one nested under `state_dict`, `model`, `net`
+    and the like, a whole module, or a checkpoint in which the model's names follow a prefix (`module.`, `_orig_mod.`,
+    `model.`, `student.`). Other names of the same layers are known: those of old files of torchvision, of files that
+    timm converts, and `linear` for `fc`, `shortcut` for `downsample`. What a file holds beside the model, such as
+    settings, optimizers and a loss's own weights, is passed over, and none of its Python objects is made. Auxiliary
+    heads that the model lacks are left out with a warning. Batch norm's `num_batches_tracked` may be missing, nothing
+    else.
 
-    Raises ModelError if the file is missing, damaged, or does not fit; the model is then as it was.
+    Raises ModelError if the file is missing, damaged, or does not fit, with what is missing and what the file may fit;
+    the model is then as it was.
     """
     path = Path(path)
-    values = _without_prefixes(_unnested(_read(path), path))
+    found = _unnested(_read(path), path)
     targets = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    differences = _differences(targets, values)
-    if differences:
-        raise ModelError(f"{path} does not fit {type(model).__name__}: {'; '.join(differences)}.")
+    values = _fitting(model, targets, found, path)
+    if values is None:
+        values, renamed = _without_prefix(found), _renamed(targets, _without_prefix(found))
+        values = min(values, renamed, key=lambda given: len(_differing(targets, given)))
+        differences = "; ".join(_differences(targets, values))
+        raise ModelError(f"{path} does not fit {type(model).__name__}: {differences}.{_what_fits(found, targets)}")
+    left_out = sorted({name.split(".")[0] for name in values if name not in targets and _AUXILIARY.search(name)})
+    if left_out:
+        warnings.warn(f"{path}: the auxiliary heads {', '.join(left_out)} are left out.", stacklevel=2)
     with torch.no_grad():
-        for name, value in values.items():
-            targets[name].copy_(value)
+        for name, target in targets.items():
+            if name in values:
+                target.copy_(values[name])
 
 
 def _read(path: Path) -> object:
@@ -45,16 +74,15 @@ def _read(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"The weight file {path} is damaged, or holds Python objects besides tensors, which are never "
-            "loaded. Save the model's state_dict alone: torch.save(model.state_dict(), file)."
-        ) from error
+        if zipfile.is_zipfile(path):
+            _refuse_scripts(path)
+        return load_torch(str(path))
+    except ModelError:
+        raise
     except Exception as error:  # readers of damaged files raise whatever they stumble over
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(
-            f"The weight file {path} cannot be read ({reason}). It is truncated or of another format; fetch it again."
+            f"The weight file {path} cannot be read ({first_line(error)}). It is truncated or of another format; fetch "
+            "it again, or save the model's state_dict alone: torch.save(model.state_dict(), file)."
         ) from error
 
 
@@ -74,45 +102,172 @@ def _refuse_texts(path: Path) -> None:
             raise ModelError(f"The weight file {path} is {what}.")
 
 
-def _unnested(content: object, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _NESTS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping) or not content:
-        raise ModelError(f"{path} holds no weights ({type(content).__name__}); a state_dict is needed.")
-    strange = [str(key) for key, value in content.items() if not _is_named_tensor(key, value)]
-    if strange:
+def _refuse_scripts(path: Path) -> None:
+    """torch would read a TorchScript archive by other means."""
+    with zipfile.ZipFile(path) as archive:
+        if any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist()):
+            raise ModelError(
+                f"The weight file {path} is a TorchScript archive, a program. Load it with torch.jit.load and save its "
+                "state_dict: torch.save(model.state_dict(), file)."
+            )
+
+
+def _unnested(content: object, path: Path) -> State:
+    """The tensors by name that a file's content holds, or one of its parts."""
+    found = next(_states(content), None)
+    if found is None:
+        shown = content if isinstance(content, Recorded) else type(content).__name__
         raise ModelError(
-            f"{path} holds entries that are not tensors ({_first(strange)}); a state_dict, or a dict with "
-            f"one as {' or '.join(map(repr, _NESTS))}, is needed."
+            f"{path} holds no weights ({shown}); a state_dict is needed, or a dict with one as "
+            f"{', '.join(_NESTS[:4])} or the like."
         )
-    return dict(content)
+    return found
 
 
-def _is_named_tensor(key: object, value: object) -> bool:
-    return isinstance(key, str) and isinstance(value, Tensor)
+def _states(content: object) -> Iterator[State]:
+    """State_dicts in a file, the likeliest first."""
+    if isinstance(content, Recorded):
+        tensors = dict(_of_module(content, ""))
+        if tensors:
+            yield tensors
+    if not isinstance(content, Mapping):
+        return
+    for name in _NESTS:
+        if name in content:
+            yield from _states(content[name])
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield tensors
 
 
-def _without_prefixes(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in values)), None)
-    if prefix is None:
+def _of_module(module: Recorded, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """The state_dict of a whole module that was pickled."""
+    state = module.state if isinstance(module.state, Mapping) else {}
+    for kind in ("_parameters", "_buffers"):
+        for name, value in (state.get(kind) or {}).items():
+            if isinstance(value, Tensor):
+                yield f"{prefix}{name}", value
+    for name, child in (state.get("_modules") or {}).items():
+        if isinstance(child, Recorded):
+            yield from _of_module(child, f"{prefix}{name}.")
+
+
+def _fitting(model: nn.Module, targets: State, found: State, path: Path) -> State | None:
+    """The file's weights under the model's names; None if they do not fit."""
+    fitting = [part for prefix in _prefixes(targets, found) if _fits(targets, part := _below(found, prefix))]
+    if len(fitting) > 1 and not all(map(_same, fitting, fitting[1:])):
+        names = [repr(prefix) for prefix in _prefixes(targets, found) if _fits(targets, _below(found, prefix))]
+        raise ModelError(
+            f"{path} holds several networks that fit {type(model).__name__}, under {', '.join(names)}. Save the one "
+            "that is meant by itself."
+        )
+    if fitting:
+        return fitting[0]
+    plain = _without_prefix(found)
+    for rename in (_renamed, lambda targets, values: _by_timm(model, values)):
+        for prefix in _prefixes(targets, rename(targets, plain)) or [""]:
+            values = _below(rename(targets, plain), prefix)
+            if _fits(targets, values):
+                return values
+    return None
+
+
+def _same(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _prefixes(targets: State, found: State) -> list[str]:
+    """What stands before the model's names in a file: before its first weight, as often as that occurs."""
+    first = next((name for name in targets if not name.endswith(_MAY_LACK)), "")
+    ends = [name for name in found if name == first or name.endswith(f".{first}")]
+    return sorted((name.removesuffix(first) for name in ends), key=len)
+
+
+def _below(found: State, prefix: str) -> State:
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+
+
+def _without_prefix(found: State) -> State:
+    """Without the first words of a name that all weights have in common."""
+    names = [name.split(".") for name in found if not name.endswith(_LEFT_BEHIND)]
+    common = list(itertools.takewhile(lambda words: len(set(words)) == 1, zip(*names))) if len(names) > 1 else []
+    return _below(found, "".join(f"{words[0]}." for words in common))
+
+
+def _fits(targets: State, values: State) -> bool:
+    return not _differing(targets, values)
+
+
+def _differing(targets: State, values: State) -> list[str]:
+    """Names that keep `values` from being copied to `targets`."""
+    missing = [name for name in targets if name not in values and not name.endswith(_MAY_LACK)]
+    wrong = [name for name in targets if name in values and _kind(targets[name]) != _kind(values[name])]
+    return [*missing, *_unexpected(targets, values), *wrong]
+
+
+def _unexpected(targets: State, values: State) -> list[str]:
+    return [
+        name
+        for name in values
+        if name not in targets and not name.endswith(_LEFT_BEHIND) and not _AUXILIARY.search(name)
+    ]
+
+
+_OTHER_NAMES: tuple[Callable[[str], str], ...] = (
+    lambda name: re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d\.)", r"\1\2", name),  # torchvision's first files
+    lambda name: name.replace(".shortcut.", ".downsample."),
+    lambda name: name.replace(".downsample.", ".shortcut."),
+    lambda name: re.sub(r"^linear\.", "fc.", name),
+    lambda name: re.sub(r"^fc\.", "linear.", name),
+)
+
+
+def _renamed(targets: State, values: State) -> State:
+    """Values whose name the model does not have, under another name of the same layer that it has."""
+
+    def name_of(name: str) -> str:
+        others = (name, *(rename(name) for rename in _OTHER_NAMES))
+        return next((other for other in others if other in targets), name)
+
+    return {name_of(name): value for name, value in values.items()}
+
+
+def _by_timm(model: nn.Module, values: State) -> State:
+    """As timm's own converter for a model's family makes them, for files that the models' authors published."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None or not type(model).__module__.startswith("timm."):
         return values
-    return _without_prefixes({name.removeprefix(prefix): value for name, value in values.items()})
+    try:
+        return {name: value for name, value in convert(dict(values), model).items() if isinstance(value, Tensor)}
+    except Exception:  # it expects its own files, and stumbles over others
+        return values
 
 
-def _differences(targets: dict[str, Tensor], values: dict[str, Tensor]) -> list[str]:
-    """Sentences about what keeps `values` from being copied to `targets`; none if they fit."""
+def _what_fits(found: State, targets: State) -> str:
+    """Which of the models by name the weights are those of, as far as names and shapes tell."""
+    from stablekd_fast.models.registry import OWN_MODELS
+
+    values, classes = _without_prefix(found), len(next(reversed(targets.values())))
+    fitting = []
+    for name, make in OWN_MODELS.items():
+        with torch.device("meta"):
+            other = make(classes, None).state_dict()
+        if _fits(other, values) or _fits(other, _renamed(other, values)):
+            fitting.append(name)
+    return f" By their names and shapes these are weights of {' or '.join(fitting)}." if fitting else ""
+
+
+def _differences(targets: State, values: State) -> list[str]:
+    """Sentences about what keeps `values` from being copied to `targets`."""
     found = []
-    missing = [name for name in targets if name not in values and name.rpartition(".")[2] != _COUNTER]
+    missing = [name for name in targets if name not in values and not name.endswith(_MAY_LACK)]
+    unexpected = _unexpected(targets, values)
     if missing:
-        found.append(f"the file lacks {_first(missing)}")
-    unexpected = [name for name in values if name not in targets]
+        near = difflib.get_close_matches(missing[0], unexpected, 1, 0.6)
+        found.append(f"the file lacks {_first(missing)}{f' (it has {near[0]})' if near else ''}")
     if unexpected:
         found.append(f"the model has no {_first(unexpected)}")
-    both = [name for name in targets if name in values]
-    wrong = [name for name in both if _kind(targets[name]) != _kind(values[name])]
+    wrong = [name for name in targets if name in values and _kind(targets[name]) != _kind(values[name])]
     classes = _class_counts(targets, values, wrong)
     if classes:
         found.append("the file's classifier has {} classes, this data set has {}".format(*classes))
@@ -128,12 +283,12 @@ def _kind(value: Tensor) -> str:
     return f"{sort}{list(value.shape)}"
 
 
-def _classifier(targets: dict[str, Tensor]) -> str:
+def _classifier(targets: State) -> str:
     """The module that holds the last parameter: the classifier, in every family here."""
     return next(reversed(targets)).rpartition(".")[0]
 
 
-def _class_counts(targets: dict[str, Tensor], values: dict[str, Tensor], wrong: list[str]) -> tuple[int, int] | None:
+def _class_counts(targets: State, values: State, wrong: list[str]) -> tuple[int, int] | None:
     """Classes in the file and in the model, if the classifier's rows are all that differs in it."""
     name = f"{_classifier(targets)}.weight" if wrong else None
     if name not in wrong or targets[name].dim() < 2 or targets[name].shape[1:] != values[name].shape[1:]:

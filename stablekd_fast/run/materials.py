@@ -24,6 +24,7 @@ from stablekd_fast.errors import ConfigError, CutError, ModelError
 from stablekd_fast.execution.capture import pick_capture
 from stablekd_fast.execution.memory import placed, watched
 from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
+from stablekd_fast.models.wrappers import unwrapped
 from stablekd_fast.planning.costs import views_shown
 from stablekd_fast.report import versions
 from stablekd_fast.run.builders import (
@@ -151,7 +152,7 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
     classes = len(images.dataset.classes)
     example = torch.cat([batch.pixels for batch in images.source.batches(0, CALIBRATION_BATCHES)])
     size = example.shape[-1]
-    student = given.student
+    student = unwrapped(given.student) if given.student is not None else None
     if student is None:
         student = models.build(config.student, classes, size)
         if config.student_weights:
@@ -164,6 +165,7 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
     if config.method == "ce":
         return PairedBlocks.without_teacher(student)
     teacher = given.teacher if given.teacher is not None else _named_teacher(config, classes, size)
+    teacher = unwrapped(teacher)
     teacher = placed(teacher, device).eval()
     _check_classes(teacher, example, classes, images.dataset.name, "teacher")
     try:

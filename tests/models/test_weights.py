@@ -1,6 +1,13 @@
+import argparse
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from torch import nn
 
 from stablekd_fast import models
@@ -141,9 +148,148 @@ def test_a_file_of_something_else(tmp_path, suffix):
     assert_refused(path, "cannot be read|is damaged")
 
 
-def test_python_objects_are_never_unpickled(tmp_path):
-    torch.save(student(1), tmp_path / "model.pth")
-    assert_refused(tmp_path / "model.pth", "never loaded.*state_dict")
+class Hostile:
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.trace),)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_python_objects_are_never_made(tmp_path, zipped):
+    """What stands beside the weights is not even looked at; what stands in their place is named."""
+    saved, loaded, trace = student(1), student(2), tmp_path / "trace"
+    beside = {"opt": Hostile(trace), "args": argparse.Namespace(lr=0.1), "best": np.float64(0.7), "at": np.arange(3)}
+    torch.save({"model": saved.state_dict(), **beside}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    models.load_weights(loaded, tmp_path / "w.pth")
+    assert_same(loaded, saved.state_dict())
+    torch.save(Hostile(trace), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    assert_refused(tmp_path / "w.pth", "holds no weights.*touch")
+    assert not trace.exists()
+
+
+def test_a_whole_module_gives_its_weights(tmp_path):
+    saved, loaded = student(1), student(2)
+    torch.save(nn.DataParallel(saved), tmp_path / "model.pth")
+    models.load_weights(loaded, tmp_path / "model.pth")
+    assert_same(loaded, saved.state_dict())
+
+
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path):
+    class Forged:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (storage, 0, (1000, 1000), (1000, 1), False, OrderedDict())
+
+    storage = torch.zeros(4).storage()
+    torch.save({"conv1.weight": Forged()}, tmp_path / "w.pth")
+    assert_refused(tmp_path / "w.pth", r"shape \[1000, 1000\] that reaches beyond its storage")
+
+
+def test_a_script_is_refused_by_name(tmp_path):
+    torch.jit.save(torch.jit.trace(student(1).eval(), torch.randn(1, 3, 32, 32)), tmp_path / "w.pt")
+    assert_refused(tmp_path / "w.pt", "TorchScript archive, a program")
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+AS_TRAINED = {
+    "timm": lambda state: {"epoch": 3, "arch": "x", "state_dict": state, "optimizer": {"state": {}}, "version": 2},
+    "timm's average": lambda state: {"state_dict_ema": state},
+    "torchvision's references": lambda state: {"model": state, "args": argparse.Namespace(), "scaler": {"scale": 1.0}},
+    "torchvision's average": lambda state: {"model_ema": prefixed(state, "module.") | {"n_averaged": torch.tensor(3)}},
+    "kuangliu": lambda state: {"net": prefixed(state, "module."), "acc": 95.3},
+    "Lightning": lambda state: {
+        "state_dict": prefixed(state, "model.")
+        | {"criterion.weight": torch.ones(10), "embedding.weight": torch.ones(2)},
+        "pytorch-lightning_version": "2.5",
+        "hyper_parameters": {"lr": 0.1},
+    },
+    "compiled": lambda state: prefixed(state, "_orig_mod."),
+    "compiled and parallel": lambda state: {"state_dict": prefixed(state, "module._orig_mod.")},
+    "mdistiller": lambda state: {"model": prefixed(state, "module.student."), "epoch": 240, "best_acc": 70.0},
+    "a counter of operations": lambda state: (
+        state | {"total_ops": torch.zeros(1), "layer1.total_params": torch.zeros(1)}
+    ),
+}
+
+
+@pytest.mark.parametrize("form", AS_TRAINED)
+def test_files_as_training_scripts_leave_them(tmp_path, form):
+    saved, loaded = student(1), student(2)
+    torch.save(AS_TRAINED[form](copied(saved)), tmp_path / "w.pth")
+    models.load_weights(loaded, tmp_path / "w.pth")
+    assert_same(loaded, saved.state_dict())
+
+
+def test_one_of_several_networks_must_be_meant(tmp_path):
+    both = prefixed(copied(student(1)), "teacher.") | prefixed(copied(student(2)), "student.")
+    torch.save({"state_dict": both}, tmp_path / "w.pth")
+    assert_refused(
+        tmp_path / "w.pth", "several networks.*'student.', 'teacher.'|several networks.*'teacher.', 'student.'"
+    )
+    loaded = student(3)
+    torch.save({"state_dict": both | prefixed(copied(student(2, 7)), "teacher.")}, tmp_path / "w.pth")
+    models.load_weights(loaded, tmp_path / "w.pth")  # the teacher has other classes
+    assert_same(loaded, student(2).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("ours", "pattern", "other"),
+    [
+        ("resnet8_fc", r"^fc\.", "linear."),
+        ("resnet8", r"^linear\.", "fc."),
+        ("resnet8_fc", r"\.downsample\.", ".shortcut."),
+        ("torchvision/densenet121", r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2"),
+    ],
+    ids=["linear", "fc", "shortcut", "torchvision's first densenets"],
+)
+def test_other_names_of_the_same_layers(tmp_path, ours, pattern, other):
+    torch.manual_seed(1)
+    saved, loaded = models.build(ours, 10), models.build(ours, 10)
+    torch.save({re.sub(pattern, other, name): value for name, value in saved.state_dict().items()}, tmp_path / "w.pth")
+    assert re.search(pattern, " ".join(torch.load(tmp_path / "w.pth")).replace(" ", "\n"), re.M) is None
+    models.load_weights(loaded, tmp_path / "w.pth")
+    assert_same(loaded, saved.state_dict())
+
+
+def test_auxiliary_heads_that_the_model_lacks_are_left_out_and_said(tmp_path):
+    torch.manual_seed(1)
+    theirs = torchvision.models.googlenet(weights=None, num_classes=10, aux_logits=True, init_weights=False)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    loaded = models.build("googlenet", 10)
+    with pytest.warns(UserWarning, match="auxiliary heads aux1, aux2 are left out"):
+        models.load_weights(loaded, tmp_path / "w.pth")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded.eval()(images), theirs.eval()(images))
+
+
+def test_timm_converts_what_a_model_s_authors_published(tmp_path):
+    """DINOv2's own files keep `w12` and `w3`, ConvNeXt's `downsample_layers`."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(1)
+    saved, loaded = timm.create_model("convnext_atto", num_classes=10), models.build("timm/convnext_atto", 10)
+    authors = {}
+    for name, value in saved.state_dict().items():
+        name = re.sub(r"^stem\.(\d)", r"downsample_layers.0.\1", name)
+        name = re.sub(r"^stages\.(\d)\.downsample\.(\d)", r"downsample_layers.\1.\2", name)
+        name = re.sub(r"^stages\.(\d)\.blocks\.(\d)", r"stages.\1.\2", name)
+        name = name.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv").replace("head.fc.", "head.")
+        authors[re.sub(r"^head\.norm\.", "norm.", name)] = value
+    torch.save({"model": authors}, tmp_path / "w.pth")
+    models.load_weights(loaded, tmp_path / "w.pth")
+    assert_same(loaded, saved.state_dict())
+
+
+def test_whose_weights_they_are_is_said(tmp_path):
+    torch.save(models.build("resnet14_fc", 10).state_dict(), tmp_path / "w.pth")
+    assert_refused(tmp_path / "w.pth", r"By their names and shapes these are weights of resnet14_fc\.")
+    state = copied(student(1))
+    state["linear.wieght"] = state.pop("linear.weight")
+    torch.save(state, tmp_path / "w.pth")
+    assert_refused(tmp_path / "w.pth", r"lacks linear.weight \(it has linear.wieght\)")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 as their authors publish them: archives or folders, Python or binary version.
 
-Format: https://www.cs.toronto.edu/~kriz/cifar.html. The Python version is pickled, so it is read by an
-unpickler that builds nothing but containers, numbers, text and numpy arrays.
+Format: https://www.cs.toronto.edu/~kriz/cifar.html. The Python version is pickled, so it is read by
+an unpickler that runs nothing (`stablekd_fast.pickles`).
 """
 
 import io
@@ -17,6 +17,7 @@ import numpy as np
 from stablekd_fast.data.formats.arrays import array_split
 from stablekd_fast.data.split import Split
 from stablekd_fast.errors import DataError
+from stablekd_fast.pickles import Recorded, array_of, load_recorded
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
@@ -101,38 +102,9 @@ def _members_of_archive(path: Path) -> dict[str, Callable[[], bytes]]:
     return found
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and nothing else that would need an import."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            return np.dtype
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _empty_array
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1_bytes
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
-
-
-def _empty_array(kind: type, shape: tuple, dtype) -> np.ndarray:
-    """Stand for what numpy pickles an array as: an empty one whose state is set afterwards."""
-    if kind is not np.ndarray:
-        raise pickle.UnpicklingError("it holds an array of an unknown kind")
-    return np.ndarray(shape, dtype)
-
-
-def _latin1_bytes(text: str, encoding: str) -> bytes:
-    """Encode text as Python 3 writes bytes in the pickle protocol of Python 2."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it holds text in the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
 def _unpickle(content: bytes) -> dict:
     # Written by Python 2, whose byte strings hold both text and pixels: Latin-1 keeps either intact.
-    loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+    loaded = load_recorded(io.BytesIO(content))
     if not isinstance(loaded, dict):
         raise ValueError(f"a dictionary is needed, found {type(loaded).__name__}")
     return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in loaded.items()}
@@ -141,7 +113,10 @@ def _unpickle(content: bytes) -> dict:
 def _pickled_batch(label_key: str) -> Parser:
     def parse(content: bytes) -> tuple[np.ndarray, np.ndarray]:
         batch = _unpickle(content)
-        return _images(np.asarray(batch["data"])), np.asarray(batch[label_key])
+        labels = batch[label_key]
+        return _images(array_of(batch["data"])), array_of(labels) if isinstance(labels, Recorded) else np.asarray(
+            labels
+        )
 
     return parse
 
