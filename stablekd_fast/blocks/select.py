@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import math
@@ -56,6 +57,7 @@ def automatic_pairs(teacher: TracedNetwork, student: TracedNetwork, blocks: int 
     With `blocks` given, the pairs that balance the costs of exactly that many blocks, in each of which the student has
     products to train; pairs of one grid are preferred. Raises CutError if there are not enough places.
     """
+    student = dataclasses.replace(student, points=tuple(point for point in student.points if point.divides is None))
     head = _last_ends(teacher, student)
     if blocks is None:
         pairs = _drop_cheap(teacher, student, _stage_ends(teacher, student, head))

@@ -39,6 +39,8 @@ class CutPoint:
     """FLOPs per image from the input up to here."""
     depth: int
     """How deep in the tree of modules the outermost one that ends here lies; `UNNAMED` where none ends."""
+    divides: str | None = None
+    """A parameter that is used before and after it; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class TracedNetwork:
 
     def _made_anew(self, graph: fx.Graph, node: fx.Node, given: fx.Node, copied) -> Any:
         """What depends on no image, made from the number of images that a block is `given`."""
+        if _is_device(node):
+            return graph.call_function(getattr, (given, "device"))
         if node not in self.values.sizes:
             return graph.node_copy(node, copied)
 
@@ -137,9 +141,9 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> TracedNetwork:
     for path, node in followed.module_outputs.items():
         aliases.setdefault(node, []).append(path)
 
-    carriers = _single_carriers(followed.graph, values)
+    carriers, shared = _single_carriers(followed.graph, values), _shared(followed)
     points, flops = [], 0
-    for node in followed.graph.nodes:
+    for place, node in enumerate(followed.graph.nodes):
         flops += values.flops.get(node, 0)
         if node in carriers and node in values.shapes:
             modules = sorted((path for path in aliases.get(node, []) if path), key=lambda path: (path.count("."), path))
@@ -147,8 +151,28 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> TracedNetwork:
             depth = names[0].count(".") if modules else UNNAMED
             axis = _channel_axis(model, node, values.shapes)
             layout = layout_of(values.shapes[node], axis, tuple(example_input.shape[2:]))
-            points.append(CutPoint(names[0], names, node, layout, flops, depth))
+            divides = next((name for name, (first, last) in shared.items() if first <= place < last), None)
+            points.append(CutPoint(names[0], names, node, layout, flops, depth, divides))
     return TracedNetwork(model, followed, values, tuple(points), flops)
+
+
+def _shared(followed: NetworkGraph) -> dict[str, tuple[int, int]]:
+    """By parameter that several nodes use: the places of the first and the last in the graph."""
+    used: dict[int, tuple[str, int, int]] = {}
+
+    def note(parameter: nn.Parameter, name: str, place: int) -> None:
+        name, first, _ = used.get(id(parameter), (name, place, place))
+        used[id(parameter)] = name, first, place
+
+    for place, node in enumerate(followed.graph.nodes):
+        target = str(node.target)
+        if node.op == "call_module":
+            for name, parameter in followed.objects[target].named_parameters():
+                note(parameter, f"{target}.{name}", place)
+        for one in node.all_input_nodes:
+            if _is_parameter(one, followed):
+                note(followed.objects[str(one.target)], str(one.target), place)
+    return {name: (first, last) for name, first, last in used.values() if first < last}
 
 
 class _Profiler(fx.Interpreter):
@@ -172,7 +196,11 @@ class _Profiler(fx.Interpreter):
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
         # What depends on no image: all that a block may have to make anew; activations would fill the memory.
-        if _is_size(result) or (n.op != "placeholder" and all(one in self.results for one in n.all_input_nodes)):
+        if (
+            _is_size(result)
+            or _is_device(n)
+            or (n.op != "placeholder" and all(one in self.results for one in n.all_input_nodes))
+        ):
             self.results[n] = result
         return result
 
@@ -226,7 +254,7 @@ def _measured(model: nn.Module, followed: NetworkGraph, example_input: Tensor) -
     shapes = {node: shape[1:] for node, shape in evaluated.shapes.items() if shape and shape[0] == 2}
     values = Values(shapes, {node: flops // 2 for node, flops in evaluated.flops.items()}, changed, sizes, set())
     for node in followed.graph.nodes:
-        if node in sizes or _is_free(node, followed, values, evaluated.results, trained.results):
+        if node in sizes or _is_device(node) or _is_free(node, followed, values, evaluated.results, trained.results):
             values.free.add(node)
     return values
 
@@ -243,8 +271,21 @@ def _is_free(node: fx.Node, followed: NetworkGraph, values: Values, first: dict,
     inputs = node.all_input_nodes
     if not all(one in values.free for one in inputs) or any(_is_parameter(one, followed) for one in inputs):
         return False
-    one, other = first.get(node), second.get(node)
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return node in first and node in second and _equal(first[node], second[node])
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether what a node gave twice is the same."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return isinstance(other, (tuple, list)) and len(one) == len(other) and all(map(_equal, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
+def _is_device(node: fx.Node) -> bool:
+    """Whether a node asks on which device a value is: all of a network are on one."""
+    return node.op == "call_function" and node.target is getattr and node.args[1] == "device"
 
 
 def _is_parameter(node: fx.Node, followed: NetworkGraph) -> bool:

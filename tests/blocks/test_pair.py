@@ -158,3 +158,24 @@ def test_a_parameter_in_two_blocks_is_refused_by_name():
 
     with pytest.raises(CutError, match="'shared.weight' is used in blocks 0 and 1"):
         pair_blocks(Tied(), Tied(), IMAGES, cuts=["relu"])
+
+
+def test_automatic_cuts_lie_outside_the_uses_of_a_shared_parameter():
+    """Two stages of CoaT share their position encodings."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.Sequential(*convnet((4, 8, 8, 8))[:4])
+            self.shared, self.head = nn.Parameter(torch.ones(8, 1, 1)), nn.Linear(8, 5)
+
+        def forward(self, x):
+            for number, stage in enumerate(self.stages):
+                x = stage(x)
+                x = x * self.shared if number in (1, 2) else x
+            return self.head(x.mean((2, 3)))
+
+    paired = pair_blocks(convnet((4, 8, 8, 8)), Tied(), torch.randn(4, 3, 32, 32))
+    assert [cut.student_shape[1] for cut in paired.cuts] == [32, 16, 4]  # at 16 before the first use
+    with pytest.raises(CutError, match="'shared' is used in blocks 0 and 1"):
+        pair_blocks(convnet((4, 8, 8, 8)), Tied(), torch.randn(4, 3, 32, 32), [("1", "mul")])

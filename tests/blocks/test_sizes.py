@@ -122,6 +122,46 @@ def test_blocks_do_what_the_network_does_for_any_number_of_images(kind, training
         assert torch.equal(first, before) and torch.equal(images, kept)
 
 
+class Rotary(nn.Module):
+    """Positions made anew in each pass, as DINOv3's and EVA's, of the buffer's type and where it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("periods", torch.tensor([1.0, 2.0, 4.0, 8.0]))
+        self.part = nn.Identity()
+
+    def forward(self, columns):
+        places = torch.arange(columns).to(device=self.periods.device, dtype=self.periods.dtype)
+        angles = places[:, None] / self.periods
+        return torch.cat([angles.sin(), angles.cos()], -1).chunk(2, -1)
+
+
+class Beside(Net):
+    """What is made beside the main path, of sizes, devices and buffers alone, hides no cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.rotary = Rotary()
+
+    def middle(self, x):
+        sin, cos = self.rotary(x.shape[-1])
+        mask = torch.zeros(1, device=x.device)
+        x = x * sin.mean()
+        x = self.two(x)
+        return x * cos.mean() + mask
+
+
+def test_what_depends_on_sizes_alone_hides_no_cut():
+    names = {alias for point in trace(Beside(), IMAGES).points for alias in point.aliases}
+    assert {"one", "two", "two.0"} <= names
+    paired = pair_blocks(Beside().eval(), Beside(), IMAGES, ["one", "two.0"])
+    blocks = nn.ModuleList([paired.student, *paired.student_blocks]).eval().double()
+    x = IMAGES.double()
+    for block in blocks[1:]:
+        x = block(x)
+    assert torch.equal(x, paired.student(IMAGES.double()))
+
+
 class OnTheNumber(Net):
     def middle(self, x):
         return self.two(x) if x.shape[0] > 1 else self.two(-x)
