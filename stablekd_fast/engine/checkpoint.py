@@ -40,7 +40,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
 
     Raises TrainingError if the disk refuses; the file that was there before stays.
     """
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        contiguous[name] = tensor.clone() if place in seen else tensor  # the format knows no shared memory
+        seen.add(place)
     data = safetensors.torch.save(contiguous, {"stablekd": json.dumps(metadata)})
     write_atomically(path, data)
 

@@ -59,5 +59,19 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network to the device, with convolution weights in channels-last memory."""
-    return model.to(device).to(memory_format=torch.channels_last)
+    """Move a network to the device, with convolution weights in channels-last memory.
+
+    On CPUs, strided 1x1 convolutions of fewer than 16 channels, as stems have them, are left aside and get their input
+    channels first: oneDNN's backward of the other form writes where it must not (seen with torch 2.14).
+    """
+    model = model.to(device).to(memory_format=torch.channels_last)
+    for module in model.modules() if device.type == "cpu" else ():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) != module.stride and module.in_channels < 16:
+            module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
+            if _channels_first not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_channels_first)
+    return model
+
+
+def _channels_first(_: nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (given[0].contiguous(),)
