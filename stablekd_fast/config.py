@@ -26,6 +26,11 @@ class DistillConfig:
     """The teacher's weights: a safetensors file or a PyTorch one. All methods but ce need them."""
     student: str = "resnet20"
     """The student's name, as for the teacher."""
+    teacher_mean: list[float] | None = None
+    """By which the teacher's images are normalised, per channel of 0 to 1; None takes what its weight file or timm
+    says, else the data set's."""
+    teacher_std: list[float] | None = None
+    """As `teacher_mean`, the standard deviations."""
     student_weights: str | None = None
     """Start the student from these weights instead of at random."""
     method: str = "stablekd"

@@ -75,10 +75,11 @@ class PairedBlocks:
         return cls.uncut(student, student)
 
     @classmethod
-    def uncut(cls, teacher: nn.Module, student: nn.Module) -> PairedBlocks:
+    def uncut(cls, teacher: nn.Module, student: nn.Module, teacher_input: nn.Module | None = None) -> PairedBlocks:
         """Each network as its one block, for objectives at the logits alone: any two networks will do."""
         teacher, student = unwrapped(teacher), unwrapped(student)
-        return cls(teacher, student, [LogitsOf(teacher)], [LogitsOf(student)], [], [], [0], [0])
+        teachers = _with_input(teacher_input, [LogitsOf(teacher)])
+        return cls(teacher, student, teachers, [LogitsOf(student)], [], [], [0], [0])
 
     def __len__(self) -> int:
         return len(self.student_blocks)
@@ -145,6 +146,7 @@ def pair_blocks(
     teacher_blocks: Sequence[nn.Module] | None = None,
     student_blocks: Sequence[nn.Module] | None = None,
     bridge: str = "select",
+    teacher_input: nn.Module | None = None,
 ) -> PairedBlocks:
     """Cut two networks into paired blocks that share the networks' own parameters.
 
@@ -158,6 +160,8 @@ def pair_blocks(
         blocks: how many blocks `"auto"` should make; by default one per spatial size, and the classifier.
         teacher_blocks, student_blocks: block lists made by hand, for models that `torch.fx` cannot trace. They must
             compose to the models.
+        teacher_input: what turns `example_input` into what the teacher wants, without parameters: another
+            normalisation, say. It becomes a part of the teacher's first block.
         bridge: how to map widths where they differ: `"select"`, `"average"` or `"pca"` (see `fit_bridge`).
 
     Raises:
@@ -166,8 +170,9 @@ def pair_blocks(
     """
     with torch.compiler.set_stance("force_eager"):  # parts that are compiled give other bits, and cannot be followed
         return _pair_blocks(
-            unwrapped(teacher), unwrapped(student), example_input, cuts, blocks, teacher_blocks, student_blocks, bridge
-        )
+            unwrapped(teacher), unwrapped(student), example_input, cuts, blocks, teacher_blocks, student_blocks, bridge,
+            teacher_input,
+        )  # fmt: skip
 
 
 def _pair_blocks(
@@ -179,8 +184,10 @@ def _pair_blocks(
     teacher_blocks: Sequence[nn.Module] | None,
     student_blocks: Sequence[nn.Module] | None,
     bridge: str,
+    teacher_input: nn.Module | None,
 ) -> PairedBlocks:
     check_separate(teacher, student)
+    teachers = example_input if teacher_input is None else teacher_input(example_input)
     by_hand = teacher_blocks is not None or student_blocks is not None
     if by_hand:
         if teacher_blocks is None or student_blocks is None:
@@ -192,9 +199,9 @@ def _pair_blocks(
                 "give equally many, at least 2."
             )
         flops = [0] * len(parts[0]), [0] * len(parts[1])
-        found = _cuts_of_lists(*parts, example_input)
+        found = _cuts_of_lists(*parts, teachers, example_input)
     else:
-        traced = trace(teacher, example_input), trace(student, example_input)
+        traced = trace(teacher, teachers), trace(student, example_input)
         pairs = automatic_pairs(*traced, blocks) if cuts == "auto" else named_pairs(*traced, list(cuts))
         sides = [[pair[side] for pair in pairs] for side in (0, 1)]
         parts = tuple(network.split(points) for network, points in zip(traced, sides))
@@ -209,14 +216,25 @@ def _pair_blocks(
         ]
 
     check_disjoint(student, parts[1])
-    check_evaluation(teacher, parts[0], example_input, "teacher")
+    check_evaluation(teacher, parts[0], teachers, "teacher")
     check_evaluation(student, parts[1], example_input, "student")
     check_training(student, parts[1], example_input)
     paired = PairedBlocks(
-        teacher, student, list(parts[0]), list(parts[1]), found, [None] * len(found), list(flops[0]), list(flops[1])
+        teacher,
+        student,
+        _with_input(teacher_input, list(parts[0])),
+        list(parts[1]),
+        found,
+        [None] * len(found),
+        list(flops[0]),
+        list(flops[1]),
     )
     paired.bridges = _fit_bridges(paired, example_input, bridge)
     return paired
+
+
+def _with_input(teacher_input: nn.Module | None, blocks: list[nn.Module]) -> list[nn.Module]:
+    return blocks if teacher_input is None else [nn.Sequential(teacher_input, blocks[0]), *blocks[1:]]
 
 
 def _gradients_stay() -> bool:
@@ -255,12 +273,12 @@ def _layouts(cut: Cut, images: Tensor) -> tuple[Layout, Layout]:
 
 
 @torch.no_grad()
-def _cuts_of_lists(teacher_blocks: list, student_blocks: list, images: Tensor) -> list[Cut]:
+def _cuts_of_lists(teacher_blocks: list, student_blocks: list, teachers: Tensor, images: Tensor) -> list[Cut]:
     shapes = []
-    for blocks in (teacher_blocks, student_blocks):
+    for blocks, given in ((teacher_blocks, teachers), (student_blocks, images)):
         holder = nn.ModuleList(blocks)
         with evaluation_mode(holder):
-            shapes.append([tuple(out.shape[1:]) for out in run_through(blocks, images[:2])[:-1]])
+            shapes.append([tuple(out.shape[1:]) for out in run_through(blocks, given[:2])[:-1]])
     cuts = []
     for k, (t, s) in enumerate(zip(*shapes)):
         cut = Cut(f"block{k}", f"block{k}", t, s, -1 if len(t) == 2 else 1, -1 if len(s) == 2 else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -64,6 +66,19 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
         for name, target in targets.items():
             if name in values:
                 target.copy_(values[name])
+
+
+def card_of(path: str | os.PathLike | None) -> dict[str, Any]:
+    """What an exported student says of itself beside its weights: `classes` in order, `mean`, `std`, `image_size`,
+    `accuracy`; empty for files of others."""
+    if path is None or Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            card = json.loads((file.metadata() or {}).get("stablekd", "{}"))
+    except (safetensors.SafetensorError, ValueError, OSError):
+        return {}
+    return card if isinstance(card, dict) else {}
 
 
 def _read(path: Path) -> object:

@@ -58,6 +58,8 @@ class Lines:
             of = f"/{self._total_steps}" if self._total_steps else ""
             line = f"step {event['step']}{of} (epoch {event['epoch']:.2f}{self._stage}): {_evaluation(event)}"
             print(line, file=sys.stderr, flush=True)
+        elif event["kind"] == "teacher":
+            print(_teacher(event), file=sys.stderr, flush=True)
         elif event["kind"] == "ranks":
             print("\n".join(_ranks(event)), file=sys.stderr, flush=True)
 
@@ -102,6 +104,8 @@ class Bar:
             self._details["losses"] = f"loss  {losses}"
         elif kind == "evaluate":
             self._details["accuracy"] = _evaluation(event)
+        elif kind == "teacher":
+            self._live.console.print(_teacher(event), markup=False, highlight=False)
         elif kind == "ranks":
             self._live.console.print("\n".join(_ranks(event)), markup=False, highlight=False)
 
@@ -113,6 +117,10 @@ class Bar:
 def _evaluation(event: dict) -> str:
     loss = _number(event["loss"], ".4f")
     return f"{event['split']} accuracy {_number(event['accuracy'], '.2%')}, loss {loss}"
+
+
+def _teacher(event: dict) -> str:
+    return f"teacher: {_number(event['accuracy'], '.2%')} of {event['images']} {event['split']} images"
 
 
 def _ranks(event: dict) -> list[str]:

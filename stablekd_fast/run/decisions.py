@@ -83,6 +83,8 @@ def _facts(materials: Materials) -> dict:
         "source": images.stream.choice.name,
         "training_images": images.source.steps_per_epoch * config.batch_size,
         "classes": images.dataset.classes,
+        "mean": list(images.dataset.mean),
+        "std": list(images.dataset.std),
         "compiled": materials.capture == "compile",
         "fused_norms": paired.fuses_norms,
     }

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,11 +21,12 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset, TrainSource
 from stablekd_fast.distributed import Ranks
 from stablekd_fast.engine.checkpoint import RunState, resume_run, save_tensors
-from stablekd_fast.engine.evaluate import evaluate
+from stablekd_fast.engine.evaluate import Metrics, evaluate
 from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.parts import Execution, Intervals, Parts
 from stablekd_fast.errors import ConfigError, nearest
 from stablekd_fast.execution.process import current_device, deterministic
+from stablekd_fast.models.weights import card_of
 from stablekd_fast.planning.costs import views_shown
 from stablekd_fast.planning.rows import decisions, predict
 from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
@@ -49,6 +53,13 @@ class RunResult:
     """The fraction of `wall_seconds` that was spent on waiting for the next batch."""
     skipped_images: int = 0
     """Unreadable images left out (with `on_bad_image="skip"`); the event log names them."""
+
+
+TEACHER_IMAGES = 2000
+"""On about so many images the teacher's accuracy is measured."""
+
+FAR_BELOW = 0.1
+"""A teacher that is so much less accurate than its file says is not given the images that it knows."""
 
 
 class Distiller:
@@ -167,6 +178,7 @@ class Distiller:
         with self._process(), recorder, _closing(parts):
             if not resumes:
                 self._emit_start(recorder)
+                self._look_at_teacher(recorder)
             engine = Engine(parts, state, recorder)
             engine.train()
             result = self._finish(engine, out)
@@ -205,7 +217,16 @@ class Distiller:
         if isinstance(self.parts.teacher, CachedTeacher):
             engine.recorder.emit("cache", step=progress.step, **self.parts.teacher.report())
         if ranks.is_first:
-            metadata = {"student": config.student, "classes": images.dataset.classes, "data": config.data}
+            metadata = {
+                "student": config.student,
+                "classes": images.dataset.classes,
+                "data": config.data,
+                "mean": list(images.dataset.mean),
+                "std": list(images.dataset.std),
+                "image_size": config.image_size,
+                "accuracy": metrics.accuracy,
+                "top5": metrics.top5,
+            }
             save_tensors(out / "student.safetensors", student.state_dict(), metadata)
         return RunResult(
             method=config.method,
@@ -219,6 +240,34 @@ class Distiller:
             data_wait_share=progress.wait_seconds / progress.seconds,
             skipped_images=len(skipped),
         )
+
+    def _look_at_teacher(self, recorder: Recorder | NoRecorder) -> None:
+        """Measure the teacher's accuracy once, on held-out images if there are any; warn of one that knows little."""
+        if self.config.method == "ce":
+            return
+        materials = self.materials
+        source, split = materials.images.validation, "held-out"
+        if source is None:
+            source, split = eval_source(materials.images.dataset, materials.source.split, self.config), "training"
+        last, paired = len(materials.paired) - 1, materials.paired
+        batches = itertools.islice(source.batches(), math.ceil(TEACHER_IMAGES / source.batch_size))
+
+        def measure() -> Metrics:
+            return evaluate(
+                lambda images: paired.teacher_outputs(images, [last])[last], batches,
+                lambda tensor: tensor.to(materials.device),
+            )  # fmt: skip
+
+        metrics = materials.ranks.from_first(measure)
+        recorder.emit("teacher", step=0, accuracy=metrics.accuracy, images=metrics.images, split=split)
+        said = None if self.given.teacher is not None else card_of(self.config.teacher_weights).get("accuracy")
+        what = f"The teacher tells {metrics.accuracy:.1%} of {metrics.images} {split} images right"
+        chance = 1 / len(materials.images.dataset.classes)
+        advice = "Look at its weights, at the order of classes, and at --teacher_mean and --teacher_std."
+        if metrics.accuracy < 2 * chance and metrics.images * chance >= 1:
+            warnings.warn(f"{what}; guessing would give {chance:.1%}. {advice}", stacklevel=1)
+        elif said is not None and metrics.accuracy < said - FAR_BELOW:
+            warnings.warn(f"{what}; its file says {said:.1%}. {advice}", stacklevel=1)
 
     def _emit_start(self, recorder: Recorder | NoRecorder) -> None:
         """Log the settings, the place, and what was decided."""

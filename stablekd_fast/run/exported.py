@@ -7,7 +7,7 @@ from pathlib import Path
 from stablekd_fast import models
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
-from stablekd_fast.engine.checkpoint import STUDENT, below, load_tensors
+from stablekd_fast.engine.checkpoint import AVERAGE, STUDENT, below, load_tensors
 from stablekd_fast.engine.evaluate import Metrics, evaluate, with_fresh_batch_norm
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.execution.memory import placed
@@ -26,8 +26,8 @@ def evaluate_file(
 ) -> Metrics:
     """Top-1, top-5 and cross entropy of a student, a checkpoint, or a weights file.
 
-    Model and data set are those of the run that wrote the file, unless given; files from elsewhere need both. The
-    batch-norm statistics of a checkpoint are re-estimated, as at the end of a run.
+    Model, data set, normalisation and size of images are those of the run that wrote the file, unless given; files from
+    elsewhere need model and data. The batch-norm statistics of a checkpoint are re-estimated, as at the end of a run.
     Raises ConfigError, ModelError, DataError or CheckpointError if something is missing or does not fit.
     """
     tensors, metadata = load_tensors(path) if path.suffix == ".safetensors" else ({}, {})
@@ -37,15 +37,19 @@ def evaluate_file(
     if not model or not data:
         raise ConfigError(f"{path} does not say which model and data set it belongs to; pass --model and --data.")
     target = pick_device(device)
-    config = DistillConfig(data=data, student=model)
+    config = DistillConfig(data=data, student=model, image_size=metadata.get("image_size"))
     if run:
         config = DistillConfig(data=data, student=model, **{name: run[name] for name in _OF_THE_IMAGES if name in run})
     dataset = open_dataset(data, image_size=config.image_size)
+    said = run or metadata
+    if "mean" in said and "std" in said:
+        dataset.mean, dataset.std = tuple(said["mean"]), tuple(said["std"])
     images = eval_source(dataset, getattr(dataset, split), config)
     size = next(iter(images.batches())).pixels.shape[-1]
     network = models.build(model, len(dataset.classes), size)
     if run:
-        network.load_state_dict(below(tensors, STUDENT))
+        # What a run evaluates and exports is the average, where it keeps one.
+        network.load_state_dict(below(tensors, STUDENT) | below(tensors, AVERAGE))
     else:
         models.load_weights(network, path)
     network = placed(network, target).eval()

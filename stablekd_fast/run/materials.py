@@ -24,6 +24,8 @@ from stablekd_fast.errors import ConfigError, CutError, ModelError
 from stablekd_fast.execution.capture import pick_capture
 from stablekd_fast.execution.memory import placed, watched
 from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
+from stablekd_fast.models.inputs import Normalisation, Renormalised, normalisation_of
+from stablekd_fast.models.weights import card_of
 from stablekd_fast.models.wrappers import unwrapped
 from stablekd_fast.planning.costs import views_shown
 from stablekd_fast.report import versions
@@ -165,17 +167,65 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
     if config.method == "ce":
         return PairedBlocks.without_teacher(student)
     teacher = given.teacher if given.teacher is not None else _named_teacher(config, classes, size)
-    teacher = unwrapped(teacher)
-    teacher = placed(teacher, device).eval()
+    teacher = placed(unwrapped(teacher), device).eval()
     _check_classes(teacher, example, classes, images.dataset.name, "teacher")
+    card = {} if given.teacher is not None else _checked_card(config, images.dataset)
+    own = _teacher_input(config, images.dataset, teacher, card)
+    own = own if own is None else own.to(device)
     try:
-        return pair_blocks(teacher, student, example, config.cuts or "auto", config.blocks, bridge=config.bridge)
+        return pair_blocks(
+            teacher, student, example, config.cuts or "auto", config.blocks, bridge=config.bridge, teacher_input=own
+        )
     except CutError as error:
         if config.method != "kd" or config.cuts is not None or config.blocks is not None:
             raise
         check_separate(teacher, student)
         warnings.warn(f"The networks are not cut, which the method kd does not need: {error}", stacklevel=1)
-        return PairedBlocks.uncut(teacher, student)
+        return PairedBlocks.uncut(teacher, student, own)
+
+
+def _checked_card(config: DistillConfig, dataset: Dataset) -> dict:
+    """What the teacher's weight file says of it. Raises ModelError if its classes are those of the data set in another
+    order."""
+    card = card_of(config.teacher_weights)
+    theirs = card.get("classes")
+    if theirs and theirs != dataset.classes:
+        if sorted(theirs) == sorted(dataset.classes):
+            place = next(k for k, pair in enumerate(zip(theirs, dataset.classes)) if pair[0] != pair[1])
+            raise ModelError(
+                f"{config.teacher_weights} has the classes of {dataset.name} in another order: its class {place} is "
+                f"{theirs[place]!r}, the data set's {dataset.classes[place]!r}. Use a teacher that was trained on this "
+                "order, or name the folders so that they sort alike."
+            )
+        shown = [", ".join(map(str, names[:3])) for names in (theirs, dataset.classes)]
+        warnings.warn(
+            f"The teacher's classes ({shown[0]}, ...) have other names than those of {dataset.name} ({shown[1]}, ...); "
+            "they are taken for each other in this order.",
+            stacklevel=1,
+        )
+    return card
+
+
+def _teacher_input(config: DistillConfig, dataset: Dataset, teacher: nn.Module, card: dict) -> Renormalised | None:
+    """What gives the teacher its own normalisation; None where it is the data set's."""
+    given = Normalisation(dataset.mean, dataset.std, dataset.name)
+    wanted = normalisation_of(teacher, card, config.teacher_weights)
+    if config.teacher_mean is not None or config.teacher_std is not None:
+        mean, std = config.teacher_mean or dataset.mean, config.teacher_std or dataset.std
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise ConfigError(
+                f"teacher_mean={list(mean)} and teacher_std={list(std)} were given; three numbers each are needed, the "
+                "standard deviations greater than 0."
+            )
+        wanted = Normalisation((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), "the settings")
+    if wanted is None or (wanted.mean, wanted.std) == (given.mean, given.std):
+        return None
+    warnings.warn(
+        f"The teacher's images are normalised by mean {list(wanted.mean)} and std {list(wanted.std)} "
+        f"({wanted.source}), the student's by those of {dataset.name}: {list(given.mean)} and {list(given.std)}.",
+        stacklevel=1,
+    )
+    return Renormalised(given, wanted)
 
 
 def _check_classes(model: nn.Module, example: Tensor, classes: int, dataset: str, role: str) -> None:
