@@ -3,14 +3,18 @@
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.distributed import Layout
+from stablekd_fast.engine.stage import DividedSteps
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.planning.assign import GroupCost, ReduceCost, assign, best_layout, linear
+from stablekd_fast.teacher.cached import CachedTeacher
 
 seconds = st.floats(0.01, 10) | st.sampled_from([1.0, 2.0])
 costs_and_places = st.lists(seconds, min_size=1, max_size=7).flatmap(
@@ -121,3 +125,24 @@ def test_a_layout_comes_back_from_a_checkpoint():
     plain = json.loads(json.dumps(layout.plain()))
     assert plain == {"blocks": 2, "data": 1, "places": [0, 1, 1], "seconds": [0.5, 0.25], "relays": True}
     assert Layout.from_plain(plain) == layout
+
+
+@pytest.mark.parametrize("on_disk", [True, False], ids=["disk", "memory"])
+def test_rows_in_memory_are_filled_by_each_process_and_rows_on_disk_by_the_one_that_stores_them(on_disk):
+    teacher = SimpleNamespace(columns={k: SimpleNamespace(on_disk=on_disk, rows=None) for k in range(3)})
+    CachedTeacher.fill(teacher, {1})
+    assert teacher._fills == ({1} if on_disk else {0, 1, 2})
+
+
+def test_an_output_that_two_places_read_is_stored_by_the_first():
+    """Block 0's output is the target of the first group and the input of the second."""
+    objectives = objectives_of(DistillConfig())
+    steps = [SimpleNamespace(group=[k], objectives=objectives) for k in range(3)]
+    layout = Layout(blocks=3, data=1, places=(0, 1, 2))
+    stored = [
+        DividedSteps.stores(
+            SimpleNamespace(layout=layout, ranks=SimpleNamespace(rank=k), steps=steps, own=[steps[k]]), 2
+        )
+        for k in range(3)
+    ]
+    assert stored == [{0}, {1}, {2}]
