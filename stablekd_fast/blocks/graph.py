@@ -7,6 +7,7 @@ things in the other mode, decides on data, draws constants at random or has hook
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -192,7 +193,8 @@ class _Trace:
         with untouched(self.model), evaluation_mode(self.model):
             torch.manual_seed(int(self.training))  # constants that are drawn at random differ
             self.model.train(self.training)
-            self.graph = self.tracer.trace(holder)
+            with _own_state(self.model, self.tracer.whole):
+                self.graph = self.tracer.trace(holder)
         self.whole = {path: reason for path, reason in self.tracer.whole.items() if path not in self.known}
         for node in self.graph.nodes:
             if node.op == "get_attr" and not node.target.startswith(f"{_ROOT}."):
@@ -210,6 +212,30 @@ class _Trace:
             elif node.op == "call_module":
                 objects[node.target] = node.meta.get("flag") or self.model.get_submodule(node.target)
         return NetworkGraph(self.graph, objects, self.tracer.module_outputs, self.tracer.whole)
+
+
+@contextlib.contextmanager
+def _own_state(model: nn.Module, whole: dict[str, str]) -> Iterator[None]:
+    """A context after which modules hold what they held before. One that keeps values between calls stays whole; what
+    the network itself notes on the way, such as features to look at, is left to it alone."""
+    kinds = ("_parameters", "_buffers", "_modules")
+    before = {path: (module, dict(vars(module))) for path, module in model.named_modules()}
+    parts = {path: [dict(held[kind]) for kind in kinds] for path, (_, held) in before.items()}
+    try:
+        yield
+    finally:
+        for path, (module, held) in before.items():
+            now = {name: value for name, value in vars(module).items() if name not in _HOLDERS}
+            if path and any(value is not held.get(name) for name, value in now.items()):
+                whole.setdefault(path, f"{_named(path, module)} keeps values between calls")
+            vars(module).clear()
+            vars(module).update(held)
+            for kind, part in zip(kinds, parts[path]):
+                held[kind].clear()
+                held[kind].update(part)
+
+
+_HOLDERS = {"training", "_parameters", "_buffers", "_modules", "_is_full_backward_hook"}
 
 
 def _drop_unused(graph: fx.Graph) -> None:

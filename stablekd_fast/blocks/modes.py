@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -24,11 +24,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """A context in which the model can run in any mode; buffers and random state are put back afterwards."""
-    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    held = {id(module._buffers): module._buffers for module in model.modules()}.values()
+    saved = [(buffers, name, buffer, buffer.clone()) for buffers in held for name, buffer in _there(buffers)]
     gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(gpus)), torch.no_grad():
             yield
     finally:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(saved[name])
+        for buffers, name, buffer, values in saved:
+            buffers[name] = buffer  # some networks put another one in its place
+            buffer.copy_(values)
+
+
+def _there(buffers: dict[str, Tensor | None]) -> list[tuple[str, Tensor]]:
+    return [(name, buffer) for name, buffer in buffers.items() if buffer is not None]

@@ -342,3 +342,69 @@ def test_buffers_stay_the_network_s_when_it_gets_new_ones():
         assert torch.equal(ours, theirs), name
     nn.ModuleList(blocks).float()
     assert {buffer.dtype for name, buffer in student.named_buffers() if "running" in name} == {torch.float32}
+
+
+class Counts(nn.Module):
+    """Keeps a table that it makes at the first call, as ConViT's attention does, and a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table, self.calls = nn.Conv2d(4, 4, 1), None, 0
+
+    def forward(self, x):
+        if self.table is None or self.table.shape[-1] != x.shape[-1]:
+            self.table = torch.arange(x.shape[-1], dtype=x.dtype)
+        self.calls += 1
+        return self.layer(x + self.table) if self.calls % 2 else self.layer(x - self.table)
+
+
+def test_a_module_that_keeps_values_between_calls_stays_whole_and_as_it_was():
+    class Keeps(Net):
+        def __init__(self):
+            super().__init__()
+            self.two = nn.Sequential(Counts(), nn.ReLU())
+            self.seen = None
+
+        def forward(self, x):
+            self.seen = self.one(self.stem(x))
+            return self.head(self.two(self.seen))
+
+    model = Keeps()
+    traced = trace(model, IMAGES)
+    assert traced.whole == {"two.0": "two.0 (Counts) keeps values between calls"}
+    assert not isinstance(model.two[0].table, torch.fx.Proxy) and not isinstance(model.seen, torch.fx.Proxy)
+    blocks = nn.Sequential(*traced.split([point for point in traced.points if "one" in point.aliases]))
+    model.eval()
+    for images in (IMAGES, IMAGES[:1]):
+        model.two[0].calls = 0
+        expected = model(images)
+        model.two[0].calls = 0
+        assert torch.equal(blocks.eval()(images), expected)
+
+
+class MakesItsBuffer(nn.Module):
+    """As ConViT's attention: the first images decide the size of a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+        self.register_buffer("table", torch.ones(1))
+
+    def forward(self, x):
+        if self.table.shape[0] != x.shape[-1]:
+            self.table = torch.arange(x.shape[-1]).to(x)
+        return self.inner(x * self.table)
+
+
+def test_a_network_that_puts_other_buffers_in_place_is_left_as_it_was():
+    class Makes(Net):
+        def __init__(self):
+            super().__init__()
+            self.two = nn.Sequential(MakesItsBuffer(), nn.ReLU())
+
+    student = Makes()
+    plain = copy.deepcopy(student)
+    paired = pair_blocks(Net().eval(), student, IMAGES, ["one"])
+    assert torch.equal(student.two[0].table, torch.ones(1))
+    blocks = nn.Sequential(*paired.student_blocks).train()
+    assert torch.equal(blocks(IMAGES), plain.train()(IMAGES))
