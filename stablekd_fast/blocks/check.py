@@ -86,8 +86,9 @@ def check_evaluation(model: nn.Module, blocks: Sequence[nn.Module], images: Tens
 
     Raises ModelError if the model itself cannot compute the images, or gives no logits.
     """
-    torch.manual_seed(0)
-    plain = check_runs(model, images)
+    with untouched(model):
+        torch.manual_seed(0)
+        plain = check_runs(model, images)
     with evaluation_mode(nn.ModuleList(blocks)), untouched(model):
         torch.manual_seed(0)
         composed = run_through(blocks, images[:2].clone())[-1]

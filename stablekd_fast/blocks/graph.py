@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo import OptimizedModule
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 
@@ -142,6 +143,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if self.sizes is not None and self.sizes.running:
             return forward(*args, **kwargs)
+        if isinstance(m, OptimizedModule):
+            return m._orig_mod(*args, **kwargs)
         try:
             full = self.path_of_module(m)
         except NameError:  # made in a forward, as slices of a Sequential are: what it calls is followed
@@ -193,7 +196,7 @@ class _Trace:
         with untouched(self.model), evaluation_mode(self.model):
             torch.manual_seed(int(self.training))  # constants that are drawn at random differ
             self.model.train(self.training)
-            with _own_state(self.model, self.tracer.whole):
+            with _not_compiled(self.model), _own_state(self.model, self.tracer.whole):
                 self.graph = self.tracer.trace(holder)
         self.whole = {path: reason for path, reason in self.tracer.whole.items() if path not in self.known}
         for node in self.graph.nodes:
@@ -212,6 +215,19 @@ class _Trace:
             elif node.op == "call_module":
                 objects[node.target] = node.meta.get("flag") or self.model.get_submodule(node.target)
         return NetworkGraph(self.graph, objects, self.tracer.module_outputs, self.tracer.whole)
+
+
+@contextlib.contextmanager
+def _not_compiled(model: nn.Module) -> Iterator[None]:
+    """A context in which modules that `Module.compile` compiled in place run as they were written."""
+    compiled = {module: module._compiled_call_impl for module in model.modules()}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 @contextlib.contextmanager

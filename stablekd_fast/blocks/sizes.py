@@ -105,7 +105,7 @@ class Value(fx.Proxy):
         except ValueError:
             raise TraceError(f"{self.node.name} decides what Python does, and it depends on the images") from None
 
-    def __getattr__(self, name: str) -> fx.Proxy:
+    def __getattr__(self, name: str) -> Any:
         return _ValueAttribute(self, name)
 
     def __int__(self) -> int:

@@ -160,18 +160,15 @@ def _shared(followed: NetworkGraph) -> dict[str, tuple[int, int]]:
     """By parameter that several nodes use: the places of the first and the last in the graph."""
     used: dict[int, tuple[str, int, int]] = {}
 
-    def note(parameter: nn.Parameter, name: str, place: int) -> None:
-        name, first, _ = used.get(id(parameter), (name, place, place))
-        used[id(parameter)] = name, first, place
-
     for place, node in enumerate(followed.graph.nodes):
-        target = str(node.target)
+        target, found = str(node.target), []
         if node.op == "call_module":
             for name, parameter in followed.objects[target].named_parameters():
-                note(parameter, f"{target}.{name}", place)
-        for one in node.all_input_nodes:
-            if _is_parameter(one, followed):
-                note(followed.objects[str(one.target)], str(one.target), place)
+                found.append((parameter, f"{target}.{name}"))
+        given = [str(one.target) for one in node.all_input_nodes if _is_parameter(one, followed)]
+        for parameter, name in [*found, *((followed.objects[name], name) for name in given)]:
+            name, first, _ = used.get(id(parameter), (name, place, place))
+            used[id(parameter)] = name, first, place
     return {name: (first, last) for name, first, last in used.values() if first < last}
 
 
@@ -277,15 +274,15 @@ def _is_free(node: fx.Node, followed: NetworkGraph, values: Values, first: dict,
 def _equal(one: Any, other: Any) -> bool:
     """Whether what a node gave twice is the same."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
+        return isinstance(other, Tensor) and bool(torch.equal(one, other))
     if isinstance(one, (tuple, list)):
         return isinstance(other, (tuple, list)) and len(one) == len(other) and all(map(_equal, one, other))
-    return type(one) is type(other) and bool(one == other)
+    return type(one) is type(other) and bool(one == other)  # pyright: ignore[reportReturnType]
 
 
 def _is_device(node: fx.Node) -> bool:
     """Whether a node asks on which device a value is: all of a network are on one."""
-    return node.op == "call_function" and node.target is getattr and node.args[1] == "device"
+    return node.op == "call_function" and node.target is getattr and str(node.args[1]) == "device"
 
 
 def _is_parameter(node: fx.Node, followed: NetworkGraph) -> bool:

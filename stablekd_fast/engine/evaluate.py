@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def with_fresh_batch_norm(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Callable[[Tensor], Any],
     batches: Iterable[Batch],
     to_device: Callable[[Tensor], Tensor],
     total: Callable[[Tensor], Tensor] = lambda own: own,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.errors import ModelError, first_line
-from stablekd_fast.pickles import Recorded, load_torch
+from stablekd_fast.files.pickles import Recorded, load_torch
 
 State = dict[str, Tensor]
 

@@ -242,13 +242,10 @@ class Distiller:
         )
 
     def _look_at_teacher(self, recorder: Recorder | NoRecorder) -> None:
-        """Measure the teacher's accuracy once, on held-out images if there are any; warn of one that knows little."""
-        if self.config.method == "ce":
+        """Measure the teacher's accuracy once, if there are held-out images, and warn of one that knows little."""
+        materials, source = self.materials, self.materials.images.validation
+        if source is None or self.config.method == "ce":
             return
-        materials = self.materials
-        source, split = materials.images.validation, "held-out"
-        if source is None:
-            source, split = eval_source(materials.images.dataset, materials.source.split, self.config), "training"
         last, paired = len(materials.paired) - 1, materials.paired
         batches = itertools.islice(source.batches(), math.ceil(TEACHER_IMAGES / source.batch_size))
 
@@ -259,9 +256,9 @@ class Distiller:
             )  # fmt: skip
 
         metrics = materials.ranks.from_first(measure)
-        recorder.emit("teacher", step=0, accuracy=metrics.accuracy, images=metrics.images, split=split)
+        recorder.emit("teacher", step=0, accuracy=metrics.accuracy, images=metrics.images, split="held-out")
         said = None if self.given.teacher is not None else card_of(self.config.teacher_weights).get("accuracy")
-        what = f"The teacher tells {metrics.accuracy:.1%} of {metrics.images} {split} images right"
+        what = f"The teacher tells {metrics.accuracy:.1%} of {metrics.images} held-out images right"
         chance = 1 / len(materials.images.dataset.classes)
         advice = "Look at its weights, at the order of classes, and at --teacher_mean and --teacher_std."
         if metrics.accuracy < 2 * chance and metrics.images * chance >= 1:

@@ -408,3 +408,13 @@ def test_a_network_that_puts_other_buffers_in_place_is_left_as_it_was():
     assert torch.equal(student.two[0].table, torch.ones(1))
     blocks = nn.Sequential(*paired.student_blocks).train()
     assert torch.equal(blocks(IMAGES), plain.train()(IMAGES))
+
+
+def test_cutting_leaves_the_random_state_as_it_was():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    networks = Net().eval(), Net()
+    torch.manual_seed(5)
+    pair_blocks(*networks, IMAGES, ["one"])
+    assert torch.equal(torch.rand(3), expected)

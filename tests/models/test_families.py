@@ -31,13 +31,12 @@ PARAMETERS = {
     "vgg13": (CLASSES_100, 9_462_180),
     "vgg16": (CLASSES_100, 14_774_436),
     "vgg19": (CLASSES_100, 20_086_692),
-    "resnet8_fc": (CLASSES_100, 83_540),
-    "resnet14_fc": (CLASSES_100, 181_460),
+    "resnet8_fc": (CLASSES_100, 83_892),
+    "resnet14_fc": (CLASSES_100, 181_108),
     "resnet20_fc": (CLASSES_100, 278_324),
     "resnet56_fc": (CLASSES_100, 861_620),
     "resnet110_fc": (CLASSES_100, 1_736_564),
     "shufflenet_v1": (CLASSES_100, 949_258),
-    "mobilenet_v1": (1000, 4_231_976),
     "shufflenet_v2": (CLASSES_100, 1_355_528),
     "mobilenet_v2": (CLASSES_100, 812_836),
     "resnet18_cifar": (CLASSES_100, 11_220_132),
@@ -63,6 +62,13 @@ VGG_STAGES = {
 }
 SHUFFLENET_STAGES = {
     "relu1": (32, 32),
+    "layer1": (16, 16),
+    "layer2": (8, 8),
+    "layer3": (4, 4),
+    "avgpool": (1, 1),
+}
+SHUFFLENET_V1_STAGES = {
+    "relu": (32, 32),
     "layer1": (16, 16),
     "layer2": (8, 8),
     "layer3": (4, 4),
@@ -110,7 +116,11 @@ def stages(name: str) -> dict[str, tuple[int, int]]:
         return RESNET_STAGES
     if name.startswith("vgg"):
         return VGG_STAGES
-    return {"shufflenet_v2": SHUFFLENET_STAGES, "mobilenet_v2": MOBILENET_STAGES}.get(name, WRN_STAGES)
+    return {
+        "shufflenet_v1": SHUFFLENET_V1_STAGES,
+        "shufflenet_v2": SHUFFLENET_STAGES,
+        "mobilenet_v2": MOBILENET_STAGES,
+    }.get(name, WRN_STAGES)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -127,6 +137,12 @@ def test_forward_in_train_and_eval(name):
 def test_parameter_counts_are_the_published_ones(name):
     classes, count = PARAMETERS[name]
     assert sum(parameter.numel() for parameter in models.build(name, classes).parameters()) == count
+
+
+def test_mobilenet_for_imagenet():
+    model = models.build("MobileNetV1", 1000)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 4_231_976
+    assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 as their authors publish them: archives or folders, Python or binary version.
 
 Format: https://www.cs.toronto.edu/~kriz/cifar.html. The Python version is pickled, so it is read by
-an unpickler that runs nothing (`stablekd_fast.pickles`).
+an unpickler that runs nothing (`stablekd_fast.files.pickles`).
 """
 
 import io
@@ -17,7 +17,7 @@ import numpy as np
 from stablekd_fast.data.formats.arrays import array_split
 from stablekd_fast.data.split import Split
 from stablekd_fast.errors import DataError
-from stablekd_fast.pickles import Recorded, array_of, load_recorded
+from stablekd_fast.files.pickles import Recorded, array_of, load_recorded
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+from torch._utils import _rebuild_tensor
 
 Names = Mapping[tuple[str, str], Any]
 
@@ -36,6 +37,9 @@ class Recorded:
         self.given: tuple
         self.state: Any
         self.items: list
+
+    def __call__(self, *given: Any, **named: Any) -> Recorded:
+        return type(self)(self, *given, **named)
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -131,7 +135,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
     last = offset + sum((count - 1) * step for count, step in zip(size, stride))
     if math.prod(size) and (last + 1) * storage.dtype.itemsize > storage._untyped_storage.nbytes():
         raise pickle.UnpicklingError(f"it holds a tensor of shape {list(size)} that reaches beyond its storage")
-    return torch._utils._rebuild_tensor(storage, offset, size, stride)
+    return _rebuild_tensor(storage, offset, size, stride)
 
 
 _TENSORS: Names = {
