@@ -235,7 +235,8 @@ def _own_state(model: nn.Module, whole: dict[str, str]) -> Iterator[None]:
     """A context after which modules hold what they held before. One that keeps values between calls stays whole; what
     the network itself notes on the way, such as features to look at, is left to it alone."""
     kinds = ("_parameters", "_buffers", "_modules")
-    before = {path: (module, dict(vars(module))) for path, module in model.named_modules()}
+    plain = [(path, module) for path, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = {path: (module, dict(vars(module))) for path, module in plain}
     parts = {path: [dict(held[kind]) for kind in kinds] for path, (_, held) in before.items()}
     try:
         yield
