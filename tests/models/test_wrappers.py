@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel
 
 from stablekd_fast import distill, models
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
-from stablekd_fast.errors import ModelError
+from stablekd_fast.errors import CutError, ModelError
 from stablekd_fast.models.wrappers import unwrapped
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -185,3 +185,14 @@ def test_networks_of_hugging_face_are_cut_and_give_their_logits(name):
     paired = pair_blocks(model, network(), IMAGES)
     assert len(paired) >= 3
     torch.testing.assert_close(paired.teacher_outputs(IMAGES)[len(paired) - 1], model(IMAGES).logits)
+
+
+def test_a_script_teaches_without_being_cut(tmp_path):
+    teacher = torch.jit.trace(network(2).eval(), torch.randn(2, 3, 8, 8))
+    with pytest.raises(CutError, match="the teacher has none.*kd and ce need no cuts"):
+        pair_blocks(teacher, network(1), IMAGES[..., :8, :8])
+    with pytest.warns(UserWarning, match="networks are not cut, which the method kd does not need"):
+        distill(
+            data="digits", teacher=teacher, student=network(1), method="kd", subset=64, epochs=2, batch_size=32,
+            validation=0.0, out=tmp_path / "run", progress=False,
+        )  # fmt: skip
