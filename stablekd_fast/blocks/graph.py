@@ -220,7 +220,7 @@ class _Trace:
 @contextlib.contextmanager
 def _not_compiled(model: nn.Module) -> Iterator[None]:
     """A context in which modules that `Module.compile` compiled in place run as they were written."""
-    compiled = {module: module._compiled_call_impl for module in model.modules()}
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     for module in compiled:
         module._compiled_call_impl = None
     try:
