@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,29 +106,16 @@ def check_training(student: nn.Module, blocks: Sequence[nn.Module], images: Tens
 
     Both are computed in float64, in which the order of a sum hardly shows; where a network cannot, in its own type.
     """
-    holder = nn.ModuleList([student, *blocks])
-    with in_float64(holder):
-        exact = _computes(student, images[:2].double())
-    with in_float64(holder) if exact else contextlib.nullcontext():
-        named = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
-        dtype = next((p.dtype for p in student.parameters() if p.is_floating_point()), images.dtype)
-
-        images = (images[:2] if len(images) > 1 else images[:1].expand(2, *images.shape[1:])).to(
-            dtype
-        )  # for batch norms
-        found = []
-        for run in (lambda x: logits_of(student(x)), lambda x: run_through(blocks, x)[-1]):
-            with evaluation_mode(holder), untouched(student), torch.enable_grad():
-                holder.train()
-                torch.manual_seed(0)
-                try:
-                    output = run(images.clone())
-                    found.append((output.detach(), _gradients(output, list(named.values()))))
-                except RuntimeError as error:
-                    raise ModelError(f"{type(student).__name__} cannot be trained: {first_line(error)}") from error
-        (plain, theirs), (composed, ours) = found
+    names = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+    exact = True
+    try:
+        with in_float64(nn.ModuleList([student, *blocks])):
+            (plain, theirs), (composed, ours) = _trained(student, blocks, images.double())
+    except ModelError:
+        exact = False
+        (plain, theirs), (composed, ours) = _trained(student, blocks, images)
     _check_outputs(plain, composed, "student", True)
-    idle = [name for name, one, other in zip(named, theirs, ours) if one is None and other is None]
+    idle = [name for name, one, other in zip(names, theirs, ours) if one is None and other is None]
     if idle:
         more = f" and {len(idle) - 1} others" if len(idle) > 1 else ""
         warnings.warn(
@@ -138,7 +125,7 @@ def check_training(student: nn.Module, blocks: Sequence[nn.Module], images: Tens
         )
     share = _GRADIENT_TOLERANCE[exact]
     largest = max((float(gradient.abs().max()) for gradient in theirs if gradient is not None), default=0.0)
-    for name, one, other in zip(named, theirs, ours):
+    for name, one, other in zip(names, theirs, ours):
         if (one is None) != (other is None) or (
             one is not None and other is not None and not _close(one, other, share, largest)
         ):
@@ -148,20 +135,37 @@ def check_training(student: nn.Module, blocks: Sequence[nn.Module], images: Tens
             )
 
 
+Trained = tuple[Tensor, tuple[Tensor | None, ...]]
+
+
+def _trained(student: nn.Module, blocks: Sequence[nn.Module], images: Tensor) -> tuple[Trained, Trained]:
+    """Output in train mode, and gradient of each parameter that is trained: the student's, and the blocks'.
+
+    Raises ModelError if the student cannot be trained on such images.
+    """
+    images = images[:2] if len(images) > 1 else images[:1].expand(2, *images.shape[1:])  # batch norms need two
+    holder = nn.ModuleList([student, *blocks])
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+
+    def once(run: Callable[[Tensor], Tensor]) -> Trained:
+        with evaluation_mode(holder), untouched(student), torch.enable_grad():
+            holder.train()
+            torch.manual_seed(0)
+            output = run(images.clone())
+            return output.detach(), _gradients(output, parameters)
+
+    try:
+        return once(lambda x: logits_of(student(x))), once(lambda x: run_through(blocks, x)[-1])
+    except RuntimeError as error:
+        raise ModelError(f"{type(student).__name__} cannot be trained: {first_line(error)}") from error
+
+
 def _gradients(output: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
     if not output.requires_grad:
         return (None,) * len(parameters)
     # Not all classes alike: a network that ends in a softmax would have no gradient.
     weights = torch.linspace(-1, 1, output.shape[-1], device=output.device, dtype=output.dtype)
     return torch.autograd.grad((output * weights).sum(), parameters, allow_unused=True)
-
-
-def _computes(model: nn.Module, images: Tensor) -> bool:
-    try:
-        check_runs(model, images, training=True)
-    except ModelError:
-        return False
-    return True
 
 
 def _close(one: Tensor, other: Tensor, share: float, largest: float) -> bool:

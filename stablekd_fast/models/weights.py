@@ -55,8 +55,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     targets = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     values = _fitting(model, targets, found, path)
     if values is None:
-        values, renamed = _without_prefix(found), _renamed(targets, _without_prefix(found))
-        values = min(values, renamed, key=lambda given: len(_differing(targets, given)))
+        plain = _without_prefix(found)
+        values = min(plain, _renamed(targets, plain), key=lambda given: len(_differing(targets, given)))
         differences = "; ".join(_differences(targets, values))
         raise ModelError(f"{path} does not fit {type(model).__name__}: {differences}.{_what_fits(found, targets)}")
     left_out = sorted({name.split(".")[0] for name in values if name not in targets and _AUXILIARY.search(name)})
@@ -169,15 +169,16 @@ def _of_module(module: Recorded, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 def _fitting(model: nn.Module, targets: State, found: State, path: Path) -> State | None:
     """The file's weights under the model's names; None if they do not fit."""
-    fitting = [part for prefix in _prefixes(targets, found) if _fits(targets, part := _below(found, prefix))]
-    if len(fitting) > 1 and not all(map(_same, fitting, fitting[1:])):
-        names = [repr(prefix) for prefix in _prefixes(targets, found) if _fits(targets, _below(found, prefix))]
-        raise ModelError(
-            f"{path} holds several networks that fit {type(model).__name__}, under {', '.join(names)}. Save the one "
-            "that is meant by itself."
-        )
-    if fitting:
-        return fitting[0]
+    parts = {prefix: _below(found, prefix) for prefix in _prefixes(targets, found)}
+    fitting = {prefix: part for prefix, part in parts.items() if _fits(targets, part)}
+    chosen = next(iter(fitting.values()), None)
+    if chosen is not None:
+        if not all(_same(chosen, other) for other in fitting.values()):
+            raise ModelError(
+                f"{path} holds several networks that fit {type(model).__name__}, under "
+                f"{', '.join(map(repr, fitting))}. Save the one that is meant by itself."
+            )
+        return chosen
     plain = _without_prefix(found)
     for rename in (_renamed, lambda targets, values: _by_timm(model, values)):
         for prefix in _prefixes(targets, rename(targets, plain)) or [""]:

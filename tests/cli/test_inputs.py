@@ -125,7 +125,7 @@ VARIED = [
     "settings", [pytest.param(one, marks=() if k < 6 else pytest.mark.slow) for k, one in enumerate(VARIED)]
 )
 def test_evaluate_repeats_what_results_say(tmp_path, settings):
-    """Of runs that are set differently, and of one whose data set has another normalisation and size than by name."""
+    """Runs are set differently, on a data set with another normalisation and size than by name."""
     dataset = open_dataset("digits", image_size=settings.get("image_size"))
     dataset.mean, dataset.std = (0.25, 0.3, 0.35), (0.5, 0.45, 0.4)
     weights = tmp_path / "teacher.pt"
