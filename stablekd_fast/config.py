@@ -31,6 +31,9 @@ class DistillConfig:
     says, else the data set's."""
     teacher_std: list[float] | None = None
     """As `teacher_mean`, the standard deviations."""
+    teacher_image_size: int | None = None
+    """The side in pixels of the teacher's images; None takes the size that the teacher is tied to or was trained at,
+    else the student's."""
     student_weights: str | None = None
     """Start the student from these weights instead of at random."""
     method: str = "stablekd"
@@ -147,6 +150,8 @@ class DistillConfig:
         for name in ("validation", "bn_images", "evaluate_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must not be negative.")
+        if self.teacher_image_size is not None and self.teacher_image_size < 1:
+            raise ConfigError(f"teacher_image_size={self.teacher_image_size} was given; it must be at least 1 pixel.")
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"batch_size={self.batch_size} was given; it must be a multiple of accumulate={self.accumulate}."

@@ -26,6 +26,7 @@ from stablekd_fast.bench.runs.loops import LOGITS, torchdistill_box
 from stablekd_fast.data import open_dataset
 from stablekd_fast.errors import DataError
 from stablekd_fast.integrations.torchdistill import FastKDLoss, SampleViews, SharedBlocks
+from stablekd_fast.models.weights import restore_state
 
 LOSS_TOLERANCE = 1e-5
 STEPS_TOLERANCE = 1e-5
@@ -174,7 +175,7 @@ class Run:
         self.step, self.restart, self.start = step, restart, copy.deepcopy(student.state_dict())
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        self.student.load_state_dict(self.start)
+        restore_state(self.student, self.start)
         self.restart()
         losses = [self.step(*self.batches[turn % len(self.batches)]) for turn in range(self.steps)]
         return torch.stack(losses), torch.cat([parameter.detach().flatten() for parameter in self.student.parameters()])

@@ -18,6 +18,7 @@ from stablekd_fast.engine.stage import StageSteps, stage_steps
 from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.execution.memory import watched
+from stablekd_fast.models.weights import restore_state
 from stablekd_fast.run.materials import Given, Materials, gather
 from stablekd_fast.teacher.live import Relay
 
@@ -103,7 +104,7 @@ class Twin:
 
     def _begin(self, stage: Stage) -> StageSteps:
         paired, device = self.parts.paired, self.parts.device
-        paired.student.load_state_dict(self.first)
+        restore_state(paired.student, self.first)
         nn.ModuleList([paired.student, *paired.student_blocks]).train()
         torch.manual_seed(self.parts.config.seed)
         rates = Rates.of_stage(PlannedStage(stage, 0, self.probing.steps), None, device)

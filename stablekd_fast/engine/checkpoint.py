@@ -27,6 +27,7 @@ from stablekd_fast.engine.step import GroupStep
 from stablekd_fast.errors import CheckpointError
 from stablekd_fast.execution.process import random_states, set_random_states
 from stablekd_fast.files import write_atomically
+from stablekd_fast.models.weights import restore_state
 
 STUDENT, AVERAGE, OPTIMIZER, LOSS_SCALE, BRIDGE = "student", "average", "optimizer", "loss_scale", "bridge"
 RANDOM = "random"
@@ -175,7 +176,7 @@ def resume_run(parts: Parts) -> RunState:
     progress = metadata["progress"]
     merge = progress.pop("merge")
     state = RunState(Progress(**progress, merge=MergeRecord(**merge) if merge else None))
-    parts.paired.student.load_state_dict(below(tensors, STUDENT))
+    restore_state(parts.paired.student, below(tensors, STUDENT))
     kept = (f"{OPTIMIZER}/", f"{LOSS_SCALE}/")
     state.optimizer = {name: tensor for name, tensor in tensors.items() if name.startswith(kept)}
     if parts.execution.ema is not None:

@@ -23,6 +23,7 @@ from stablekd_fast.errors import TrainingError
 from stablekd_fast.execution.capture import Runner, make_runner
 from stablekd_fast.execution.memory import watched
 from stablekd_fast.execution.moments import Clock, Moment
+from stablekd_fast.models.weights import restore_state
 from stablekd_fast.report import NoRecorder, Recorder
 from stablekd_fast.teacher.live import Teacher
 from stablekd_fast.teacher.parts import TeacherPart
@@ -67,7 +68,7 @@ class Engine:
         student = self.parts.paired.student
         if self.state.average is not None:
             student = copy.deepcopy(student)
-            student.load_state_dict(self.state.average, strict=False)
+            restore_state(student, self.state.average, partial=True)
         return with_fresh_batch_norm(student, self.parts.source.batches(0, self.parts.bn_batches), self.to_device)
 
     def to_device(self, tensor: Tensor) -> Tensor:

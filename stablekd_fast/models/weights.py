@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
         for name, target in targets.items():
             if name in values:
                 target.copy_(values[name])
+
+
+def restore_state(model: nn.Module, state: Mapping[str, Tensor], *, partial: bool = False) -> None:
+    """Copy back what `model.state_dict()` gave, or with `partial` some of it.
+
+    The versions of the modules, which files and dicts of tensors do not keep, are the model's own: some modules
+    (torchvision's MNASNet) refuse to be loaded without.
+    """
+    versioned: Any = OrderedDict(state)
+    versioned._metadata = getattr(model.state_dict(), "_metadata")  # noqa: B009 - torch's own, untyped
+    model.load_state_dict(versioned, strict=not partial)
 
 
 def card_of(path: str | os.PathLike | None) -> dict[str, Any]:

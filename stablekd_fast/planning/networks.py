@@ -14,6 +14,7 @@ from stablekd_fast.engine.schedule import Optimizer, group_name
 from stablekd_fast.engine.stage import stage_steps
 from stablekd_fast.engine.step import Rates, StageInputs, load_batch
 from stablekd_fast.execution.timing import seconds
+from stablekd_fast.models.weights import restore_state
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.teacher.live import Relay
 
@@ -57,7 +58,7 @@ def measure_students(
                     rates = Rates.constant(0.0, device=device)
                     stage = stage_steps(paired, [group], objectives, Optimizer(), rates=rates, inputs=inputs)
                     times[group_name(group)] = seconds(stage.run, device)
-    paired.student.load_state_dict(saved)
+    restore_state(paired.student, saved)
     for module, mode in modes.items():
         module.training = mode
     return times

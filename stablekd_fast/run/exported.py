@@ -11,6 +11,7 @@ from stablekd_fast.engine.checkpoint import AVERAGE, STUDENT, below, load_tensor
 from stablekd_fast.engine.evaluate import Metrics, evaluate, with_fresh_batch_norm
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.execution.memory import placed
+from stablekd_fast.models.weights import restore_state
 from stablekd_fast.run.builders import bn_batches, eval_source, pick_device, split_training_images, train_source
 
 _OF_THE_IMAGES = (
@@ -49,7 +50,7 @@ def evaluate_file(
     network = models.build(model, len(dataset.classes), size)
     if run:
         # What a run evaluates and exports is the average, where it keeps one.
-        network.load_state_dict(below(tensors, STUDENT) | below(tensors, AVERAGE))
+        restore_state(network, below(tensors, STUDENT) | below(tensors, AVERAGE))
     else:
         models.load_weights(network, path)
     network = placed(network, target).eval()

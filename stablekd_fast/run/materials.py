@@ -24,7 +24,7 @@ from stablekd_fast.errors import ConfigError, CutError, ModelError
 from stablekd_fast.execution.capture import pick_capture
 from stablekd_fast.execution.memory import placed, watched
 from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
-from stablekd_fast.models.inputs import Normalisation, Renormalised, normalisation_of
+from stablekd_fast.models.inputs import Adapted, ImageInput, input_of
 from stablekd_fast.models.weights import card_of
 from stablekd_fast.models.wrappers import unwrapped
 from stablekd_fast.planning.costs import views_shown
@@ -166,12 +166,14 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
         check_runs(student, example[:1], training=True)
     if config.method == "ce":
         return PairedBlocks.without_teacher(student)
-    teacher = given.teacher if given.teacher is not None else _named_teacher(config, classes, size)
+    card = {} if given.teacher is not None or not config.teacher_weights else _checked_card(config, images.dataset)
+    teacher = given.teacher
+    if teacher is None:
+        teacher = _named_teacher(config, classes, config.teacher_image_size or card.get("image_size") or size)
     teacher = placed(unwrapped(teacher), device).eval()
-    _check_classes(teacher, example, classes, images.dataset.name, "teacher")
-    card = {} if given.teacher is not None else _checked_card(config, images.dataset)
-    own = _teacher_input(config, images.dataset, teacher, card)
+    own = _teacher_input(config, images.dataset, teacher, card, size)
     own = own if own is None else own.to(device)
+    _check_classes(teacher, example if own is None else own(example), classes, images.dataset.name, "teacher")
     try:
         return pair_blocks(
             teacher, student, example, config.cuts or "auto", config.blocks, bridge=config.bridge, teacher_input=own
@@ -206,10 +208,12 @@ def _checked_card(config: DistillConfig, dataset: Dataset) -> dict:
     return card
 
 
-def _teacher_input(config: DistillConfig, dataset: Dataset, teacher: nn.Module, card: dict) -> Renormalised | None:
-    """What gives the teacher its own normalisation; None where it is the data set's."""
-    given = Normalisation(dataset.mean, dataset.std, dataset.name)
-    wanted = normalisation_of(teacher, card, config.teacher_weights)
+def _teacher_input(
+    config: DistillConfig, dataset: Dataset, teacher: nn.Module, card: dict, size: int
+) -> Adapted | None:
+    """What gives the teacher its own images; None where they are the student's, of `size` pixels."""
+    given = ImageInput(dataset.mean, dataset.std, dataset.name, size)
+    wanted = input_of(teacher, card, config.teacher_weights) or given
     if config.teacher_mean is not None or config.teacher_std is not None:
         mean, std = config.teacher_mean or dataset.mean, config.teacher_std or dataset.std
         if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
@@ -217,15 +221,17 @@ def _teacher_input(config: DistillConfig, dataset: Dataset, teacher: nn.Module, 
                 f"teacher_mean={list(mean)} and teacher_std={list(std)} were given; three numbers each are needed, the "
                 "standard deviations greater than 0."
             )
-        wanted = Normalisation((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), "the settings")
-    if wanted is None or (wanted.mean, wanted.std) == (given.mean, given.std):
+        wanted = ImageInput((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), "the settings", wanted.size)
+    wanted = dataclasses.replace(wanted, size=config.teacher_image_size or wanted.size or size)
+    if dataclasses.replace(wanted, source=given.source) == given:
         return None
     warnings.warn(
-        f"The teacher's images are normalised by mean {list(wanted.mean)} and std {list(wanted.std)} "
-        f"({wanted.source}), the student's by those of {dataset.name}: {list(given.mean)} and {list(given.std)}.",
+        f"The teacher's images are made by mean {list(wanted.mean)}, std {list(wanted.std)} and {wanted.size} pixels "
+        f"({wanted.source}), the student's by {list(given.mean)}, {list(given.std)} and {given.size} pixels "
+        f"({given.source}).",
         stacklevel=1,
     )
-    return Renormalised(given, wanted)
+    return Adapted(given, wanted)
 
 
 def _check_classes(model: nn.Module, example: Tensor, classes: int, dataset: str, role: str) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from torchvision.transforms.functional import resize
 
 from stablekd_fast import distill, evaluate_file, models
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import EvalSource, open_dataset
 from stablekd_fast.errors import ConfigError, ModelError
-from stablekd_fast.models.inputs import Normalisation, Renormalised
+from stablekd_fast.models.inputs import Adapted, ImageInput, input_of
 from stablekd_fast.models.weights import card_of
 
 SMALL = {
@@ -59,7 +61,7 @@ def test_a_teacher_gets_the_images_that_it_knows(teacher, tmp_path, method):
     """The student's images are the data set's, the teacher's those of its card."""
     file, result = teacher
     settings = {**SMALL, "data": "digits", "method": method, "epochs": 5.0, "teacher": "resnet20_half"}
-    with pytest.warns(UserWarning, match=r"teacher's images are normalised by mean \[0.0, 0.0, 0.0\].*digits"):
+    with pytest.warns(UserWarning, match=r"teacher's images are made by mean \[0.0, 0.0, 0.0\].*digits"):
         distill(**settings, teacher_weights=str(file), out=str(tmp_path / "run"))
     (seen,) = events(tmp_path / "run", "teacher")
     assert seen["split"] == "held-out" and seen["images"] == 64
@@ -106,10 +108,63 @@ def test_a_timm_teacher_gives_the_logits_that_timm_s_own_transforms_give(tmp_pat
     theirs = timm.data.create_transform(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
     files = sorted((tmp_path / "test").glob("*/*.png"))
     expected = model(torch.stack([theirs(Image.open(file)) for file in files]))
-    own = Renormalised(Normalisation(dataset.mean, dataset.std, "data"), Normalisation((0.5,) * 3, (0.5,) * 3, "timm"))
+    own = Adapted(ImageInput(dataset.mean, dataset.std, "data"), ImageInput((0.5,) * 3, (0.5,) * 3, "timm"))
     paired = pair_blocks(model, models.build("resnet20_half", 5), batch.pixels, teacher_input=own)
     found = paired.teacher_outputs(batch.pixels)[len(paired) - 1]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [48, 16])
+def test_a_teacher_of_another_size_sees_the_same_images_at_its_own(tmp_path, size):
+    """By its card, by the setting, and where a transformer given in Python takes one size only."""
+    file = tmp_path / "teacher" / "student.safetensors"
+    run(tmp_path / "teacher", method="ce", image_size=size, student="resnet20_half")
+    settings = {**SMALL, "data": "digits", "method": "stablekd", "epochs": 5.0, "teacher": "resnet20_half"}
+    with pytest.warns(UserWarning, match=f"teacher's images are made by .* and {size} pixels .* 12 pixels"):
+        distill(**settings, teacher_weights=str(file), image_size=12, out=str(tmp_path / "card"))
+    with pytest.warns(UserWarning, match="and 20 pixels"):
+        distill(**settings, teacher_weights=str(file), teacher_image_size=20, image_size=12, out=str(tmp_path / "set"))
+    with pytest.raises(ConfigError, match="teacher_image_size=0"):
+        distill(**settings, teacher_weights=str(file), teacher_image_size=0, out=str(tmp_path / "none"))
+
+
+def test_images_are_scaled_as_torchvision_scales_them_before_or_after_normalisation():
+    images = torch.rand(2, 3, 40, 40)
+    given, wanted = ImageInput((0.2,) * 3, (0.5,) * 3, "a"), ImageInput((0.5,) * 3, (0.1,) * 3, "b", 24)
+    expected = (resize(images, [24, 24], antialias=True) - 0.5) / 0.1
+    torch.testing.assert_close(Adapted(given, wanted)((images - 0.2) / 0.5), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_who_says_how_a_networks_images_are_made(tmp_path):
+    timm = pytest.importorskip("timm")
+    published = torchvision.models.ResNet34_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    resnet = torchvision.models.resnet34()
+    assert input_of(resnet, {}, "mine.pth") is None
+    said = input_of(resnet, {}, tmp_path / published)
+    assert said == ImageInput((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), said.source, None)
+    assert "ResNet34_Weights" in said.source
+    assert input_of(resnet, {"classes": ["a"]}, tmp_path / published) is None
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64)
+    assert input_of(vit, {}, None) == ImageInput((0.5,) * 3, (0.5,) * 3, "its pretrained_cfg", 64)
+    assert input_of(timm.create_model("resnet18"), {}, None).size is None
+    card = {"mean": [0.1] * 3, "std": [0.2] * 3, "image_size": 40}
+    assert input_of(resnet, card, "w") == ImageInput((0.1,) * 3, (0.2,) * 3, "w", 40)
+    assert input_of(vit, card, "w").size == 64
+
+
+def test_a_hugging_face_model_is_asked_by_its_processor(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    model = transformers.ResNetForImageClassification.from_pretrained(tmp_path)
+    assert input_of(model, {}, None) is None
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {"image_processor_type": "ConvNextImageProcessor", "image_mean": [0.3] * 3, "image_std": [0.7, 0.8, 0.9]}
+        )
+    )
+    found = input_of(model, {}, None)
+    assert (found.mean, found.std, found.size) == ((0.3,) * 3, (0.7, 0.8, 0.9), None)
 
 
 VARIED = [

@@ -21,7 +21,8 @@ from stablekd_fast.run.builders import eval_source
 
 OTHER = {
     "data": "d", "teacher": "resnet8", "teacher_weights": "t.pt",
-    "teacher_mean": [0.5, 0.25, 0.125], "teacher_std": [0.25, 0.5, 0.75], "student": "resnet14",
+    "teacher_mean": [0.5, 0.25, 0.125], "teacher_std": [0.25, 0.5, 0.75],
+    "teacher_image_size": 40, "student": "resnet14",
     "student_weights": "s.pt",
     "method": "kd", "recipe": "paper", "epochs": 3.5, "subset": 70.0, "subset_seed": 4, "validation": 0.25,
     "batch_size": 24, "image_size": 48, "views": 3, "jitter": 0.3, "mix": "cutmix", "mix_alpha": 0.7,

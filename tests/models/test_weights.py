@@ -12,6 +12,7 @@ from torch import nn
 
 from stablekd_fast import models
 from stablekd_fast.errors import ModelError
+from stablekd_fast.models.weights import restore_state
 
 
 def student(seed: int, classes: int = 10) -> nn.Module:
@@ -300,3 +301,19 @@ def test_whose_weights_they_are_is_said(tmp_path):
 def test_files_without_weights(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     assert_refused(tmp_path / "w.pth", "holds no weights|not tensors")
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_state_is_put_back_into_modules_that_ask_for_their_version(partial):
+    """torchvision's MNASNet refuses a dict of tensors, which knows no version."""
+    model, other = (torchvision.models.mnasnet0_5(num_classes=3) for _ in range(2))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="version"):
+        other.load_state_dict(state)
+    if partial:
+        state = {name: value for name, value in state.items() if name.startswith("classifier")}
+    else:
+        with pytest.raises(RuntimeError, match="Missing"):
+            restore_state(other, {"classifier.1.bias": state["classifier.1.bias"]})
+    restore_state(other, state, partial=partial)
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in state.items())

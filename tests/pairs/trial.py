@@ -20,6 +20,7 @@ from stablekd_fast.data import Augmentation, Dataset, Split
 from stablekd_fast.engine.schedule import Stage
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.models.outputs import logits_of
+from stablekd_fast.models.weights import restore_state
 
 CLASSES, BATCH, STEPS = 10, 8, 3
 GRADIENTS_AGREE = 1e-10
@@ -96,7 +97,7 @@ def _gradients_apart(paired: PairedBlocks, images: Tensor) -> list[str]:
         output = run(images.double())
         weights = torch.linspace(-1, 1, CLASSES, dtype=output.dtype)
         found.append(torch.autograd.grad((output * weights).sum(), list(student.parameters()), allow_unused=True))
-        student.load_state_dict(saved)
+        restore_state(student, saved)
     apart, largest = [], max(float(gradient.abs().max()) for gradient in found[0] if gradient is not None)
     for (name, _), plain, composed in zip(student.named_parameters(), *found):
         if (plain is None) != (composed is None):
