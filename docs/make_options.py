@@ -19,6 +19,7 @@ from pathlib import Path
 
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
+from stablekd_fast.data.augmentation import AugmentSettings, CropSettings, EvaluationSettings
 from stablekd_fast.diagnose.settings import Probing
 from stablekd_fast.engine.schedule import Optimizer, Stage
 from stablekd_fast.objectives.kd import LogitKD
@@ -32,6 +33,9 @@ SETTINGS = {
     DistillConfig: "--",
     Optimizer: "--optimizer.",
     CacheSettings: "--cache.",
+    CropSettings: "--crop.",
+    AugmentSettings: "--augment.",
+    EvaluationSettings: "--evaluation.",
     LogitKD: "--logits-options.",
     FeatureMSE: "--feature-options.",
     PairPlan: "--",
@@ -42,7 +46,14 @@ SETTINGS = {
 it is written in a YAML file."""
 
 WORDS = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", dict: "mapping"}
-SECTIONS = {Optimizer: "optimizer", Stage: "stages", CacheSettings: "cache"}
+SECTIONS = {
+    Optimizer: "optimizer",
+    Stage: "stages",
+    CacheSettings: "cache",
+    CropSettings: "crop",
+    AugmentSettings: "augment",
+    EvaluationSettings: "evaluation",
+}
 """Settings that consist of settings, and the headings of the page under which theirs stand."""
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.data import BATCHES_AHEAD, SourceName
+from stablekd_fast.data.augmentation import AugmentSettings, CropSettings, EvaluationSettings, Interpolation
 from stablekd_fast.engine.schedule import METHODS, RECIPES, Optimizer, Stage
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.objectives import Objectives, objective
@@ -44,11 +45,12 @@ class DistillConfig:
     epochs: float = 8.0
     """How often the training images are gone through; fractions are allowed."""
     subset: float | None = None
-    """Training images to use, class-balanced: a count above 1, or a fraction."""
+    """Training images to use, with the classes in the proportions of the whole: a count above 1, or a fraction."""
     subset_seed: int = 0
     """Decides which images are held out, and which make the subset."""
     validation: float = 0.04
-    """Training images held out for the live metric, a count or a fraction; 0 for none."""
+    """Training images held out for the live metric, a count or a fraction; 0 for none. A data set that has validation
+    images of its own beside a test split holds out those instead."""
     batch_size: int = 64
     """Images of a batch, of all ranks together."""
     image_size: int | None = None
@@ -56,6 +58,21 @@ class DistillConfig:
     trains on large ones at 224."""
     views: int | None = None
     """Distinct augmented views per image, reused in turn; None draws a new one each epoch."""
+    mean: list[float] | None = None
+    """By which images are normalised, per channel of 0 to 1; None takes those of the data set. The student keeps
+    them on its card."""
+    std: list[float] | None = None
+    """As `mean`, the standard deviations."""
+    flip: bool | None = None
+    """Mirror one half of the training images; None does it where it suits the data set (not to digits)."""
+    crop: CropSettings = field(default_factory=CropSettings)
+    """How training images are cropped."""
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    """Random operations on training images."""
+    interpolation: Interpolation = "bilinear"
+    """How large images are scaled, for training and evaluation; always with antialiasing."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """How large images are made ready for evaluation."""
     jitter: float = 0.0
     """Strength of colour jitter: 0.4 varies brightness, contrast and saturation by 40%."""
     mix: Literal["mixup", "cutmix"] | None = None

@@ -55,6 +55,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; the nearest is {near[0]!r} (all: {', '.join(known)})" if near else ""
 
 
+def printable(text: object) -> str:
+    """A text or path as it can be printed and written to any file: bytes of a name that are no UTF-8 stand as \\xNN."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says first, to be quoted in a sentence; its name if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

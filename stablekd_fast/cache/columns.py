@@ -92,6 +92,8 @@ class Columns:
         else.
         """
         columns = {}
+        if any(kept.tier == "disk" for kept in plan.kept.values()):
+            keep_digests(self.source, self.settings)
         for output, kept in plan.kept.items():
             try:
                 columns[output] = self._open(output, kept, examples[output])
@@ -174,6 +176,15 @@ def open_store(folder: Path, manifest: Manifest, settings: CacheSettings, expect
         verify=settings.verify,
         expected=expected,
     )
+
+
+def keep_digests(source: TrainSource, settings: CacheSettings) -> None:
+    """Compare the images with the digests that lie beside the rows, and add to these what is read from now on.
+
+    Raises DataError if images are others than those that rows were made from.
+    """
+    if settings.folder is not None:
+        source.split.keep_digests(settings.folder / f"images-{source.split.identity()['digest'][:16]}.log")
 
 
 def _may_write(folder: Path) -> bool:

@@ -59,6 +59,10 @@ def image_fingerprint(source: TrainSource) -> dict:
         facts["view"]["jitter"] = augmentation.jitter
     if augmentation.scaled_decode:
         facts["view"]["scaled_decode"] = True
+    for name in ("scale", "ratio", "interpolation", "operations", "magnitude", "erasing"):
+        value = getattr(augmentation, name)
+        if value != type(augmentation).__dataclass_fields__[name].default:
+            facts["view"][name] = list(value) if isinstance(value, tuple) else value
     if augmentation.mix:  # partners are drawn from the images that are trained on
         members = hashlib.blake2b(split.sample_ids.numpy().data, digest_size=16).hexdigest()
         facts["view"] |= {"mix": augmentation.mix, "mix_alpha": augmentation.mix_alpha, "among": members}

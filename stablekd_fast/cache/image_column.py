@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from stablekd_fast.cache.columns import open_store
+from stablekd_fast.cache.columns import keep_digests, open_store
 from stablekd_fast.cache.fingerprint import image_fingerprint
 from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.settings import CacheSettings
@@ -26,6 +26,7 @@ class ImageColumn:
     def __init__(self, source: TrainSource, settings: CacheSettings, views: int) -> None:
         size = source.augmentation.size
         assert settings.folder is not None and size is not None
+        keep_digests(source, settings)
         manifest = Manifest(
             (Part("images", torch.uint8, (size, size, 3)),), source.split.total, image_fingerprint(source)
         )

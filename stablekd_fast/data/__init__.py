@@ -1,9 +1,10 @@
 """Data sets, subsets, views by (seed, sample, view), and sources of batches."""
 
+from stablekd_fast.data.augmentation import Augmentation
 from stablekd_fast.data.batch import Batch
 from stablekd_fast.data.crops import BATCHES_AHEAD
 from stablekd_fast.data.dali_stream import StreamSource
-from stablekd_fast.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Dataset, open_dataset
+from stablekd_fast.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Dataset, open_dataset
 from stablekd_fast.data.decoders import STREAM, SourceName
 from stablekd_fast.data.evaluation import EvalSource
 from stablekd_fast.data.source import TrainSource

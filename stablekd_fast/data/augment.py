@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablekd_fast.data.dataset import Augmentation
+from stablekd_fast.data.augmentation import Augmentation
 from stablekd_fast.data.views import Stream, below, counter_hash, unit
 
 _GRAY = (0.299, 0.587, 0.114)

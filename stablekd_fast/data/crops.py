@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from stablekd_fast.data.augmentation import Augmentation
 from stablekd_fast.data.pixels import BadImage, Header, decode_rgb, decode_scaled, read_header, resized_crop
 from stablekd_fast.data.split import Split
 from stablekd_fast.data.views import resized_crop_boxes
@@ -68,13 +69,12 @@ class Encoded:
 
 
 class Crops:
-    """The random crops of a split of large images: each sample's box in a view, scaled to `size` x `size`.
+    """The random crops of a split of large images: each sample's box in a view, scaled as `augmentation` says."""
 
-    With `scaled`, JPEGs are decoded at a half, a quarter or an eighth of their size where the box allows.
-    """
-
-    def __init__(self, split: Split, size: int, view_seed: int, scaled: bool = False) -> None:
-        self.split, self.size, self.view_seed, self.scaled = split, size, view_seed, scaled
+    def __init__(self, split: Split, augmentation: Augmentation, view_seed: int) -> None:
+        assert augmentation.size is not None  # every resized crop has one
+        self.split, self.augmentation, self.view_seed = split, augmentation, view_seed
+        self.size = augmentation.size
         self.stored: StoredImages | None = None
 
     def encoded(self, positions: list[int], view: int) -> list[Encoded | None]:
@@ -87,7 +87,8 @@ class Crops:
         good = [(place, image) for place, image in enumerate(read) if image is not None]
         facts = [(sample, header.height, header.width) for _, (_, _, sample, header) in good]
         samples, heights, widths = np.array(facts, np.int64).reshape(-1, 3).T
-        boxes = resized_crop_boxes(self.view_seed, samples, view, heights, widths)
+        box = self.augmentation
+        boxes = resized_crop_boxes(self.view_seed, samples, view, heights, widths, box.scale, box.ratio)
         images: list[Encoded | None] = [None] * len(positions)
         for (place, (content, name, _, header)), box in zip(good, boxes):
             images[place] = Encoded(positions[place], content, name, header, box)
@@ -96,11 +97,11 @@ class Crops:
     def crop(self, image: Encoded) -> Tensor | None:
         """Decode an image and cut its box out: uint8 `[S, S, 3]`, or None if the image is bad and skipped."""
         try:
-            if self.scaled and image.header.plain:
+            if self.augmentation.scaled_decode and image.header.plain:
                 pixels, box = decode_scaled(image.content, image.name, image.header, image.box, self.size)
             else:
                 pixels, box = decode_rgb(image.content, image.name, image.header), image.box
-            return resized_crop(pixels, box, self.size)
+            return resized_crop(pixels, box, self.size, self.augmentation.interpolation)
         except BadImage as error:
             self.split.skip_or_raise(error)
             return None

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stablekd_fast.data.augmentation import Augmentation
 from stablekd_fast.data.crops import BATCHES_AHEAD, Crops, Encoded, Job
 from stablekd_fast.data.pixels import resize
 from stablekd_fast.data.threads import ordered_map
@@ -166,7 +167,7 @@ class DaliDecoder:
         try:
             return self._idle.pop()
         except IndexError:
-            return _Pipeline(self.batch_size, self.threads, self.crops.size, self.device, self.depth)
+            return _Pipeline(self.batch_size, self.threads, self.crops.augmentation, self.device, self.depth)
 
     def _finish(self, task: tuple[_Batch, int]) -> _Batch:
         """Fill in every `_PARTS`-th image of a batch: what was stored, what DALI decoded, and what it was not given."""
@@ -176,10 +177,13 @@ class DaliDecoder:
                 batch.images[place] = batch.kept[place]
                 continue
             cut = batch.cuts.get(place)
-            crop = self._decode_alone(batch, place) if cut is None else resize(cut, self.crops.size, self.crops.size)
+            crop = self._decode_alone(batch, place) if cut is None else self._scaled(cut)
             batch.images[place] = crop
             self.crops.keep(int(batch.positions[place]), batch.view, crop)
         return batch
+
+    def _scaled(self, cut: Tensor) -> Tensor:
+        return resize(cut, self.crops.size, self.crops.size, self.crops.augmentation.interpolation)
 
     def _decode_alone(self, batch: _Batch, place: int) -> Tensor:
         image = batch.encoded[place]
@@ -243,9 +247,13 @@ class _Pipeline:
     """Takes encoded images and their boxes, and gives the pixels in the boxes, on a GPU scaled to `size` x `size`.
     Several batches are in it at a time."""
 
-    def __init__(self, batch_size: int, threads: int, size: int, device: torch.device, depth: int) -> None:
-        dali, on_gpu = load_dali(), device.type == "cuda"
+    def __init__(
+        self, batch_size: int, threads: int, augmentation: Augmentation, device: torch.device, depth: int
+    ) -> None:
+        dali, on_gpu, size = load_dali(), device.type == "cuda", augmentation.size
+        assert size is not None
         fn, types = dali.fn, dali.types
+        kind = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[augmentation.interpolation]
 
         @dali.pipeline_def(
             batch_size=batch_size, num_threads=threads, device_id=device_id_of(device), prefetch_queue_depth=depth
@@ -255,7 +263,7 @@ class _Pipeline:
             start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
             decoder = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB}
             cut = fn.decoders.image_slice(encoded, start=start, shape=shape, axis_names="HW", **decoder)
-            return fn.resize(cut, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True) if on_gpu else cut
+            return fn.resize(cut, size=[size, size], interp_type=kind, antialias=True) if on_gpu else cut
 
         self.size, self.device = size, device
         self._dali = cuts()

@@ -168,7 +168,7 @@ def can_stream(records: Records) -> bool:
 
 def _file_reader(records: FileRecords, samples: np.ndarray) -> Callable:
     """Make a reader of image files. A sample's place stands where DALI expects its label."""
-    files = [str(records.paths[sample]) for sample in samples.tolist()]
+    files = [str(records.name(sample)) for sample in samples.tolist()]
     return partial(load_dali().fn.readers.file, files=files, labels=list(range(len(files))))
 
 

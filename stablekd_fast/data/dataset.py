@@ -1,12 +1,14 @@
 """Opening a data set by path or name: images, classes, normalisation and augmentation that suit it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
+from stablekd_fast.data.augmentation import Augmentation
 from stablekd_fast.data.formats.archives import find_archives, open_archives
 from stablekd_fast.data.formats.arrays import find_idx, read_digits, read_idx, read_npz
 from stablekd_fast.data.formats.cifar import read_cifar
@@ -50,48 +52,13 @@ _KINDS = (
 )
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """How training images vary. Which variant an image gets is decided by `views`.
-
-    "pad_crop": zero-pad by `padding` pixels on each side, cut the original size out. "resized_crop": cut a random box
-    out and scale it to `size` x `size`. `flip` mirrors one half of the images. `jitter` is the strength of colour
-    jitter (0.4: brightness, contrast and saturation between 60% and 140%). "mixup" and "cutmix" mix each image with
-    another one of the training images, and their labels alike, by weights drawn from Beta(`mix_alpha`, `mix_alpha`).
-    `scaled_decode` decodes large JPEGs at a half, a quarter or an eighth of their size where the box is still large
-    enough: faster, but to other pixels, hence to another view.
-    """
-
-    kind: Literal["pad_crop", "resized_crop"]
-    flip: bool
-    padding: int = 0
-    size: int | None = None
-    jitter: float = 0.0
-    mix: Literal["mixup", "cutmix"] | None = None
-    mix_alpha: float = 1.0
-    scaled_decode: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("pad_crop", "resized_crop"):
-            raise ConfigError(f"Augmentation {self.kind!r} does not exist; use 'pad_crop' or 'resized_crop'.")
-        if self.padding < 0:
-            raise ConfigError(f"Padding must be 0 pixels or more, got {self.padding}.")
-        if self.kind == "resized_crop" and (self.size is None or self.size < 1):
-            raise ConfigError(f"A resized crop needs its size in pixels, got {self.size}.")
-        if not 0 <= self.jitter <= 1:
-            raise ConfigError(f"The strength of colour jitter lies between 0 and 1, got {self.jitter}.")
-        if self.mix not in (None, "mixup", "cutmix"):
-            raise ConfigError(f"Images are mixed by 'mixup' or 'cutmix', got {self.mix!r}.")
-        if not self.mix_alpha > 0:
-            raise ConfigError(f"mix_alpha must be greater than 0, got {self.mix_alpha}.")
-
-
 @dataclass
 class Dataset:
     """A training and a test split with all that belongs to them.
 
-    `mean` and `std` are per channel, for images scaled to 0..1. All fields may be replaced, for instance by the
-    statistics with which a teacher was trained.
+    `mean` and `std` are per channel, for images scaled to 0..1. `validation` is a split of its own to look at while
+    training, where the data set has one. All fields may be replaced, for instance by the statistics with which a
+    teacher was trained.
     """
 
     name: str
@@ -101,6 +68,11 @@ class Dataset:
     mean: Channels
     std: Channels
     augmentation: Augmentation
+    validation: Split | None = None
+    notes: list[str] = field(default_factory=list)
+    """What was decided about the files, and what of them is not used, in sentences."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """How many files and folders are not used, by reason."""
 
 
 def open_dataset(
@@ -109,13 +81,14 @@ def open_dataset(
     """Open the data set at a path, or by its name. Raises `DataError`.
 
     Names: "digits" (embedded), and those of `PRESETS`, which are fetched where they are not there yet. Kinds: a folder
-    with `train/CLASS/*` and `test/CLASS/*` (or `val`), itself or one level below; a folder with WebDataset tars or
-    TFRecords, named `train*` and `val*` or `test*`; the archives of CIFAR-10 and CIFAR-100 (Python or binary version,
-    packed or not); a folder with the four idx files of MNIST or Fashion-MNIST; `.npz` with x_train, y_train, x_test,
-    y_test.
+    with `train/CLASS/*` and `test/CLASS/*` (or `val`, or both), itself or one level below; a folder with WebDataset
+    tars or TFRecords, named `train*` and `val*` or `test*`; the archives of CIFAR-10 and CIFAR-100 (Python or binary
+    version, packed or not); a folder with the four idx files of MNIST or Fashion-MNIST; `.npz` with x_train, y_train,
+    x_test, y_test.
 
     `image_size` is the side in pixels to which all images are brought; by default small ones (up to 64 pixels) keep
-    their size and large ones are trained on at 224. `on_bad_image` says what happens at a damaged file of a folder:
+    their size and large ones are trained on at 224. What was decided about the files, and what of them is not used, is
+    told by a warning, and kept in `notes`. `on_bad_image` says what happens at a damaged file of a folder:
     "stop" raises an error that names it, "skip" leaves it out and records it in `split.skipped`.
     """
     if on_bad_image not in get_args(OnBadImage):
@@ -129,17 +102,23 @@ def open_dataset(
         path = preset_folder(path_or_name)
     if not path.exists():
         raise DataError(f"There is no data set at {path}; {_KINDS}.")
-    if path.is_dir():
-        return _open_folder(path, image_size, on_bad_image)
-    return _open_file(path, image_size)
+    dataset = _open_folder(path, image_size, on_bad_image) if path.is_dir() else _open_file(path, image_size)
+    for note in dataset.notes:
+        warnings.warn(note, stacklevel=2)
+    return dataset
 
 
 def _open_folder(path: Path, image_size: int | None, on_bad_image: OnBadImage) -> Dataset:
-    archives, tree = find_archives(path), find_tree(path)
+    root = find_tree(path)
+    if root is not None:
+        tree = list_tree(root)
+        notes = [*tree.notes, *filter(None, [tree.left_out.sentence()])]
+        dataset = _encoded_dataset(root, tree.classes, tree.parts, image_size, on_bad_image, notes)
+        dataset.left_out = tree.left_out.counts()
+        return dataset
+    archives = find_archives(path)
     if archives is not None:
         return _encoded_dataset(path, *open_archives(archives), image_size, on_bad_image)
-    if tree is not None:
-        return _encoded_dataset(tree, *list_tree(tree), image_size, on_bad_image)
     idx_files = find_idx(path)
     if idx_files is not None:
         return _open_idx(path, idx_files, image_size)
@@ -168,13 +147,18 @@ def _encoded_dataset(
     parts: Mapping[str, tuple[Records, list[int]]],
     image_size: int | None,
     on_bad_image: OnBadImage,
+    notes: Sequence[str] = (),
 ) -> Dataset:
-    train, test = encoded_splits(root, parts, crop_size=image_size, on_bad_image=on_bad_image)
+    splits, decided = encoded_splits(root, parts, crop_size=image_size, on_bad_image=on_bad_image)
+    train = splits["train"]
     if train.resident:
         augmentation = Augmentation("pad_crop", flip=True, padding=4)
     else:
         augmentation = Augmentation("resized_crop", flip=True, size=train.crop_size)
-    return Dataset(root.resolve().name, class_names(classes), train, test, IMAGENET_MEAN, IMAGENET_STD, augmentation)
+    return Dataset(
+        root.resolve().name, class_names(classes), train, splits["test"], IMAGENET_MEAN, IMAGENET_STD, augmentation,
+        splits.get("validation"), [*notes, *decided],
+    )  # fmt: skip
 
 
 def _open_idx(path: Path, files: dict[str, Path], image_size: int | None) -> Dataset:

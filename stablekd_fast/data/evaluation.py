@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stablekd_fast.data.augmentation import Interpolation
 from stablekd_fast.data.batch import Batch, check_settings, normalised
 from stablekd_fast.data.crops import BATCHES_AHEAD
 from stablekd_fast.data.dataset import Channels
@@ -24,9 +25,9 @@ EVAL_VIEW = -1
 class EvalSource:
     """Batches of unchanged images in order; the last one may be smaller.
 
-    Large images are scaled so that the short side is 256/224 of `image_size` (default: the size they are trained on),
-    and the centre is cut out. Bad images that are skipped are missing from their batch. Each of `ranks` processes gets
-    every `ranks`-th batch.
+    Large images are scaled by `interpolation` so that the short side has `resize` pixels (default: 256/224 of
+    `image_size`, which is the size they are trained on by default), and the centre is cut out. Bad images that are
+    skipped are missing from their batch. Each of `ranks` processes gets every `ranks`-th batch.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class EvalSource:
         *,
         batch_size: int,
         image_size: int | None = None,
+        resize: int | None = None,
+        interpolation: Interpolation = "bilinear",
         workers: int = 0,
         rank: int = 0,
         ranks: int = 1,
@@ -48,6 +51,13 @@ class EvalSource:
         self.batch_size, self.workers = batch_size, workers
         self.rank, self.ranks = rank, ranks
         self.image_size = image_size or split.crop_size
+        self.resize = resize
+        self.interpolation: Interpolation = interpolation
+        if resize is not None and (self.image_size is None or resize < self.image_size):
+            raise ConfigError(
+                f"evaluation.resize={resize} was given, which does not go with a cut of {self.image_size} pixels: "
+                "give at least the cut, and only for images that are larger than 64 pixels."
+            )
 
     def batches(self) -> Generator[Batch]:
         """Show this rank's images once, in the order of the split."""
@@ -80,7 +90,7 @@ class EvalSource:
 
     def _centre(self, content: bytes, name: Path, sample_id: int) -> Tensor:
         assert self.image_size is not None  # large images have a size
-        return centre_crop(decode_rgb(content, name), self.image_size)
+        return centre_crop(decode_rgb(content, name), self.image_size, self.resize, self.interpolation)
 
 
 def _check_own_size(split: Split, image_size: int) -> None:

@@ -4,6 +4,7 @@ split."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +28,12 @@ class Records(Protocol):
         """Return the encoded image. Raises `BadImage` where it cannot be read. Called from several threads."""
         ...
 
-    def identity(self) -> list[str]:
-        """Return a line for each image that tells it from others without reading it: the end of its name, and its size
-        in bytes."""
+    def told_by(self) -> Iterable[bytes]:
+        """Return what tells each image from the others of the split: its name inside the split's folder or archive."""
+        ...
+
+    def stamp(self, number: int) -> tuple[int, int]:
+        """Return size in bytes and time of change in nanoseconds of what holds the image; zeros if it is not there."""
         ...
 
 
@@ -37,22 +41,35 @@ class Records(Protocol):
 class FileRecords:
     """Every image is a file of its own."""
 
-    paths: list[Path]
+    folder: str
+    names: Sequence[str]
+    """The files' names inside the folder."""
+
+    @staticmethod
+    def of(paths: Sequence[str | Path]) -> FileRecords:
+        """Return the records of these files, named from the folder that holds them all."""
+        texts = [os.path.abspath(path) for path in paths]
+        folder = os.path.commonpath([os.path.dirname(text) for text in texts]) if texts else ""
+        return FileRecords(folder, [os.path.relpath(text, folder) for text in texts])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def name(self, number: int) -> Path:
-        return self.paths[number]
+        return Path(self.folder, self.names[number])
 
     def read(self, number: int) -> bytes:
         try:
-            return self.paths[number].read_bytes()
+            with open(os.path.join(self.folder, self.names[number]), "rb", buffering=0) as file:
+                return file.read()
         except OSError as error:
-            raise BadImage(self.paths[number], error.strerror or str(error)) from error
+            raise BadImage(self.name(number), error.strerror or str(error)) from error
 
-    def identity(self) -> list[str]:
-        return [f"{'/'.join(path.parts[-2:])} {path.stat().st_size}" for path in self.paths]
+    def told_by(self) -> Iterator[bytes]:
+        return map(os.fsencode, self.names)
+
+    def stamp(self, number: int) -> tuple[int, int]:
+        return _stamp(os.path.join(self.folder, self.names[number]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,15 +95,29 @@ class ArchiveRecords:
             raise BadImage(self.name(number), f"its archive ends after {len(content)} of its {size} bytes")
         return content
 
-    def identity(self) -> list[str]:
-        return [
-            f"{self.archives[a].name} {name} {size}" for name, (a, _, size) in zip(self.names, self.places.tolist())
-        ]
+    def told_by(self) -> Iterator[bytes]:
+        return (os.fsencode(f"{self.archives[a].name}/{n}") for n, a in zip(self.names, self.places[:, 0].tolist()))
+
+    def stamp(self, number: int) -> tuple[int, int]:
+        archive, _, size = self.places[number].tolist()
+        return size, self._changed[archive]
 
     def __getstate__(self) -> dict:
         """Leave open files out: another process must open them for itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "_files"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_changed")}
 
     @cached_property
     def _files(self) -> list[BinaryIO]:
         return [open(path, "rb") for path in self.archives]
+
+    @cached_property
+    def _changed(self) -> list[int]:
+        return [_stamp(path)[1] for path in self.archives]
+
+
+def _stamp(path: str | Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablekd_fast.data.dataset import Augmentation, Channels
+from stablekd_fast.data.augmentation import Augmentation
+from stablekd_fast.data.dataset import Channels
 from stablekd_fast.data.split import Split
 from stablekd_fast.data.views import crop_offsets_and_flips
 from stablekd_fast.kernels import augment_batch

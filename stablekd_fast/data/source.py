@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stablekd_fast.data.augment import draw_partners, jittered, mixed
+from stablekd_fast.data.augmentation import Augmentation
 from stablekd_fast.data.batch import Batch, check_settings, normalised
 from stablekd_fast.data.crops import BATCHES_AHEAD, Crops, Decoder, Job, StoredImages
-from stablekd_fast.data.dataset import Augmentation, Channels
+from stablekd_fast.data.dataset import Channels
 from stablekd_fast.data.decoders import make_decoder, pick_source
+from stablekd_fast.data.operations import erased, operated
 from stablekd_fast.data.resident import ResidentImages
 from stablekd_fast.data.split import Split
 from stablekd_fast.data.views import epoch_order, view_flips
@@ -88,7 +90,7 @@ class TrainSource:
             self._resident = ResidentImages(split, augmentation, self.view_seed, self.device)
         else:
             assert augmentation.size is not None  # every resized crop has one
-            self._crops = Crops(split, augmentation.size, self.view_seed, augmentation.scaled_decode)
+            self._crops = Crops(split, augmentation, self.view_seed)
         self.decoder = self._make_decoder()
         self._order = (-1, np.empty(0, dtype=np.int64))
         """The epoch last asked for and its order, in one place: threads may ask for different epochs."""
@@ -122,7 +124,8 @@ class TrainSource:
             self._crops.stored.refresh()
 
     def close(self) -> None:
-        """Let go of the files of stored images."""
+        """Let go of the files of stored images, and of the logs of digests."""
+        self.split.close()
         if self._crops is not None and self._crops.stored is not None:
             self._crops.stored.close()
 
@@ -234,7 +237,7 @@ class TrainSource:
 
     @property
     def _alters(self) -> bool:
-        return bool(self.augmentation.jitter or self.augmentation.mix)
+        return self.augmentation.alters
 
     def _partners(self, positions: np.ndarray, view: int) -> np.ndarray:
         return draw_partners(self.view_seed, self._ids(positions), view, len(self.split))
@@ -257,18 +260,24 @@ class TrainSource:
     def _altered_batch(
         self, positions: np.ndarray, view: int, images: Tensor, partners: _Partners | None, dtype: torch.dtype
     ) -> Batch:
-        """Jitter views uint8 `[N, H, W, 3]` and mix them with those of their partners."""
-        images, labels = self._jittered(images, positions, view), None
+        """Change views uint8 `[N, H, W, 3]`, mix them with those of their partners, and erase parts of them."""
+        images, labels, ids = self._changed(images, positions, view), None, self._ids(positions)
         if partners is not None:
-            others, other_images = partners[0], self._jittered(partners[1], partners[0], view)
-            ids = self._ids(positions)
+            others, other_images = partners[0], self._changed(partners[1], partners[0], view)
             images, weights = mixed(images, other_images, self.augmentation, self.view_seed, ids, view)
             labels = self._mixed_labels(positions, others, torch.from_numpy(weights).float()[:, None])
+        if self.augmentation.erasing:
+            images = erased(images, self.augmentation, 255 * torch.tensor(self.mean), self.view_seed, ids, view)
         return self._batch(positions, view, normalised(images, self.mean, self.std, dtype=dtype), labels)
 
-    def _jittered(self, images: Tensor, positions: np.ndarray, view: int) -> Tensor:
-        strength = self.augmentation.jitter
-        return jittered(images, self.view_seed, self._ids(positions), view, strength) if strength else images
+    def _changed(self, images: Tensor, positions: np.ndarray, view: int) -> Tensor:
+        """Change each view by itself: its colours, then what RandAugment does."""
+        augmentation, ids = self.augmentation, self._ids(positions)
+        if augmentation.jitter:
+            images = jittered(images, self.view_seed, ids, view, augmentation.jitter)
+        if augmentation.operations:
+            images = operated(images, augmentation, self.view_seed, ids, view, self.workers)
+        return images
 
     def _mixed_labels(self, positions: np.ndarray, partners: np.ndarray, weights: Tensor) -> Tensor:
         assert self.classes is not None

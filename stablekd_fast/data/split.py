@@ -3,13 +3,14 @@
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
+from stablekd_fast.data.contents import Contents
 from stablekd_fast.data.pixels import BadImage, decode_rgb, resize
 from stablekd_fast.data.records import Records
 from stablekd_fast.data.threads import ordered_map
@@ -40,6 +41,11 @@ class ImageFiles:
     shape: tuple[int, int] | None = None
     resizing: bool = False
     on_bad_image: OnBadImage = "stop"
+    contents: Contents = field(init=False, repr=False)
+    """What the images hold, shared by all parts of the split."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "contents", Contents(self.records))
 
 
 class Split:
@@ -64,6 +70,7 @@ class Split:
         self._files = files
         self._skipped: dict[Path, str] = {}
         self._whole = self
+        self._all_labels = labels
         self._digest: str | None = None
 
     def __len__(self) -> int:
@@ -107,23 +114,36 @@ class Split:
         return len(self._files.records) if self._files is not None else len(self._whole.images)
 
     def identity(self) -> dict:
-        """Return what images the sample ids of the whole split stand for: `samples`, and a `digest`.
+        """Return what images and labels the sample ids of the whole split stand for: `samples`, and a `digest`.
 
-        Arrays are told by their content; files by their names (below the folder of the split) and sizes.
+        Arrays are told by their content, files by their names inside the split and, up to `READ_AT_ONCE` bytes in all,
+        by their content too. `keep_digests` tells larger ones.
         """
         whole = self._whole
         if whole._digest is None:
-            digest = hashlib.blake2b(digest_size=16)
+            digest = hashlib.blake2b(whole._all_labels.numpy().data, digest_size=16)
             if self._files is None:
                 digest.update(str(list(whole.images.shape)).encode())
                 digest.update(whole.images.contiguous().numpy().data)
             else:
-                how = (self._files.shape, self._files.resizing)
-                digest.update(repr(how).encode())
-                for line in self._files.records.identity():
-                    digest.update(f"{line}\n".encode())
+                digest.update(repr((self._files.shape, self._files.resizing)).encode())
+                digest.update(b"\0".join(self._files.records.told_by()))
+                digest.update(self._files.contents.digest_at_once() or b"")
             whole._digest = digest.hexdigest()
         return {"samples": self.total, "digest": whole._digest}
+
+    def keep_digests(self, path: Path) -> None:
+        """Compare images too many to be read for `identity` with the log of digests at `path`, and go on with it.
+
+        A log that is not there is begun. Raises DataError if images are others than those of the log.
+        """
+        if self._files is not None:
+            self._files.contents.keep(path)
+
+    def close(self) -> None:
+        """Let go of the logs of digests."""
+        if self._files is not None:
+            self._files.contents.close()
 
     @property
     def paths(self) -> list[Path]:
@@ -136,6 +156,24 @@ class Split:
     def crop_size(self) -> int | None:
         """Side in pixels at which large images are trained on; None for resident ones."""
         return None if self.resident else self._encoded.crop_size
+
+    @property
+    def size(self) -> int | None:
+        """Side in pixels of the images that are trained on; None for resident ones that are not square."""
+        if self._files is None:
+            height, width = self.images.shape[1:3]
+        elif self._files.shape is not None:
+            height, width = self._files.shape
+        else:
+            return self._files.crop_size
+        return int(height) if height == width else None
+
+    def skipping(self) -> "Split":
+        """Return the same images, of which those that cannot be read are left out."""
+        if self._files is None or self._files.on_bad_image == "skip":
+            return self
+        files = replace(self._files, on_bad_image="skip")
+        return Split(self._labels, images=self._images, files=files, sample_ids=self._sample_ids)
 
     @property
     def replaces_bad(self) -> bool:
@@ -184,7 +222,7 @@ class Split:
         skipped."""
         sample = int(self._sample_ids[position])
         try:
-            return use(self.records.read(sample), self.records.name(sample), sample)
+            return use(self._encoded.contents.read(sample), self.records.name(sample), sample)
         except BadImage as error:
             self.skip_or_raise(error)
             return None

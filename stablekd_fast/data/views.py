@@ -49,6 +49,13 @@ class Stream(IntEnum):
     CONTRAST = 16
     SATURATION = 17
     READER = 18
+    OPERATION = 19
+    OPERATION_SIGN = 20
+    ERASED = 21
+    ERASED_AREA = 22
+    ERASED_RATIO = 23
+    ERASED_TOP = 24
+    ERASED_LEFT = 25
 
 
 def counter_hash(*fields) -> np.ndarray:

@@ -34,6 +34,8 @@ RANDOM = "random"
 
 _ADDED = {"deterministic": False}
 """Settings that checkpoints of earlier versions do not hold, and what was so then."""
+_MAY_CHANGE = ("data", "on_bad_image")
+"""A resumed run may find the same images at another place, and may leave out bad ones from then on."""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
@@ -105,8 +107,14 @@ def load_optimizer_tensors(
 
 def check_same_run(checkpoint: Path, saved: dict, own: dict) -> None:
     """Raise CheckpointError with the difference if the settings `saved` in a checkpoint are not one's own."""
-    saved = _ADDED | saved
+    saved = {"images": own.get("images"), **_ADDED, **saved}
     differing = sorted(key for key in own.keys() | saved.keys() if own.get(key) != saved.get(key))
+    differing = [key for key in differing if key not in _MAY_CHANGE]
+    if differing == ["images"]:
+        raise CheckpointError(
+            f"{checkpoint} belongs to a run on other training images: their number, their names, labels or contents "
+            "have changed since. Put the images back, or start anew with another --out."
+        )
     if differing:
         listed = "; ".join(f"{key}: was {saved.get(key)!r}, is {own.get(key)!r}" for key in differing)
         raise CheckpointError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.data import Batch
+from stablekd_fast.errors import DataError
 from stablekd_fast.models.outputs import logits_of
 
 
@@ -76,4 +77,6 @@ def evaluate(
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         count += len(labels)
     correct, correct5, loss, count = total(torch.tensor([correct, correct5, loss, count], dtype=torch.float64)).tolist()
+    if not count:
+        raise DataError("None of the images to evaluate on can be read.")
     return Metrics(correct / count, correct5 / count, loss / count, int(count))

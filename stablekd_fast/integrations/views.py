@@ -112,7 +112,7 @@ def _split_of(dataset: Dataset, crop_size: int) -> Split:
         return Split(torch.tensor(targets), images=torch.from_numpy(pixels))
     if samples is not None:
         paths, labels = zip(*samples)
-        return Split(torch.tensor(labels), files=ImageFiles(FileRecords([Path(path) for path in paths]), crop_size))
+        return Split(torch.tensor(labels), files=ImageFiles(FileRecords.of(paths), crop_size))
     raise ConfigError(
         f"{type(dataset).__name__} has neither `data` uint8 [N, H, W, 3] with `targets`, "
         "nor `samples` of (path, label); give such a data set, or a path that stablekd distill takes."

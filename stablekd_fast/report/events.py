@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -71,7 +72,8 @@ class Recorder:
             self._file.flush()
         except OSError as error:
             raise self._unwritable(error) from error
-        self._display.show(event)
+        with contextlib.suppress(OSError, ValueError):  # the terminal is gone; the log goes on
+            self._display.show(event)
         self._scalars.show(event)
 
     def _keep_until(self, step: int) -> list[dict]:

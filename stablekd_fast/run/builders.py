@@ -15,7 +15,8 @@ from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.data import STREAM, Dataset, EvalSource, Split, StreamSource, TrainSource
+from stablekd_fast.data import STREAM, Augmentation, Dataset, EvalSource, Split, StreamSource, TrainSource
+from stablekd_fast.data.augmentation import altered
 from stablekd_fast.errors import ConfigError
 
 
@@ -48,14 +49,26 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def normalised_by_settings(dataset: Dataset, config: DistillConfig) -> Dataset:
+    """The data set, with the mean and the standard deviation that the settings give."""
+    mean, std = config.mean or dataset.mean, config.std or dataset.std
+    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+        raise ConfigError(
+            f"mean={list(mean)} and std={list(std)} were given; three numbers each are needed, the standard deviations "
+            "greater than 0."
+        )
+    return dataclasses.replace(dataset, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2]))
+
+
 def split_training_images(dataset: Dataset, config: DistillConfig) -> tuple[Split, Split | None]:
     """The images to train on and those held out for the live metric (None if there are none).
 
-    The held-out images are taken first, so that they are the same for every subset.
+    Those are the data set's own validation images where it has some, else a part of the training images, which is taken
+    first, so that it is the same for every subset.
     """
-    train, held_out = dataset.train, None
+    train, held_out = dataset.train, dataset.validation if config.validation else None
     count = round(config.validation * len(train)) if config.validation < 1 else round(config.validation)
-    if count:
+    if count and held_out is None:
         train, held_out = train.holdout(count, config.subset_seed)
     if config.subset is not None:
         size = config.subset if config.subset <= 1 else int(config.subset)
@@ -66,11 +79,12 @@ def split_training_images(dataset: Dataset, config: DistillConfig) -> tuple[Spli
 def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: torch.device) -> TrainSource:
     """Named views of the training images; also of a run that trains on others (see `training_stream`)."""
     # What is left at its default does not override a data set that brings its own augmentation.
-    chosen = {name: getattr(config, name) for name in ("jitter", "mix", "mix_alpha", "scaled_decode")}
+    names = ("jitter", "mix", "mix_alpha", "scaled_decode", "interpolation")
+    chosen = {name: getattr(config, name) for name in names}
     asked_for = {name: value for name, value in chosen.items() if value != getattr(DistillConfig, name)}
     return TrainSource(
         split,
-        dataclasses.replace(dataset.augmentation, **asked_for),
+        altered(dataset.augmentation, config.crop, config.augment, config.flip, **asked_for),
         dataset.mean,
         dataset.std,
         batch_size=config.batch_size,
@@ -96,6 +110,9 @@ def training_stream(source: TrainSource, config: DistillConfig) -> TrainSource |
     needing = {
         "views": source.views is not None,
         "mix": source.augmentation.mix is not None,
+        "augment": source.augmentation.operations > 0 or source.augmentation.erasing > 0,
+        "crop": (source.augmentation.scale, source.augmentation.ratio) != (Augmentation.scale, Augmentation.ratio),
+        "interpolation": source.augmentation.interpolation != Augmentation.interpolation,
         "scaled_decode": source.augmentation.scaled_decode,
         "on_bad_image=skip": config.on_bad_image == "skip",
         "cache.plan=all": config.cache.plan == "all",
@@ -104,8 +121,8 @@ def training_stream(source: TrainSource, config: DistillConfig) -> TrainSource |
     given = [name for name, asked in needing.items() if asked]
     if given:
         raise ConfigError(
-            f"source={STREAM} was given together with {', '.join(given)}: that needs an exact order and views that "
-            "have names, and DALI's own readers give neither. Leave it out, or use source=dali."
+            f"source={STREAM} was given together with {', '.join(given)}: that needs an exact order or views that "
+            "have names, and DALI's own readers and crops give neither. Leave it out, or use source=dali."
         )
     return StreamSource(source)
 
@@ -148,7 +165,9 @@ def eval_source(dataset: Dataset, split: Split, config: DistillConfig, rank: int
         dataset.mean,
         dataset.std,
         batch_size=config.batch_size * 2,
-        image_size=config.image_size,
+        image_size=config.evaluation.crop,
+        resize=config.evaluation.resize,
+        interpolation=config.interpolation,
         workers=config.workers,
         rank=rank,
         ranks=ranks,

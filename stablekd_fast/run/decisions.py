@@ -81,6 +81,7 @@ def _facts(materials: Materials) -> dict:
     return {
         "teacher_fingerprint": fingerprint(paired.teacher) if config.method != "ce" else None,
         "source": images.stream.choice.name,
+        "images": images.source.split.identity(),
         "training_images": images.source.steps_per_epoch * config.batch_size,
         "classes": images.dataset.classes,
         "mean": list(images.dataset.mean),

@@ -24,7 +24,7 @@ from stablekd_fast.engine.checkpoint import RunState, resume_run, save_tensors
 from stablekd_fast.engine.evaluate import Metrics, evaluate
 from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.parts import Execution, Intervals, Parts
-from stablekd_fast.errors import ConfigError, nearest
+from stablekd_fast.errors import ConfigError, DataError, first_line, nearest, printable
 from stablekd_fast.execution.process import current_device, deterministic
 from stablekd_fast.models.weights import card_of
 from stablekd_fast.planning.costs import views_shown
@@ -54,6 +54,8 @@ class RunResult:
     skipped_images: int = 0
     """Unreadable images left out (with `on_bad_image="skip"`); the event log names them."""
 
+
+STUDENT_FILE = "student.safetensors"
 
 TEACHER_IMAGES = 2000
 """On about so many images the teacher's accuracy is measured."""
@@ -176,16 +178,20 @@ class Distiller:
         resumed_at = state.progress.step if resumes else None
         recorder = Recorder(out, progress=progress, resume_step=resumed_at) if ranks.is_first else NoRecorder()
         with self._process(), recorder, _closing(parts):
+            self._keep_digests(out / "images.log", resumes)
             if not resumes:
                 self._emit_start(recorder)
                 self._look_at_teacher(recorder)
             engine = Engine(parts, state, recorder)
             engine.train()
             result = self._finish(engine, out)
-            recorder.emit("run_end", step=state.progress.step, **asdict(result))
+            with _a_line_not_a_run("the event log"):
+                recorder.emit("run_end", step=state.progress.step, **asdict(result))
         if ranks.is_first:
-            write_results(out / "results.json", [asdict(result)])
-            write_run_report(out)
+            with _a_line_not_a_run(f"{out / 'results.json'} (accuracy {result.accuracy:.2%})"):
+                write_results(out / "results.json", [asdict(result)])
+            with _a_line_not_a_run("the report"):
+                write_run_report(out)
         ranks.finish()
         return result
 
@@ -205,41 +211,73 @@ class Distiller:
             return teacher.report()["rows"]
 
     def _finish(self, engine: Engine, out: Path) -> RunResult:
-        """Evaluate the composed student on the test split, and export it."""
-        config, images, progress = self.config, self.materials.images, engine.progress
-        student, ranks = engine.composed_student(), self.ranks
-        test = eval_source(images.dataset, images.dataset.test, config, ranks.rank, ranks.size)
-        metrics = evaluate(student, test.batches(), engine.to_device, ranks.all_reduce)
-        engine.emit_evaluation("test", metrics)
+        """Export the composed student, and evaluate it on the test split: whatever that meets, the student is there."""
+        images, progress, student = self.materials.images, engine.progress, engine.composed_student()
+        self._export(out, student)
+        metrics = self._tested(engine, student, out)
+        self._export(out, student, accuracy=metrics.accuracy, top5=metrics.top5)
         skipped = [[str(path), reason] for split in images.splits for path, reason in split.skipped]
-        if skipped:
-            engine.recorder.emit("skipped_images", step=progress.step, images=skipped)
-        if isinstance(self.parts.teacher, CachedTeacher):
-            engine.recorder.emit("cache", step=progress.step, **self.parts.teacher.report())
-        if ranks.is_first:
-            metadata = {
-                "student": config.student,
-                "classes": images.dataset.classes,
-                "data": config.data,
-                "mean": list(images.dataset.mean),
-                "std": list(images.dataset.std),
-                "image_size": config.image_size,
-                "accuracy": metrics.accuracy,
-                "top5": metrics.top5,
-            }
-            save_tensors(out / "student.safetensors", student.state_dict(), metadata)
+        with _a_line_not_a_run("the event log"):
+            engine.emit_evaluation("test", metrics)
+            if skipped:
+                engine.recorder.emit("skipped_images", step=progress.step, images=skipped)
+            if isinstance(self.parts.teacher, CachedTeacher):
+                engine.recorder.emit("cache", step=progress.step, **self.parts.teacher.report())
         return RunResult(
-            method=config.method,
-            seed=config.seed,
+            method=self.config.method,
+            seed=self.config.seed,
             accuracy=metrics.accuracy,
             top5=metrics.top5,
             epochs=progress.step / images.source.steps_per_epoch,
             steps=progress.step,
-            images_per_second=progress.step * config.batch_size / progress.seconds,
+            images_per_second=progress.step * self.config.batch_size / progress.seconds,
             wall_seconds=progress.seconds,
             data_wait_share=progress.wait_seconds / progress.seconds,
             skipped_images=len(skipped),
         )
+
+    def _tested(self, engine: Engine, student: nn.Module, out: Path) -> Metrics:
+        """Evaluate on the test split; images of it that cannot be read are left out, and that is said."""
+        images, ranks = self.materials.images, self.ranks
+        test = eval_source(images.dataset, images.test, self.config, ranks.rank, ranks.size)
+        try:
+            metrics = evaluate(student, test.batches(), engine.to_device, ranks.all_reduce)
+        except DataError as error:
+            raise DataError(f"{error} The student is trained and lies in {out / STUDENT_FILE}.") from error
+        left_out = images.test.skipped
+        if left_out and self.config.on_bad_image == "stop":
+            path, reason = left_out[0]
+            warnings.warn(
+                f"{len(left_out)} test images could not be read and are left out, the first: {printable(path)} "
+                f"({reason}). The accuracy is that of {metrics.images} images.",
+                stacklevel=1,
+            )
+        return metrics
+
+    def _export(self, out: Path, student: nn.Module, **reached: float) -> None:
+        """Write the student and its card; `reached` is what it was measured to reach."""
+        config, dataset = self.config, self.materials.images.dataset
+        if not self.ranks.is_first:
+            return
+        card = {
+            "student": config.student,
+            "classes": dataset.classes,
+            "data": config.data,
+            "images": self.source.split.identity(),
+            "mean": list(dataset.mean),
+            "std": list(dataset.std),
+            "image_size": config.image_size,
+            "evaluation": asdict(config.evaluation),
+            "interpolation": config.interpolation,
+            **reached,
+        }
+        save_tensors(out / STUDENT_FILE, student.state_dict(), card)
+
+    def _keep_digests(self, log: Path, resumes: bool) -> None:
+        """Go on with the log of what the training images hold; a new run begins its own."""
+        if not resumes:
+            self.ranks.from_first(lambda: log.unlink(missing_ok=True))
+        self.source.split.keep_digests(log)
 
     def _look_at_teacher(self, recorder: Recorder | NoRecorder) -> None:
         """Measure the teacher's accuracy once, if there are held-out images, and warn of one that knows little."""
@@ -294,6 +332,15 @@ class Distiller:
                 predicted_seconds=predicted[0],
                 predicted_seconds_relay=predicted[1],
             )
+
+
+@contextlib.contextmanager
+def _a_line_not_a_run(what: str) -> Iterator[None]:
+    """Go on where something that is written after training cannot be: the student is there, and this says so."""
+    try:
+        yield
+    except Exception as error:  # whatever a report meets: no list is complete
+        warnings.warn(f"The student is saved, but not {what}: {first_line(error)}.", RuntimeWarning, stacklevel=3)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from stablekd_fast import models
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
+from stablekd_fast.data.augmentation import AugmentSettings, CropSettings, EvaluationSettings
 from stablekd_fast.engine.checkpoint import AVERAGE, STUDENT, below, load_tensors
 from stablekd_fast.engine.evaluate import Metrics, evaluate, with_fresh_batch_norm
 from stablekd_fast.errors import ConfigError
@@ -16,7 +17,7 @@ from stablekd_fast.run.builders import bn_batches, eval_source, pick_device, spl
 
 _OF_THE_IMAGES = (
     "subset", "subset_seed", "validation", "batch_size", "image_size", "seed", "view_seed", "views", "bn_images",
-    "jitter", "mix", "mix_alpha", "scaled_decode",
+    "jitter", "mix", "mix_alpha", "scaled_decode", "mean", "std", "flip", "interpolation",
 )  # fmt: skip
 """Settings of a run that decide which training images its batch-norm statistics are taken over, and how they look. Not
 the source: another machine may lack it."""
@@ -41,6 +42,9 @@ def evaluate_file(
     config = DistillConfig(data=data, student=model, image_size=metadata.get("image_size"))
     if run:
         config = DistillConfig(data=data, student=model, **{name: run[name] for name in _OF_THE_IMAGES if name in run})
+        config.crop, config.augment = CropSettings(**run.get("crop", {})), AugmentSettings(**run.get("augment", {}))
+    config.evaluation = EvaluationSettings(**(run or metadata).get("evaluation", {}))
+    config.interpolation = (run or metadata).get("interpolation", config.interpolation)
     dataset = open_dataset(data, image_size=config.image_size)
     said = run or metadata
     if "mean" in said and "std" in said:

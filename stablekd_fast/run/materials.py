@@ -32,6 +32,7 @@ from stablekd_fast.report import versions
 from stablekd_fast.run.builders import (
     cache_settings,
     eval_source,
+    normalised_by_settings,
     pick_device,
     pick_image_dtype,
     split_training_images,
@@ -69,6 +70,8 @@ class Images:
     stream: TrainSource | StreamSource
     """What training takes its batches from: `source`, unless another is asked for."""
     validation: EvalSource | None
+    test: Split
+    """The test split, of which images that cannot be read are left out."""
     cache: CacheSettings
 
     def first(self, device: torch.device) -> Tensor:
@@ -138,6 +141,12 @@ def _resumed(config: DistillConfig, ranks: Ranks) -> dict | None:
 def _open_images(config: DistillConfig, dataset: Dataset | None, device: torch.device, ranks: Ranks) -> Images:
     if dataset is None:
         dataset = open_dataset(config.data, image_size=config.image_size, on_bad_image=config.on_bad_image)
+    elif config.image_size is not None and dataset.train.size != config.image_size:
+        raise ConfigError(
+            f"image_size={config.image_size} was given, but the data set was opened with images of "
+            f"{dataset.train.size} pixels; give the image size to open_dataset."
+        )
+    dataset = normalised_by_settings(dataset, config)
     train, held_out = split_training_images(dataset, config)
     source = train_source(dataset, train, config, device)
     stream = training_stream(source, config)
@@ -145,8 +154,9 @@ def _open_images(config: DistillConfig, dataset: Dataset | None, device: torch.d
     if config.cache.images and not train.resident:
         source.store_images(ImageColumn(source, config.cache, views_shown(config.views, config.epochs)))
     validation = eval_source(dataset, held_out, config, ranks.rank, ranks.size) if held_out is not None else None
-    splits = [split for split in (train, held_out, dataset.test) if split is not None]
-    return Images(dataset, splits, source, stream, validation, cache)
+    test = dataset.test.skipping()
+    splits = [split for split in (train, held_out, test) if split is not None]
+    return Images(dataset, splits, source, stream, validation, test, cache)
 
 
 def _pair(config: DistillConfig, given: Given, images: Images, device: torch.device) -> PairedBlocks:
@@ -201,7 +211,7 @@ def _checked_card(config: DistillConfig, dataset: Dataset) -> dict:
             )
         shown = [", ".join(map(str, names[:3])) for names in (theirs, dataset.classes)]
         warnings.warn(
-            f"The teacher's classes ({shown[0]}, ...) have other names than those of {dataset.name} ({shown[1]}, ...); "
+            f"The teacher's file names other classes ({shown[0]}, ...) than {dataset.name} does ({shown[1]}, ...); "
             "they are taken for each other in this order.",
             stacklevel=1,
         )

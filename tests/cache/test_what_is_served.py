@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 BASE = Augmentation("resized_crop", flip=True, padding=2, size=8, jitter=0.2, mix="mixup", mix_alpha=0.5)
 ALTERED = {
     "kind": "pad_crop", "flip": False, "padding": 3, "size": 9, "jitter": 0.3, "mix": "cutmix", "mix_alpha": 0.7,
-    "scaled_decode": True,
+    "scaled_decode": True, "scale": (0.2, 1.0), "ratio": (0.5, 2.0), "interpolation": "bicubic", "operations": 2,
+    "magnitude": 10, "erasing": 0.25,
 }  # fmt: skip
 
 

@@ -215,7 +215,7 @@ def test_help_says_what_settings_mean():
     """A process of its own: what jsonargparse is told about descriptions outlasts a command."""
     command = [sys.executable, "-m", "stablekd_fast", "distill", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True).stdout
-    assert "Training images to use, class-balanced" in " ".join(shown.split())
+    assert "Training images to use, with the classes in the proportions of the whole" in " ".join(shown.split())
 
 
 def test_the_command_is_installed_and_fails_with_a_code():

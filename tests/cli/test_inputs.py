@@ -85,7 +85,7 @@ def test_classes_in_another_order_are_noticed(teacher, tmp_path):
     with pytest.raises(ModelError, match="another order: its class 0 is '0', the data set's '9'"):
         run(tmp_path / "run", dataset=dataset, method="kd", teacher="resnet20_half", teacher_weights=str(file))
     dataset.classes = [f"digit {digit}" for digit in range(10)]
-    with pytest.warns(UserWarning, match=r"classes \(0, 1, 2, ...\) have other names"):
+    with pytest.warns(UserWarning, match=r"other classes \(0, 1, 2, ...\) than digits does"):
         settings = {**SMALL, "data": "digits", "method": "kd", "teacher": "resnet20_half", "epochs": 0.5}
         distill(**settings, dataset=dataset, teacher_weights=str(file), out=str(tmp_path / "run"))
 

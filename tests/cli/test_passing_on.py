@@ -14,10 +14,12 @@ from stablekd_fast.cli import bench as bench_module
 from stablekd_fast.cli.benches import BENCHES
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
+from stablekd_fast.data.augmentation import AugmentSettings, CropSettings, EvaluationSettings
 from stablekd_fast.diagnose.settings import NOT_USED, Probing
 from stablekd_fast.engine.schedule import Optimizer
-from stablekd_fast.errors import StableKDError
+from stablekd_fast.errors import ConfigError, StableKDError
 from stablekd_fast.run.builders import eval_source
+from stablekd_fast.run.distiller import Distiller
 
 OTHER = {
     "data": "d", "teacher": "resnet8", "teacher_weights": "t.pt",
@@ -26,6 +28,9 @@ OTHER = {
     "student_weights": "s.pt",
     "method": "kd", "recipe": "paper", "epochs": 3.5, "subset": 70.0, "subset_seed": 4, "validation": 0.25,
     "batch_size": 24, "image_size": 48, "views": 3, "jitter": 0.3, "mix": "cutmix", "mix_alpha": 0.7,
+    "mean": [0.25, 0.5, 0.5], "std": [0.5, 0.25, 0.25], "flip": True, "crop": CropSettings(padding=3),
+    "augment": AugmentSettings(operations=2, erasing=0.5), "interpolation": "bicubic",
+    "evaluation": EvaluationSettings(resize=70, crop=60),
     "scaled_decode": True, "seed": 11, "view_seed": 12, "cuts": ["a", "b"], "blocks": 5, "bridge": "pca",
     "align": "ends", "copy_classifier": False, "feature": "cosine", "logits": "dkd", "precision": "bf16",
     "capture": "eager", "deterministic": True, "fuse_norms": "off", "ema": 0.75, "bn_images": 100, "accumulate": 3,
@@ -309,9 +314,15 @@ def test_images_are_evaluated_at_the_size_that_was_asked_for(tmp_path, size):
             (tmp_path / part / name).mkdir(parents=True)
             for number in range(5):
                 Image.new("RGB", (100, 90)).save(tmp_path / part / name / f"{number}.png")
-    dataset = open_dataset(tmp_path)  # which knows nothing of the size
+    dataset = open_dataset(tmp_path, image_size=size)
     config = DistillConfig(data=str(tmp_path), student="resnet8", method="ce", image_size=size, batch_size=2)
     whole = list(eval_source(dataset, dataset.test, config).batches())
     assert [tuple(batch.pixels.shape) for batch in whole] == [(n, 3, size or 224, size or 224) for n in (4, 4, 2)]
     parts = [list(eval_source(dataset, dataset.test, config, rank, 3).batches()) for rank in range(3)]
     assert sorted(torch.cat([one.sample_ids for part in parts for one in part]).tolist()) == list(range(10))
+    config.evaluation.crop, config.evaluation.resize = 40, 50
+    (first, *_) = eval_source(dataset, dataset.test, config).batches()
+    assert first.pixels.shape[2:] == (40, 40)
+    other = DistillConfig(data=str(tmp_path), student="resnet8", method="ce", image_size=32, batch_size=2)
+    with pytest.raises(ConfigError, match="image_size=32 was given, but .* opened with images of"):
+        _ = Distiller(other, dataset=dataset).materials

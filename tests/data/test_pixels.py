@@ -92,7 +92,7 @@ def test_empty_and_foreign_files_are_named(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(BadImage, match="missing.jpg: No such file"):
-        FileRecords([tmp_path / "missing.jpg"]).read(0)
+        FileRecords(str(tmp_path), ["missing.jpg"]).read(0)
 
 
 def test_decompression_bomb_is_reported(tmp_path, monkeypatch):

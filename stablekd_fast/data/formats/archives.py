@@ -39,12 +39,17 @@ class Sample:
     label: int | str
 
 
+def is_archive(name: str) -> bool:
+    """Whether a file is called like an archive of a data set."""
+    return name.endswith(".tar") or _TFRECORD.search(name) is not None
+
+
 def find_archives(folder: Path) -> dict[str, list[Path]] | None:
     """Find the archives of the training and the test part in `folder` or in its folders of these names; None if there
     are none."""
     found: dict[str, list[Path]] = {}
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if (path.suffix == ".tar" or _TFRECORD.search(path.name)) and path.is_file():
+        if is_archive(path.name) and path.is_file():
             words = re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())
             part = next((_PARTS[word] for word in words if word in _PARTS), None)
             if part is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,19 +15,29 @@ from stablekd_fast.errors import DataError
 
 SMALL_SIDE = 64
 DEFAULT_CROP = 224
+_LOOKED_AT = 256
+"""From so many images it is told whether they are small."""
 
 
 def encoded_splits(
     root: Path, parts: Mapping[str, tuple[Records, list[int]]], *, crop_size: int | None, on_bad_image: OnBadImage
-) -> tuple[Split, Split]:
-    """Return the training and the test split of images with labels; `root` names them in errors. Raises `DataError`.
+) -> tuple[dict[str, Split], list[str]]:
+    """Return the splits of images with labels, by part, and what was decided for them, in sentences.
 
-    Images up to 64 pixels on both sides are kept in memory, at their own size or resized to `crop_size`; larger ones
-    are read batch by batch at `crop_size` (default 224).
+    Images of which most have at most 64 pixels on both sides are kept in memory, at their own size or resized to
+    `crop_size`, unless that is larger; others are read batch by batch at `crop_size` (default 224). `root` names the
+    images in errors. Raises `DataError`.
     """
-    sizes = _probe(*parts["train"], on_bad_image)
-    small = all(max(size) <= SMALL_SIDE for size in sizes)
-    shape = _small_shape(root, sizes, crop_size) if small else None
+    sizes = _probe(parts["train"][0])
+    small = sum(max(size) <= SMALL_SIDE for size in sizes)
+    notes = []
+    if 0 < small < len(sizes):
+        notes.append(
+            f"{small} of {len(sizes)} training images that were looked at have up to {SMALL_SIDE} pixels on both "
+            f"sides, the others more; all are read as the {'small' if 2 * small > len(sizes) else 'large'} ones."
+        )
+    resident = 2 * small > len(sizes) and (crop_size or 0) <= SMALL_SIDE
+    shape = _small_shape(root, sizes, crop_size) if resident else None
 
     def split(records: Records, labels: list[int]) -> Split:
         files = ImageFiles(
@@ -38,31 +49,33 @@ def encoded_splits(
         )
         return Split(torch.tensor(labels), files=files)
 
-    return split(*parts["train"]), split(*parts["test"])
+    return {part: split(*found) for part, found in parts.items()}, notes
 
 
-def _probe(records: Records, labels: list[int], on_bad_image: OnBadImage) -> list[tuple[int, int]]:
-    """Return height and width of the first readable image of each class, from the headers."""
-    sizes: dict[int, tuple[int, int]] = {}
-    for number, label in enumerate(labels):
-        if label in sizes:
-            continue
+def _probe(records: Records) -> list[tuple[int, int]]:
+    """Return height and width of readable images, evenly spread over the split, from their headers. Bad images are
+    judged when they are read to be used."""
+    sizes: list[tuple[int, int]] = []
+    bad: BadImage | None = None
+    count = min(len(records), _LOOKED_AT)
+    for number in (k * len(records) // count for k in range(count)):
         try:
             header = read_header(records.read(number), records.name(number))
-        except BadImage:
-            if on_bad_image == "stop":
-                raise
+        except BadImage as error:
+            bad = error
         else:
-            sizes[label] = (header.height, header.width)
+            sizes.append((header.height, header.width))
     if not sizes:
-        raise DataError(f"None of {len(labels)} training images can be read; the first is {records.name(0)}.")
-    return list(sizes.values())
+        raise DataError(f"None of {count} training images that were looked at can be read. {bad}")
+    return sizes
 
 
 def _small_shape(root: Path, sizes: list[tuple[int, int]], crop_size: int | None) -> tuple[int, int]:
+    """The shape in which small images are kept: as asked for, else that of most of them, if it is that of most."""
     if crop_size is not None:
         return crop_size, crop_size
-    if len(set(sizes)) > 1:
-        listed = ", ".join(f"{width} x {height}" for height, width in sorted(set(sizes))[:3])
+    counted = Counter(sizes).most_common()
+    if 2 * counted[0][1] <= len(sizes):
+        listed = ", ".join(f"{width} x {height}" for (height, width), _ in counted[:3])
         raise DataError(f"The images of {root} differ in size ({listed}, …); give an image size to have all resized.")
-    return sizes[0]
+    return counted[0][0]

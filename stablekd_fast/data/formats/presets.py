@@ -11,7 +11,7 @@ from pathlib import Path
 from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 
-from stablekd_fast.errors import DataError
+from stablekd_fast.errors import DataError, printable
 
 ROOT_VARIABLE = "STABLEKD_DATA"
 """Environment variable: the folder that holds data sets by name, one folder each."""
@@ -100,4 +100,4 @@ def class_names(folders: list[str]) -> list[str]:
         from torchvision.models import ResNet18_Weights
 
         return list(ResNet18_Weights.DEFAULT.meta["categories"])  # in the order of the numbers
-    return [_NAMES.get(name, name) for name in folders]
+    return [_NAMES.get(name, printable(name)) for name in folders]
