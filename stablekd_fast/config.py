@@ -157,6 +157,9 @@ class DistillConfig:
     """The folder for checkpoint, student, results, report and event log."""
     resume: bool = False
     """Go on from the checkpoint in `out`; the bare option means true."""
+    extend: bool = False
+    """With `resume`: where `epochs` is more than the run had, train on to it in a further stage like the last one, with
+    its own cycle of the learning rate; the bare option means true."""
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -169,6 +172,8 @@ class DistillConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must not be negative.")
         if self.teacher_image_size is not None and self.teacher_image_size < 1:
             raise ConfigError(f"teacher_image_size={self.teacher_image_size} was given; it must be at least 1 pixel.")
+        if self.extend and not self.resume:
+            raise ConfigError("extend was given without resume; give both, and the epochs that there are to be in all.")
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"batch_size={self.batch_size} was given; it must be a multiple of accumulate={self.accumulate}."
@@ -182,7 +187,7 @@ class DistillConfig:
 
 
 WITHOUT_EFFECT_ON_NUMBERS = (
-    "out", "resume", "checkpoint_every", "log_every", "workers", "prefetch", "source", "cache", "capture",
+    "out", "resume", "extend", "checkpoint_every", "log_every", "workers", "prefetch", "source", "cache", "capture",
     "parallel", "timeout",
 )  # fmt: skip
 """What the cache stores inexactly, compiling, and how images are decoded do have one; the plan, whether steps are

@@ -80,14 +80,17 @@ class Contents:
         if self.digest_at_once() is not None:
             return
         self._want()
-        if path.exists():
-            self._take_up(path)
+        assert self._digests is not None
+        told = self._take_up(path) if path.exists() else np.zeros(len(self._digests), bool)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._logs.append(open(path, "ab", buffering=0))
+            log = open(path, "ab", buffering=0)
         except OSError as error:
             if not path.exists():  # else it may only be read, as a finished cache may
                 warnings.warn(f"{path} cannot be written ({error.strerror}): digests are not kept.", stacklevel=2)
+            return
+        self._append([log], np.flatnonzero((self._digests != 0) & ~told))
+        self._logs.append(log)
 
     def close(self) -> None:
         """Let go of the logs."""
@@ -105,41 +108,51 @@ class Contents:
         if self._digests[sample] not in (0, digest):
             raise self._others([sample])
         self._digests[sample], self._stamps[sample] = digest, stamp
-        if self._logs:
-            record = np.array([(sample, 0, digest, *stamp)], _RECORD)
-            record["check"] = _check(record)
-            for log in list(self._logs):
-                try:
-                    log.write(record.tobytes())  # one write: records of several processes do not mix
-                except OSError as error:
-                    self._logs.remove(log)
-                    warnings.warn(f"{log.name} takes no more digests: {error.strerror}.", stacklevel=2)
+        self._append(self._logs, np.array([sample]))
 
-    def _take_up(self, path: Path) -> None:
-        """Take the digests of a log for the images that are still the same."""
+    def _append(self, logs: list[BinaryIO], samples: np.ndarray) -> None:
+        assert self._digests is not None
+        records = np.zeros(len(samples), _RECORD)
+        records["sample"], records["digest"] = samples, self._digests[samples]
+        records["size"], records["changed"] = self._stamps[samples].T
+        records["check"] = _check(records)
+        for log in list(logs):
+            try:
+                log.write(records.tobytes())  # one write: records of several processes do not mix
+            except OSError as error:
+                logs.remove(log)
+                warnings.warn(f"{log.name} takes no more digests: {error.strerror}.", stacklevel=2)
+
+    def _take_up(self, path: Path) -> np.ndarray:
+        """Take the digests of a log, and return which images it tells of, bool `[N]`, with their present stamps.
+
+        Raises DataError if images are others.
+        """
         assert self._digests is not None
         content = path.read_bytes()
         records = np.frombuffer(content[: len(content) // _RECORD.itemsize * _RECORD.itemsize], _RECORD)
         records = records[(records["check"] == _check(records)) & (records["sample"] < len(self.records))]
-        known = self._digests.copy()
+        told, known = np.zeros(len(self.records), bool), self._digests.copy()
         known[records["sample"][::-1]] = records["digest"][::-1]
-        first = known.copy()
-        known[records["sample"]] = records["digest"]
+        others = known[records["sample"]] != records["digest"]  # two processes met different images
+        others = set(records["sample"][others].tolist())
+        others |= set(np.flatnonzero((self._digests != 0) & (self._digests != known)).tolist())
+        self._digests, told[records["sample"]] = known, True
         self._stamps[records["sample"]] = np.stack([records["size"], records["changed"]], 1)
-        others = np.flatnonzero((known != first) | ((self._digests != 0) & (self._digests != known))).tolist()
-        self._digests = known
-        told = np.flatnonzero(known).tolist()
-        stamps = np.array([self.records.stamp(sample) for sample in told], np.int64).reshape(-1, 2)
-        changed = np.array(told, np.int64)[(stamps != self._stamps[told]).any(1)].tolist()
-        if len(changed) > len(told) // 10:
+        samples = np.flatnonzero(told)
+        stamps = np.array([self.records.stamp(sample) for sample in samples.tolist()], np.int64).reshape(-1, 2)
+        changed = samples[(stamps != self._stamps[samples]).any(1)].tolist()
+        if len(changed) > len(samples) // 10:
             warnings.warn(
-                f"{len(changed)} of {len(told)} images have another size or time of change than in {path}: they are "
+                f"{len(changed)} of {len(samples)} images have another size or time of change than in {path}: they are "
                 "read again, to compare what they hold.",
                 stacklevel=3,
             )
-        others += [sample for sample in changed if not self._same(sample)]
+        others |= {sample for sample in changed if not self._same(sample)}
         if others:
-            raise self._others(sorted(set(others)), path)
+            raise self._others(sorted(others), path)
+        told[changed] = False  # their stamps are entered anew
+        return told
 
     def _same(self, sample: int) -> bool:
         try:

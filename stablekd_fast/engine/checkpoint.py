@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -110,6 +111,9 @@ def check_same_run(checkpoint: Path, saved: dict, own: dict) -> None:
     saved = {"images": own.get("images"), **_ADDED, **saved}
     differing = sorted(key for key in own.keys() | saved.keys() if own.get(key) != saved.get(key))
     differing = [key for key in differing if key not in _MAY_CHANGE]
+    begun = ends_of(saved.get("epochs"))
+    if begun == ends_of(own.get("epochs"))[: len(begun)]:  # it may have been extended
+        differing = [key for key in differing if key != "epochs"]
     if differing == ["images"]:
         raise CheckpointError(
             f"{checkpoint} belongs to a run on other training images: their number, their names, labels or contents "
@@ -121,6 +125,11 @@ def check_same_run(checkpoint: Path, saved: dict, own: dict) -> None:
             f"{checkpoint} belongs to a run with other settings ({listed}). Resume with the same settings, "
             "or start anew with another --out."
         )
+
+
+def ends_of(epochs: Any) -> list:
+    """The epochs of a run as its identity holds them: a number, or several where the run was extended."""
+    return epochs if isinstance(epochs, list) else [epochs]
 
 
 @dataclass

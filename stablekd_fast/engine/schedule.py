@@ -6,6 +6,7 @@ teacher's activation before it; the groups of a later stage are unions of the gr
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -171,6 +172,18 @@ def plan_stages(stages: list[Stage], blocks: int, total_steps: int, steps_per_ep
         planned.append(PlannedStage(stage, position, position + own))
         position += own
     return planned
+
+
+def extended(planned: list[PlannedStage], total_steps: int) -> list[PlannedStage]:
+    """The stages of a run, and behind them one more like the last, which trains up to `total_steps`.
+
+    It takes over the optimizer's moments, and goes through a cycle of its own.
+    """
+    last = planned[-1]
+    stage = dataclasses.replace(
+        last.stage, share=None, epochs=None, steps=total_steps - last.last, optimizer_state="carry"
+    )
+    return [*planned, PlannedStage(stage, last.last, total_steps)]
 
 
 def merge_neighbours(blocks: int) -> list[list[list[int]]]:

@@ -17,7 +17,7 @@ from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import STREAM, Augmentation, Dataset, EvalSource, Split, StreamSource, TrainSource
 from stablekd_fast.data.augmentation import altered
-from stablekd_fast.errors import ConfigError
+from stablekd_fast.errors import ConfigError, DataError
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,6 +82,13 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: 
     names = ("jitter", "mix", "mix_alpha", "scaled_decode", "interpolation")
     chosen = {name: getattr(config, name) for name in names}
     asked_for = {name: value for name, value in chosen.items() if value != getattr(DistillConfig, name)}
+    if config.batch_size > len(split):
+        held = dataset.train.total - len(split) if config.subset is None else 0
+        said = f" ({held} of {dataset.train.total} are held out or left out)" if held else ""
+        raise DataError(
+            f"A batch of {config.batch_size} does not fit {len(split)} training images{said}; give a batch size of at "
+            f"most {len(split)}, or more images."
+        )
     return TrainSource(
         split,
         altered(dataset.augmentation, config.crop, config.augment, config.flip, **asked_for),

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from stablekd_fast.cache.columns import Plan
 from stablekd_fast.cache.fingerprint import image_fingerprint
-from stablekd_fast.config import identity, objectives_of
+from stablekd_fast.config import DistillConfig, identity, objectives_of
 from stablekd_fast.distributed import Layout
-from stablekd_fast.engine.schedule import PlannedStage, method_stages, plan_stages
+from stablekd_fast.engine.checkpoint import ends_of
+from stablekd_fast.engine.schedule import PlannedStage, extended, method_stages, plan_stages
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.planning.costs import Planner
 from stablekd_fast.planning.ranks import measured_layouts
@@ -44,9 +45,12 @@ def decide(materials: Materials) -> Decisions:
     """
     config, source, paired = materials.config, materials.source, materials.paired
     objectives = objectives_of(config)
-    total_steps = max(round(config.epochs * source.steps_per_epoch), 1)
     asked = config.stages or method_stages(config.method, len(paired), config.recipe, config.optimizer)
-    stages = plan_stages(asked, len(paired), total_steps, source.steps_per_epoch)
+    ends = _ends(config, materials.resumed)
+    first, *later = (max(round(epochs * source.steps_per_epoch), 1) for epochs in ends)
+    stages = plan_stages(asked, len(paired), first, source.steps_per_epoch)
+    for total_steps in later:
+        stages = extended(stages, total_steps)
     planner = Planner(paired, source, objectives, stages, materials.images.cache, materials.device)
     facts = _facts(materials)
     if materials.ranks.size > 1:  # before any of them opens a column
@@ -56,8 +60,19 @@ def decide(materials: Materials) -> Decisions:
     layouts = _layouts(materials, objectives, stages, teacher)
     inexact = [[output, kept.codec] for output, kept in sorted(plan.kept.items()) if kept.codec != "fp32"]
     return Decisions(
-        objectives, stages, plan, costs, teacher, layouts, {**identity(config), **facts, "inexact": inexact}
-    )
+        objectives, stages, plan, costs, teacher, layouts,
+        {**identity(config), **facts, "inexact": inexact, "epochs": ends[0] if len(ends) == 1 else ends},
+    )  # fmt: skip
+
+
+def _ends(config: DistillConfig, resumed: dict | None) -> list[float]:
+    """The epochs that a run was to train when it began, and those to which it was extended since."""
+    ends = ends_of((resumed or {}).get("identity", {}).get("epochs", config.epochs))
+    if config.epochs == ends[-1]:
+        return ends
+    if config.extend and config.epochs > ends[-1]:
+        return [*ends, config.epochs]
+    return [config.epochs]  # which the comparison with the checkpoint refuses
 
 
 def _teacher(materials: Materials, planner: Planner) -> tuple[Plan, Costs | None, Teacher]:

@@ -32,7 +32,7 @@ from stablekd_fast.planning.rows import decisions, predict
 from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.run.builders import bn_batches, eval_source, pick_device
 from stablekd_fast.run.decisions import Decisions, decide
-from stablekd_fast.run.materials import Given, Materials, gather
+from stablekd_fast.run.materials import Given, Images, Materials, gather
 from stablekd_fast.teacher.cached import CachedTeacher
 
 
@@ -323,6 +323,7 @@ class Distiller:
             images=str(materials.image_dtype).removeprefix("torch."),
             source=asdict(materials.images.stream.choice),
         )
+        recorder.emit("data", step=0, **_told(materials.images))
         if decided.costs is not None:
             predicted = [predict(decided.costs, plan).seconds for plan in (decided.plan, Plan())]
             recorder.emit(
@@ -332,6 +333,20 @@ class Distiller:
                 predicted_seconds=predicted[0],
                 predicted_seconds_relay=predicted[1],
             )
+
+
+def _told(images: Images) -> dict:
+    """What the images of a run are, for its log."""
+    dataset, source = images.dataset, images.source
+    return {
+        "name": dataset.name,
+        "classes": len(dataset.classes),
+        "training_images": len(source.split),
+        "held_out": len(images.validation.split) if images.validation is not None else 0,
+        "test_images": dataset.test.total,
+        "left_out": dataset.left_out,
+        "notes": dataset.notes,
+    }
 
 
 @contextlib.contextmanager

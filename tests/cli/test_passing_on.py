@@ -36,7 +36,7 @@ OTHER = {
     "capture": "eager", "deterministic": True, "fuse_norms": "off", "ema": 0.75, "bn_images": 100, "accumulate": 3,
     "parallel": "data", "sync_norms": True, "timeout": 5.5, "device": "cpu", "source": "torchvision", "workers": 5,
     "prefetch": 6, "on_bad_image": "skip", "evaluate_every": 0.5, "checkpoint_every": 9, "log_every": 8, "out": "o",
-    "resume": True, "feature_options": {"weight": 0.5}, "logits_options": {"temperature": 2.0},
+    "resume": True, "extend": True, "feature_options": {"weight": 0.5}, "logits_options": {"temperature": 2.0},
     "optimizer": Optimizer(name="sgd", lr=0.125, clip=1.5), "cache": CacheSettings(plan="all", directory="rows"),
     "stages": None,
 }  # fmt: skip
