@@ -1,5 +1,6 @@
 """Opening a data set by path or name: images, classes, normalisation and augmentation that suit it."""
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import get_args
 import torch
 
 from stablekd_fast.data.augmentation import Augmentation
-from stablekd_fast.data.formats.archives import find_archives, open_archives
+from stablekd_fast.data.formats.archives import find_archives, is_archive, open_archives
 from stablekd_fast.data.formats.arrays import find_idx, read_digits, read_idx, read_npz
 from stablekd_fast.data.formats.cifar import read_cifar
 from stablekd_fast.data.formats.encoded import SMALL_SIDE, encoded_splits
@@ -112,6 +113,9 @@ def _open_folder(path: Path, image_size: int | None, on_bad_image: OnBadImage) -
     root = find_tree(path)
     if root is not None:
         tree = list_tree(root)
+        beside = sorted(name for name in os.listdir(root) if is_archive(name))
+        if beside:
+            tree.notes.append(f"{beside[0]} is not used, as the folders beside it hold the images.")
         notes = [*tree.notes, *filter(None, [tree.left_out.sentence()])]
         dataset = _encoded_dataset(root, tree.classes, tree.parts, image_size, on_bad_image, notes)
         dataset.left_out = tree.left_out.counts()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stablekd_fast.data.augmentation import Augmentation
 from stablekd_fast.data.dataset import Channels
-from stablekd_fast.data.split import Split
+from stablekd_fast.data.split import Split, check_room
 from stablekd_fast.data.views import crop_offsets_and_flips
 from stablekd_fast.kernels import augment_batch
 
@@ -27,7 +27,10 @@ class ResidentImages:
     @cached_property
     def _images(self) -> Tensor:
         """uint8 `[N, H, W, 3]`, decoded and copied to the device when they are first needed."""
-        return self.split.images.to(self.device)
+        images = self.split.images
+        if images.device != self.device:
+            check_room(*images.shape[:3], self.device)
+        return images.to(self.device)
 
     def normalised(
         self, positions: np.ndarray, view: int, mean: Channels, std: Channels, dtype: torch.dtype = torch.float32

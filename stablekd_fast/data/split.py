@@ -16,6 +16,7 @@ from stablekd_fast.data.records import Records
 from stablekd_fast.data.threads import ordered_map
 from stablekd_fast.data.views import Stream, counter_hash
 from stablekd_fast.errors import DataError
+from stablekd_fast.execution.memory import left
 
 OnBadImage = Literal["stop", "skip"]
 Used = TypeVar("Used")
@@ -46,6 +47,17 @@ class ImageFiles:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "contents", Contents(self.records))
+
+
+def check_room(count: int, height: int, width: int, device: torch.device) -> None:
+    """Raise DataError if so many images uint8 `[H, W, 3]` do not fit into what is left of a device's memory."""
+    needed, there = 3 * count * height * width, left(device)
+    if there is not None and needed > there:
+        raise DataError(
+            f"{count:,} images of {width} x {height} pixels take {needed / 1e9:.1f} GB in the memory of {device.type}, of "
+            f"which {max(there, 0) / 1e9:.1f} GB are left; give a --subset, a smaller --image-size, or one above 64 "
+            "pixels, at which images are read batch by batch."
+        )
 
 
 class Split:
@@ -235,6 +247,7 @@ class Split:
         """Decode all small images; samples whose image is bad are left out from then on."""
         height, width = self._small_shape
         count = len(self._sample_ids)
+        check_room(count, height, width, torch.device("cpu"))
         images = torch.empty(count, height, width, 3, dtype=torch.uint8)
         good = torch.zeros(count, dtype=torch.bool)
 

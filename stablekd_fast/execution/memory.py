@@ -7,6 +7,7 @@ import ctypes
 import gc
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +29,23 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_threshold, one_gigabyte = -1, -3, 1 << 30
     return all([mallopt(mmap_threshold, one_gigabyte), mallopt(trim_threshold, one_gigabyte)])
+
+
+def left(device: torch.device) -> int | None:
+    """Return how many bytes of memory are left on a device to this process; None where the system does not tell.
+
+    In main memory that is the least of what the machine and the process's control group (a container) have left.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    told = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        told.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # the limit is a number, or `max`
+        group = Path("/sys/fs/cgroup")
+        told.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(told, default=None)
 
 
 @contextlib.contextmanager

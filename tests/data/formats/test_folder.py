@@ -1,12 +1,15 @@
+import os
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from stablekd_fast.data import IMAGENET_MEAN, Augmentation, open_dataset
 from stablekd_fast.data import split as split_module
 from stablekd_fast.errors import ConfigError, DataError
+from stablekd_fast.execution.memory import left
 
 
 def pixels(path) -> np.ndarray:
@@ -212,3 +215,144 @@ def test_images_of_64_pixels_are_small_and_those_of_65_are_not(write_tree, tmp_p
     edge = open_dataset(write_tree(size=(40, 64)))
     assert edge.train.resident and edge.train.images.shape[1:] == (40, 64, 3)
     assert not open_dataset(write_tree(size=(40, 65), root=tmp_path / "larger")).train.resident
+
+
+def copied(root, place, *names):
+    for name in names:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / "train" / "ant" / "000.png", place / name)
+
+
+def test_what_is_not_used_is_counted_by_reason(write_tree):
+    root = write_tree()
+    ant = root / "train" / "ant"
+    copied(root, ant, "._0.png", "@eaDir/SYNO.png", "__MACOSX/x.png", "Thumbs.db", "no_ending", "photo.heic", "page.eps")
+    (ant / "notes.txt").write_text("notes")
+    (ant / "gone.raw").symlink_to("/nowhere")
+    copied(root, root / "train", "loose.png", "lost+found/x.png", ".git/x.png")
+    with pytest.warns(UserWarning, match=r"Not used: .*files named \*\.heic that hold images.*photo.heic"):
+        dataset = open_dataset(root)
+    assert dataset.classes == ["ant", "bee", "cat"] and len(dataset.train) == 18
+    assert dataset.left_out == {
+        "hidden files and folders": 4,
+        "files beside the class folders": 1,
+        "files named *.eps that hold images; name them by their format to have them used": 1,
+        "files named *.heic that hold images; name them by their format to have them used": 1,
+        "files named *.txt": 1,
+        "files without an ending that hold images; name them by their format to have them used": 1,
+        "links that lead nowhere": 1,
+    }
+
+
+def test_endings_are_known_in_any_case_and_programs_of_postscript_are_never_run(write_tree):
+    root = write_tree()
+    ant = root / "train" / "ant"
+    picture = Image.open(ant / "000.png").convert("RGB")
+    for ending, form in (
+        ("JFIF", "JPEG"), ("jpe", "JPEG"), ("Tga", "TGA"), ("jp2", "JPEG2000"), ("AVIF", "AVIF"), ("tiff", "TIFF"),
+    ):  # fmt: skip
+        picture.save(ant / f"x.{ending}", form)
+    assert open_dataset(root).train.labels.bincount().tolist() == [12, 6, 6]
+    picture.save(root / "program.eps")
+    shutil.move(root / "program.eps", ant / "000.png")
+    with pytest.raises(DataError, match="ant/000.png: it is not an image of a known format"):
+        _ = open_dataset(root).train.images
+
+
+def test_links_are_followed_once(write_tree):
+    root = write_tree()
+    (root / "train" / "ant" / "loop").symlink_to(root / "train" / "ant", target_is_directory=True)
+    (root / "train" / "ant" / "other").symlink_to(root / "test" / "bee", target_is_directory=True)
+    (root / "train" / "bee" / "9.png").symlink_to(root / "test" / "cat" / "000.png")
+    (root / "train" / "cat" / "9.png").symlink_to("/nowhere.png")
+    dataset = open_dataset(root, on_bad_image="skip")
+    assert dataset.left_out == {"links to a folder above them": 1}
+    assert dataset.train.labels.bincount().tolist() == [8, 7, 6]
+    assert [path.name for path, _ in dataset.train.skipped] == ["9.png"]
+
+
+@pytest.mark.parametrize("names", [("Train", "VAL"), ("training", "validation"), ("TRAIN", "Testing"), ("train", "dev")])
+def test_the_parts_have_other_names_too(write_tree, names):
+    root = write_tree()
+    (root / "train").rename(root / "x")
+    (root / "x").rename(root / names[0])
+    (root / "test").rename(root / "y")
+    (root / "y").rename(root / names[1])
+    dataset = open_dataset(root)
+    assert (len(dataset.train), len(dataset.test), dataset.validation) == (18, 6, None) and dataset.notes == []
+
+
+def test_three_parts_are_three_parts(write_tree):
+    root = write_tree()
+    shutil.copytree(root / "test", root / "valid")
+    shutil.rmtree(root / "valid" / "cat")
+    with pytest.warns(UserWarning, match="valid is held out.*test is the test"):
+        dataset = open_dataset(root)
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (18, 4, 6)
+    assert any("valid has no images of cat: 1 classes" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize("layout", ["flat", "one folder"])
+def test_a_test_folder_without_classes_is_said_not_to_be_used(write_tree, layout):
+    root = write_tree(test_folder="val")
+    copied(root, root / "test" / ("" if layout == "flat" else "unknown"), "1.png", "2.png")
+    with pytest.warns(UserWarning, match="test is not used: it holds none of the 3 class folders"):
+        dataset = open_dataset(root)
+    assert len(dataset.test) == 6 and dataset.validation is None
+
+
+@pytest.mark.parametrize("left", ["train.tar", "ILSVRC2012_img_train.tar"])
+def test_archives_beside_folders_are_left_alone(write_tree, left):
+    root = write_tree()
+    (root / left).write_bytes(b"")
+    with pytest.warns(UserWarning, match=f"{left} is not used"):
+        assert len(open_dataset(root).train) == 18
+
+
+def test_names_that_are_no_utf8_are_read_and_shown(write_tree):
+    root = write_tree()
+    name = os.fsencode(root / "train" / "ant") + b"/caf\xe9.png"
+    shutil.copy(root / "train" / "ant" / "000.png", name)
+    dataset = open_dataset(root)
+    assert len(dataset.train) == 19 and len(dataset.train.identity()["digest"]) == 32
+    with open(name, "wb"):
+        pass
+    with pytest.raises(DataError, match=r"caf\\xe9.png: the file is empty") as caught:
+        _ = open_dataset(root).train.images
+    str(caught.value).encode()
+    os.rename(os.fsencode(root / "train" / "cat"), os.fsencode(root / "train") + b"/c\xe4t")
+    os.rename(os.fsencode(root / "test" / "cat"), os.fsencode(root / "test") + b"/c\xe4t")
+    assert open_dataset(root, on_bad_image="skip").classes[2] == r"c\xe4t"
+
+
+def test_one_odd_image_does_not_decide_for_all(write_tree):
+    root = write_tree(size=(48, 48))
+    Image.new("RGB", (640, 480)).save(root / "train" / "ant" / "000.png")
+    with pytest.warns(UserWarning, match="17 of 18 training images .* up to 64 pixels on both sides, .* as the small"):
+        assert open_dataset(root, image_size=32).train.resident
+    large = write_tree(size=(80, 90), root=root.with_name("large"))
+    Image.new("RGB", (20, 20)).save(large / "train" / "ant" / "000.png")
+    with pytest.warns(UserWarning, match="1 of 18 training images .*as the large"):
+        assert not open_dataset(large).train.resident
+
+
+def test_small_images_that_are_to_be_large_are_not_blown_up_in_memory(write_tree):
+    root = write_tree()
+    assert open_dataset(root, image_size=64).train.resident
+    dataset = open_dataset(root, image_size=65)
+    assert not dataset.train.resident and dataset.augmentation.size == 65
+
+
+def test_memory_is_counted_before_it_is_filled(write_tree, monkeypatch):
+    root = write_tree()
+    monkeypatch.setattr(split_module, "left", lambda device: 18 * 12 * 12 * 3)
+    assert len(open_dataset(root).train.images) == 18
+    monkeypatch.setattr(split_module, "left", lambda device: 18 * 12 * 12 * 3 - 1)
+    with pytest.raises(DataError, match="18 images of 12 x 12 pixels take 0.0 GB in the memory of cpu, of which 0.0 GB"):
+        _ = open_dataset(root).train.images
+    assert len(open_dataset(root).train.subset(6, 0).images) == 6
+
+
+def test_memory_that_is_left_is_told_by_the_system():
+    there = left(torch.device("cpu"))
+    assert there is not None and 2**20 < there < 2**50
