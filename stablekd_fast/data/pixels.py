@@ -106,6 +106,9 @@ def read_header(content: bytes, path: Path) -> Header:
         return Header(*size, plain=True)
     with _reporting(content, path), _opened(content, path) as image:
         orientation = image.getexif().get(_ORIENTATION, _UPRIGHT)
+        if image.format == "TIFF" and orientation in _ON_THEIR_SIDE:
+            image.load()  # Pillow turns these by itself, some versions of it when they are opened
+            orientation = _UPRIGHT
         size = image.size if orientation in _ON_THEIR_SIDE else (image.height, image.width)
         whole_jpeg = image.format == "JPEG" and _END_OF_JPEG in content[-_TAIL:] and image.mode in ("L", "RGB")
         return Header(*size, plain=whole_jpeg and orientation == _UPRIGHT)
