@@ -145,9 +145,9 @@ def _classes(labels: list[int | str], archive: Path) -> list[str]:
             f"{archive.parent}: some images have a class number ({numbers[0]}) and others the name of a class or of a "
             f"folder ({names[0]}); needed is one or the other."
         )
-    missing = sorted(set(range(1, len(numbers))) - set(numbers))
-    if numbers and (numbers[0] not in (0, 1) or numbers[-1] - numbers[0] >= len(numbers)):
-        wrong = f"{missing[0]} is missing" if missing and numbers[0] in (0, 1) else f"{numbers[0]} is the first"
+    missing = next((place for place, number in enumerate(numbers, (numbers or [0])[0]) if number != place), None)
+    if numbers and (numbers[0] not in (0, 1) or missing is not None):
+        wrong = f"{numbers[0]} is the first" if numbers[0] not in (0, 1) else f"{missing} is missing"
         raise DataError(
             f"{archive.parent}: class numbers {numbers[:10]} have gaps or begin elsewhere than at 0 or 1 ({wrong}); "
             "number the classes without gaps."
@@ -171,5 +171,7 @@ def _gaps(names: list[str]) -> list[str]:
         if gone and len(numbers) > (0 if count else 1) and len(gone) < 10 * len(numbers) + 10:
             of = f"-of-{count}" if count else ""
             more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-            said.append(f"{before}{gone[0]:0{width}}{of}{ending}{more} of {len(numbers) + len(gone)} shards is missing")
+            are = "are" if more else "is"
+            total = len(numbers) + len(gone)
+            said.append(f"{before}{gone[0]:0{width}}{of}{ending}{more} of {total} shards {are} missing")
     return said

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,9 +67,9 @@ def _walk(file: BinaryIO, start: int, stop: int) -> Iterator[Member]:
         kind, size = header[156:157], _number(header[124:136])
         if kind in _LINKS or kind in _WITHOUT_CONTENT:
             size = 0
-        size = int(extended.get("size", size))
+        size = _whole(extended["size"]) if "size" in extended else size
         content, at = at + _BLOCK, at + _BLOCK + -(-size // _BLOCK) * _BLOCK
-        if size < 0 or content + size > stop:
+        if content + size > stop:
             raise ValueError(f"the member at byte {content} would be {size} bytes long, and the archive ends at {stop}")
         if kind in (_LONG_NAME, _LONG_TARGET) or kind in _PAX:
             extended |= _extension(file, kind, content, size)
@@ -83,14 +84,18 @@ def _walk(file: BinaryIO, start: int, stop: int) -> Iterator[Member]:
             target = posixpath.join(posixpath.dirname(_tidy(name)), target) if kind == b"2" else _tidy(target)
             yield _tidy(name), content, 0, posixpath.normpath(target)
         extended = {}
-    _require_end(file, at, stop, ended)
+    if not ended:
+        _require_end(file, start, at, stop)
 
 
-def _require_end(file: BinaryIO, at: int, stop: int, ended: bool) -> None:
-    if ended:
-        return
+def _require_end(file: BinaryIO, start: int, at: int, stop: int) -> None:
     if at < stop:
-        raise ValueError(f"it ends in the midst of a header, at byte {stop}")
+        file.seek(at)
+        raise ValueError(
+            _no_header(file.read(stop - at), at, start)
+            if at == start
+            else f"it ends in the midst of a header, at byte {stop}"
+        )
     warnings.warn(
         f"{file.name} ends at byte {stop} without the mark that ends a tar; if it was cut short, fetch it again.",
         stacklevel=2,
@@ -132,7 +137,15 @@ def _number(field: bytes) -> int:
     """Read a number in octal digits or, with the highest bit set, in binary."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    return _whole(field.partition(b"\0")[0].strip() or b"0", 8)
+
+
+def _whole(digits: str | bytes, base: int = 10) -> int:
+    if not re.fullmatch(
+        "[0-7]{1,20}" if base == 8 else "[0-9]{1,20}", digits.decode("latin-1") if isinstance(digits, bytes) else digits
+    ):
+        raise ValueError(f"a size or place of a member is {digits!r}, and a whole number is needed")
+    return int(digits, base)
 
 
 def _text(field: bytes) -> str:
@@ -163,7 +176,7 @@ def _extension(file: BinaryIO, kind: bytes, offset: int, size: int) -> dict[str,
     found, at = {}, 0
     while at < len(content) and content[at]:
         digits = content[at : at + 20].partition(b" ")[0]
-        length = int(digits)
+        length = _whole(digits)
         if length <= len(digits) + 1 or at + length > len(content):
             raise ValueError(f"the header at byte {offset} says that a line of it is {length} bytes long")
         key, _, value = content[at + len(digits) + 1 : at + length - 1].partition(b"=")
@@ -191,7 +204,7 @@ def _indexed(file: BinaryIO, end: int, index: Path) -> Iterator[Member]:
         if not words or len(words) % 4:
             raise ValueError(f"its line {line[:60]!r} is not ENDING OFFSET SIZE NAME, once or more times")
         for start in range(0, len(words), 4):
-            name, offset, size = words[start + 3], int(words[start + 1]), int(words[start + 2])
+            name, offset, size = words[start + 3], _whole(words[start + 1]), _whole(words[start + 2])
             _require_member(file, end, name, offset, size)
             last = max(last, offset + -(-size // _BLOCK) * _BLOCK)
             yield _tidy(name), offset, size, None
@@ -201,14 +214,16 @@ def _indexed(file: BinaryIO, end: int, index: Path) -> Iterator[Member]:
 
 
 def _require_member(file: BinaryIO, end: int, name: str, offset: int, size: int) -> None:
-    if offset < _BLOCK or size < 0 or offset + size > end:
+    if offset < _BLOCK or offset + size > end:
         raise ValueError(f"{name} would lie at bytes {offset} to {offset + size}, and the archive ends at {end}")
     file.seek(offset - _BLOCK)
     header = file.read(_BLOCK)
-    # Of a long name the header that stands here has only the beginning.
-    found = header[:100].partition(b"\0")[0]
-    whole = name.encode("utf-8", "backslashreplace")
-    fits = whole == found or whole.endswith(b"/" + found) or (len(found) >= 99 and found in whole)
-    fits = fits or name.encode("ascii", "replace") == found  # as Python writes them
+    fits = _name(header) == name
+    if not fits:  # a long or foreign name stands before the header, after GNU's manner or PAX's
+        whole = name.encode("utf-8")
+        start = max(0, offset - (5 + len(whole) // _BLOCK) * _BLOCK)
+        file.seek(start)
+        before = file.read(offset - _BLOCK - start)
+        fits = whole + b"\0" in before or b" path=" + whole + b"\n" in before
     if not fits or _number(header[124:136]) != size:
         raise ValueError(f"the archive has no member {name} of {size} bytes at byte {offset}")

@@ -15,18 +15,7 @@ from PIL import Image
 from stablekd_fast.data import StreamSource, TrainSource, open_dataset
 from stablekd_fast.data.formats.archives import read_index
 from stablekd_fast.errors import ConfigError, DataError
-
-
-def varint(number: int) -> bytes:
-    parts = bytearray()
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*parts, number])
-
-
-def field(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(content)) + content
+from tests.data.formats.packing import field, framed, varint
 
 
 def example(image: bytes, label: int, packed: bool) -> bytes:
@@ -41,23 +30,11 @@ def example(image: bytes, label: int, packed: bool) -> bytes:
     return field(1, b"".join(field(1, field(1, name.encode()) + field(2, value)) for name, value in features.items()))
 
 
-def masked_crc32c(content: bytes) -> bytes:
-    """The checksum of TFRecords, bit by bit."""
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
-    crc ^= 0xFFFFFFFF
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
 def write_tfrecords(path: Path, images: list[tuple[bytes, int]]) -> None:
     with open(path, "wb") as file:
         for place, image in enumerate(images):
             record = example(*image, packed=place % 2 == 0)
-            length = struct.pack("<Q", len(record))
-            file.write(length + masked_crc32c(length) + record + b"crc!")
+            file.write(framed(record))
 
 
 def write_tar(path: Path, images: list[tuple[bytes, int]], labels: str) -> None:
