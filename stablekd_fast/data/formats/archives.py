@@ -32,23 +32,26 @@ _INDEX = ".idx"
 
 
 def find_archives(folder: Path) -> dict[str, list[Path]] | None:
-    """Find the archives of the training and the test part in `folder` or in its folders of these names; None if there
-    are none.
+    """Find the archives of the training and the test part in `folder` or, where there are none, in the folders in it;
+    None if there are none.
 
-    Where some are named val and others test, both are returned, for `open_archives` to choose. The tars of ILSVRC 2012
-    do not count beside the tree that they were unpacked to. Raises `DataError` where a part is missing.
+    Where some are named val and others test, both are returned, for `open_archives` to choose. Beside a tree of class
+    folders the tars of ILSVRC 2012 do not count, which it was unpacked from, nor do archives without a training part.
+    Raises `DataError` where a part is missing.
     """
     found, compressed = defaultdict(list), defaultdict(list)
-    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+    for path in [*sorted(folder.glob("*")), *sorted(folder.glob("*/*"))]:
         wanted = found if path.suffix == ".tar" or _TFRECORD.search(path.name) else compressed
         if wanted is compressed and not _COMPRESSED.search(path.name):
             continue
         words = re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())
         part = next((PARTS[word] for word in words if word in PARTS), None)
         if part and path.is_file() and not path.name.startswith(".") and not _ILSVRC_WITHOUT_USE.match(path.name):
-            wanted[part].append(path)
+            if path.parent == folder or not wanted[part] or wanted[part][0].parent != folder:
+                wanted[part].append(path)
+    originals = all(_ILSVRC.fullmatch(path.name) for paths in found.values() for path in paths)
     unpacked = any(path.is_dir() for pattern in ("train/*", "*/train/*") for path in folder.glob(pattern))
-    if unpacked and all(_ILSVRC.fullmatch(path.name) for paths in found.values() for path in paths):
+    if unpacked and (originals or not found["train"]):
         return None
     for part in ("train", "test"):
         names = (part,) if part == "train" else ("test", "val")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,11 +140,12 @@ def _number(field: bytes) -> int:
 
 
 def _whole(digits: str | bytes, base: int = 10) -> int:
-    if not re.fullmatch(
-        "[0-7]{1,20}" if base == 8 else "[0-9]{1,20}", digits.decode("latin-1") if isinstance(digits, bytes) else digits
-    ):
-        raise ValueError(f"a size or place of a member is {digits!r}, and a whole number is needed")
-    return int(digits, base)
+    try:
+        if digits.isdigit() and len(digits) <= 20:
+            return int(digits, base)
+    except ValueError:  # digits beyond the base
+        pass
+    raise ValueError(f"a size or place of a member is {digits!r}, and a whole number is needed")
 
 
 def _text(field: bytes) -> str:
@@ -206,8 +206,9 @@ def _indexed(file: BinaryIO, end: int, index: Path) -> Iterator[Member]:
         for start in range(0, len(words), 4):
             name, offset, size = words[start + 3], _whole(words[start + 1]), _whole(words[start + 2])
             _require_member(file, end, name, offset, size)
-            last = max(last, offset + -(-size // _BLOCK) * _BLOCK)
+            last = max(last, offset + size)
             yield _tidy(name), offset, size, None
+    last = -(-last // _BLOCK) * _BLOCK
     file.seek(last)
     if file.read(_BLOCK).strip(b"\0"):
         raise ValueError(f"it lists nothing behind byte {last}, where the archive goes on")
@@ -218,9 +219,11 @@ def _require_member(file: BinaryIO, end: int, name: str, offset: int, size: int)
         raise ValueError(f"{name} would lie at bytes {offset} to {offset + size}, and the archive ends at {end}")
     file.seek(offset - _BLOCK)
     header = file.read(_BLOCK)
+    if header.startswith(name.encode() + b"\0") and header.startswith(b"%011o" % size, 124):  # as most writers have it
+        return
     fits = _name(header) == name
     if not fits:  # a long or foreign name stands before the header, after GNU's manner or PAX's
-        whole = name.encode("utf-8")
+        whole = name.encode()
         start = max(0, offset - (5 + len(whole) // _BLOCK) * _BLOCK)
         file.seek(start)
         before = file.read(offset - _BLOCK - start)

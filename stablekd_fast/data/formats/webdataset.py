@@ -210,10 +210,11 @@ def _by_folder(contents: _Contents, left_out: Counter[str]) -> list[Sample]:
     samples: list[Sample] = []
     extra = without = 0
     for name, place in contents.images.items():
-        folder = name[: max(name.rfind("/"), 0)].rpartition("/")[2]
+        path, _, base = name.rpartition("/")
+        folder = path.rpartition("/")[2]
         if not folder:
             without += 1
-        elif _belongs_to_another(name, contents.images):
+        elif base.count(".") > 1 and _belongs_to_another(name, contents.images):
             extra += 1
         else:
             samples.append(Sample(name, *place, sys.intern(folder)))
@@ -226,8 +227,8 @@ def _by_folder(contents: _Contents, left_out: Counter[str]) -> list[Sample]:
 def _belongs_to_another(name: str, images: dict[str, tuple[int, int]]) -> bool:
     """Return whether an image is `x.seg.png` beside `x.jpg`, whose ending is another one and whose word no number."""
     key = _first_dot(name)
-    word, dot, ending = name[len(key) + 1 :].rpartition(".")
-    if not dot or any(part.isdigit() for part in word.split(".")):
+    word, _, ending = name[len(key) + 1 :].rpartition(".")
+    if any(part.isdigit() for part in word.split(".")):
         return False
     return any(f"{key}.{other}" in images for other in _plain_endings() if other.lower() != ending.lower())
 

@@ -217,6 +217,25 @@ def test_streamed_images_of_tars_are_those_that_their_ids_name(tmp_path):
 
 
 @pytest.mark.dali
+def test_tars_in_a_tar_and_links_are_streamed_too(packed, tmp_path):
+    tree, folder = packed("tar with folders")
+    for part in ("train", "val"):
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as outer:
+            for path in sorted(folder.glob("train*")):
+                outer.add(path, f"{path.stem}.tar")
+            outer.add(tree.train.paths[0], "class0/new.jpg")
+            again = tarfile.TarInfo("class1/again.jpg")
+            again.type, again.linkname = tarfile.LNKTYPE, "class0/new.jpg"
+            outer.addfile(again)
+    dataset = open_dataset(tmp_path, image_size=32)
+    assert dataset.train.labels.tolist() == [*tree.train.labels.tolist(), 0, 1]
+    batches = list(stream_of(dataset, dataset.train).batches(0, 17))
+    ids = torch.cat([batch.sample_ids for batch in batches])
+    assert torch.equal(ids.view(3, -1).sort().values, torch.arange(17).expand(3, -1))
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), dataset.train.labels[ids])
+
+
+@pytest.mark.dali
 def test_tfrecords_have_no_stream(packed):
     _, folder = packed("tfrecord")
     dataset = open_dataset(folder, image_size=32)

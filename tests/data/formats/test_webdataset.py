@@ -81,8 +81,8 @@ def test_a_name_that_is_there_twice_is_refused(listed, name):
         ("Dürer".encode(), "Dürer"),
         (b"7up", "7up"),
         (b"great white shark", "great white shark"),
-    ],  # fmt: skip
-)
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("ending", ["cls", "CLS", "cls.txt", "txt"])
 def test_a_class_is_a_number_or_a_name(listed, ending, content, label):
     assert listed({"0.jpg": IMAGE, f"0.{ending}": content}) == ({"0.jpg": label}, {})
@@ -278,6 +278,7 @@ def test_compressed_archives_beside_plain_ones_or_a_tree_do_no_harm(tmp_path, wr
     assert len(open_dataset(tmp_path / "plain").train) == 1
     tree = write_tree()
     write_tar(tree / "train.tar.gz", {})
+    write_tar(tree / "val.tar", {"0.jpg": IMAGE})
     assert len(open_dataset(tree).train) == 18
 
 
@@ -287,6 +288,13 @@ def test_an_archive_named_test_is_the_test_part_unless_it_has_no_classes(tmp_pat
     assert [path.name for path in open_dataset(tmp_path).test.paths] == ["test.jpg", "1.jpg"]
     write_tar(tmp_path / "test.tar", {"1.jpg": IMAGE})
     assert [path.name for path in open_dataset(tmp_path).test.paths] == ["val.jpg", "1.jpg"]
+
+
+def test_archives_in_folders_count_only_where_none_lie_beside_them(tmp_path):
+    for name in ("train.tar", "copy/train.tar", "val/0.tar", "val/1.tar"):
+        write_tar(tmp_path / name, {"a/0.jpg": IMAGE})
+    dataset = open_dataset(tmp_path)
+    assert (len(dataset.train), len(dataset.test)) == (1, 2)
 
 
 @pytest.mark.parametrize(
