@@ -79,7 +79,9 @@ def open_archives(archives: dict[str, list[Path]]) -> tuple[list[str], dict[str,
     """
     names = [path.name for paths in archives.values() for path in paths]
     for gap in _gaps(names):
-        warnings.warn(f"{archives['train'][0].parent}: {gap}; the images in it are missing.", stacklevel=2)
+        warnings.warn(
+            f"{archives['train'][0].parent}: {gap}; fetch what is missing or go on without its images.", stacklevel=2
+        )
     chosen, left_out = {"train": archives["train"], "test": archives["test"]}, {"train": Counter(), "test": Counter()}
     samples = {"train": [read_index(path, left_out["train"]) for path in chosen["train"]]}
     try:

@@ -54,6 +54,8 @@ class _Contents:
         default_factory=lambda: {kind: {} for kind in _KINDS}
     )
     links: dict[str, str] = field(default_factory=dict)
+    unreadable: ValueError | None = None
+    """What is wrong with an image's JSON, which matters unless something else gives the classes."""
 
 
 def tar_samples(path: Path, index: Path | None, left_out: Counter[str]) -> list[Sample]:
@@ -70,6 +72,8 @@ def tar_samples(path: Path, index: Path | None, left_out: Counter[str]) -> list[
         if samples:
             return samples
     samples = _by_list(path, contents, left_out)
+    if not samples and contents.unreadable:
+        raise contents.unreadable
     if not samples:
         raise NoClass(missing_classes(path, next(iter(contents.images)), len(contents.images)))
     return samples
@@ -109,6 +113,8 @@ def _read(file: BinaryIO, kind: str, name: str, offset: int, size: int) -> _Labe
     """Read the class in a member; an error counts once an image is found that it belongs to."""
     file.seek(offset)
     content = file.read(min(size, _LONGEST))
+    if kind == "json" and size > _LONGEST:
+        return None
     try:
         return _class_in_json(content) if kind == "json" else class_of(content)
     except ValueError as error:
@@ -164,21 +170,24 @@ def _by_members(contents: _Contents, kind: str, left_out: Counter[str]) -> list[
     if not labels:
         return []
     chosen: dict[str, tuple[str, _Label]] = {}
-    extra = without = 0
+    broken, extra, without = None, 0, 0
     for name in contents.images:
         key = name[: name.rindex(".")]
         if key not in labels:
             key = _first_dot(name)
         label = labels.get(key)
         if isinstance(label, ValueError):
-            raise label
-        if label is None:
+            broken = label
+        if isinstance(label, ValueError) or label is None:
             without += 1
         elif key not in chosen:
             chosen[key] = name, label
         else:
             extra += 1
             chosen[key] = _main_image(key, chosen[key][0], name), label
+    if broken and (chosen or kind != "json"):
+        raise broken
+    contents.unreadable = contents.unreadable or broken
     if chosen:
         left_out.update({_EXTRA: extra, _NO_CLASS: without, _NO_IMAGE: len(labels) - len(chosen)})
     return [Sample(name, *contents.images[name], label) for name, label in chosen.values()]
