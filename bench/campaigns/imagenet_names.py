@@ -114,7 +114,9 @@ def measure(photographs: Path, folder: Path) -> dict:
         ("first start", []), ("going on", ["--resume"]), ("first start, rows kept", cache),
         ("going on, rows kept", [*cache, "--resume"]), ("another run, rows found", cache),
     ):  # fmt: skip
-        out = folder / ("other" if name.startswith("another") else "rows_run" if more and more[0] == cache[0] else "plain")
+        out = folder / (
+            "other" if name.startswith("another") else "rows_run" if more and more[0] == cache[0] else "plain"
+        )
         found[name] = run([*distill, *more, "--out", str(out)], out)
         found[name] |= {
             "checkpoint, MB": _megabytes(out, "checkpoint.safetensors"), "digests, MB": _megabytes(out, "images.log"),

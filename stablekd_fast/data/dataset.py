@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,8 @@ def open_dataset(
 
 def _open_folder(path: Path, image_size: int | None, on_bad_image: OnBadImage) -> Dataset:
     root = find_tree(path)
+    if root is not None and root != path and any(is_archive(name) for name in os.listdir(path)):
+        root = None  # a folder wins over archives beside it, not over nearer ones
     if root is not None:
         tree = list_tree(root)
         beside = sorted(name for name in os.listdir(root) if is_archive(name))
@@ -122,7 +125,13 @@ def _open_folder(path: Path, image_size: int | None, on_bad_image: OnBadImage) -
         return dataset
     archives = find_archives(path)
     if archives is not None:
-        return _encoded_dataset(path, *open_archives(archives), image_size, on_bad_image)
+        classes, parts = open_archives(archives)
+        left_out = sum((Counter(records.left_out) for records, _ in parts.values()), Counter())
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
+        notes = [f"Not used of the archives: {listed}."] if listed else []
+        dataset = _encoded_dataset(path, classes, parts, image_size, on_bad_image, notes)
+        dataset.left_out = dict(left_out)
+        return dataset
     idx_files = find_idx(path)
     if idx_files is not None:
         return _open_idx(path, idx_files, image_size)

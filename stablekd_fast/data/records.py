@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -81,6 +81,8 @@ class ArchiveRecords:
     """Where each image lies, int64 `[N, 3]`: number of the archive, offset and size in bytes."""
     names: list[str]
     """What each image is called inside its archive."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """How many members of the archives are not among the images, by reason."""
 
     def __len__(self) -> int:
         return len(self.names)

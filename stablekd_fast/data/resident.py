@@ -29,7 +29,8 @@ class ResidentImages:
         """uint8 `[N, H, W, 3]`, decoded and copied to the device when they are first needed."""
         images = self.split.images
         if images.device != self.device:
-            check_room(*images.shape[:3], self.device)
+            count, height, width = images.shape[:3]
+            check_room(count, height, width, self.device)
         return images.to(self.device)
 
     def normalised(

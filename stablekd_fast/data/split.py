@@ -54,8 +54,8 @@ def check_room(count: int, height: int, width: int, device: torch.device) -> Non
     needed, there = 3 * count * height * width, left(device)
     if there is not None and needed > there:
         raise DataError(
-            f"{count:,} images of {width} x {height} pixels take {needed / 1e9:.1f} GB in the memory of {device.type}, of "
-            f"which {max(there, 0) / 1e9:.1f} GB are left; give a --subset, a smaller --image-size, or one above 64 "
+            f"{count:,} images of {width} x {height} pixels take {needed / 1e9:.1f} GB in the memory of {device.type}, "
+            f"of which {max(there, 0) / 1e9:.1f} GB are left; give a --subset, a smaller --image-size, or one above 64 "
             "pixels, at which images are read batch by batch."
         )
 
@@ -206,7 +206,7 @@ class Split:
         Which samples are taken depends on `seed` and their ids alone. Raises `DataError` when there are not enough.
         """
         count = self._count(count_or_fraction)
-        return self._take(self._balanced_mask(count, Stream.SUBSET, seed))
+        return self._take(self._proportional_mask(count, Stream.SUBSET, seed))
 
     def holdout(self, count: int, seed: int) -> tuple["Split", "Split"]:
         """Split off `count` samples, with the classes in the proportions of the whole: (the rest, the held-out
@@ -216,7 +216,7 @@ class Split:
                 f"Cannot hold out {count} of {len(self._labels)} images; give a count between 1 and "
                 f"{len(self._labels) - 1}."
             )
-        held_out = self._balanced_mask(count, Stream.HOLDOUT, seed)
+        held_out = self._proportional_mask(count, Stream.HOLDOUT, seed)
         return self._take(~held_out), self._take(held_out)
 
     @property
@@ -304,7 +304,7 @@ class Split:
             )
         return count_or_fraction
 
-    def _balanced_mask(self, count: int, stream: Stream, seed: int) -> torch.Tensor:
+    def _proportional_mask(self, count: int, stream: Stream, seed: int) -> torch.Tensor:
         """Choose `count` samples, in each class those of the lowest hash: bool `[N]`."""
         labels, total = self._labels.numpy(), len(self._labels)
         sizes = np.bincount(labels)

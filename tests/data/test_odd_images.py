@@ -7,11 +7,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tests.data.odd_images import HEIGHT, TURNED, WIDTH, scene, write_odd_images
 from PIL import Image
 
 from stablekd_fast.data import EvalSource, TrainSource, open_dataset
 from stablekd_fast.data.pixels import BadImage, decode_rgb, read_header
+from tests.data.odd_images import HEIGHT, TURNED, WIDTH, scene, write_odd_images
 
 GRAY = ("l.", "la.", "1.", "gray")
 FEW_COLOURS = {"p.": 8, "palette": 8, "animated": 6, "1.": 12}

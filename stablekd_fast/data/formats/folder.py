@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stablekd_fast.data.formats.archives import is_archive
+from stablekd_fast.data.formats.archives import is_packed
 from stablekd_fast.data.formats.left_out import LeftOut
 from stablekd_fast.data.pixels import IMAGE_SUFFIXES, holds_image
 from stablekd_fast.data.records import FileRecords
@@ -66,7 +66,7 @@ def list_tree(root: Path) -> Tree:
 
 def _holds_train(path: Path) -> bool:
     train = _part(path, "train")
-    return train is not None and (bool(_folders(train)) or not any(map(is_archive, _visible(train))))
+    return train is not None and (bool(_folders(train)) or not any(map(is_packed, _visible(train))))
 
 
 def _part(root: Path, part: str) -> Path | None:

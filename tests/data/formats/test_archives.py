@@ -15,18 +15,7 @@ from PIL import Image
 from stablekd_fast.data import StreamSource, TrainSource, open_dataset
 from stablekd_fast.data.formats.archives import read_index
 from stablekd_fast.errors import ConfigError, DataError
-
-
-def varint(number: int) -> bytes:
-    parts = bytearray()
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*parts, number])
-
-
-def field(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(content)) + content
+from tests.data.formats.packing import field, framed, varint
 
 
 def example(image: bytes, label: int, packed: bool) -> bytes:
@@ -45,7 +34,7 @@ def write_tfrecords(path: Path, images: list[tuple[bytes, int]]) -> None:
     with open(path, "wb") as file:
         for place, image in enumerate(images):
             record = example(*image, packed=place % 2 == 0)
-            file.write(struct.pack("<Q", len(record)) + b"crc!" + record + b"crc!")
+            file.write(framed(record))
 
 
 def write_tar(path: Path, images: list[tuple[bytes, int]], labels: str) -> None:
@@ -132,8 +121,7 @@ def test_indexes_made_by_dalis_own_tools_are_used(packed, kind, monkeypatch):
             check=True,
             capture_output=True,
         )
-    monkeypatch.setattr("stablekd_fast.data.formats.archives._members", None)
-    monkeypatch.setattr("stablekd_fast.data.formats.archives._records", None)
+    monkeypatch.setattr("stablekd_fast.data.formats.tars._walk", None)
     assert {path: list(read_index(path)) for path in by_walking} == by_walking
     assert len(open_dataset(folder).train) == 15
 
@@ -226,6 +214,25 @@ def test_streamed_images_of_tars_are_those_that_their_ids_name(tmp_path):
             batch.images * torch.tensor(dataset.std)[:, None, None] + torch.tensor(dataset.mean)[:, None, None]
         ) * 255
         assert ((shown - torch.tensor(levels)[batch.sample_ids][:, None, None, None]).abs() <= 2).all()
+
+
+@pytest.mark.dali
+def test_tars_in_a_tar_and_links_are_streamed_too(packed, tmp_path):
+    tree, folder = packed("tar with folders")
+    for part in ("train", "val"):
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as outer:
+            for path in sorted(folder.glob("train*")):
+                outer.add(path, f"{path.stem}.tar")
+            outer.add(tree.train.paths[0], "class0/new.jpg")
+            again = tarfile.TarInfo("class1/again.jpg")
+            again.type, again.linkname = tarfile.LNKTYPE, "class0/new.jpg"
+            outer.addfile(again)
+    dataset = open_dataset(tmp_path, image_size=32)
+    assert dataset.train.labels.tolist() == [*tree.train.labels.tolist(), 0, 1]
+    batches = list(stream_of(dataset, dataset.train).batches(0, 17))
+    ids = torch.cat([batch.sample_ids for batch in batches])
+    assert torch.equal(ids.view(3, -1).sort().values, torch.arange(17).expand(3, -1))
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), dataset.train.labels[ids])
 
 
 @pytest.mark.dali

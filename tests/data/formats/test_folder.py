@@ -226,7 +226,9 @@ def copied(root, place, *names):
 def test_what_is_not_used_is_counted_by_reason(write_tree):
     root = write_tree()
     ant = root / "train" / "ant"
-    copied(root, ant, "._0.png", "@eaDir/SYNO.png", "__MACOSX/x.png", "Thumbs.db", "no_ending", "photo.heic", "page.eps")
+    copied(
+        root, ant, "._0.png", "@eaDir/SYNO.png", "__MACOSX/x.png", "Thumbs.db", "no_ending", "photo.heic", "page.eps"
+    )
     (ant / "notes.txt").write_text("notes")
     (ant / "gone.raw").symlink_to("/nowhere")
     copied(root, root / "train", "loose.png", "lost+found/x.png", ".git/x.png")
@@ -271,7 +273,9 @@ def test_links_are_followed_once(write_tree):
     assert [path.name for path, _ in dataset.train.skipped] == ["9.png"]
 
 
-@pytest.mark.parametrize("names", [("Train", "VAL"), ("training", "validation"), ("TRAIN", "Testing"), ("train", "dev")])
+@pytest.mark.parametrize(
+    "names", [("Train", "VAL"), ("training", "validation"), ("TRAIN", "Testing"), ("train", "dev")]
+)
 def test_the_parts_have_other_names_too(write_tree, names):
     root = write_tree()
     (root / "train").rename(root / "x")
@@ -348,7 +352,7 @@ def test_memory_is_counted_before_it_is_filled(write_tree, monkeypatch):
     monkeypatch.setattr(split_module, "left", lambda device: 18 * 12 * 12 * 3)
     assert len(open_dataset(root).train.images) == 18
     monkeypatch.setattr(split_module, "left", lambda device: 18 * 12 * 12 * 3 - 1)
-    with pytest.raises(DataError, match="18 images of 12 x 12 pixels take 0.0 GB in the memory of cpu, of which 0.0 GB"):
+    with pytest.raises(DataError, match="18 images of 12 x 12 pixels take 0.0 GB in the memory of cpu, of which"):
         _ = open_dataset(root).train.images
     assert len(open_dataset(root).train.subset(6, 0).images) == 6
 
