@@ -58,7 +58,11 @@ def _reason(error: Exception) -> str:
 setup(
     packages=packages(),
     package_dir=MOVED,
-    package_data={"stablekd_fast": ["py.typed", "*.pyi"], "stablekd_fast.planning": ["devices/*.json"]},
+    package_data={
+        "stablekd_fast": ["py.typed", "*.pyi"],
+        "stablekd_fast.planning": ["devices/*.json"],
+        "stablekd_fast.data": ["embedded/*"],
+    },
     ext_modules=[Extension("stablekd_fast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

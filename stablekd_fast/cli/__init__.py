@@ -60,7 +60,7 @@ def _leave(code: int) -> int:
 def _demo(options: jsonargparse.Namespace) -> int:
     from stablekd_fast.run.demo import run_demo
 
-    run_demo(Path(options.out), seeds=options.seeds, device=options.device)
+    run_demo(Path(options.out), data=options.data, seeds=options.seeds, device=options.device)
     return 0
 
 
@@ -166,6 +166,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
 
     demo = commands["demo"]
     demo.add_argument("--out", type=str, default="demo", help="directory for results and report")
+    demo.add_argument("--data", type=str, default="fashion-mnist-small", help="fashion-mnist-small or digits")
     demo.add_argument("--seeds", type=int, default=3, help="runs of each method")
     demo.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto for what there is")
 

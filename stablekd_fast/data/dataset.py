@@ -22,7 +22,9 @@ from stablekd_fast.data.records import Records
 from stablekd_fast.data.split import OnBadImage, Split
 from stablekd_fast.errors import ConfigError, DataError
 
-EMBEDDED = "digits"
+EMBEDDED = ("digits", "fashion-mnist-small")
+FASHION = Path(__file__).with_name("embedded") / "fashion_mnist_small.npz"
+"""5,000 training and 2,000 test images of Fashion-MNIST; the folder's README.md says whose, and how they were taken."""
 
 Channels = tuple[float, float, float]
 
@@ -39,6 +41,7 @@ _STATISTICS: dict[str, tuple[Channels, Channels]] = {
     "digits": (_gray(0.3053), _gray(0.3760)),
     "mnist": (_gray(0.1307), _gray(0.3081)),
     "fashion-mnist": (_gray(0.2860), _gray(0.3530)),
+    "fashion-mnist-small": (_gray(0.2860), _gray(0.3530)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
@@ -48,8 +51,8 @@ _FASHION_CLASSES = [
 ]  # fmt: skip
 
 _KINDS = (
-    f"give {EMBEDDED!r}, {', '.join(PRESETS)}, a folder with train/CLASS/* and test/CLASS/* (or val), one with "
-    "train*.tar and val*.tar (WebDataset) or with train-*-of-* and validation-*-of-* (TFRecord), a CIFAR-10 or "
+    f"give {', '.join(EMBEDDED)}, {', '.join(PRESETS)}, a folder with train/CLASS/* and test/CLASS/* (or val), one "
+    "with train*.tar and val*.tar (WebDataset) or with train-*-of-* and validation-*-of-* (TFRecord), a CIFAR-10 or "
     "CIFAR-100 archive or its folder, a folder with MNIST's four idx files, or an .npz file"
 )
 
@@ -82,11 +85,11 @@ def open_dataset(
 ) -> Dataset:
     """Open the data set at a path, or by its name. Raises `DataError`.
 
-    Names: "digits" (embedded), and those of `PRESETS`, which are fetched where they are not there yet. Kinds: a folder
-    with `train/CLASS/*` and `test/CLASS/*` (or `val`, or both), itself or one level below; a folder with WebDataset
-    tars or TFRecords, named `train*` and `val*` or `test*`; the archives of CIFAR-10 and CIFAR-100 (Python or binary
-    version, packed or not); a folder with the four idx files of MNIST or Fashion-MNIST; `.npz` with x_train, y_train,
-    x_test, y_test.
+    Names: "digits" and "fashion-mnist-small" (embedded), and those of `PRESETS`, which are fetched where they are not
+    there yet. Kinds: a folder with `train/CLASS/*` and `test/CLASS/*` (or `val`, or both), itself or one level below; a
+    folder with WebDataset tars or TFRecords, named `train*` and `val*` or `test*`; the archives of CIFAR-10 and
+    CIFAR-100 (Python or binary version, packed or not); a folder with the four idx files of MNIST or Fashion-MNIST;
+    `.npz` with x_train, y_train, x_test, y_test.
 
     `image_size` is the side in pixels to which all images are brought; by default small ones (up to 64 pixels) keep
     their size and large ones are trained on at 224. What was decided about the files, and what of them is not used, is
@@ -97,8 +100,8 @@ def open_dataset(
         raise ConfigError(f"on_bad_image must be 'stop' or 'skip', got {on_bad_image!r}.")
     if image_size is not None and image_size < 1:
         raise ConfigError(f"The image size must be at least 1 pixel, got {image_size}.")
-    if path_or_name == EMBEDDED:
-        return _array_dataset(EMBEDDED, *read_digits(), Augmentation("pad_crop", flip=False, padding=1), image_size)
+    if path_or_name in EMBEDDED:
+        return _open_embedded(str(path_or_name), image_size)
     path = Path(path_or_name).expanduser()
     if isinstance(path_or_name, str) and path_or_name in PRESETS and not path.exists():
         path = preset_folder(path_or_name)
@@ -108,6 +111,14 @@ def open_dataset(
     for note in dataset.notes:
         warnings.warn(note, stacklevel=2)
     return dataset
+
+
+def _open_embedded(name: str, image_size: int | None) -> Dataset:
+    if name == "digits":
+        return _array_dataset(name, *read_digits(), Augmentation("pad_crop", flip=False, padding=1), image_size)
+    _, train, test = read_npz(FASHION)
+    augmentation = Augmentation("pad_crop", flip=True, padding=2)
+    return _array_dataset(name, list(_FASHION_CLASSES), train, test, augmentation, image_size)
 
 
 def _open_folder(path: Path, image_size: int | None, on_bad_image: OnBadImage) -> Dataset:

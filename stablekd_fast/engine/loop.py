@@ -290,6 +290,7 @@ class Engine:
             accuracy=metrics.accuracy,
             top5=metrics.top5,
             loss=metrics.loss,
+            seconds=self.progress.seconds,
         )
 
     def _diverged(self, what: str, step: int) -> TrainingError:

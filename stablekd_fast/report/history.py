@@ -45,6 +45,11 @@ class History:
         """(epoch, accuracy) of every evaluation on `split`."""
         return [(event["epoch"], event["accuracy"]) for event in self.evaluations if event["split"] == split]
 
+    def accuracy_over_seconds(self, split: str) -> list[tuple[float, float | None]]:
+        """(seconds of training, accuracy) of every evaluation on `split`; none for logs that lack the seconds."""
+        own = [event for event in self.evaluations if event["split"] == split and "seconds" in event]
+        return [(event["seconds"], event["accuracy"]) for event in own]
+
     def losses(self) -> dict[tuple[int, str], list[tuple[float, float | None]]]:
         """(epoch, loss) by stage and group name."""
         curves: dict[tuple[int, str], list[tuple[float, float | None]]] = {}

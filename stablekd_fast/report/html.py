@@ -8,12 +8,18 @@ from pathlib import Path
 from stablekd_fast.report import page, palette
 from stablekd_fast.report.events import read_events
 from stablekd_fast.report.history import History
-from stablekd_fast.report.results import read_results
+from stablekd_fast.report.results import read_results, summarise
 from stablekd_fast.report.table import summary_rows
 
 
 def write_report(
-    path: Path, runs: list[dict], events_by_run: dict[str, list[dict]], title: str, *, baseline: str | None = None
+    path: Path,
+    runs: list[dict],
+    events_by_run: dict[str, list[dict]],
+    title: str,
+    *,
+    baseline: str | None = None,
+    about: str | None = None,
 ) -> None:
     """Write a self-contained report on `runs` to `path`, whole or not at all.
 
@@ -21,12 +27,15 @@ def write_report(
         runs: finished runs as in `results.json`.
         events_by_run: the events of each run by a name for people, such as "kd, seed 0"; unfinished runs are welcome.
         baseline: a method; the mean accuracies of other methods are compared with its own.
+        about: what the runs have in common, in a few words. The page then opens with what was found, in a sentence, and
+            a picture of accuracy over seconds.
 
     Raises StableKDError for an unknown baseline and TrainingError if the file cannot be written.
     """
     histories = [History.from_events(label, events) for label, events in events_by_run.items()]
     methods = list(dict.fromkeys([run["method"] for run in runs] + [history.method for history in histories]))
     sections = [
+        _opening(runs, histories, methods, about) if about else "",
         _headline(runs, methods, baseline),
         _accuracy(histories, methods),
         _losses(histories),
@@ -53,6 +62,32 @@ NAMES_A_RUN = ("method", "seed", "out")
 """Settings that tell runs apart rather than say how they were trained."""
 
 # Sections. Each returns HTML, or nothing where the runs have nothing to show.
+
+
+def _opening(runs: list[dict], histories: list[History], methods: list[str], about: str) -> str:
+    from stablekd_fast.report import plots
+
+    split = next((s for s in ("validation", "test") if any(len(h.accuracy(s)) > 1 for h in histories)), "test")
+    shown = [m for m in methods if any(h.method == m and h.accuracy_over_seconds(split) for h in histories)]
+    if not runs or not shown:
+        return ""
+    legend = page.legend([(f"--method-{methods.index(method)}", method) for method in shown])
+    notes = f"The picture: {split} accuracy while training. Thin: one run. Bold: mean over runs."
+    figure = page.figure(plots.accuracy_over_seconds(histories, methods, split))
+    return page.section(escape(found_in(runs, about)), notes, legend + figure)
+
+
+def found_in(runs: list[dict], about: str) -> str:
+    """What runs found, in a sentence: which method's students are best, after how long, and how far the others are."""
+    rows = sorted(summarise(runs), key=lambda row: row["mean"], reverse=True)
+    said = [
+        f"{row['method']} {100 * row['mean']:.1f}%"
+        + (f" ± {100 * row['std']:.1f}" if row["std"] is not None else "")
+        + f" ({row['wall_seconds']:.0f} s)"
+        for row in rows
+    ]
+    lead = f"{about}: students trained by {said[0]} got the most test images right"
+    return f"{lead}, ahead of {', '.join(said[1:])}." if len(said) > 1 else f"{lead}."
 
 
 def _headline(runs: list[dict], methods: list[str], baseline: str | None) -> str:

@@ -89,6 +89,28 @@ def accuracy_curves(histories: list[History], methods: list[str], split: str) ->
         return as_svg(figure, "accuracy", "method")
 
 
+def accuracy_over_seconds(histories: list[History], methods: list[str], split: str) -> str:
+    """Draw accuracy over seconds of training: a thin line per run, a bold one for the mean of each method."""
+    with in_our_style():
+        figure, axes = new_figure(4.2)
+        for index, method in enumerate(methods):
+            curves = [history.accuracy_over_seconds(split) for history in histories if history.method == method]
+            for curve in curves:
+                draw_line(axes, curve, color=series(index), linewidth=0.9, alpha=0.5)
+            draw_line(axes, mean_of_points(curves), color=series(index), linewidth=2.6)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlim(left=0)
+        axes.set_xlabel("seconds of training, evaluations left out")
+        axes.set_ylabel(f"{split} accuracy")
+        return as_svg(figure, "seconds", "method")
+
+
+def mean_of_points(curves: list[list[tuple[float, float | None]]]) -> list[tuple[float, float]]:
+    """The mean over runs of each one's first point, second point and so on, as far as all runs go."""
+    points = [point for point in zip(*curves) if all(value is not None for _, value in point)]
+    return [(statistics.fmean(x for x, _ in point), statistics.fmean(y for _, y in point)) for point in points]
+
+
 def mean_curve(curves: list[list[tuple[float, float | None]]]) -> list[tuple[float, float]]:
     """The mean over runs at the epochs that all runs have, so that no run joins or leaves the mean on the way."""
     by_epoch = [{round(epoch, 6): value for epoch, value in curve if value is not None} for curve in curves]

@@ -159,10 +159,10 @@ def test_what_is_evaluated_is_passed_on(monkeypatch, capsys):
 def test_a_demo_is_what_was_asked_for(monkeypatch):
     calls = called(monkeypatch, "stablekd_fast.run.demo.run_demo")
     assert cli.main(["demo"]) == 0
-    assert cli.main(["demo", "--out", "o", "--seeds", "7", "--device", "cpu"]) == 0
+    assert cli.main(["demo", "--out", "o", "--data", "digits", "--seeds", "7", "--device", "cpu"]) == 0
     assert [(str(given[0]), named) for given, named in calls] == [
-        ("demo", {"seeds": 3, "device": "auto"}),
-        ("o", {"seeds": 7, "device": "cpu"}),
+        ("demo", {"data": "fashion-mnist-small", "seeds": 3, "device": "auto"}),
+        ("o", {"data": "digits", "seeds": 7, "device": "cpu"}),
     ]
 
 

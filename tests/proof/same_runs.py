@@ -46,7 +46,7 @@ PAIR = ["--teacher", "resnet32", "--student", "resnet20", "--device", "cpu", "--
 def record(out: Path) -> None:
     """Make all runs below `out`, one after the other."""
     out.mkdir(parents=True)
-    _stablekd("demo", "--out", out / "demo", "--device", "cpu")
+    _stablekd("demo", "--data", "digits", "--out", out / "demo", "--device", "cpu")
     teacher = ["--teacher-weights", out / "demo/runs/teacher/student.safetensors"]
     common = ["distill", *PAIR, *teacher, "--recipe", "progressive", "--views", 2]
     one = [*common, "--precision", "fp32"]
