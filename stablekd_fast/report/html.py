@@ -74,7 +74,7 @@ def _opening(runs: list[dict], histories: list[History], methods: list[str], abo
     legend = page.legend([(f"--method-{methods.index(method)}", method) for method in shown])
     notes = f"The picture: {split} accuracy while training. Thin: one run. Bold: mean over runs."
     figure = page.figure(plots.accuracy_over_seconds(histories, methods, split))
-    return page.section(escape(found_in(runs, about)), notes, legend + figure)
+    return page.section(found_in(runs, about), notes, legend + figure)
 
 
 def found_in(runs: list[dict], about: str) -> str:

@@ -58,8 +58,8 @@ class Lines:
             of = f"/{self._total_steps}" if self._total_steps else ""
             line = f"step {event['step']}{of} (epoch {event['epoch']:.2f}{self._stage}): {_evaluation(event)}"
             print(line, file=sys.stderr, flush=True)
-        elif event["kind"] == "teacher":
-            print(_teacher(event), file=sys.stderr, flush=True)
+        elif event["kind"] in _SAID:
+            print(_SAID[event["kind"]](event), file=sys.stderr, flush=True)
         elif event["kind"] == "ranks":
             print("\n".join(_ranks(event)), file=sys.stderr, flush=True)
 
@@ -104,8 +104,8 @@ class Bar:
             self._details["losses"] = f"loss  {losses}"
         elif kind == "evaluate":
             self._details["accuracy"] = _evaluation(event)
-        elif kind == "teacher":
-            self._live.console.print(_teacher(event), markup=False, highlight=False)
+        elif kind in _SAID:
+            self._live.console.print(_SAID[kind](event), markup=False, highlight=False)
         elif kind == "ranks":
             self._live.console.print("\n".join(_ranks(event)), markup=False, highlight=False)
 
@@ -121,6 +121,15 @@ def _evaluation(event: dict) -> str:
 
 def _teacher(event: dict) -> str:
     return f"teacher: {_number(event['accuracy'], '.2%')} of {event['images']} {event['split']} images"
+
+
+def _data(event: dict) -> str:
+    counts = f"{event['training_images']:,} training images, {event['held_out']:,} held out, {event['test_images']:,} test"
+    return f"{event['name']}: {event['classes']:,} classes, {counts}"
+
+
+_SAID = {"teacher": _teacher, "data": _data}
+"""What events are shown as a line of their own, beside those of ranks."""
 
 
 def _ranks(event: dict) -> list[str]:

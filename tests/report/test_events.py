@@ -215,3 +215,25 @@ def test_missing_tensorboard_is_silent_unless_asked_for(record, tmp_path, monkey
     assert not (tmp_path / "tensorboard").exists()
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         record(tensorboard=True)
+
+
+def test_a_run_says_what_it_trains_on(record, capsys):
+    told = {
+        "name": "photos", "classes": 3, "training_images": 1200, "held_out": 48, "test_images": 300, "left_out": {},
+        "notes": [],
+    }  # fmt: skip
+    with record(progress=True) as recorder:
+        recorder.emit("data", step=0, **told)
+    assert "photos: 3 classes, 1,200 training images, 48 held out, 300 test" in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(record, tmp_path, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    with record(progress=True) as recorder:
+        monkeypatch.setattr(sys, "stderr", Gone())
+        recorder.emit("teacher", step=0, accuracy=0.5, images=10, split="held-out")
+        recorder.emit("evaluate", step=4, **EVALUATION)
+    assert [event["kind"] for event in read_events(tmp_path)] == ["teacher", "evaluate"]
