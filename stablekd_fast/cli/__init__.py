@@ -17,7 +17,7 @@ from stablekd_fast.cli import bench, cache, diagnose
 from stablekd_fast.cli.options import fields_of
 from stablekd_fast.cli.spelling import Parser, explained, underscored
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.errors import StableKDError
+from stablekd_fast.errors import StableKDError, printable
 from stablekd_fast.execution.memory import keep_freed_memory
 from stablekd_fast.execution.moments import given_up
 from stablekd_fast.files import write_atomically
@@ -45,6 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     except StableKDError as error:
         print(f"stablekd: {error}", file=sys.stderr)
         return _leave(2) if given_up() else 2
+    except OSError as error:
+        where = f"{printable(error.filename)[:200]}: " if error.filename else ""
+        print(
+            f"stablekd: {where}{error.strerror or error}. Check the path, and what may be done there.", file=sys.stderr
+        )
+        return 2
     except KeyboardInterrupt:
         print("stablekd: interrupted. --resume continues from the last checkpoint.", file=sys.stderr)
         return 130

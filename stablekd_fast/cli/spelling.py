@@ -46,8 +46,8 @@ def underscored(word: str) -> str:
     """Translate a word of the command line for the parsers. Options may be typed with hyphens or underscores."""
     if not word.startswith("--") or len(word) == 2:
         return word
-    if word == "--resume":
-        return "--resume=true"
+    if word in ("--resume", "--extend"):
+        return f"{word}=true"
     name, equals, value = word[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
 

@@ -9,6 +9,7 @@ decides.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from pathlib import Path
@@ -42,6 +43,8 @@ class Contents:
         """Which images were read in this process since digests are wanted."""
         self._held: dict[int, bytes] = {}
         """What was read for its digest alone, until it is asked for: no file is opened twice for it."""
+        self._few: bool | None = None
+        """Whether the images are read for their identity; None where nobody asked yet."""
         self._logs: list[BinaryIO] = []
 
     def read(self, sample: int) -> bytes:
@@ -60,8 +63,10 @@ class Contents:
 
     def digest_at_once(self) -> bytes | None:
         """Return a digest of all images together, or None if they are too many to be read for it."""
-        count = len(self.records)
-        if count > _MOST_AT_ONCE or sum(self.records.stamp(n)[0] for n in range(count)) > READ_AT_ONCE:
+        if self._few is None:
+            count = len(self.records)
+            self._few = count <= _MOST_AT_ONCE and sum(self.records.stamp(n)[0] for n in range(count)) <= READ_AT_ONCE
+        if not self._few:
             return None
         self._want()
         assert self._digests is not None
@@ -85,6 +90,7 @@ class Contents:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             log = open(path, "ab", buffering=0)
+            log.write(bytes(-log.tell() % _RECORD.itemsize))  # what a full disk tore off is no record
         except OSError as error:
             if not path.exists():  # else it may only be read, as a finished cache may
                 warnings.warn(f"{path} cannot be written ({error.strerror}): digests are not kept.", stacklevel=2)
@@ -120,7 +126,8 @@ class Contents:
             try:
                 log.write(records.tobytes())  # one write: records of several processes do not mix
             except OSError as error:
-                logs.remove(log)
+                with contextlib.suppress(ValueError):  # another thread was first
+                    logs.remove(log)
                 warnings.warn(f"{log.name} takes no more digests: {error.strerror}.", stacklevel=2)
 
     def _take_up(self, path: Path) -> np.ndarray:
@@ -140,7 +147,8 @@ class Contents:
         self._digests, told[records["sample"]] = known, True
         self._stamps[records["sample"]] = np.stack([records["size"], records["changed"]], 1)
         samples = np.flatnonzero(told)
-        stamps = np.array([self.records.stamp(sample) for sample in samples.tolist()], np.int64).reshape(-1, 2)
+        values = (value for sample in samples.tolist() for value in self.records.stamp(sample))
+        stamps = np.fromiter(values, np.int64, 2 * len(samples)).reshape(-1, 2)
         changed = samples[(stamps != self._stamps[samples]).any(1)].tolist()
         if len(changed) > len(samples) // 10:
             warnings.warn(

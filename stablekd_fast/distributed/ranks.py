@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stablekd_fast.errors import ConfigError, RankError
+from stablekd_fast.errors import ConfigError, RankError, first_line
 from stablekd_fast.execution.moments import Clock, Moment, give_up
 
 T = TypeVar("T")
@@ -204,7 +204,7 @@ class Ranks:
 
     def _missing(self, what: str, error: Exception, among: Iterable[int]) -> str:
         """The message on an exchange that failed. Ranks that wait too say so in the store; the others are missing."""
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         head = (
             f"Rank {self.rank} waited in vain at {self.where()}, where {what} (timeout {self.timeout:g} s): {reason}."
         )

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stablekd_fast.errors import CaptureError, ConfigError
+from stablekd_fast.errors import CaptureError, ConfigError, first_line
 from stablekd_fast.execution.emulator import Operation, Recording, Watch, replay
 from stablekd_fast.execution.memory import no_garbage_collection
 from stablekd_fast.execution.moments import given_up
@@ -175,7 +175,7 @@ class GraphRunner:
             _recover(self._graph, pool, current)
             if not isinstance(error, (RuntimeError, CaptureError)):
                 raise
-            line = str(_first(error)).strip().splitlines()[0]
+            line = first_line(_first(error))
             raise CaptureError(f"{last.operation or 'the step'} cannot be captured: {line}") from _first(error)
 
     def _warm_up(self, phases: Sequence[Sequence[Body]], streams: list[torch.cuda.Stream]) -> None:

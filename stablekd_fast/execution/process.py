@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablekd_fast.errors import ConfigError, TrainingError
+from stablekd_fast.errors import ConfigError, TrainingError, first_line
 
 _WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
 _REPEATABLE = (":4096:8", ":16:8")
@@ -50,7 +50,7 @@ def deterministic(device: torch.device, wanted: bool = True) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        line, sooner = str(error).strip().splitlines()[0].split(". ")[0], ""
+        line, sooner = first_line(error).split(". ")[0], ""
         if "CuBLAS" in line:  # it had begun before
             sooner = f", or set {_WORKSPACES}={_REPEATABLE[0]} before the process starts"
         raise TrainingError(f"deterministic=true was given, but {line}. Train without it{sooner}.") from error

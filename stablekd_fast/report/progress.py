@@ -124,7 +124,9 @@ def _teacher(event: dict) -> str:
 
 
 def _data(event: dict) -> str:
-    counts = f"{event['training_images']:,} training images, {event['held_out']:,} held out, {event['test_images']:,} test"
+    counts = (
+        f"{event['training_images']:,} training images, {event['held_out']:,} held out, {event['test_images']:,} test"
+    )
     return f"{event['name']}: {event['classes']:,} classes, {counts}"
 
 

@@ -17,7 +17,7 @@ from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import STREAM, Augmentation, Dataset, EvalSource, Split, StreamSource, TrainSource
 from stablekd_fast.data.augmentation import altered
-from stablekd_fast.errors import ConfigError, DataError
+from stablekd_fast.errors import ConfigError, DataError, first_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,7 +42,7 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError(f"this machine shows {count} GPUs, numbered from 0")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"device {asked!r} cannot be used ({reason}); choose cpu, cuda, cuda:N or auto, or start fewer processes."
         ) from error

@@ -144,10 +144,16 @@ def test_a_torn_or_damaged_log_is_not_believed(tmp_path, many):
     log.write_bytes(content[:-5])
     change(root / "train" / "a" / "3.bmp")  # the damaged record is its own; the torn one is the last image's
     change(root / "train" / "b" / "3.bmp")
-    open_dataset(root).train.keep_digests(log)
-    change(root / "train" / "b" / "2.bmp")
-    with pytest.raises(DataError, match="b/2.bmp. Put"):
-        open_dataset(root).train.keep_digests(log)
+    again = open_dataset(root).train
+    again.keep_digests(log)
+    read_all(again)
+    again.close()
+    assert log.stat().st_size == (8 + 1 + 1) * 32, "one record more for each of the two, behind the torn one"
+    for name in ("a/3", "b/2", "b/3"):
+        change(root / "train" / f"{name}.bmp")
+        with pytest.raises(DataError, match=f"{name}.bmp. Put"):
+            open_dataset(root).train.keep_digests(log)
+        change(root / "train" / f"{name}.bmp")
 
 
 def test_images_that_cannot_be_read_have_an_identity_too(tmp_path):
