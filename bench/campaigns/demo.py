@@ -19,31 +19,29 @@ from stablekd_fast.report import machine, versions
 from stablekd_fast.run.demo import DEMONSTRATIONS, FASHION_TEACHER
 
 DATA = "fashion-mnist-small"
-RATES, BATCHES, SEEDS = (0.01, 0.02, 0.04), (32, 64), (10, 11)
-"""Peak learning rates of AdamW, batch sizes, and seeds that the demonstration does not use."""
+RATES, SEEDS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.06), (10,)
+"""Peak learning rates of AdamW, and a seed that the demonstration does not use."""
 
 
 def choose(out: Path, methods: list[str]) -> dict:
     """Train all candidates; return every accuracy, and the best setting of each method."""
     common = dict(DEMONSTRATIONS[DATA].common)
+    named = {name: common.pop(name) for name in ("student", "validation", "batch_size", "epochs")}
     task = Task(
-        data=DATA, teacher=DEMONSTRATIONS[DATA].teacher, teacher_weights=str(FASHION_TEACHER),
-        student=common.pop("student"), subset=1.0, validation=common.pop("validation"), batch_size=64, precision="auto",
-        epochs=common.pop("epochs"),
+        data=DATA, teacher=DEMONSTRATIONS[DATA].teacher, teacher_weights=str(FASHION_TEACHER), subset=1.0,
+        precision="auto", remember=str(out / "rows"), **named,
     )  # fmt: skip
     campaign, rows = Campaign(task), []
     for method in methods:
         for lr in RATES:
-            for batch_size in BATCHES:
-                own = {**common, "method": method, "batch_size": batch_size, "evaluate_every": 0}
-                own["optimizer"] = {"lr": lr}
-                runs = [campaign.run(out / f"{method}-{lr}-{batch_size}-{s}", own, s, tuning=True) for s in SEEDS]
-                reached = [run["accuracy"] for run in runs if run]
-                rows.append({"method": method, "lr": lr, "batch_size": batch_size, "held_out_accuracies": reached})
-                print(json.dumps(rows[-1]), flush=True)
+            own = {**common, "method": method, "optimizer": {"lr": lr}, "evaluate_every": 0}
+            del own["view_seed"]  # the campaign's own
+            runs = [campaign.run(out / f"{method}-{lr}-{seed}", own, seed, tuning=True) for seed in SEEDS]
+            rows.append({"method": method, "lr": lr, "held_out_accuracies": [run["accuracy"] for run in runs if run]})
+            print(json.dumps(rows[-1]), flush=True)
     best = {}
     for row in sorted(rows, key=lambda row: statistics.fmean(row["held_out_accuracies"])):
-        best[row["method"]] = {"lr": row["lr"], "batch_size": row["batch_size"]}
+        best[row["method"]] = {"lr": row["lr"]}
     return {"chosen": best, "rows": rows, "seeds": SEEDS, "machine": machine(), "versions": versions()}
 
 

@@ -3,18 +3,20 @@ them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data.dataset import FASHION
 from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.errors import ConfigError, nearest
 from stablekd_fast.report import read_events, summary_table, write_report, write_results
-from stablekd_fast.run.distiller import Distiller
+from stablekd_fast.run.distiller import STUDENT_FILE, Distiller
 
 FASHION_TEACHER = FASHION.with_name("fashion_mnist_resnet32.safetensors")
 
@@ -33,26 +35,23 @@ class Demonstration:
     teacher_epochs: int | None = None
     """For so many epochs a teacher is trained first; None takes the embedded one."""
     baseline: str = "kd"
-    extras: dict[str, Any] = field(default_factory=dict)
+    keeps_rows: bool = False
+    """Whether the teacher's outputs are kept for all runs, for as long as the demonstration lasts."""
 
 
-def _tuned(lr: float, batch_size: int) -> dict[str, Any]:
-    return {"optimizer": Optimizer(lr=lr), "batch_size": batch_size}
+def _tuned(lr: float) -> dict[str, Any]:
+    return {"optimizer": Optimizer(lr=lr)}
 
 
 DEMONSTRATIONS = {
     "fashion-mnist-small": Demonstration(
         title="Fashion-MNIST: distillation methods compared",
-        about="Four epochs of 4,500 small pictures of clothes",
-        common={"student": "resnet20_half", "epochs": 4.0, "validation": 0.1, "log_every": 10, "evaluate_every": 0.5,
-                "bn_images": 512},
+        about="Three epochs of 4,500 small pictures of clothes",
+        common={"student": "resnet20_half", "epochs": 3.0, "batch_size": 32, "validation": 0.1, "log_every": 20,
+                "evaluate_every": 1.0, "bn_images": 256, "views": 2, "view_seed": 0},
         teacher="resnet32",
-        methods={
-            "ce": _tuned(0.02, 32),
-            "kd": _tuned(0.02, 32),
-            "kd+features": _tuned(0.02, 32),
-            "stablekd": _tuned(0.02, 32),
-        },
+        methods={"kd": _tuned(0.01), "kd+features": _tuned(0.01), "stablekd": _tuned(0.01)},
+        keeps_rows=True,
     ),
     "digits": Demonstration(
         title="Digits: distillation methods compared",
@@ -76,34 +75,23 @@ def run_demo(out: Path, *, data: str = "fashion-mnist-small", seeds: int = 3, de
     """
     if data not in DEMONSTRATIONS:
         raise ConfigError(f"There is no demonstration of {data!r}{nearest(data, DEMONSTRATIONS)}.")
-    demo, runs, events, teacher = DEMONSTRATIONS[data], [], {}, {}
-    weights = FASHION_TEACHER
+    demo, runs, events, trained = DEMONSTRATIONS[data], [], {}, {}
+    common, weights = {**demo.common, "data": data, "device": device, "teacher": demo.teacher}, FASHION_TEACHER
     if demo.teacher_epochs is not None:
-        weights = out / "runs" / "teacher" / "student.safetensors"
-        own = {**demo.common, "student": demo.teacher, "epochs": demo.teacher_epochs}
-        teacher = asdict(_run(demo, own, "ce", 0, weights.parent, data, device, None))
+        own = {**common, "student": demo.teacher, "epochs": demo.teacher_epochs, "out": str(out / "runs" / "teacher")}
+        trained = {"teacher": asdict(Distiller(DistillConfig(method="ce", **own)).run())}
+        weights = out / "runs" / "teacher" / STUDENT_FILE
+    rows = CacheSettings(plan="all", directory=str(out / "rows")) if demo.keeps_rows else CacheSettings()
     for seed in range(seeds):
         for method, settings in demo.methods.items():
             place = out / "runs" / f"{method}-{seed}"
-            runs.append(asdict(_run(demo, {**demo.common, **settings}, method, seed, place, data, device, weights)))
+            own = {**common, **settings, "method": method, "seed": seed, "out": str(place)}
+            if method != "ce":
+                own |= {"teacher_weights": str(weights), "cache": rows}
+            runs.append(asdict(Distiller(DistillConfig(**own)).run()))
             events[f"{method}, seed {seed}"] = read_events(place)
-    write_results(out / "results.json", runs, **({"teacher": teacher} if teacher else {}))
+    shutil.rmtree(out / "rows", ignore_errors=True)
+    write_results(out / "results.json", runs, **trained)
     write_report(out / "report.html", runs, events, demo.title, baseline=demo.baseline, about=demo.about)
     Console().print(summary_table(runs, baseline=demo.baseline))
     return runs
-
-
-def _run(
-    demo: Demonstration, settings: dict, method: str, seed: int, out: Path, data: str, device: str, weights: Path | None
-):
-    config = DistillConfig(
-        data=data,
-        method=method,
-        seed=seed,
-        teacher=demo.teacher,
-        teacher_weights=None if weights is None else str(weights),
-        device=device,
-        out=str(out),
-        **settings,
-    )
-    return Distiller(config).run()
