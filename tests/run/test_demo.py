@@ -83,9 +83,7 @@ def test_the_demonstration_in_small(data, tmp_path, monkeypatch):
     own = dataclasses.replace(
         asked,
         common={**asked.common, **small},
-        methods={
-            name: {key: value for key, value in own.items() if key not in small} for name, own in asked.methods.items()
-        },
+        methods={name: _without(own, small) for name, own in asked.methods.items()},
         teacher_epochs=asked.teacher_epochs and 1,
     )
     monkeypatch.setitem(demo.DEMONSTRATIONS, data, own)
