@@ -24,7 +24,7 @@ from stablekd_fast.errors import DataError
 READ_AT_ONCE = 2**28
 """Images of so many bytes in all are read whenever their identity is asked for; larger sets image by image."""
 _MOST_AT_ONCE = 100_000
-"""Of more images even the sizes are not asked for."""
+"""Where there are more images, even their sizes are not asked for."""
 
 _RECORD = np.dtype([("sample", "<u4"), ("check", "<u4"), ("digest", "<u8"), ("size", "<i8"), ("changed", "<i8")])
 _ODD = np.uint64(0x9E3779B97F4A7C15)
