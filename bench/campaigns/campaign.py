@@ -32,6 +32,9 @@ from stablekd_fast.run.distiller import Distiller
 VIEW_SEED = 0
 """The view seed of all runs: every seed sees the same views in its own order, so that what is remembered serves all."""
 
+FROM_THE_DATA = ("mean", "std")
+"""Settings that a run takes from its data set, and saves so, where None is given."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -95,6 +98,7 @@ class Campaign:
             config = self._config(out, settings, seed)
             if (out / "results.json").exists():
                 saved, own = load_metadata(out / "checkpoint.safetensors")["identity"], plain(identity(config))
+                own = {name: value for name, value in own.items() if value is not None or name not in FROM_THE_DATA}
                 check_same_run(out, {name: saved.get(name) for name in own}, own)
             else:
                 self._train(config, tuning)
