@@ -14,10 +14,11 @@ import jsonargparse
 
 from stablekd_fast import __version__
 from stablekd_fast.cli import bench, cache, diagnose
+from stablekd_fast.cli.configs import option_with_nul
 from stablekd_fast.cli.options import fields_of
 from stablekd_fast.cli.spelling import Parser, explained, underscored
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.errors import StableKDError, printable
+from stablekd_fast.errors import ConfigError, StableKDError, printable
 from stablekd_fast.execution.memory import keep_freed_memory
 from stablekd_fast.execution.moments import given_up
 from stablekd_fast.files import write_atomically
@@ -41,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         options = commands[settings.command].instantiate(settings[settings.command])
+        spoiled = option_with_nul(options)
+        if spoiled is not None:
+            raise ConfigError(f"{spoiled} holds a NUL character, which no name and no path can; leave it out.")
         return RUN[settings.command](options)
     except StableKDError as error:
         print(f"stablekd: {error}", file=sys.stderr)

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import re
 from argparse import Action
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jsonargparse
+
+from stablekd_fast.cli.configs import fault_of
+from stablekd_fast.errors import printable
 
 
 class _HyphenFormatter(jsonargparse.DefaultHelpFormatter):
@@ -33,6 +37,12 @@ class Parser(jsonargparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"exit_on_error": False, "formatter_class": _HyphenFormatter, **settings})
+
+    def parse_path(self, path: str | os.PathLike[str], *rest: Any, **more: Any) -> jsonargparse.Namespace:
+        fault = fault_of(path)
+        if fault is not None:
+            self.error(f"{printable(path)} cannot be read as a config: {fault}.")
+        return super().parse_path(path, *rest, **more)
 
 
 def _hyphenated(action: Action) -> Action:
