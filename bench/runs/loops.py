@@ -5,6 +5,8 @@ All train with a learning rate of zero, so that their losses can be checked at a
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -17,10 +19,16 @@ TEMPERATURE, KL_WEIGHT = 4.0, LogitKD().kl_weight
 
 
 class Loop:
-    """A training loop over a few batches, as people write it."""
+    """A training loop over a few batches, as people write it; in bf16 by autocast if asked."""
 
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches, self.turn = batches, 0
+    def __init__(self, batches: list[Batch], *, bf16: bool = False) -> None:
+        self.batches, self.turn, self.bf16 = batches, 0, bf16
+        self.device = batches[0].pixels.device.type
+        self.capturing = False
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of forward passes. A graph's replay must not meet weights that were cast before."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16, cache_enabled=not self.capturing)
 
     def train(self) -> list[Tensor]:
         self.turn = (self.turn + 1) % len(self.batches)
@@ -42,23 +50,79 @@ def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, kl_weight: float =
 
 
 class OrdinaryKD(Loop):
-    """Runs the teacher's whole forward pass, and the student's forward and backward pass end to end."""
+    """Runs the teacher's whole forward pass, and the student's forward and backward pass end to end.
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[Batch], *, bf16: bool = False) -> None:
-        super().__init__(batches)
+    `compiled`: torch.compile makes both networks' passes.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        batches: list[Batch],
+        *,
+        bf16: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(batches, bf16=bf16)
         self.teacher, self.student, self.optimizer = teacher.eval(), student.train(), sgd(student)
-        self.bf16 = bf16
+        if compiled:
+            self.teacher, self.student = torch.compile(self.teacher), torch.compile(self.student)
 
     def step(self, batch: Batch) -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with self.autocast():
             with torch.no_grad():
                 target = self.teacher(batch.images)
             output = self.student(batch.images)
-        loss = kd_loss(output.float(), target.float(), batch.labels)
+        if self.bf16:
+            output, target = output.float(), target.float()
+        loss = kd_loss(output, target, batch.labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return [loss.detach()]
+
+
+class PlainTraining(Loop):
+    """Trains the student on labels alone, without a teacher."""
+
+    def __init__(self, student: nn.Module, batches: list[Batch], *, bf16: bool = False) -> None:
+        super().__init__(batches, bf16=bf16)
+        self.student, self.optimizer = student.train(), sgd(student)
+
+    def step(self, batch: Batch) -> list[Tensor]:
+        with self.autocast():
+            output = self.student(batch.images)
+        loss = nn.functional.cross_entropy(output.float() if self.bf16 else output, batch.labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return [loss.detach()]
+
+
+class GraphedLoop(Loop):
+    """A whole step of another loop as one CUDA graph: batches are copied into its inputs, then it is replayed."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__(loop.batches)
+        images, self.labels = loop.batches[0].pixels.clone(), loop.batches[0].labels.clone()
+        self.inputs = dataclasses.replace(loop.batches[0], images=images, labels=self.labels)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                loop.step(self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        loop.capturing = True
+        with torch.cuda.graph(self.graph):
+            self.losses = loop.step(self.inputs)
+
+    def step(self, batch: Batch) -> list[Tensor]:
+        self.inputs.pixels.copy_(batch.pixels)
+        self.labels.copy_(batch.labels)
+        self.graph.replay()
+        return [loss.clone() for loss in self.losses]
 
 
 LOGITS = {
@@ -112,8 +176,8 @@ class TorchdistillKD(Loop):
 class OrdinaryBlockwise(Loop):
     """Trains each block alone: the teacher runs from the images to the block's target, autograd through an MSE."""
 
-    def __init__(self, paired: PairedBlocks, batches: list[Batch]) -> None:
-        super().__init__(batches)
+    def __init__(self, paired: PairedBlocks, batches: list[Batch], *, bf16: bool = False) -> None:
+        super().__init__(batches, bf16=bf16)
         self.paired = paired
         nn.ModuleList(paired.student_blocks).train()
         self.optimizers = [sgd(block) for block in paired.student_blocks]
@@ -121,8 +185,11 @@ class OrdinaryBlockwise(Loop):
     def step(self, batch: Batch) -> list[Tensor]:
         losses, last = [], len(self.paired.cuts)
         for k, (block, optimizer) in enumerate(zip(self.paired.student_blocks, self.optimizers)):
-            known = self.paired.teacher_outputs(batch.images, {k - 1, k} - {-1})
-            output = block(batch.images if k == 0 else known[k - 1])
+            with self.autocast():
+                known = self.paired.teacher_outputs(batch.images, {k - 1, k} - {-1})
+                output = block(batch.images if k == 0 else known[k - 1])
+            if self.bf16:
+                output, known[k] = output.float(), known[k].float()
             loss = kd_loss(output, known[k], batch.labels) if k == last else nn.functional.mse_loss(output, known[k])
             optimizer.zero_grad()
             loss.backward()
@@ -147,8 +214,8 @@ class OrdinaryStage(Loop):
         *,
         bf16: bool = False,
     ) -> None:
-        super().__init__(batches)
-        self.paired, self.groups, self.bf16 = paired, groups, bf16
+        super().__init__(batches, bf16=bf16)
+        self.paired, self.groups = paired, groups
         self.use_teacher_logits = objectives.use_teacher_logits
         self.last = len(paired.cuts)
         self.aligned = [objectives.aligned_cuts(group, self.last) for group in groups]
@@ -162,7 +229,7 @@ class OrdinaryStage(Loop):
 
     def step(self, batch: Batch) -> list[Tensor]:
         losses = []
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with self.autocast():
             known = self.paired.teacher_outputs(batch.images, self.wanted) if self.wanted else {}
         for group, aligned, optimizer in zip(self.groups, self.aligned, self.optimizers):
             entry = known[group[0] - 1] if group[0] else batch.images
@@ -178,7 +245,7 @@ class OrdinaryStage(Loop):
     ) -> Tensor:
         terms = []
         for k in group:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            with self.autocast():
                 x = self.paired.student_blocks[k](x)
             own = x.float() if self.bf16 else x
             if k in aligned:

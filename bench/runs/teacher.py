@@ -28,6 +28,7 @@ from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.cached import CachedTeacher
 from stablekd_fast.teacher.live import Relay, Teacher
 
+CPU = torch.device("cpu")
 LOGITS = "fp32"
 RERUN, ALONE = "prefix run again", "students alone"
 
@@ -116,12 +117,14 @@ class Arm:
         return [step.losses[0].clone() for step in self.stage.steps]
 
 
-def make_pair(pair: Pair, dataset: Dataset) -> tuple[PairedBlocks, TrainSource, list[Batch]]:
-    """Make networks with random weights, and batches of real images."""
+def make_pair(
+    pair: Pair, dataset: Dataset, device: torch.device | str = "cpu"
+) -> tuple[PairedBlocks, TrainSource, list[Batch]]:
+    """Make networks with random weights, and batches of real images, on a device."""
     torch.manual_seed(SEED)
     classes = len(dataset.classes)
     networks = [
-        models.build(name, classes, pair.size).to(memory_format=torch.channels_last)
+        models.build(name, classes, pair.size).to(device).to(memory_format=torch.channels_last)
         for name in (pair.teacher, pair.student)
     ]
     source = TrainSource(
@@ -133,6 +136,7 @@ def make_pair(pair: Pair, dataset: Dataset) -> tuple[PairedBlocks, TrainSource, 
         seed=SEED,
         views=1,
         workers=2,
+        device=device,
     )
     batches = list(source.batches(0, pair.batches))
     paired = pair_blocks(*networks, batches[0].images[:8])
@@ -140,13 +144,23 @@ def make_pair(pair: Pair, dataset: Dataset) -> tuple[PairedBlocks, TrainSource, 
     return paired, source, batches
 
 
-def cached(paired: PairedBlocks, source: TrainSource, batches: list[Batch], folder: Path, codec: str) -> CachedTeacher:
-    """Make a teacher whose rows for these batches are on disk."""
-    settings = CacheSettings(plan="all", directory=str(folder), codecs=[codec])
+def cached(
+    paired: PairedBlocks,
+    source: TrainSource,
+    batches: list[Batch],
+    folder: Path,
+    codec: str,
+    *,
+    tier: str = "disk",
+    device: torch.device = CPU,
+) -> CachedTeacher:
+    """Make a teacher whose rows for these batches are on disk, or in one of the memories."""
+    budgets = {f"{memory}_budget": "1TB" for memory in ("device", "host") if memory == tier}
+    settings = CacheSettings(plan="all", directory=str(folder) if tier == "disk" else None, codecs=[codec], **budgets)
     examples = paired.teacher_outputs(batches[0].images)
-    plan = Plan({k: Kept("disk", LOGITS if k == len(paired.cuts) else codec) for k in examples})
-    columns = Columns(paired, source, settings, torch.device("cpu"), 1).open(plan, examples)
-    teacher = CachedTeacher(paired, columns, source.split.total, torch.device("cpu"))
+    plan = Plan({k: Kept(tier, LOGITS if k == len(paired.cuts) else codec) for k in examples})
+    columns = Columns(paired, source, settings, device, 1).open(plan, examples)
+    teacher = CachedTeacher(paired, columns, source.split.total, device)
     for batch in batches:
         teacher.outputs(examples.keys(), batch.images, batch)
     return teacher

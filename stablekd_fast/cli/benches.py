@@ -103,6 +103,11 @@ def _bench_step(asked: Namespace, show: Show) -> Measured:
     images, directory = Images(asked.small, asked.large), Path(asked.directory)
     if asked.profile or asked.trace:
         return profile_steps(directory, images, Path(asked.trace) if asked.trace else None)
+    if asked.device != "cpu":
+        from stablekd_fast.bench.runs.device_steps import run_device_steps
+        from stablekd_fast.run.builders import pick_device
+
+        return run_device_steps(images, pick_device(asked.device), asked.rounds, asked.compile, show)
     return run_step(directory, images, asked.rounds, asked.compile, show)
 
 
@@ -174,6 +179,7 @@ KERNELS: Options = {
 STEP: Options = {
     **DIRECTORY,
     **IMAGES,
+    "--device": {"type": str, "default": "cpu", "help": "cpu or cuda"},
     "--compile": {"action": ActionYesNo, "default": True, "help": "compiled steps too"},
     "--profile": _flag("where the time of a step goes, instead"),
     "--trace": _text("file for a Chrome trace of a profiled step"),
