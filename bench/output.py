@@ -16,6 +16,7 @@ from rich.text import Text
 
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.files import write_atomically
+from stablekd_fast.files.reading import read_document
 from stablekd_fast.report import machine, versions
 from stablekd_fast.report.events import plain
 from stablekd_fast.report.page import flat
@@ -59,11 +60,11 @@ def write_csv(path: Path, found: dict) -> None:
 def read_json(path: Path) -> dict:
     """Read a document that `write_json` wrote. Raises StableKDError if it is missing or not such a document."""
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = json.loads(read_document(path))
         complete = all(key in row for row in found["rows"] for key in REQUIRED)
     except OSError as error:
         raise StableKDError(f"{path} cannot be read: {error.strerror}. Give the file of an earlier --json.") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise StableKDError(f"{path} is no bench file ({error!r}). Give the file of an earlier --json.") from error
     if not complete:
         raise StableKDError(f"{path} has rows without {', '.join(REQUIRED)}. Give the file of an earlier --json.")

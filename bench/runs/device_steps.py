@@ -64,8 +64,8 @@ class DeviceContest:
     def ours(
         self, method: str, capture: str, tier: str | None = None, codec: str = "fp32", *, exact: bool = False
     ) -> Arm:
-        """Make a stage of the engine, in bf16 or exact: decomposed for stablekd, end to end for kd; fed by the live teacher, or
-        by rows that are kept in a memory."""
+        """Make a stage of the engine, in bf16 or exact: decomposed for stablekd, end to end for kd; fed by the live
+        teacher, or by rows that are kept in a memory."""
         paired, source, batches = make_pair(self.pair, self.dataset, self.device)
         paired.precision, paired.fuses_norms = Precision("fp32" if exact else "bf16"), pick_fusion("auto", self.device)
         teacher = Relay(paired, LiveTeacher(paired, capture, fall_back=False))

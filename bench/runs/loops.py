@@ -105,8 +105,10 @@ class GraphedLoop(Loop):
 
     def __init__(self, loop: Loop) -> None:
         super().__init__(loop.batches)
+        self.loop = loop  # its weights live as long as the graph
         images, self.labels = loop.batches[0].pixels.clone(), loop.batches[0].labels.clone()
         self.inputs = dataclasses.replace(loop.batches[0], images=images, labels=self.labels)
+        loop.capturing = True
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -114,7 +116,6 @@ class GraphedLoop(Loop):
                 loop.step(self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        loop.capturing = True
         with torch.cuda.graph(self.graph):
             self.losses = loop.step(self.inputs)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from stablekd_fast.cache.shard import REMEDY, Part
 from stablekd_fast.errors import CacheError, CacheFull, TrainingError
 from stablekd_fast.files import write_atomically
+from stablekd_fast.files.reading import read_document
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -55,11 +56,11 @@ class Manifest:
         """Read the manifest of a folder. Raises CacheError if there is none, if it is damaged, or of another format."""
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(read_document(path))
             digest = content.pop("digest")
         except FileNotFoundError:
             raise CacheError(f"{folder} is no column of a cache: it has no {MANIFEST}.") from None
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CacheError(f"{path} cannot be read ({error!r}). {REMEDY}") from error
         if digest != _digest(content):
             raise CacheError(f"{path} is not what was written there: it is damaged. {REMEDY}")

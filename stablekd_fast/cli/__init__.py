@@ -16,7 +16,7 @@ from stablekd_fast import __version__
 from stablekd_fast.cli import bench, cache, diagnose
 from stablekd_fast.cli.configs import option_with_nul
 from stablekd_fast.cli.options import fields_of
-from stablekd_fast.cli.spelling import Parser, explained, underscored
+from stablekd_fast.cli.spelling import Parser, explained, reason_of, underscored
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.errors import ConfigError, StableKDError, printable
 from stablekd_fast.execution.memory import keep_freed_memory
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     keep_freed_memory()
     try:
-        options = commands[settings.command].instantiate(settings[settings.command])
+        options = _instantiated(commands[settings.command], settings[settings.command])
         spoiled = option_with_nul(options)
         if spoiled is not None:
             raise ConfigError(f"{spoiled} holds a NUL character, which no name and no path can; leave it out.")
@@ -58,6 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stablekd: interrupted. --resume continues from the last checkpoint.", file=sys.stderr)
         return 130
+
+
+def _instantiated(command: Parser, values: jsonargparse.Namespace) -> jsonargparse.Namespace:
+    """Make settings of values. Raises ConfigError for those that a setting refuses."""
+    try:
+        return command.instantiate(values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(reason_of(error)) from error
 
 
 def _leave(code: int) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from stablekd_fast.files.reading import open_regular
+
 LARGEST = 1 << 20
 """The bytes of the largest config file that is read."""
 MOST_VALUES = 100_000
@@ -19,10 +21,12 @@ def fault_of(path: str | os.PathLike[str]) -> str | None:
     What is no YAML passes: the parser names the line.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             content = file.read(LARGEST + 1)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None  # the parser says it
+    except (OSError, ValueError) as error:
+        return f"{getattr(error, 'strerror', None) or error}; save it as a file"
     if len(content) > LARGEST:
         return f"it is larger than {LARGEST:,} bytes, which no config needs"
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import jsonargparse
 
 from stablekd_fast.cli.configs import fault_of
-from stablekd_fast.errors import printable
+from stablekd_fast.errors import StableKDError, first_line, printable
 
 
 class _HyphenFormatter(jsonargparse.DefaultHelpFormatter):
@@ -60,6 +60,20 @@ def underscored(word: str) -> str:
         return f"{word}=true"
     name, equals, value = word[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def reason_of(error: Exception) -> str:
+    """Return why settings cannot be made of values that were parsed: our own sentence, where one is behind the error.
+
+    jsonargparse lists what each type of a union says of a value.
+    """
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, StableKDError):
+        behind = behind.__cause__ or behind.__context__
+    if behind is not None:
+        return str(behind)
+    said = re.search(r"^ *- ((?!Expected a).*)$", str(error), re.MULTILINE)
+    return said[1] if said else first_line(error)
 
 
 def explained(error: Exception, commands: Mapping[str, Parser], words: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stablekd_fast.errors import ModelError, first_line
 from stablekd_fast.files.pickles import Recorded, load_torch
+from stablekd_fast.files.reading import open_regular
 
 State = dict[str, Tensor]
 
@@ -122,7 +123,7 @@ _TEXTS = {
 
 
 def _refuse_texts(path: Path) -> None:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(64).lstrip().lower()
     for beginning, what in _TEXTS.items():
         if start.startswith(beginning):

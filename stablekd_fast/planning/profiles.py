@@ -13,6 +13,7 @@ from stablekd_fast.cache.codecs import RowFormat
 from stablekd_fast.cache.speed import CodecCost, TierCost
 from stablekd_fast.engine.schedule import group_name
 from stablekd_fast.errors import ConfigError, nearest
+from stablekd_fast.files.reading import read_document
 from stablekd_fast.planning.assign import ReduceCost
 
 _FOLDER = Path(__file__).parent / "devices"
@@ -89,14 +90,14 @@ def profile(name: str) -> Profile:
     """A profile by name, or from a JSON file. Raises ConfigError if there is none."""
     known = {path.stem: path for path in _FOLDER.glob("*.json")}
     path = known.get(name, Path(name))
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(
             f"There is no device profile {name!r}{nearest(name, [*known, 'this-machine'])}; or give a JSON file."
         )
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_document(path))
         return Profile(**values)
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         wanted = ", ".join(field.name for field in fields(Profile))
         raise ConfigError(f"{path} is no device profile ({error}); it needs {wanted}.") from error
 

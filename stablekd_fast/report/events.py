@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from stablekd_fast.errors import CheckpointError, TrainingError
 from stablekd_fast.files import write_atomically
+from stablekd_fast.files.reading import read_document
 from stablekd_fast.report.progress import open_display
 from stablekd_fast.report.tensorboard import open_scalars
 
@@ -108,7 +109,7 @@ def read_events(run_dir: Path) -> list[dict]:
     path = Path(run_dir) / FILE_NAME
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = read_document(path, 1 << 40).split(b"\n")[:-1]
     events = []
     for number, line in enumerate(lines, 1):
         try:

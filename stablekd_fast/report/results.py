@@ -9,6 +9,7 @@ from typing import Any
 
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.files import write_atomically
+from stablekd_fast.files.reading import read_document
 from stablekd_fast.report.events import plain
 from stablekd_fast.report.machine import machine, versions
 
@@ -30,13 +31,13 @@ def write_results(path: Path, runs: list[dict], **extra: Any) -> None:
 def read_results(path: Path) -> dict:
     """The document that `write_results` wrote. Raises StableKDError if it is missing or not such a document."""
     try:
-        document = json.loads(Path(path).read_bytes())
+        document = json.loads(read_document(path))
         runs = document["runs"]
     except OSError as error:
         raise StableKDError(
             f"{path} cannot be read: {error.strerror}. Give the results.json of a finished run."
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise StableKDError(f"{path} is not a results file ({error!r}). Give the results.json of a run.") from error
     for index, run in enumerate(runs):
         _check(run, index)

@@ -1,0 +1,36 @@
+"""The gate through which files from elsewhere are opened: regular files only, of a size that is looked at first."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+DOCUMENT = 256 << 20
+"""The bytes of the largest document (JSON, a log) that is read as a whole."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading, without waiting.
+
+    Raises OSError, with a reason to be quoted in a sentence, for a pipe, a device, a socket or a folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise OSError(code, f"It is {kind}, not a file", os.fspath(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_document(path: Path, most: int = DOCUMENT) -> bytes:
+    """Read a whole file of at most `most` bytes. Raises OSError as `open_regular` does, and for a larger one."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"It is larger than {most:,} bytes", os.fspath(path))
+    return content
