@@ -7,6 +7,7 @@ one CUDA graph, which is the fastest form of it that torch's documentation descr
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,15 @@ LARGE_BATCH = 256
 """What fills a GPU at 224 px."""
 
 Losses = Callable[[], list[Tensor]]
+
+
+class FedAhead(Arm):
+    """An arm whose next batch's rows are read while it trains, as in a run."""
+
+    def load(self) -> None:
+        if not hasattr(self, "_ahead"):
+            self._ahead = iter(self.teacher.ahead(itertools.cycle(self.batches), self.stage.wanted))
+        self.stage.load(self.teacher, next(self._ahead))
 
 
 class DeviceContest:
@@ -72,7 +82,7 @@ class DeviceContest:
         if tier is not None:
             teacher = cached(paired, source, batches, Path(), codec, tier=tier, device=self.device)
         groups = [list(range(len(paired)))] if method == "kd" else None
-        return Arm(
+        return (Arm if tier is None else FedAhead)(
             paired, teacher, batches, capture, groups=groups, objectives=objectives_of(DistillConfig(method=method)),
             optimizer=Optimizer("sgd"),
         )  # fmt: skip

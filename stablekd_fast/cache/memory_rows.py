@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class MemoryRows:
                 f"{size} bytes for {capacity} rows were refused by {device}; lower the budget of this memory."
             ) from error
         self._slots = torch.empty(0, dtype=torch.int64)
+        self._thread: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         """Rows that are stored."""
@@ -61,6 +63,28 @@ class MemoryRows:
         slots = self._slots[rows].to(self.device, non_blocking=True)
         return [_indexable(part).index_select(0, slots).view(part.dtype) for part in self._parts]
 
+    def empty(self, count: int, *, pinned: bool = False) -> list[Tensor]:
+        """Main memory for `count` rows, one tensor `[count, ...]` per part."""
+        return [torch.empty((count, *part.shape[1:]), dtype=part.dtype, pin_memory=pinned) for part in self._parts]
+
+    def submit(self, rows: Tensor, out: Sequence[Tensor]) -> Future[None]:
+        """Begin to gather rows, which are stored, from main memory into `out`, which is filled once `wait` returns."""
+        slots = self._slots[rows]
+
+        def gather() -> None:
+            for part, values in zip(self._parts, out):
+                torch.index_select(_indexable(part), 0, slots, out=_indexable(values))
+
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "rows in main memory")
+        return self._thread.submit(gather)
+
+    def wait(self, ticket: Future[None]) -> None:
+        """Wait until a gathering is over."""
+        ticket.result()
+
     def close(self) -> None:
         """Let go of the memory."""
+        if self._thread is not None:
+            self._thread.shutdown()
         self._parts, self._slots = [], torch.empty(0, dtype=torch.int64)

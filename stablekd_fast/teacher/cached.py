@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.columns import Column
-from stablekd_fast.cache.store import RowStore, Ticket
+from stablekd_fast.cache.memory_rows import MemoryRows
+from stablekd_fast.cache.store import RowStore
 from stablekd_fast.data import Batch
 from stablekd_fast.errors import CacheFull
 from stablekd_fast.teacher.live import LiveTeacher
@@ -22,7 +24,7 @@ class _Reading:
     """Rows of one batch that are being read ahead: by output the ticket, and the memory that is read into."""
 
     batch: Batch
-    columns: dict[int, tuple[Ticket, list[Tensor]]]
+    columns: dict[int, tuple[Any, list[Tensor]]]
 
 
 class CachedTeacher:
@@ -106,17 +108,22 @@ class CachedTeacher:
         rows, started = self.row_numbers(batch.sample_ids, batch.view), {}
         for k in wanted:
             store = self.columns[k].rows if k in self.columns else None
-            if isinstance(store, RowStore) and self._complete(k, rows):
+            if store is not None and self._reads_ahead(store) and self._complete(k, rows):
                 out = store.empty(len(rows), pinned=self.pinned)
                 started[k] = (store.submit(rows, out), out)
         return _Reading(batch, started)
+
+    def _reads_ahead(self, store: RowStore | MemoryRows) -> bool:
+        """Whether rows are brought into memory of their own before they are wanted: those on disk, and those in main
+        memory where they go on to a GPU."""
+        return isinstance(store, RowStore) or (self.pinned and store.device.type == "cpu")
 
     def _complete(self, k: int, rows: Tensor) -> bool:
         return bool(self.columns[k].rows.present(rows).all())
 
     def _stored(self, k: int, rows: Tensor, reading: _Reading) -> Tensor:
         column = self.columns[k]
-        if k in reading.columns and isinstance(column.rows, RowStore):
+        if k in reading.columns:
             ticket, parts = reading.columns[k]
             column.rows.wait(ticket)
         else:

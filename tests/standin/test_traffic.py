@@ -3,6 +3,8 @@
 What the host waits for, and what it ships, is listed here with its price. The list may only get shorter.
 """
 
+from concurrent.futures import Future
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,9 +27,6 @@ from stablekd_fast.teacher.live import Relay
 
 GPU, BATCH = torch.device("cuda", 0), 64
 LISTED = {
-    ("a copy of more than 64 KB comes from pageable memory", "teacher/cached.py:_stored"): (
-        "rows kept in the host's memory are not pinned: the driver copies them once more, and the host waits meanwhile"
-    ),
     ("a copy of more than 64 KB comes from pageable memory", "engine/evaluate.py:evaluate"): (
         "images to evaluate on are made on the CPU in float32 and shipped from pageable memory"
     ),
@@ -111,15 +110,27 @@ def test_an_iteration_with_a_live_teacher_waits_for_nothing_and_grows_by_nothing
     assert traffic.shipped <= 4096, "where each image is cropped; losses on their way back"
 
 
+class AtOnce:
+    """A thread that is this one: fake tensors are known to their own only."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, task):
+        done = Future()
+        done.set_result(task())
+        return done
+
+
 @pytest.mark.parametrize("tier", ["device", "host"])
-def test_an_iteration_with_stored_rows_ships_them_and_nothing_else(tier):
+def test_an_iteration_with_stored_rows_ships_them_and_waits_for_nothing(tier, monkeypatch):
+    monkeypatch.setattr("stablekd_fast.cache.memory_rows.ThreadPoolExecutor", AtOnce)
     iteration = Iteration()
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher = iteration.cached(tier)
     traffic = iteration.run(teacher)
     row_bytes = sum(part.bytes for form in iteration.formats.values() for part in form.parts)
-    expected = {one for one in LISTED if one[1].startswith("teacher/cached")} if tier == "host" else set()
-    assert listed(traffic) == expected
+    assert listed(traffic) == set()
     rows = BATCH * row_bytes if tier == "host" else 0
     assert rows <= traffic.shipped <= rows + 8192
 
