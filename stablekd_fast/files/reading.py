@@ -30,7 +30,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 def read_document(path: Path, most: int = DOCUMENT) -> bytes:
     """Read a whole file of at most `most` bytes. Raises OSError as `open_regular` does, and for a larger one."""
     with open_regular(path) as file:
-        content = file.read(most + 1)
+        content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"It is larger than {most:,} bytes", os.fspath(path))
     return content

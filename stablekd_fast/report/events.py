@@ -15,6 +15,7 @@ from stablekd_fast.files.reading import read_document
 from stablekd_fast.report.progress import open_display
 from stablekd_fast.report.tensorboard import open_scalars
 
+LARGEST_LOG = 1 << 36
 FILE_NAME = "events.jsonl"
 
 
@@ -109,7 +110,7 @@ def read_events(run_dir: Path) -> list[dict]:
     path = Path(run_dir) / FILE_NAME
     if not path.exists():
         return []
-    lines = read_document(path, 1 << 40).split(b"\n")[:-1]
+    lines = read_document(path, LARGEST_LOG).split(b"\n")[:-1]
     events = []
     for number, line in enumerate(lines, 1):
         try:
