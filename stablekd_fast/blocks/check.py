@@ -51,20 +51,27 @@ def check_runs(model: nn.Module, images: Tensor, training: bool = False) -> Tens
 
 
 def check_separate(teacher: nn.Module, student: nn.Module) -> None:
-    """Raise CutError if training the student would change the teacher."""
+    """Raise CutError if training the student would change the teacher: its parameters, or buffers such as a batch
+    norm's running statistics."""
     if teacher is student:
         raise CutError(
             "The same module was given as teacher and as student, so that training would change the teacher too. "
             "Give two: copy.deepcopy(teacher) makes another one with the same weights."
         )
-    theirs = {tensor.untyped_storage().data_ptr(): name for name, tensor in teacher.state_dict().items()}
-    for name, tensor in student.named_parameters():
+    theirs = {tensor.untyped_storage().data_ptr(): name for _, name, tensor in _tensors(teacher)}
+    for kind, name, tensor in _tensors(student):
         place = tensor.untyped_storage().data_ptr()
         if place and place in theirs:
             raise CutError(
-                f"The student's parameter {name} and the teacher's {theirs[place]} share their memory, so that "
+                f"The student's {kind} {name} and the teacher's {theirs[place]} share their memory, so that "
                 "training would change the teacher too. Make one of the networks anew, or copy it with copy.deepcopy."
             )
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """All that a network holds, with kind and name."""
+    for kind, found in (("parameter", network.named_parameters()), ("buffer", network.named_buffers())):
+        yield from ((kind, name, tensor) for name, tensor in found)
 
 
 def check_disjoint(student: nn.Module, blocks: Sequence[nn.Module]) -> None:

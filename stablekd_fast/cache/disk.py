@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stablekd_fast.errors import CacheFull
+from stablekd_fast.files.owned import open_own
 
 SUFFIX = ".safetensors"
 """The ending of every file of rows."""
@@ -45,12 +46,14 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock until the block ends. The folder is made if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / _LOCK, "w")
+        file = open_own(folder / _LOCK, os.O_RDWR)
     except OSError as error:
-        raise full_disk(folder, 0, error) from error
-    with file:
+        raise full_disk(folder / _LOCK, 0, error) from error
+    try:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(file)
 
 
 def lock(file: int) -> bool:

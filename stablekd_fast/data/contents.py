@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,7 @@ import numpy as np
 from stablekd_fast.data.pixels import BadImage
 from stablekd_fast.data.records import Records
 from stablekd_fast.errors import DataError
+from stablekd_fast.files.owned import open_own
 
 READ_AT_ONCE = 2**28
 """Images of so many bytes in all are read whenever their identity is asked for; larger sets image by image."""
@@ -89,7 +91,7 @@ class Contents:
         told = self._take_up(path) if path.exists() else np.zeros(len(self._digests), bool)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            log = open(path, "ab", buffering=0)
+            log = open(open_own(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)
             log.write(bytes(-log.tell() % _RECORD.itemsize))  # what a full disk tore off is no record
         except OSError as error:
             if not path.exists():  # else it may only be read, as a finished cache may

@@ -28,6 +28,7 @@ from stablekd_fast.engine.step import GroupStep
 from stablekd_fast.errors import CheckpointError
 from stablekd_fast.execution.process import random_states, set_random_states
 from stablekd_fast.files import write_atomically
+from stablekd_fast.files.sealed import check_tensors, sealed, text_of
 from stablekd_fast.models.weights import restore_state
 
 STUDENT, AVERAGE, OPTIMIZER, LOSS_SCALE, BRIDGE = "student", "average", "optimizer", "loss_scale", "bridge"
@@ -50,14 +51,16 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
         place = tensor.untyped_storage().data_ptr()
         contiguous[name] = tensor.clone() if place in seen else tensor  # the format knows no shared memory
         seen.add(place)
-    data = safetensors.torch.save(contiguous, {"stablekd": json.dumps(metadata)})
+    data = safetensors.torch.save(contiguous, sealed(contiguous, json.dumps(metadata)))
     write_atomically(path, data)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and metadata of a file written by `save_tensors`. Raises CheckpointError if it is missing or damaged."""
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        check_tensors(file.metadata(), tensors)
+        return tensors, _metadata(file)
 
 
 def load_metadata(path: Path) -> dict:
@@ -67,7 +70,7 @@ def load_metadata(path: Path) -> dict:
 
 
 def _metadata(file) -> dict:
-    return json.loads((file.metadata() or {}).get("stablekd", "{}"))
+    return json.loads(text_of(file.metadata()))
 
 
 @contextlib.contextmanager

@@ -7,24 +7,29 @@ import os
 from pathlib import Path
 
 from stablekd_fast.errors import TrainingError
+from stablekd_fast.files.owned import make_temporary, remove_left_over
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, flush it to disk, and rename it.
+    """Write `data` to a temporary file beside `path`, flush it to disk, and rename it. What killed processes left of
+    such files is removed.
 
     Raises TrainingError, and leaves what was there before, if the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        remove_left_over(path)
+        descriptor, temporary = make_temporary(path)
+        with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(descriptor)
+            os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            if temporary is not None:
+                temporary.unlink()
         raise TrainingError(
             f"Could not write {path} ({len(data)} bytes): {error.strerror or error}. What was there before is "
             "untouched; free some space or choose another --out."

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from stablekd_fast.errors import ModelError, first_line
 from stablekd_fast.files.pickles import Recorded, load_torch
 from stablekd_fast.files.reading import open_regular
+from stablekd_fast.files.sealed import check_tensors, text_of
 
 State = dict[str, Tensor]
 
@@ -88,7 +89,7 @@ def card_of(path: str | os.PathLike | None) -> dict[str, Any]:
         return {}
     try:
         with safetensors.safe_open(path, "pt") as file:
-            card = json.loads((file.metadata() or {}).get("stablekd", "{}"))
+            card = json.loads(text_of(file.metadata()))
     except (safetensors.SafetensorError, ValueError, OSError):
         return {}
     return card if isinstance(card, dict) else {}
@@ -101,7 +102,10 @@ def _read(path: Path) -> object:
     _refuse_texts(path)
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                check_tensors(file.metadata(), tensors)
+            return tensors
         if zipfile.is_zipfile(path):
             _refuse_scripts(path)
         return load_torch(str(path))

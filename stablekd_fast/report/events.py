@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from stablekd_fast.errors import CheckpointError, TrainingError
 from stablekd_fast.files import write_atomically
+from stablekd_fast.files.owned import open_own
 from stablekd_fast.files.reading import read_document
 from stablekd_fast.report.progress import open_display
 from stablekd_fast.report.tensorboard import open_scalars
@@ -50,7 +52,9 @@ class Recorder:
         kept = [] if self._resume_step is None else self._keep_until(self._resume_step)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "w" if self._resume_step is None else "a", encoding="utf-8")
+            self._file = open(open_own(self.path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
+            if self._resume_step is None:
+                self._file.truncate(0)
         except OSError as error:
             raise self._unwritable(error) from error
         self._display.start()

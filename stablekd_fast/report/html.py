@@ -81,13 +81,13 @@ def found_in(runs: list[dict], about: str) -> str:
     """What runs found, in a sentence: which method's students are best, after how long, and how far the others are."""
     rows = sorted(summarise(runs), key=lambda row: row["mean"], reverse=True)
     said = [
-        f"{row['method']} {100 * row['mean']:.1f}%"
+        f"{'' if row is rows[0] else row['method'] + ' '}{100 * row['mean']:.1f}%"
         + (f" ± {100 * row['std']:.1f}" if row["std"] is not None else "")
-        + f" ({row['wall_seconds']:.0f} s)"
+        + f" in {row['wall_seconds']:.0f} s"
         for row in rows
     ]
-    lead = f"{about}: students trained by {said[0]} got the most test images right"
-    return f"{lead}, ahead of {', '.join(said[1:])}." if len(said) > 1 else f"{lead}."
+    lead = f"{about}: students trained by {rows[0]['method']} got the most test images right, {said[0]}"
+    return f"{lead}; {', '.join(said[1:])}." if len(said) > 1 else f"{lead}."
 
 
 def _headline(runs: list[dict], methods: list[str], baseline: str | None) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.parts import Execution, Intervals, Parts
 from stablekd_fast.errors import ConfigError, DataError, first_line, nearest, printable
 from stablekd_fast.execution.process import current_device, deterministic
+from stablekd_fast.files.owned import only_run_in
 from stablekd_fast.models.weights import card_of
 from stablekd_fast.planning.costs import views_shown
 from stablekd_fast.planning.rows import decisions, predict
@@ -168,8 +170,15 @@ class Distiller:
         """Train (or resume), evaluate on the test split once, and write all results to `config.out`.
 
         Raises ConfigError, DataError, ModelError or CutError if the parts do not fit, CheckpointError or CacheError for
-        files of another run, TrainingError if training cannot go on.
+        files of another run, TrainingError if training cannot go on. Of runs in one directory at a time all but the
+        first are refused.
         """
+        if int(os.environ.get("RANK", 0)) > 0:  # its first process holds the directory
+            return self._run(progress)
+        with only_run_in(Path(self.config.out)):
+            return self._run(progress)
+
+    def _run(self, progress: bool) -> RunResult:
         out, ranks, resumes = Path(self.config.out), self.ranks, self.materials.resumed is not None
         if ranks.from_first(lambda: not resumes and self.checkpoint.exists()):
             raise ConfigError(f"{out} already holds a run. Pass --resume to continue it, or another --out to keep it.")

@@ -268,6 +268,22 @@ def test_a_student_that_is_its_teacher_is_refused():
         pair_blocks(model, twin, IMAGES, ["stem"])
 
 
+@pytest.mark.parametrize("side", ["buffer", "view"])
+def test_a_student_that_shares_a_buffer_or_a_view_with_its_teacher_is_refused(side):
+    """A buffer that is not in the state_dict too; a parameter that is a view of the teacher's."""
+    model, twin = Net(), Net()
+    if side == "buffer":
+        for net in (model, twin):
+            net.one.register_buffer("seen", torch.zeros(3), persistent=False)
+        twin.one.seen = model.one.seen
+        words = r"student's buffer one\.seen and the teacher's one\.seen share"
+    else:
+        twin.fc.weight = nn.Parameter(model.fc.weight.detach()[:])
+        words = r"student's parameter fc\.weight and the teacher's fc\.weight share"
+    with pytest.raises(CutError, match=words):
+        pair_blocks(model, twin, IMAGES, ["stem"])
+
+
 def test_a_teacher_that_is_not_finite_is_called_that():
     broken, large = Net(), Net()
     broken.fc.weight.data[0, 0] = torch.nan

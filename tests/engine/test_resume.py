@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
+from stablekd_fast import models
 from stablekd_fast.config import DistillConfig, identity
 from stablekd_fast.engine import loop
 from stablekd_fast.engine.checkpoint import load_tensors, save_tensors
-from stablekd_fast.errors import CheckpointError, ConfigError, TrainingError
+from stablekd_fast.errors import CheckpointError, ConfigError, ModelError, TrainingError
+from stablekd_fast.models.weights import load_weights
 
 RUN = """
 import sys, torch
@@ -204,3 +207,76 @@ def test_writing_into_a_file_s_place_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match="choose another --out"):
         save_tensors(tmp_path / "file" / "state.safetensors", {"a": torch.ones(1)}, {})
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    path = tmp_path / "state.safetensors"
+    torch.manual_seed(0)
+    tensors = {
+        "w": torch.randn(3, 4),
+        "step": torch.tensor(7),
+        "half": torch.randn(5).bfloat16(),
+        "none": torch.empty(0),
+    }
+    save_tensors(path, tensors, {"progress": {"step": 7}, "name": "ü"})
+    return path, tensors
+
+
+def test_every_flipped_byte_of_a_checkpoint_is_noticed_or_without_effect(sealed):
+    path, tensors = sealed
+    whole, without_effect = path.read_bytes(), []
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << (at % 8)
+        path.write_bytes(damaged)
+        try:
+            found, metadata = load_tensors(path)
+        except CheckpointError as error:
+            assert str(path) in str(error) and "damaged" in str(error)
+            continue
+        assert metadata == {"progress": {"step": 7}, "name": "ü"} and found.keys() == tensors.keys()
+        assert all(
+            torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors
+        )
+        without_effect.append(at)
+    assert len(without_effect) < 8, "blanks behind the header"
+
+
+@pytest.mark.parametrize("change", ["other value", "other type", "other shape", "one more", "one less", "other text"])
+def test_tensors_that_were_not_written_are_named(sealed, change):
+    path, tensors = sealed
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    other = {
+        "other value": {**tensors, "w": tensors["w"] + 1},
+        "other type": {**tensors, "step": tensors["step"].int()},
+        "other shape": {**tensors, "w": tensors["w"].view(4, 3)},
+        "one more": {**tensors, "more": torch.ones(1)},
+        "one less": {name: tensor for name, tensor in tensors.items() if name != "half"},
+        "other text": tensors,
+    }[change]
+    if change == "other text":
+        metadata["stablekd"] = metadata["stablekd"].replace("7", "8")
+    safetensors.torch.save_file(other, path, metadata)
+    named = {"other type": "step", "one more": "more", "one less": "half", "other text": "metadata"}.get(change, "w")
+    with pytest.raises(CheckpointError, match=f"its (tensor )?{named} "):
+        load_tensors(path)
+
+
+def test_files_without_digests_are_read(sealed):
+    """Those of earlier versions, and of others."""
+    path, tensors = sealed
+    for metadata in ({"stablekd": '{"progress": 1}'}, {"format": "pt"}, None):
+        safetensors.torch.save_file(tensors, path, metadata)
+        assert torch.equal(load_tensors(path)[0]["w"], tensors["w"])
+
+
+def test_a_flipped_bit_in_an_exported_student_is_noticed_where_it_is_a_teacher(tmp_path):
+    path, model = tmp_path / "student.safetensors", models.build("resnet20", 10, 8)
+    save_tensors(path, model.state_dict(), {})
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 64
+    path.write_bytes(damaged)
+    with pytest.raises(ModelError, match="is not what was written there"):
+        load_weights(model, path)

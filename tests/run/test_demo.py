@@ -63,12 +63,14 @@ RUNS = [
 
 
 def test_what_was_found_is_said_whoever_wins():
-    lead, rest = found_in(RUNS, "Two epochs").split(", ")
-    assert lead == "Two epochs: students trained by x 80.0% (9 s) got the most test images right"
-    assert rest == "ahead of kd 71.0% ± 1.4 (12 s)."
+    lead, rest = found_in(RUNS, "Two epochs").split("; ")
+    assert lead == "Two epochs: students trained by x got the most test images right, 80.0% in 9 s"
+    assert rest == "kd 71.0% ± 1.4 in 12 s."
     worse = [{**run, "accuracy": 0.5} if run["method"] == "x" else run for run in RUNS]
-    assert "students trained by kd 71.0% ± 1.4 (12 s) got the most" in found_in(worse, "Two epochs")
-    assert found_in(RUNS[:1], "One").endswith("kd 70.0% (11 s) got the most test images right.")
+    assert "students trained by kd got the most test images right, 71.0% ± 1.4 in 12 s; x 50.0% in 9 s" in found_in(
+        worse, "Two epochs"
+    )
+    assert found_in(RUNS[:1], "One").endswith("by kd got the most test images right, 70.0% in 11 s.")
 
 
 def _without(settings, names):
