@@ -1,7 +1,8 @@
 """A digest of each tensor of a safetensors file, and of what stands beside them, in the file's own metadata.
 
 So a flipped bit, a missing tensor or one of another shape is noticed when the file is read. Files of others, and those
-of versions before this one, have no digests and are read without.
+of versions before this one, have no digests and are read without. All of it is one entry of the metadata: the format
+does not keep several in order, and the same run shall write the same bytes.
 """
 
 from __future__ import annotations
@@ -13,32 +14,25 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-TEXT, DIGESTS = "stablekd", "stablekd.digests"
-FORMAT = 1
+KEY, MARK, FORMAT = "stablekd", "sealed ", "1"
 
 
 def sealed(tensors: Mapping[str, Tensor], text: str) -> dict[str, str]:
-    """Return the metadata of a file: `text`, and the digests. The tensors are contiguous and on the CPU."""
-    digests = {"format": FORMAT, "text": _digest(text.encode()), "tensors": {n: _told(t) for n, t in tensors.items()}}
-    return {TEXT: text, DIGESTS: json.dumps(digests)}
+    """Return the metadata of a file: the digests in one line, and `text`. The tensors are contiguous and on the CPU."""
+    content = json.dumps({name: _told(tensor) for name, tensor in tensors.items()}) + "\n" + text
+    return {KEY: f"{MARK}{FORMAT} {_digest(content.encode())} {content}"}
 
 
 def text_of(metadata: Mapping[str, str] | None) -> str:
     """Return the text that was sealed, `{}` where there is none. Raises ValueError if it is not what was written."""
-    metadata = metadata or {}
-    digests = _digests(metadata)
-    text = metadata.get(TEXT, "{}")
-    if digests is not None and digests["text"] != _digest(text.encode()):
-        raise ValueError("its metadata are not what was written there")
-    return text
+    return _opened(metadata or {})[1]
 
 
 def check_tensors(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError, naming a tensor, unless the tensors are those that were sealed."""
-    digests = _digests(metadata or {})
-    if digests is None:
+    wanted = _opened(metadata or {})[0]
+    if wanted is None:
         return
-    wanted = digests["tensors"]
     if wanted.keys() != tensors.keys():
         name = min(wanted.keys() ^ tensors.keys())
         raise ValueError(f"its tensor {name} {'is missing' if name in wanted else 'was not written there'}")
@@ -47,17 +41,18 @@ def check_tensors(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tens
             raise ValueError(f"its tensor {name} is not what was written there")
 
 
-def _digests(metadata: Mapping[str, str]) -> dict | None:
-    if DIGESTS not in metadata:
-        if TEXT in metadata and len(metadata) > 1:  # files of ours hold nothing else
-            raise ValueError("its digests are missing")
-        return None
-    digests = json.loads(metadata[DIGESTS])
-    if not isinstance(digests, dict) or digests.get("format") != FORMAT:
-        raise ValueError(f"its digests are not of format {FORMAT}, which this version reads")
-    if not isinstance(digests.get("tensors"), dict) or "text" not in digests:
-        raise ValueError("its digests are damaged")
-    return digests
+def _opened(metadata: Mapping[str, str]) -> tuple[dict[str, str] | None, str]:
+    """The digest of each tensor, None in a file without, and the text."""
+    value = next((value for value in metadata.values() if value.startswith(MARK)), None)  # whatever its name became
+    if value is None:
+        return None, metadata.get(KEY, "{}")
+    form, digest, content = (value.removeprefix(MARK).split(" ", 2) + ["", ""])[:3]
+    if form != FORMAT:
+        raise ValueError(f"its digests are of format {form:.20}; this version reads {FORMAT}")
+    if KEY not in metadata or digest != _digest(content.encode()):
+        raise ValueError("its metadata are not what was written there")
+    digests, _, text = content.partition("\n")
+    return json.loads(digests), text
 
 
 def _told(tensor: Tensor) -> str:

@@ -264,6 +264,15 @@ def test_tensors_that_were_not_written_are_named(sealed, change):
         load_tensors(path)
 
 
+def test_the_same_tensors_are_the_same_bytes(sealed):
+    path, tensors = sealed
+    written = set()
+    for _ in range(20):
+        save_tensors(path, tensors, {"progress": {"step": 7}, "name": "ü"})
+        written.add(path.read_bytes())
+    assert len(written) == 1
+
+
 def test_files_without_digests_are_read(sealed):
     """Those of earlier versions, and of others."""
     path, tensors = sealed
