@@ -10,12 +10,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from stablekd_fast.cache.shard import REMEDY, Part
+from stablekd_fast.cache.disk import is_shard
+from stablekd_fast.cache.shard import MOST_ROWS, REMEDY, Part
 from stablekd_fast.errors import CacheError, CacheFull, TrainingError
 from stablekd_fast.files import write_atomically
 from stablekd_fast.files.reading import read_document
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -29,22 +30,32 @@ class Manifest:
     fingerprint: dict
     """What the rows depend on."""
     shards: dict[str, dict] = field(default_factory=dict)
-    """For each finished file its `rows`, and as `index` the digest of its keys and checksums."""
+    """For each finished file how many `rows` it has room for, how many of them are `used`, and as `index` the digest of
+    its keys and checksums."""
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return sum(part.bytes for part in self.parts)
 
+    @property
+    def stored(self) -> int:
+        """Rows in finished shards."""
+        return sum(shard["used"] for shard in self.shards.values())
+
+    @property
+    def column(self) -> str:
+        """A digest of what the rows are, which each shard carries."""
+        return _digest(self._rows())
+
+    def _rows(self) -> dict:
+        """What the rows are, as JSON types."""
+        parts = [part.plain() for part in self.parts]
+        return {"parts": parts, "samples": self.samples, "fingerprint": self.fingerprint}
+
     def save(self, folder: Path) -> None:
         """Write the manifest, whole or not at all. Raises CacheFull if the disk refuses."""
-        content = {
-            "format": FORMAT,
-            "parts": [part.plain() for part in self.parts],
-            "samples": self.samples,
-            "fingerprint": self.fingerprint,
-            "shards": self.shards,
-        }
+        content = {"format": FORMAT, **self._rows(), "shards": self.shards}
         text = json.dumps({**content, "digest": _digest(content)}, indent=1, sort_keys=True)
         try:
             write_atomically(folder / MANIFEST, text.encode())
@@ -57,17 +68,36 @@ class Manifest:
         path = folder / MANIFEST
         try:
             content = json.loads(read_document(path))
-            digest = content.pop("digest")
+            if content.pop("digest") != _digest(content):
+                raise CacheError(f"{path} is not what was written there: it is damaged. {REMEDY}")
+            if content["format"] != FORMAT:
+                raise CacheError(
+                    f"{path} has format {content['format']!r:.20}; this version reads format {FORMAT}. {REMEDY}"
+                )
+            return Manifest._from_plain(content)
         except FileNotFoundError:
             raise CacheError(f"{folder} is no column of a cache: it has no {MANIFEST}.") from None
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise CacheError(f"{path} cannot be read ({error!r}). {REMEDY}") from error
-        if digest != _digest(content):
-            raise CacheError(f"{path} is not what was written there: it is damaged. {REMEDY}")
-        if content["format"] != FORMAT:
-            raise CacheError(f"{path} has format {content['format']}; this version reads format {FORMAT}. {REMEDY}")
-        parts = tuple(Part.from_plain(part) for part in content["parts"])
-        return Manifest(parts, content["samples"], content["fingerprint"], content["shards"])
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+            raise CacheError(f"{path} cannot be read ({error!r:.200}). {REMEDY}") from error
+
+    @staticmethod
+    def _from_plain(content: dict) -> Manifest:
+        """The manifest of JSON types. Raises ValueError, LookupError, AttributeError or TypeError for what none can
+        be."""
+        manifest = Manifest(
+            tuple(Part.from_plain(part) for part in content["parts"]),
+            content["samples"],
+            {**content["fingerprint"]},
+            {**content["shards"]},
+        )
+        if not manifest.parts or not _counts(manifest.samples):
+            raise ValueError(f"{len(manifest.parts)} parts of {manifest.samples!r} samples")
+        for name, shard in manifest.shards.items():
+            if not is_shard(name) or not _counts(shard["rows"]) or not 0 < shard["used"] <= shard["rows"]:
+                raise ValueError(f"a shard {name!r}: {shard!r}")
+            if type(shard["used"]) is not int or type(shard["index"]) is not str:
+                raise ValueError(f"a shard {name!r}: {shard!r}")
+        return manifest
 
     def check_same(self, wanted: Manifest, folder: Path) -> None:
         """Raise CacheError, listing what differs, unless rows of `wanted` are the very rows that are stored here."""
@@ -91,6 +121,10 @@ class Manifest:
             raise CacheError(
                 f"Rows of {folder} have the parts {needed} (shape, dtype, device, contiguous); got {found}."
             )
+
+
+def _counts(value: object) -> bool:
+    return type(value) is int and 0 < value <= MOST_ROWS
 
 
 def _digest(content: dict) -> str:

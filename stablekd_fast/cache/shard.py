@@ -1,6 +1,6 @@
 """One file of rows: a safetensors file whose row count is fixed when it is opened.
 
-    bytes 0..4095      header: 8 bytes of length, JSON, spaces
+    bytes 0..4095      header: 8 bytes of length, JSON that names the column, spaces
     from byte 4096     one tensor `[rows, ...]` per part of a row, then
                        `keys` int64 `[rows]`: row numbers, -1 where nothing was written, and
                        `checksums` int32 `[rows]`: CRC-32C of row number (8 bytes, little endian) and parts
@@ -24,10 +24,14 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.cache.disk import full_disk, is_locked, lock
-from stablekd_fast.errors import CacheError
+from stablekd_fast.errors import CacheError, first_line
+from stablekd_fast.files.reading import open_regular
 
+FORMAT = 2
 DATA_START = 4096
 KEYS, CHECKSUMS = "keys", "checksums"
+MOST_ROWS = 1 << 40
+"""More rows than that no cache holds; whoever says so is not believed."""
 _VERIFIED_AT_ONCE = 16 << 20
 
 _DTYPES = {
@@ -63,8 +67,13 @@ class Part:
 
     @staticmethod
     def from_plain(values: dict) -> Part:
-        """The part that `plain` described."""
-        return Part(values["name"], _BY_NAME[values["dtype"]], tuple(values["shape"]))
+        """The part that `plain` described. Raises ValueError, LookupError or TypeError for what no part can be."""
+        part = Part(str(values["name"]), _BY_NAME[values["dtype"]], tuple(values["shape"]))
+        if not all(type(size) is int and 0 < size <= MOST_ROWS for size in part.shape) or part.bytes > MOST_ROWS:
+            raise ValueError(f"a part has the shape {values['shape']}")
+        if part.name in (KEYS, CHECKSUMS) or not part.name.isidentifier():
+            raise ValueError(f"a part is called {part.name!r}")
+        return part
 
 
 _KEYS, _CHECKSUMS = Part(KEYS, torch.int64, ()), Part(CHECKSUMS, torch.int32, ())
@@ -80,19 +89,20 @@ class RowReader(Protocol):
 class Shard:
     """An open shard with room for `rows` rows, of which `used` are written.
 
-    `keys` and `checksums` are what the file holds of them. `path` may change by renaming; the file stays open.
+    `keys` and `checksums` are what the file holds of them. `path` may change by renaming; the file stays open. `column`
+    is the digest of what the rows are: a shard of another column is never opened in its place.
     """
 
-    def __init__(self, path: Path, file: int, parts: Sequence[Part], rows: int) -> None:
+    def __init__(self, path: Path, file: int, parts: Sequence[Part], rows: int, column: str) -> None:
         self.path, self.file, self.parts, self.rows = path, file, tuple(parts), rows
-        self.header, self.starts, self.size = _header(self.parts, rows)
+        self.header, self.starts, self.size = _header(self.parts, rows, column)
         self.keys = torch.full((rows,), -1, dtype=torch.int64)
         self.checksums = torch.zeros(rows, dtype=torch.int32)
         self.used = 0
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # reading ahead would fetch rows that nobody asked for
 
     @staticmethod
-    def create(path: Path, parts: Sequence[Part], rows: int) -> Shard:
+    def create(path: Path, parts: Sequence[Part], rows: int, column: str) -> Shard:
         """Make a file with room for `rows` rows, and take all of it from the disk now.
 
         Raises CacheFull, and leaves no file, if the disk refuses.
@@ -101,7 +111,7 @@ class Shard:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise full_disk(path, 0, error) from error
-        shard = Shard(path, file, parts, rows)
+        shard = Shard(path, file, parts, rows, column)
         try:
             os.posix_fallocate(file, 0, shard.size)
             _write(file, 0, shard.header)
@@ -113,18 +123,23 @@ class Shard:
         return shard
 
     @staticmethod
-    def open(path: Path, parts: Sequence[Part], rows: int, *, write: bool = False) -> Shard:
+    def open(path: Path, parts: Sequence[Part], rows: int, column: str, *, write: bool = False) -> Shard:
         """Open a file and read its keys and checksums.
 
         Raises CacheError if the file is missing, has another size than it should, or has another header.
         """
         try:
-            file = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+            file = os.open(path, (os.O_RDWR | os.O_NOFOLLOW if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise CacheError(f"The shard {path} cannot be opened ({error.strerror}). {REMEDY}") from error
-        shard = Shard(path, file, parts, rows)
         try:
-            shard._check_header()
+            header, _, size = _header(parts, rows, column)
+            _check_header(path, file, header, size)
+        except CacheError:
+            os.close(file)
+            raise
+        shard = Shard(path, file, parts, rows, column)
+        try:
             shard.read_index()
         except CacheError:
             shard.close()
@@ -132,12 +147,14 @@ class Shard:
         return shard
 
     @staticmethod
-    def open_finished(path: Path, parts: Sequence[Part], rows: int, digest: str, reader: RowReader) -> Shard:
+    def open_finished(
+        path: Path, parts: Sequence[Part], rows: int, column: str, digest: str, reader: RowReader
+    ) -> Shard:
         """Open a file that is not written any more.
 
         Raises CacheError as `open` does, and where `digest` is not that of the file's keys and checksums.
         """
-        shard = Shard.open(path, parts, rows)
+        shard = Shard.open(path, parts, rows, column)
         if shard.index_digest() != digest:
             slot = shard.first_bad_slot(reader)
             where = "its row numbers" if slot is None else f"row {int(shard.keys[slot])}, slot {slot}"
@@ -147,30 +164,36 @@ class Shard:
         return shard
 
     @staticmethod
-    def take_up(path: Path, parts: Sequence[Part], reader: RowReader) -> Shard | None:
-        """Become the writer of a file that a dead writer left, and go on behind its last whole row.
+    def open_unfinished(
+        path: Path, parts: Sequence[Part], column: str, reader: RowReader, *, write: bool
+    ) -> Shard | None:
+        """Open a file that is being written, or that a dead writer left, up to its last whole row; with `write` become
+        its writer.
 
-        None if the writer lives, or if it died before the header was whole; then the file is deleted.
+        None if the writer lives, which matters with `write` alone, or if it died before the header was there: then the
+        file is deleted with `write`. Raises CacheError for rows of another column, and for what cannot be read.
         """
-        rows = rows_in(path)
-        try:
-            shard = Shard.open(path, parts, rows, write=True) if rows else None
-        except CacheError:
-            shard = None
-        if shard is None:
-            if not is_locked(path):
+        if nothing_written(path):
+            if write and not is_locked(path):
                 path.unlink(missing_ok=True)
             return None
-        if not lock(shard.file):
+        shard = Shard.open(path, parts, rows_in(path), column, write=write)
+        if write and not lock(shard.file):
             shard.close()
             return None
-        shard.keep_whole_rows(reader)
+        try:
+            shard.use_whole_rows(reader)
+            if write:
+                shard.free_the_rest()
+        except BaseException:
+            shard.close()
+            raise
         return shard
 
     @staticmethod
     def size_of(parts: Sequence[Part], rows: int) -> int:
         """Bytes of a file with room for `rows` rows."""
-        return _header(parts, rows)[2]
+        return _header(parts, rows, "")[2]
 
     def read_index(self) -> None:
         """Read keys and checksums as the file has them now."""
@@ -217,10 +240,13 @@ class Shard:
                 return start + int(bad.nonzero()[0])
         return None
 
-    def keep_whole_rows(self, reader: RowReader) -> None:
-        """After a crash, free all slots behind the last row that was written whole."""
+    def use_whole_rows(self, reader: RowReader) -> None:
+        """Use the rows before the first that was not written whole."""
         bad = self.first_bad_slot(reader)
         self.used = min(self.leading_rows(), self.rows if bad is None else bad)
+
+    def free_the_rest(self) -> None:
+        """After a crash, free all slots behind the rows that are used."""
         self.keys[self.used :] = -1
         _write(self.file, self.starts[KEYS], self.keys)
 
@@ -228,25 +254,46 @@ class Shard:
         """Close the file; whoever was its writer is so no more."""
         os.close(self.file)
 
-    def _check_header(self) -> None:
-        found = os.pread(self.file, DATA_START, 0)
-        if found != self.header:
-            raise CacheError(f"The header of {self.path} is not what was written there: it is damaged. {REMEDY}")
-        size = os.fstat(self.file).st_size
-        if size != self.size:
-            raise CacheError(f"{self.path} has {size} bytes; its {self.rows} rows need {self.size}. {REMEDY}")
-
 
 REMEDY = "Delete its column with `stablekd cache gc DIR --columns NAME`; the next run fills it anew."
 
 
-def rows_in(path: Path) -> int | None:
-    """How many rows a shard has room for, as its header says; None if that cannot be read."""
+def nothing_written(path: Path) -> bool:
+    """Whether the writer of a shard died before the header was there."""
+    with open_regular(path) as file:
+        return not any(file.read(DATA_START))
+
+
+def rows_in(path: Path) -> int:
+    """How many rows a shard has room for, as its header says. Raises CacheError if that cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(min(length, DATA_START)))[KEYS]["shape"][0]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+            rows = json.loads(file.read(min(length, DATA_START)))[KEYS]["shape"][0]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CacheError(f"The header of {path} cannot be read ({first_line(error)}). {REMEDY}") from error
+    if type(rows) is not int or not 0 < rows <= MOST_ROWS:
+        raise CacheError(f"The header of {path} says that it has room for {rows!r:.30} rows: it is damaged. {REMEDY}")
+    return rows
+
+
+def _check_header(path: Path, file: int, header: bytes, size: int) -> None:
+    try:
+        found, status = os.pread(file, DATA_START, 0), os.fstat(file)
+    except OSError as error:
+        raise CacheError(f"The shard {path} cannot be read ({error.strerror}). {REMEDY}") from error
+    if found != header:
+        other = _column_in(found) not in (None, _column_in(header))
+        what = "is that of rows of something else" if other else "is not what was written there: it is damaged"
+        raise CacheError(f"The header of {path} {what}. {REMEDY}")
+    if status.st_size != size:
+        raise CacheError(f"{path} has {status.st_size} bytes; its rows need {size}. {REMEDY}")
+
+
+def _column_in(header: bytes) -> str | None:
+    try:
+        return json.loads(header[8:])["__metadata__"]["column"]
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -258,9 +305,9 @@ def checksums_of(reader: RowReader, keys: Tensor, parts: Sequence[Tensor]) -> Te
     return out
 
 
-def _header(parts: Sequence[Part], rows: int) -> tuple[bytes, dict[str, int], int]:
+def _header(parts: Sequence[Part], rows: int, column: str) -> tuple[bytes, dict[str, int], int]:
     """The first 4096 bytes of the file, where each tensor begins in it, and the size of the file."""
-    entries: dict[str, dict] = {"__metadata__": {"format": "stablekd rows 1"}}
+    entries: dict[str, dict] = {"__metadata__": {"format": f"stablekd rows {FORMAT}", "column": column}}
     starts, position = {}, 0
     for part in (*parts, _KEYS, _CHECKSUMS):
         end = position + rows * part.bytes
@@ -272,6 +319,8 @@ def _header(parts: Sequence[Part], rows: int) -> tuple[bytes, dict[str, int], in
         starts[part.name] = DATA_START + position
         position = end
     text = json.dumps(entries).encode().ljust(DATA_START - 8)
+    if len(text) > DATA_START - 8:
+        raise CacheError(f"A row of {len(parts)} parts does not fit into the header of a shard.")
     return (DATA_START - 8).to_bytes(8, "little") + text, starts, DATA_START + position
 
 
@@ -290,7 +339,10 @@ def _write(file: int, offset: int, data: bytes | Tensor) -> None:
 def _read(file: int, offset: int, into: Tensor, path: Path) -> None:
     view = as_bytes(into)
     while view:
-        got = os.preadv(file, [view], offset)
+        try:
+            got = os.preadv(file, [view], offset)
+        except OSError as error:
+            raise CacheError(f"{path} cannot be read: {error.strerror}. {REMEDY}") from error
         if not got:
             raise CacheError(f"{path} ends too early. {REMEDY}")
         view, offset = view[got:], offset + got

@@ -2,7 +2,8 @@
 
 A store is one folder: `manifest.json`, finished shards `shard-00000.safetensors`, and shards that are being written,
 `.shard-00001.safetensors`. Each of these has one writer, which holds a lock on it; a full one is flushed, renamed and
-entered in the manifest. What a killed process leaves is taken up by the next writer, up to its last whole row.
+entered in the manifest, and so is one that is not full when its run ends. What a killed process leaves is taken up by
+the next writer, up to its last whole row. docs/cache-and-views.md has all states and who may change them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stablekd_fast.cache.disk import SUFFIX, DiskBudget, full_disk, lock, locked, unlock
+from stablekd_fast.cache.disk import (
+    DiskBudget,
+    flush_folder,
+    full_disk,
+    hold,
+    lock,
+    locked,
+    next_shard,
+    shards_in,
+    unlock,
+)
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
-from stablekd_fast.cache.shard import REMEDY, Shard, checksums_of, rows_in
+from stablekd_fast.cache.shard import REMEDY, Shard, checksums_of
 from stablekd_fast.cache.tables import RowTables
 from stablekd_fast.errors import CacheError
 from stablekd_fast.kernels._native import core
@@ -74,14 +86,19 @@ class RowStore:
         self._open: list[Shard] = []
         self._waiting: dict[int, Ticket] = {}
         self._mutex = threading.RLock()
-        with self._alone():
-            self.manifest = self._load_or_create(wanted)
-            self.tables = RowTables(self.manifest.parts, growth=self.manifest.samples)
-            self.expected = self.manifest.samples if expected is None else expected
-            for name in sorted(self.manifest.shards):
-                self._add_finished(name)
-            if write:
-                self._take_up()
+        self._held = self._hold(wanted)
+        try:
+            with self._alone():
+                self.manifest = self._load_or_create(wanted)
+                self.column = self.manifest.column
+                self.tables = RowTables(self.manifest.parts, growth=self.manifest.samples)
+                self.expected = self.manifest.samples if expected is None else expected
+                for name in sorted(self.manifest.shards):
+                    self._add_finished(name)
+                self._add_unfinished()
+        except BaseException:
+            self.close()
+            raise
 
     # Reading.
 
@@ -152,26 +169,34 @@ class RowStore:
         with self._mutex, self._alone():
             self.manifest.shards = Manifest.load(self.folder).shards
             known = {shard.path.name.lstrip("."): number for number, shard in enumerate(self._shards)}
-            for path in self._shard_files():
+            for path in shards_in(self.folder):
                 number = known.get(path.name.lstrip("."))
                 if number is not None:
                     self._reread(number, path)
                 elif path.name in self.manifest.shards:
                     self._add_finished(path.name)
-                elif rows := rows_in(path):
-                    shard = Shard.open(path, self.manifest.parts, rows)
-                    shard.used = shard.leading_rows()
+                elif (shard := self._unfinished(path, write=False)) is not None:
                     self._add(shard)
 
     def verify(self) -> int:
-        """Read every row and compare its checksum. Returns how many rows there are, raises CacheError at the first that
-        is damaged."""
+        """Read every row, those of unfinished shards too, and compare its checksum. Returns how many rows there are,
+        raises CacheError at the first that is damaged."""
         for shard in self._shards:
             slot = shard.first_bad_slot(self.reader)
             if slot is not None:
                 row = self.describe(int(shard.keys[slot]))
                 raise CacheError(f"{row} in {shard.path} does not fit its checksum: it is damaged. {REMEDY}")
         return len(self)
+
+    def cut_off(self) -> list[str]:
+        """Messages on half-filled shards that hold more than is used of them: a row that is not whole, and those
+        behind it, which the next run makes anew."""
+        return [
+            f"{shard.path}: the row in slot {shard.used} is not whole, and the rows behind it are not used; the next "
+            "run makes them anew."
+            for shard in self._shards
+            if shard.used < shard.leading_rows()
+        ]
 
     # Writing.
 
@@ -202,6 +227,16 @@ class RowStore:
             self._finish(shard)
         return count
 
+    def seal(self) -> None:
+        """Finish the shards that are not full, for a run that is complete: readers need no writer to find their rows.
+
+        Raises CacheFull if the disk refuses; the rows stay as they are.
+        """
+        with self._mutex:
+            for shard in list(self._open):
+                if shard.used:
+                    self._finish(shard)
+
     def close(self) -> None:
         """Wait for the readings under way, then close all files. Shards that are not full wait for the next writer."""
         for ticket in list(self._waiting.values()):
@@ -210,6 +245,9 @@ class RowStore:
         for shard in self._shards:
             shard.close()
         self._shards, self._open = [], []
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def __enter__(self) -> RowStore:
         return self
@@ -218,6 +256,21 @@ class RowStore:
         self.close()
 
     # Shards.
+
+    def _hold(self, wanted: Manifest | None) -> int | None:
+        """Keep the folder from being deleted; with `write` it is made if it is missing."""
+        while True:
+            try:
+                if self.write and wanted is not None:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                return hold(self.folder)
+            except FileNotFoundError:  # not made yet, or deleted meanwhile
+                if not self.write or wanted is None:
+                    raise CacheError(f"There is no cache in {self.folder}; fill it first.") from None
+            except OSError as error:
+                if isinstance(error, FileExistsError) and not os.path.lexists(self.folder):
+                    continue  # deleted while it was looked at
+                raise full_disk(self.folder, 0, error) from error
 
     def _load_or_create(self, wanted: Manifest | None) -> Manifest:
         if wanted is not None and not (self.folder / MANIFEST).exists():
@@ -229,23 +282,36 @@ class RowStore:
             found.check_same(wanted, self.folder)
         return found
 
-    def _shard_files(self) -> list[Path]:
-        """All shards in the folder: those that are being written, then the finished ones."""
-        return sorted([*self.folder.glob(f".shard-*{SUFFIX}"), *self.folder.glob(f"shard-*{SUFFIX}")])
-
-    def _take_up(self) -> None:
-        """Go on with the shards that dead writers left: half filled, or renamed but not in the manifest yet."""
-        for path in self._shard_files():
+    def _add_unfinished(self) -> None:
+        """Add the rows of shards that are half filled, or renamed but not in the manifest yet; with `write` become the
+        writer of those that have none."""
+        for path in shards_in(self.folder):
             if path.name in self.manifest.shards:
                 continue
-            shard = Shard.take_up(path, self.manifest.parts, self.reader)
+            shard = self._unfinished(path, write=self.write)
             if shard is None:
                 continue
             self._add(shard)
-            if shard.used == shard.rows:
+            if self.write and shard.used == shard.rows:
                 self._enter_in_manifest(shard)
-            else:
+            elif self.write:
                 self._open.append(shard)
+
+    def _unfinished(self, path: Path, *, write: bool) -> Shard | None:
+        """An open shard; None, with a word, for a file that is no shard of this column."""
+        try:
+            return Shard.open_unfinished(path, self.manifest.parts, self.column, self.reader, write=write)
+        except (CacheError, OSError) as error:
+            final = path.with_name(path.name.lstrip("."))
+            if not path.exists():  # its writer has finished it meanwhile
+                return self._unfinished(final, write=write) if final.exists() else None
+            said = str(error).removesuffix(REMEDY)
+            warnings.warn(
+                f"A file is not used, and left as it is: {said}Delete it if nothing needs it.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
 
     def _writing(self, more: int) -> Shard:
         """A shard with a free slot; if there is none, a new one, sized for `more` rows or for all that are expected."""
@@ -254,9 +320,7 @@ class RowStore:
                 return shard
         rows = self._rows_of_next_shard(more)
         with self._alone(), self.budget.room_for(Shard.size_of(self.manifest.parts, rows)):
-            numbers = [int(path.stem.split("-")[1]) for path in self.folder.glob(f"*shard-*{SUFFIX}")]
-            path = self.folder / f".shard-{max(numbers, default=-1) + 1:05d}{SUFFIX}"
-            shard = Shard.create(path, self.manifest.parts, rows)
+            shard = Shard.create(next_shard(self.folder), self.manifest.parts, rows, self.column)
             lock(shard.file)
         self._add(shard)
         self._open.append(shard)
@@ -269,21 +333,23 @@ class RowStore:
         return max(1, min(size // self.manifest.row_bytes, missing))
 
     def _finish(self, shard: Shard) -> None:
-        try:
-            os.fsync(shard.file)
-        except OSError as error:
-            raise full_disk(shard.path, shard.size, error) from error
         with self._alone():
             self.manifest.shards = Manifest.load(self.folder).shards
             self._enter_in_manifest(shard)
         self._open.remove(shard)
 
     def _enter_in_manifest(self, shard: Shard) -> None:
-        """Rename a full shard, then enter it: one that is renamed only is taken up like a half-filled one."""
+        """Flush and rename a shard, then enter it: one that is renamed only is taken up like a half-filled one."""
         final = shard.path.with_name(shard.path.name.lstrip("."))
-        os.rename(shard.path, final)
+        try:
+            os.fsync(shard.file)
+            os.rename(shard.path, final)
+            flush_folder(self.folder)  # a manifest never names a file that a power loss may take back
+        except OSError as error:
+            raise full_disk(final, 0, error) from error
         shard.path = final
-        self.manifest.shards[final.name] = {"rows": shard.rows, "index": shard.index_digest()}
+        entry = {"rows": shard.rows, "used": shard.used, "index": shard.index_digest()}
+        self.manifest.shards[final.name] = entry
         self.manifest.save(self.folder)
         unlock(shard.file)
 
@@ -304,7 +370,8 @@ class RowStore:
     def _add_finished(self, name: str) -> None:
         known = self.manifest.shards[name]
         path = self.folder / name
-        self._add(Shard.open_finished(path, self.manifest.parts, known["rows"], known["index"], self.reader))
+        parts, reader = self.manifest.parts, self.reader
+        self._add(Shard.open_finished(path, parts, known["rows"], self.column, known["index"], reader))
 
     def _alone(self) -> contextlib.AbstractContextManager:
         """A context in which no other writer changes the folder."""

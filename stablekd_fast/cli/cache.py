@@ -21,10 +21,12 @@ def run(options: Namespace) -> int:
 def _cache_info(options: Namespace) -> int:
     from stablekd_fast.cache.maintain import describe
 
-    rows = describe(Path(options.directory))
+    rows, damaged = describe(Path(options.directory))
     made_from = ("teacher", "data", "view_seed", "batch_size")
     print_rows(options.directory, [{k: v for k, v in row.items() if k not in made_from} for row in rows])
     print_rows("made from", [{k: row[k] for k in ("column", *made_from)} for row in rows])
+    if damaged:
+        raise StableKDError("\n".join(damaged))
     return 0
 
 
@@ -74,13 +76,15 @@ def add_commands(cache: Parser) -> dict[str, Parser]:
     for name in ("info", "verify", "gc"):
         caches[name].add_argument("directory", type=str, help="the --cache.directory of a run")
     caches["gc"].add_argument("--columns", type=str | None, default=None, help="columns to delete, with commas between")
-    caches["gc"].add_argument("--half_filled", action="store_true", help="delete shards that a run left half filled")
+    caches["gc"].add_argument(
+        "--half_filled", action="store_true", help="delete shards that an interrupted run left half filled"
+    )
     caches["build"].add_argument("--config", action="config", help="YAML file with any of these settings")
     caches["build"].add_class_arguments(DistillConfig)
     helps = {
         "info": "columns, rows, bytes, and what they were made from",
         "verify": "read every row and compare its checksum",
-        "gc": "delete columns, or what runs left half filled",
+        "gc": "delete columns, or what interrupted runs left half filled",
         "build": "store what a run would keep, before it",
     }
     for name, parser in caches.items():

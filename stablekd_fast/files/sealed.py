@@ -46,7 +46,7 @@ def _opened(metadata: Mapping[str, str]) -> tuple[dict[str, str] | None, str]:
     value = next((value for value in metadata.values() if value.startswith(MARK)), None)  # whatever its name became
     if value is None:
         return None, metadata.get(KEY, "{}")
-    form, digest, content = (value.removeprefix(MARK).split(" ", 2) + ["", ""])[:3]
+    form, digest, content = [*value.removeprefix(MARK).split(" ", 2), "", ""][:3]
     if form != FORMAT:
         raise ValueError(f"its digests are of format {form:.20}; this version reads {FORMAT}")
     if KEY not in metadata or digest != _digest(content.encode()):

@@ -193,6 +193,8 @@ class Distiller:
                 self._look_at_teacher(recorder)
             engine = Engine(parts, state, recorder)
             engine.train()
+            if isinstance(parts.teacher, CachedTeacher):
+                parts.teacher.seal()
             result = self._finish(engine, out)
             with _a_line_not_a_run("the event log"):
                 recorder.emit("run_end", step=state.progress.step, **asdict(result))
@@ -215,6 +217,7 @@ class Distiller:
                 for batch in teacher.ahead(source.whole_view(view), wanted):
                     images = None if batch.images is None else batch.images.to(parts.device, non_blocking=True)
                     teacher.outputs(wanted, images, batch)
+            teacher.seal()
             self.ranks.finish()
             teacher.fill(wanted)
             return teacher.report()["rows"]

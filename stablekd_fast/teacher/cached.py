@@ -95,6 +95,15 @@ class CachedTeacher:
             if isinstance(column.rows, RowStore):
                 column.rows.refresh()
 
+    def seal(self) -> None:
+        """Finish the files of the columns, once the run has stored what it keeps; a disk that refuses costs a line."""
+        for column in self.columns.values():
+            if isinstance(column.rows, RowStore) and column.rows.write:
+                try:
+                    column.rows.seal()
+                except CacheFull as error:
+                    warnings.warn(f"{column.name} stays unfinished: {error}", RuntimeWarning, stacklevel=2)
+
     def report(self) -> dict:
         """For how many batches some teacher block ran, and how many rows each column holds."""
         return {"live_batches": self.live_batches, "rows": {c.name: len(c.rows) for c in self.columns.values()}}

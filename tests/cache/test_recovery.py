@@ -157,11 +157,11 @@ def test_two_fillers_share_one_budget(tmp_path, wanted, make_rows, monkeypatch):
     checked, go_on, outcome = threading.Event(), threading.Event(), []
     create = store_module.Shard.create
 
-    def slow(path, parts, rows):
+    def slow(path, parts, rows, column):
         if path.parent.name == "a":
             checked.set()
             assert go_on.wait(30)
-        return create(path, parts, rows)
+        return create(path, parts, rows, column)
 
     def fill(name):
         with RowStore(folder / name, wanted, write=True, budget=size + 100, expected=25) as store:
