@@ -32,8 +32,24 @@ class CacheError(StableKDError):
     """A cache that is damaged, or that belongs to another teacher, data set or view."""
 
 
+class CacheMissing(CacheError):
+    """There is no column of a cache in a folder."""
+
+
 class CacheFull(CacheError):
     """There is no room for more rows: the budget is used up, or the disk is full. What is stored stays readable."""
+
+
+class Interrupted(StableKDError):
+    """A signal ended a run, whose state is saved where there was something to save.
+
+    Attributes:
+        signal: its number. The command exits with 128 + signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class TrainingError(StableKDError):

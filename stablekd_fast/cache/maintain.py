@@ -12,7 +12,7 @@ from pathlib import Path
 from stablekd_fast.cache.disk import LOCK, shards_in, unused
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
 from stablekd_fast.cache.store import RowStore
-from stablekd_fast.errors import CacheError, nearest
+from stablekd_fast.errors import CacheError, CacheMissing, nearest
 
 
 def columns_in(directory: Path) -> list[Path]:
@@ -31,9 +31,10 @@ def describe(directory: Path) -> tuple[list[dict], list[str]]:
     for folder in columns_in(directory):
         try:
             manifest = Manifest.load(folder)
+        except CacheMissing:  # it was deleted meanwhile
+            continue
         except CacheError as error:
-            if folder.exists():  # it was not deleted meanwhile
-                damaged.append(str(error))
+            damaged.append(str(error))
             continue
         fingerprint, data, view = (_mapping(manifest.fingerprint, *path) for path in ((), ("data",), ("view",)))
         rows.append(
@@ -65,9 +66,10 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
             with warnings.catch_warnings(record=True) as said, RowStore(folder) as store:
                 warnings.simplefilter("always")
                 count, cut_off = store.verify(), store.cut_off()
+        except CacheMissing:  # it was deleted meanwhile
+            continue
         except CacheError as error:
-            if folder.exists():  # it was not deleted meanwhile
-                damaged.append(str(error))
+            damaged.append(str(error))
             continue
         whole[folder.name] = count
         damaged += [str(warning.message) for warning in said] + cut_off
@@ -117,8 +119,12 @@ def _unused(folder: Path) -> Iterator[None]:
 
 
 def _deleted(folder: Path) -> bool:
-    """Delete a column's own files, its manifest last, so that what a kill leaves is still known as a column. Returns
-    whether the folder is gone."""
+    """Delete a column's own files: first what the manifest says of shards, last the manifest, so that a kill leaves a
+    column that can be filled or deleted. Returns whether the folder is gone."""
+    with contextlib.suppress(CacheError):  # a damaged one is deleted as it is
+        manifest = Manifest.load(folder)
+        manifest.shards = {}
+        manifest.save(folder)
     temporary = re.compile(rf"\.{re.escape(MANIFEST)}\.\d+\.tmp")
     own = [*shards_in(folder), *(path for path in folder.iterdir() if temporary.fullmatch(path.name))]
     for path in [*own, folder / MANIFEST, folder / LOCK]:

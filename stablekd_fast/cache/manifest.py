@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stablekd_fast.cache.disk import is_shard
 from stablekd_fast.cache.shard import MOST_ROWS, REMEDY, Part
-from stablekd_fast.errors import CacheError, CacheFull, TrainingError
+from stablekd_fast.errors import CacheError, CacheFull, CacheMissing, TrainingError
 from stablekd_fast.files import write_atomically
 from stablekd_fast.files.reading import read_document
 
@@ -76,7 +76,7 @@ class Manifest:
                 )
             return Manifest._from_plain(content)
         except FileNotFoundError:
-            raise CacheError(f"{folder} is no column of a cache: it has no {MANIFEST}.") from None
+            raise CacheMissing(f"{folder} is no column of a cache: it has no {MANIFEST}.") from None
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise CacheError(f"{path} cannot be read ({error!r:.200}). {REMEDY}") from error
 

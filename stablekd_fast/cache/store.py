@@ -33,7 +33,7 @@ from stablekd_fast.cache.disk import (
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
 from stablekd_fast.cache.shard import REMEDY, Shard, checksums_of
 from stablekd_fast.cache.tables import RowTables
-from stablekd_fast.errors import CacheError
+from stablekd_fast.errors import CacheError, CacheMissing
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels._native import reason as no_core
 
@@ -266,7 +266,7 @@ class RowStore:
                 return hold(self.folder)
             except FileNotFoundError:  # not made yet, or deleted meanwhile
                 if not self.write or wanted is None:
-                    raise CacheError(f"There is no cache in {self.folder}; fill it first.") from None
+                    raise CacheMissing(f"There is no cache in {self.folder}; fill it first.") from None
             except OSError as error:
                 if isinstance(error, FileExistsError) and not os.path.lexists(self.folder):
                     continue  # deleted while it was looked at
@@ -275,7 +275,7 @@ class RowStore:
     def _load_or_create(self, wanted: Manifest | None) -> Manifest:
         if wanted is not None and not (self.folder / MANIFEST).exists():
             if not self.write:
-                raise CacheError(f"There is no cache in {self.folder}; fill it first.")
+                raise CacheMissing(f"There is no cache in {self.folder}; fill it first.")
             wanted.save(self.folder)
         found = Manifest.load(self.folder)
         if wanted is not None:

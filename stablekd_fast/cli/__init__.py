@@ -18,7 +18,7 @@ from stablekd_fast.cli.configs import option_with_nul
 from stablekd_fast.cli.options import fields_of
 from stablekd_fast.cli.spelling import Parser, explained, reason_of, underscored
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.errors import ConfigError, StableKDError, printable
+from stablekd_fast.errors import ConfigError, Interrupted, StableKDError, printable
 from stablekd_fast.execution.memory import keep_freed_memory
 from stablekd_fast.execution.moments import given_up
 from stablekd_fast.files import write_atomically
@@ -46,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         if spoiled is not None:
             raise ConfigError(f"{spoiled} holds a NUL character, which no name and no path can; leave it out.")
         return RUN[settings.command](options)
+    except Interrupted as error:
+        print(f"stablekd: {error}", file=sys.stderr)
+        return 128 + error.signal
     except StableKDError as error:
         print(f"stablekd: {error}", file=sys.stderr)
         return _leave(2) if given_up() else 2

@@ -66,6 +66,11 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def can_name(self) -> bool:
+        """Whether ranks can leave word for each other; not where the caller has made the process group."""
+        return self.size == 1 or self._store is not None
+
+    @property
     def restarted(self) -> bool:
         """Whether torchrun has started the processes anew after one was lost."""
         return int(os.environ.get(RESTARTS, 0)) > 0
@@ -180,6 +185,17 @@ class Ranks:
         """Leave word where this rank is, for ranks that may wait for it in vain later."""
         if self._store is not None:
             self._store.set(f"stablekd/at/{self.rank}", json.dumps([self.where(), time.time()]))
+
+    def name_once(self, key: str, value: Any) -> None:
+        """Name a value, of JSON types, under a key, unless a rank has named one before."""
+        if self._store is not None:
+            self._store.compare_set(f"stablekd/named/{key}", "", json.dumps(value))
+
+    def named(self, key: str) -> Any:
+        """What a rank has named under a key; None if none has. No exchange: ranks may see it at different times."""
+        if self._store is None or not self._store.check([f"stablekd/named/{key}"]):
+            return None
+        return json.loads(self._store.get(f"stablekd/named/{key}"))
 
     @contextlib.contextmanager
     def meeting(self, what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:

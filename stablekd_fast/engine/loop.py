@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
+import signal
 from collections import deque
 from collections.abc import Generator
 from contextlib import closing
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +16,19 @@ from torch import Tensor, nn
 from stablekd_fast.data import Batch
 from stablekd_fast.distributed import Layout
 from stablekd_fast.engine.checkpoint import RunState, save_run
-from stablekd_fast.engine.evaluate import Metrics, evaluate, with_fresh_batch_norm
+from stablekd_fast.engine.evaluate import Metrics, evaluate, not_finite, with_fresh_batch_norm
 from stablekd_fast.engine.merge import Merges
 from stablekd_fast.engine.parts import Parts
 from stablekd_fast.engine.schedule import PlannedStage
 from stablekd_fast.engine.stage import DividedSteps, LossReader, StageRun, bodies_of, stage_steps
 from stablekd_fast.engine.step import GroupStep, Rates, load_batch
-from stablekd_fast.errors import TrainingError
+from stablekd_fast.engine.stops import Stops
+from stablekd_fast.errors import Interrupted, TrainingError
 from stablekd_fast.execution.capture import Runner, make_runner
 from stablekd_fast.execution.memory import watched
 from stablekd_fast.execution.moments import Clock, Moment
+from stablekd_fast.execution.signals import Signals
+from stablekd_fast.models.outputs import logits_of
 from stablekd_fast.models.weights import restore_state
 from stablekd_fast.report import NoRecorder, Recorder
 from stablekd_fast.teacher.live import Teacher
@@ -31,20 +37,28 @@ from stablekd_fast.teacher.parts import TeacherPart
 _STEPS_AHEAD = 8
 """So many steps the host may be ahead of the device where it shares a run with other ranks: were one of them lost, more
 steps in the device's queue would make the host wait where it cannot be told."""
+_STEPS_TO_STOP = 10
+"""Ranks that meet in every step look so often whether one of them was asked to stop."""
 
 
 class Engine:
     """Trains a paired student through planned stages, from where the state stands to the end of the last stage."""
 
-    def __init__(self, parts: Parts, state: RunState, recorder: Recorder | NoRecorder) -> None:
+    def __init__(
+        self, parts: Parts, state: RunState, recorder: Recorder | NoRecorder, signals: Signals | None = None
+    ) -> None:
         self.parts, self.state, self.recorder = parts, state, recorder
+        self.signals = signals or Signals()
         self.ranks, self.progress = parts.ranks, state.progress
         self.merges = Merges(parts, self.progress)
         self.clock = Clock(parts.device)
         self._under_way: deque[Moment] = deque()
 
     def train(self) -> None:
-        """Train every stage that is not finished yet."""
+        """Train every stage that is not finished yet.
+
+        Raises Interrupted, with all saved, after the step in which a signal asked for an end.
+        """
         for index, planned in enumerate(self.parts.stages):
             if self.progress.step >= planned.last:
                 continue
@@ -54,6 +68,8 @@ class Engine:
                     for batch in batches:
                         self._train_step(stage, batch)
                         self._after_step(stage)
+                        if stage.stopped_by is not None and self.progress.step < planned.last:
+                            self._stop(stage.stopped_by)
                 if stage.teacher is not self.parts.teacher:
                     stage.teacher.close()
             finally:
@@ -61,6 +77,18 @@ class Engine:
                     stage.runner.close()
                     stage.runner = None  # its bodies refer to the stage, which would live until the next collection
             self._leave(stage)
+            if stage.stopped_by is not None and planned is not self.parts.stages[-1]:
+                self._stop(stage.stopped_by)
+
+    def _stop(self, number: int) -> NoReturn:
+        """End the run, whose state is saved, as a signal has asked."""
+        self.ranks.finish()  # torchrun ends all as soon as one has ended
+        at, last = self.progress.step, self.parts.stages[-1].last
+        raise Interrupted(
+            f"Ended by {signal.Signals(number).name} after step {at} of {last}, which is saved in "
+            f"{self.parts.checkpoint}. The same command with --resume goes on from there.",
+            number,
+        )
 
     def composed_student(self) -> nn.Module:
         """Return a copy of the plain student (of its average, where one is kept) in eval mode, with batch-norm
@@ -70,6 +98,17 @@ class Engine:
             student = copy.deepcopy(student)
             restore_state(student, self.state.average, partial=True)
         return with_fresh_batch_norm(student, self.parts.source.batches(0, self.parts.bn_batches), self.to_device)
+
+    def check_composed(self, student: nn.Module) -> None:
+        """Raise TrainingError unless what is exported is finite, and its logits on training images too."""
+        found, at = not_finite(student.state_dict()), self.progress.step - 1
+        if found:
+            raise self._diverged(f"composed student's {found} is", at)
+        for batch in self.parts.source.batches(0, 1):
+            with torch.no_grad():
+                logits = logits_of(student(self.to_device(batch.pixels)))
+            if not_finite({"logits": logits}):
+                raise self._diverged("logits of the composed student are", at)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy a tensor to the device of the run."""
@@ -126,8 +165,9 @@ class Engine:
 
     def _after_step(self, stage: StageRun) -> None:
         at, last, every = self.progress.step, stage.planned.last, self.parts.intervals
+        stage.stopped_by = stage.stops.due(at)
         evaluates = every.evaluate and at % every.evaluate == 0
-        saves = at % every.checkpoint == 0 and at < last
+        saves = (at % every.checkpoint == 0 or stage.stopped_by is not None) and at < last
         if stage.losses.arrived:
             self._log(stage)
         if self.ranks.size > 1 and at % self.parts.source.steps_per_epoch == 0:
@@ -159,6 +199,7 @@ class Engine:
             source=self.parts.stream.part(layout.part_of(self.ranks.rank), layout.data),
             teacher=self._teacher(layout, settings.groups),
             losses=LossReader(divided.steps),
+            stops=self._stops(layout),
             entered_at=self.progress.step,
             entered_seconds=self.progress.seconds,
         )
@@ -180,6 +221,12 @@ class Engine:
         elif self.progress.step == planned.first:
             self.merges.enter(stage.index, stage.steps)
         return stage
+
+    def _stops(self, layout: Layout) -> Stops:
+        log = self.parts.intervals.log
+        together = layout.blocks == 1  # all ranks average their gradients in every step
+        every, meets = (min(_STEPS_TO_STOP, log), 1) if together else (log, log)
+        return Stops(self.signals, self.ranks, every, meets, _STEPS_AHEAD)
 
     def _teacher(self, layout: Layout, groups: list[list[int]]) -> Teacher:
         """The teacher that training asks; what is measured in between asks the whole teacher."""
@@ -278,6 +325,8 @@ class Engine:
         if self.parts.validation is not None:
             batches = self.parts.validation.batches()
             metrics = evaluate(self.composed_student(), batches, self.to_device, self.ranks.all_reduce)
+            if not math.isfinite(metrics.loss):
+                raise self._diverged("loss on held-out images is", self.progress.step - 1)
             self.emit_evaluation("validation", metrics)
 
     def emit_evaluation(self, split: str, metrics: Metrics) -> None:
@@ -302,9 +351,13 @@ class Engine:
         )
 
     def _save(self, stage: StageRun) -> None:
+        at = self.progress.step - 1
         for step in stage.steps:  # the last update may have broken what the last loss did not show yet
-            if not all(torch.isfinite(parameter).all() for parameter in step.parameters.values()):
-                raise self._diverged(f"weights of blocks {step.name} are", self.progress.step - 1)
+            if not_finite(step.parameters):
+                raise self._diverged(f"weights of blocks {step.name} are", at)
+        for kept in (self.parts.paired.student.state_dict(), self.state.average or {}):
+            if name := not_finite(kept):
+                raise self._diverged(f"student's {name} is", at)
         self.state.take_optimizers(stage.steps)
         if self.ranks.is_first:
             save_run(self.parts, self.state)

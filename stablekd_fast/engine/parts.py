@@ -45,7 +45,7 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of one run."""
+    """The parts of one run. As a context, they let go of the cache's files at its end, whatever that is."""
 
     paired: PairedBlocks
     teacher: Teacher
@@ -70,6 +70,13 @@ class Parts:
     checkpoint: Path
     identity: dict
     """The settings and facts that decide the run's numbers; a resumed run must share them."""
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.teacher.close()
+        self.source.close()
 
     def layout(self, stage: int) -> Layout:
         """The layout of a stage by its number."""

@@ -15,6 +15,7 @@ from stablekd_fast.data import Batch, StreamSource, TrainSource
 from stablekd_fast.distributed import Layout, Ranks
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage
 from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, StepOptions, load_batch
+from stablekd_fast.engine.stops import Stops
 from stablekd_fast.execution.capture import Body, Runner, make_runner
 from stablekd_fast.execution.moments import HostCopy, Moment
 from stablekd_fast.execution.process import random_states, set_random_states
@@ -255,12 +256,15 @@ class StageRun:
     """Makes this process's part of each batch."""
     teacher: Teacher
     losses: LossReader
+    stops: Stops
     entered_at: int
     entered_seconds: float
     runner: Runner | None = None
     """Made with the first batch, when the inputs are laid out."""
     current: str = "the teacher"
     """What runs now, for a report of memory that ran out."""
+    stopped_by: int | None = None
+    """The number of the signal after whose step the run ends."""
 
     @property
     def steps(self) -> list[GroupStep]:

@@ -25,8 +25,9 @@ from stablekd_fast.engine.checkpoint import RunState, resume_run, save_tensors
 from stablekd_fast.engine.evaluate import Metrics, evaluate
 from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.parts import Execution, Intervals, Parts
-from stablekd_fast.errors import ConfigError, DataError, first_line, nearest, printable
+from stablekd_fast.errors import ConfigError, DataError, TrainingError, first_line, nearest, printable
 from stablekd_fast.execution.process import current_device, deterministic
+from stablekd_fast.execution.signals import Signals, watched_signals
 from stablekd_fast.files.owned import only_run_in
 from stablekd_fast.models.weights import card_of
 from stablekd_fast.planning.costs import views_shown
@@ -34,7 +35,7 @@ from stablekd_fast.planning.rows import decisions, predict
 from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.run.builders import bn_batches, eval_source, pick_device
 from stablekd_fast.run.decisions import Decisions, decide
-from stablekd_fast.run.materials import Given, Images, Materials, gather
+from stablekd_fast.run.materials import Given, Materials, gather
 from stablekd_fast.teacher.cached import CachedTeacher
 
 
@@ -171,14 +172,15 @@ class Distiller:
 
         Raises ConfigError, DataError, ModelError or CutError if the parts do not fit, CheckpointError or CacheError for
         files of another run, TrainingError if training cannot go on. Of runs in one directory at a time all but the
-        first are refused.
+        first are refused. Interrupted where SIGINT, SIGTERM or SIGHUP asks for an end: then the step under way is
+        finished and all is saved, to be resumed; a second signal ends the process at once.
         """
-        if int(os.environ.get("RANK", 0)) > 0:  # its first process holds the directory
-            return self._run(progress)
-        with only_run_in(Path(self.config.out)):
-            return self._run(progress)
+        follows = int(os.environ.get("RANK", 0)) > 0  # its first process holds the directory
+        alone = contextlib.nullcontext() if follows else only_run_in(Path(self.config.out))
+        with watched_signals() as signals, alone:
+            return self._run(progress, signals)
 
-    def _run(self, progress: bool) -> RunResult:
+    def _run(self, progress: bool, signals: Signals) -> RunResult:
         out, ranks, resumes = Path(self.config.out), self.ranks, self.materials.resumed is not None
         if ranks.from_first(lambda: not resumes and self.checkpoint.exists()):
             raise ConfigError(f"{out} already holds a run. Pass --resume to continue it, or another --out to keep it.")
@@ -186,13 +188,15 @@ class Distiller:
         state = resume_run(parts) if resumes else RunState()
         resumed_at = state.progress.step if resumes else None
         recorder = Recorder(out, progress=progress, resume_step=resumed_at) if ranks.is_first else NoRecorder()
-        with self._process(), recorder, _closing(parts):
+        with self._process(), recorder, parts:
             self._keep_digests(out / "images.log", resumes)
             if not resumes:
                 self._emit_start(recorder)
                 self._look_at_teacher(recorder)
-            engine = Engine(parts, state, recorder)
-            engine.train()
+            engine = Engine(parts, state, recorder, signals)
+            with signals.awaited(ranks.can_name):
+                engine.train()
+            signals.remedy = "The student is trained; the same command with --resume evaluates and reports it."
             if isinstance(parts.teacher, CachedTeacher):
                 parts.teacher.seal()
             result = self._finish(engine, out)
@@ -208,8 +212,13 @@ class Distiller:
 
     def build_cache(self) -> dict[str, int]:
         """Store what the plan keeps, for all images and views of the run; rows by column. Trains nothing."""
+        with watched_signals() as signals:
+            signals.remedy = "What is stored stays; the same command goes on from there."
+            return self._fill_cache()
+
+    def _fill_cache(self) -> dict[str, int]:
         parts, teacher = self.parts, self.parts.teacher
-        with self._process(), _closing(parts):
+        with self._process(), parts:
             wanted, source = parts.plan.kept.keys(), parts.source.part(self.ranks.rank, self.ranks.size)
             if not isinstance(teacher, CachedTeacher):  # nothing is kept
                 return {}
@@ -225,6 +234,7 @@ class Distiller:
     def _finish(self, engine: Engine, out: Path) -> RunResult:
         """Export the composed student, and evaluate it on the test split: whatever that meets, the student is there."""
         images, progress, student = self.materials.images, engine.progress, engine.composed_student()
+        engine.check_composed(student)
         self._export(out, student)
         metrics = self._tested(engine, student, out)
         self._export(out, student, accuracy=metrics.accuracy, top5=metrics.top5)
@@ -256,6 +266,9 @@ class Distiller:
             metrics = evaluate(student, test.batches(), engine.to_device, ranks.all_reduce)
         except DataError as error:
             raise DataError(f"{error} The student is trained and lies in {out / STUDENT_FILE}.") from error
+        if not math.isfinite(metrics.loss):
+            where = f"the student, which lies in {out / STUDENT_FILE}, should not be used"
+            raise TrainingError(f"The loss on test images is not finite: {where}. Lower --optimizer.lr.")
         left_out = images.test.skipped
         if left_out and self.config.on_bad_image == "stop":
             path, reason = left_out[0]
@@ -335,7 +348,7 @@ class Distiller:
             images=str(materials.image_dtype).removeprefix("torch."),
             source=asdict(materials.images.stream.choice),
         )
-        recorder.emit("data", step=0, **_told(materials.images))
+        recorder.emit("data", step=0, **materials.images.facts())
         if decided.costs is not None:
             predicted = [predict(decided.costs, plan).seconds for plan in (decided.plan, Plan())]
             recorder.emit(
@@ -347,20 +360,6 @@ class Distiller:
             )
 
 
-def _told(images: Images) -> dict:
-    """What the images of a run are, for its log."""
-    dataset, source = images.dataset, images.source
-    return {
-        "name": dataset.name,
-        "classes": len(dataset.classes),
-        "training_images": len(source.split),
-        "held_out": len(images.validation.split) if images.validation is not None else 0,
-        "test_images": dataset.test.total,
-        "left_out": dataset.left_out,
-        "notes": dataset.notes,
-    }
-
-
 @contextlib.contextmanager
 def _a_line_not_a_run(what: str) -> Iterator[None]:
     """Go on where something that is written after training cannot be: the student is there, and this says so."""
@@ -368,16 +367,6 @@ def _a_line_not_a_run(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever a report meets: no list is complete
         warnings.warn(f"The student is saved, but not {what}: {first_line(error)}.", RuntimeWarning, stacklevel=3)
-
-
-@contextlib.contextmanager
-def _closing(parts: Parts) -> Iterator[None]:
-    """Let go of the cache's files at the end, whatever it is."""
-    try:
-        yield
-    finally:
-        parts.teacher.close()
-        parts.source.close()
 
 
 def distill(config: DistillConfig | None = None, *, progress: bool = True, **settings: Any) -> RunResult:

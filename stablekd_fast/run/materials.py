@@ -78,6 +78,19 @@ class Images:
         """The images of the first training batch `[N, C, H, W]`, on `device`."""
         return next(self.source.batches(0, 1)).pixels.to(device)
 
+    def facts(self) -> dict:
+        """What the images are, for the run's log."""
+        dataset = self.dataset
+        return {
+            "name": dataset.name,
+            "classes": len(dataset.classes),
+            "training_images": len(self.source.split),
+            "held_out": len(self.validation.split) if self.validation is not None else 0,
+            "test_images": dataset.test.total,
+            "left_out": dataset.left_out,
+            "notes": dataset.notes,
+        }
+
 
 @dataclass(frozen=True)
 class Materials:

@@ -251,3 +251,27 @@ def test_cores_that_this_process_may_use_are_divided(monkeypatch, rank, cores):
     both = SimpleNamespace(rank=rank, all_gather=lambda value: [value, value])
     ranks_module._divide_cores(both, torch.device("cpu"))
     assert bound and all(taken == cores for taken in bound)
+
+
+@pytest.mark.parametrize("parallel", ["blocks", pytest.param("data", marks=pytest.mark.slow)])
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(launch, tmp_path, parallel):
+    """Without an agent that would pass it on; ranks that train different blocks do not meet in every step."""
+    _, _, by_hand, finished = launch
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    for process in by_hand(2, "slow", whole, parallel):
+        finished(process)
+    first, second = by_hand(2, "slow", out, parallel)
+    until = time.time() + 120
+    while not (out / "events.jsonl").exists() or not events(out, "train"):
+        assert time.time() < until
+        time.sleep(0.02)
+    second.send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [128 + signal.SIGTERM] * 2, said
+    step = events(out, "checkpoint")[-1]["step"]
+    assert all(f"Ended by SIGTERM after step {step} of" in words for words in said)
+    for process in by_hand(2, "slow", out, parallel, "resume"):
+        finished(process)
+    for name in ("checkpoint.safetensors", "student.safetensors"):
+        a, b = load_tensors(whole / name)[0], load_tensors(out / name)[0]
+        assert [key for key in a if not torch.equal(a[key], b[key])] == [], name

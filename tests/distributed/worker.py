@@ -17,6 +17,7 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import TrainSource
 from stablekd_fast.distributed import join
 from stablekd_fast.engine.loop import Engine
+from stablekd_fast.errors import Interrupted
 from stablekd_fast.run.distiller import Distiller
 
 RANK, CPU = int(os.environ.get("RANK", 0)), torch.device("cpu")
@@ -96,6 +97,23 @@ def hanging(out: str) -> None:
     made.source.part = lambda *_: made.source
     made.source.batches = stopping
     made.run(progress=False)
+
+
+def slow(out: str, parallel: str, *resume: str) -> None:
+    """Train long enough that a signal comes in the middle."""
+
+    def step(*arguments, train_step=Engine._train_step):
+        time.sleep(0.02)
+        train_step(*arguments)
+
+    Engine._train_step = step
+    method = "blocks" if parallel == "blocks" else "kd"
+    settings = {"parallel": parallel, "method": method, "epochs": 8.0, "checkpoint_every": 1000, "evaluate_every": 0}
+    try:
+        train(out, **settings, resume=bool(resume))
+    except Interrupted as error:
+        say(error)
+        sys.exit(128 + error.signal)
 
 
 def parting(how: str) -> None:
@@ -207,6 +225,7 @@ TASKS = {
     "different": different,
     "other weights": other_weights,
     "hanging": hanging,
+    "slow": slow,
     "data": data_axis,
     "parting": parting,
 }

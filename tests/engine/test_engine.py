@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(make
         TrainingError, match=r"blocks \d (is|are) not finite at step \d+ \(stage 1\|2\|3\|4\).*learning"
     ):
         distiller.run(progress=False)
-    assert all(value.isfinite().all() for name, value in final_weights(distiller).items() if "running" not in name)
+    assert all(value.isfinite().all() for value in final_weights(distiller).values() if value.is_floating_point())
 
 
 def test_a_broken_update_is_never_saved(make):
@@ -143,6 +144,48 @@ def test_a_broken_update_is_never_saved(make):
     _, metadata = load_tensors(f"{distiller.config.out}/checkpoint.safetensors")
     assert metadata["progress"]["step"] == 0
     assert all(value.isfinite().all() for value in final_weights(distiller).values())
+
+
+def test_what_the_very_last_update_breaks_is_not_exported(make):
+    """No loss shows it any more."""
+    distiller = make(optimizer=Optimizer("sgd", lr=1e38, cycle="constant"), method="blocks", epochs=0.2, validation=0, log_every=1)
+    assert distiller.decided.stages[-1].last == 1
+    with pytest.raises(TrainingError, match=r"weights of blocks \d are not finite at step 0"):
+        distiller.run(progress=False)
+    assert not (Path(distiller.config.out) / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_running_statistics_that_are_not_finite_are_not_saved(make, value):
+    distiller = make()
+    name, buffer = next((n, b) for n, b in distiller.paired.student.named_buffers() if n.endswith("running_var"))
+    buffer[1] = value
+    with pytest.raises(TrainingError, match=rf"student's {name} is not finite"):
+        distiller.run(progress=False)
+    assert not (Path(distiller.config.out) / "checkpoint.safetensors").exists()
+
+
+class OverflowsInEvaluation(torch.nn.Module):
+    """Logits that training sees, and that are too large once it is over."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = models.build("resnet20_half", 10, 8)
+
+    def forward(self, images):
+        logits = self.net(images)
+        return logits if self.training else logits * 1e38 * 1e38
+
+
+@pytest.mark.parametrize(
+    "validation, what", [(40, "loss on held-out images is"), (0, "logits of the composed student")]
+)
+def test_logits_that_overflow_in_evaluation_are_not_exported(make, validation, what):
+    distiller = make(method="ce", cuts=None, validation=validation)
+    distiller.given = dataclasses.replace(distiller.given, student=OverflowsInEvaluation(), teacher=None)
+    with pytest.raises(TrainingError, match=f"{what}.* not finite"):
+        distiller.run(progress=False)
+    assert not (Path(distiller.config.out) / "student.safetensors").exists()
 
 
 def test_inputs_of_another_shape_are_refused(make):
