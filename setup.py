@@ -62,6 +62,7 @@ setup(
         "stablekd_fast": ["py.typed", "*.pyi"],
         "stablekd_fast.planning": ["devices/*.json"],
         "stablekd_fast.data": ["embedded/*"],
+        "stablekd_fast.bench.trust": ["calls.c"],
     },
     ext_modules=[Extension("stablekd_fast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},

@@ -229,6 +229,7 @@ class RowStore:
 
     def seal(self) -> None:
         """Finish the shards that are not full, for a run that is complete: readers need no writer to find their rows.
+        Those without any row are removed.
 
         Raises CacheFull if the disk refuses; the rows stay as they are.
         """
@@ -236,6 +237,9 @@ class RowStore:
             for shard in list(self._open):
                 if shard.used:
                     self._finish(shard)
+                else:
+                    shard.path.unlink(missing_ok=True)
+                    self._open.remove(shard)
 
     def close(self) -> None:
         """Wait for the readings under way, then close all files. Shards that are not full wait for the next writer."""

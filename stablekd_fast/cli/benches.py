@@ -147,6 +147,12 @@ def _bench_end_to_end(asked: Namespace, show: Show) -> Measured:
     )
 
 
+def _bench_trust(asked: Namespace, show: Show) -> Measured:
+    from stablekd_fast.bench.trust.campaign import run_trust
+
+    return run_trust(Path(asked.out), listed(asked.lines), short=asked.short)
+
+
 def _show_file(asked: Namespace, show: Show) -> Measured:
     from stablekd_fast.bench.core import Measured
     from stablekd_fast.bench.output import by_case, read_json
@@ -246,6 +252,15 @@ BENCHES = {
     "end-to-end": Bench(
         "epochs, steps and wall seconds until each method reaches one accuracy",
         END_TO_END, _bench_end_to_end, rounds=9, short=("--rounds", "1"),
+    ),
+    "trust": Bench(
+        "what runs survive: kills, refused calls, power loss, flipped bytes, long use",
+        {
+            "--out": {"type": str, "required": True, "help": "folder of the trials; what is there is not tried again"},
+            "--lines": _text("kills, terms, calls, power, flips, soak, with commas between; all by default"),
+            "--short": _flag("few trials of each, three minutes in all"),
+        },
+        _bench_trust, short=("--short",),
     ),
     "show": Bench(
         "the rows of an earlier --json: as tables, as a page, beside another file",

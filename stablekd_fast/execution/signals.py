@@ -23,7 +23,7 @@ class Signals:
     """The number of the first signal."""
     waits: bool = False
     """Whether the run ends by itself once it is asked; otherwise it ends where it is."""
-    remedy: str = "Start it again."
+    remedy: str = "The same command goes on, with --resume if there is a checkpoint."
     """What to do after an end in the middle, for its message."""
     _before: dict[int, Any] = field(default_factory=dict)
 
@@ -40,7 +40,12 @@ class Signals:
         self._give_back()  # a second one ends the process at once
         self.asked = number
         if not self.waits:
-            raise Interrupted(f"Ended by {signal.Signals(number).name}. {self.remedy}", number)
+            raise self.ended()
+
+    def ended(self) -> Interrupted:
+        """The error for an end in the middle."""
+        assert self.asked is not None
+        return Interrupted(f"Ended by {signal.Signals(self.asked).name}. {self.remedy}", self.asked)
 
     def _give_back(self) -> None:
         while self._before:

@@ -25,7 +25,7 @@ from stablekd_fast.engine.checkpoint import RunState, resume_run, save_tensors
 from stablekd_fast.engine.evaluate import Metrics, evaluate
 from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.parts import Execution, Intervals, Parts
-from stablekd_fast.errors import ConfigError, DataError, TrainingError, first_line, nearest, printable
+from stablekd_fast.errors import ConfigError, DataError, RankError, TrainingError, first_line, nearest, printable
 from stablekd_fast.execution.process import current_device, deterministic
 from stablekd_fast.execution.signals import Signals, watched_signals
 from stablekd_fast.files.owned import only_run_in
@@ -178,7 +178,12 @@ class Distiller:
         follows = int(os.environ.get("RANK", 0)) > 0  # its first process holds the directory
         alone = contextlib.nullcontext() if follows else only_run_in(Path(self.config.out))
         with watched_signals() as signals, alone:
-            return self._run(progress, signals)
+            try:
+                return self._run(progress, signals)
+            except RankError as error:
+                if signals.asked is None:
+                    raise
+                raise signals.ended() from error  # another rank, which was asked too, has ended already
 
     def _run(self, progress: bool, signals: Signals) -> RunResult:
         out, ranks, resumes = Path(self.config.out), self.ranks, self.materials.resumed is not None

@@ -1,5 +1,6 @@
 """What lies in a cache's folder and was not written there: it is told, and neither served nor deleted."""
 
+import errno
 import json
 import os
 import warnings
@@ -11,7 +12,7 @@ from stablekd_fast import cli
 from stablekd_fast.cache import maintain
 from stablekd_fast.cache.manifest import MANIFEST, Manifest, _digest
 from stablekd_fast.cache.store import RowStore
-from stablekd_fast.errors import CacheError
+from stablekd_fast.errors import CacheError, CacheFull
 
 from .conftest import SAMPLES
 
@@ -67,6 +68,26 @@ def test_what_a_finished_run_stored_is_whole_for_readers(tmp_path, wanted, make_
         store.seal()
     assert maintain.verify(folder.parent) == ({"x": SAMPLES}, [])
     assert cli.main(["cache", "verify", str(folder.parent)]) == 0 and "100" in capsys.readouterr().out
+
+
+def test_a_shard_that_got_no_row_is_removed_when_its_run_is_complete(tmp_path, wanted, make_rows, monkeypatch):
+    folder = tmp_path / "cache" / "x"
+    with RowStore(folder, wanted, write=True) as store:
+        with monkeypatch.context() as refused, pytest.raises(CacheFull):
+            write = os.pwrite
+
+            def refuse(file, data, offset):  # what comes behind header and empty index
+                if offset == 4096:
+                    raise OSError(errno.EROFS, "Read-only file system")
+                return write(file, data, offset)
+
+            refused.setattr(os, "pwrite", refuse)
+            store.put(ROWS[:30], make_rows(ROWS[:30]))
+        assert len(list(folder.glob(".shard-*"))) == 1 and len(store) == 0
+        store.seal()
+        assert not list(folder.glob("*shard-*"))
+        store.put(ROWS[:30], make_rows(ROWS[:30]))  # it goes on
+        assert all(map(torch.equal, store.gather(ROWS[:30]), make_rows(ROWS[:30])))
 
 
 @pytest.mark.parametrize("sealed", [True, False])

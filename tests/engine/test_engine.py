@@ -148,7 +148,8 @@ def test_a_broken_update_is_never_saved(make):
 
 def test_what_the_very_last_update_breaks_is_not_exported(make):
     """No loss shows it any more."""
-    distiller = make(optimizer=Optimizer("sgd", lr=1e38, cycle="constant"), method="blocks", epochs=0.2, validation=0, log_every=1)
+    broken = Optimizer("sgd", lr=1e38, cycle="constant")
+    distiller = make(optimizer=broken, method="blocks", epochs=0.2, validation=0, log_every=1)
     assert distiller.decided.stages[-1].last == 1
     with pytest.raises(TrainingError, match=r"weights of blocks \d are not finite at step 0"):
         distiller.run(progress=False)

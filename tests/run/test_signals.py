@@ -107,7 +107,7 @@ def test_before_the_first_step_a_signal_ends_the_run_and_nothing_is_left(tmp_pat
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGTERM and "Ended by SIGTERM. Start it again." in said
+    assert process.returncode == 128 + signal.SIGTERM and "Ended by SIGTERM. The same command goes on" in said
     assert "Traceback" not in said and not out.exists()
 
 
