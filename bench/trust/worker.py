@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -17,11 +18,11 @@ import time
 import traceback
 from pathlib import Path
 
+import jsonargparse  # noqa: F401 - loaded once, before the forks, as the run is
 import torch
 
-from stablekd_fast import cli
 from stablekd_fast.bench.trust.calls import Trouble, arm, count
-from stablekd_fast.run import distiller  # noqa: F401 - loaded once, before the forks
+from stablekd_fast.run import distiller  # noqa: F401
 
 LIMIT_SECONDS = 120
 
@@ -76,7 +77,7 @@ def _forked(job: dict, rank: int, port: int) -> int:
             meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in meeting.items()}, MASTER_ADDR="localhost")
         arm([Path(root) for root in job["roots"]], Trouble(**(job["trouble"] if rank == 0 else {})))
-        code = cli.main(job["words"])
+        code = _command(job["words"])
         if job.get("count"):
             Path(job["count"]).write_text(str(count()))
         atexit._run_exitfuncs()
@@ -86,6 +87,16 @@ def _forked(job: dict, rank: int, port: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _command(words: list[str]) -> int:
+    """Run the command as a user starts it. Returns its exit code."""
+    sys.argv = ["stablekd", *words]
+    try:
+        runpy.run_module("stablekd_fast", run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def _free_port() -> int:
