@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import pickletools
 from collections import OrderedDict
 from collections.abc import Mapping
 from types import ModuleType
@@ -65,12 +66,37 @@ def recording(allowed: Names) -> type[pickle.Unpickler]:
     """An unpickler that calls nothing but what `allowed` holds, by (module, name)."""
 
     class Recorder(pickle.Unpickler):
+        def __init__(self, file: BinaryIO, **options: Any) -> None:
+            super().__init__(file, **options)
+            self._read = file
+
+        def load(self) -> Any:
+            start = self._read.tell()
+            _check_places(self._read)
+            self._read.seek(start)
+            return super().load()
+
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in allowed:
                 return allowed[module, name]
             return type(name.rpartition(".")[2] or "unnamed", (Recorded,), {"module": module, "name": name})
 
     return Recorder
+
+
+def _check_places(file: BinaryIO) -> None:
+    """Raise UnpicklingError where a pickle numbers what it remembers by far more than it has: Python would make room
+    for all numbers before."""
+    for count, (opcode, number, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > count:
+            raise pickle.UnpicklingError(f"it remembers an object as number {number}, its step {count}")
+
+
+def _bytearray(*given: Any) -> bytearray:
+    """A bytearray of what is there, not of a number of zeros."""
+    if not all(isinstance(one, (bytes, bytearray, str)) for one in given):
+        raise pickle.UnpicklingError(f"it asks for bytes of {given!r:.60}")
+    return bytearray(*given)
 
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:
@@ -86,8 +112,9 @@ _CONTAINERS: Names = {
     **{
         (module, kind.__name__): kind
         for module in ("builtins", "__builtin__")
-        for kind in (set, frozenset, dict, list, tuple, bytearray, complex)
+        for kind in (set, frozenset, dict, list, tuple, complex)
     },
+    **{(module, "bytearray"): _bytearray for module in ("builtins", "__builtin__")},
 }
 
 

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from stablekd_fast.errors import StableKDError, first_line
+
 DOCUMENT = 256 << 20
 """The bytes of the largest document (JSON, a log) that is read as a whole."""
+
+
+@contextlib.contextmanager
+def foreign(path: str | os.PathLike[str], error: type[StableKDError], remedy: str) -> Iterator[None]:
+    """A context in which a file of others is taken apart: whatever goes wrong becomes `error`, in one sentence.
+
+    Readers of damaged bytes raise whatever they stumble over, and no list of that is complete.
+    """
+    try:
+        yield
+    except StableKDError:
+        raise
+    except Exception as raised:
+        why = "it announces more than memory holds" if isinstance(raised, MemoryError) else first_line(raised)
+        raise error(f"Cannot read {path}: {why[:300]}. {remedy}") from raised
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -24,7 +43,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
         raise OSError(code, f"It is {kind}, not a file", os.fspath(path))
-    return os.fdopen(descriptor, "rb")
+    return open(path, "rb", opener=lambda *_: descriptor)
 
 
 def read_document(path: Path, most: int = DOCUMENT) -> bytes:

@@ -116,10 +116,10 @@ class Schedule:
 
     def _adopt(self, opened, file, *args, **options):
         """A file object takes over a descriptor, and closes it."""
-        actor = getattr(self._here, "actor", None)
-        if actor is not None and isinstance(file, int):
-            actor.files.discard(file)
-        return opened(file, *args, **options)
+        made, actor = opened(file, *args, **options), getattr(self._here, "actor", None)
+        if actor is not None:
+            actor.files.discard(made.fileno())
+        return made
 
     def _flock(self, file: int, how: int) -> None:
         """Lock a file as the system does; who has to wait lets others go on."""

@@ -19,7 +19,7 @@ from stablekd_fast.data.formats.sample import NoClass, Sample
 from stablekd_fast.data.formats.tfrecords import tfrecord_samples
 from stablekd_fast.data.formats.webdataset import PARTS, tar_samples
 from stablekd_fast.data.records import ArchiveRecords
-from stablekd_fast.errors import DataError
+from stablekd_fast.errors import DataError, first_line
 
 _TFRECORD = re.compile(r"(-\d+-of-\d+|\.tfrecords?)$")
 _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|(tar|tfrecords?)\.(gz|bz2|xz|zst|lz4))$")
@@ -138,8 +138,10 @@ def read_index(path: Path, left_out: Counter[str] | None = None) -> list[Sample]
     counted = Counter() if left_out is None else left_out
     try:
         return (tar_samples if tar else tfrecord_samples)(path, index, counted)
-    except (OSError, ValueError, OverflowError) as error:
-        reason = str(error).rstrip(".")
+    except DataError:
+        raise
+    except Exception as error:  # whatever damaged bytes lead to
+        reason = first_line(error)
         if index:
             raise DataError(
                 f"Cannot read archive {path} by its index {index.name}: {reason}. Make the index anew or delete it; "

@@ -4,15 +4,15 @@ import gzip
 import math
 import struct
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from stablekd_fast.data.split import Split
 from stablekd_fast.errors import DataError
+from stablekd_fast.files.reading import foreign, open_regular
 
 # How the digits are split. Changing either number makes results incomparable.
 _DIGITS_SEED = 0
@@ -102,36 +102,66 @@ def read_idx(files: dict[str, Path], class_count: int) -> tuple[Split, Split]:
 
 def _read_idx_array(path: Path, dimensions: int) -> np.ndarray:
     """Read an idx file: two zero bytes, element type, number of dimensions, sizes as big-endian int32, data."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"Cannot read {path}: {error}. Fetch the file again.") from error
     start = 4 + 4 * dimensions
-    if len(content) < start or content[:4] != bytes((0, 0, _IDX_UINT8, dimensions)):
-        raise DataError(f"{path} is not an idx file of bytes in {dimensions} dimensions; fetch the file again.")
-    shape = struct.unpack(f">{dimensions}I", content[4:start])
-    expected = math.prod(shape)
-    if len(content) - start != expected:
-        raise DataError(
-            f"{path} holds {len(content) - start} bytes where its header announces {expected}; fetch the file again."
-        )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    with foreign(path, DataError, "Fetch the file again."), open_regular(path) as packed:
+        file = gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else packed
+        head = file.read(start)
+        if len(head) < start or head[:4] != bytes((0, 0, _IDX_UINT8, dimensions)):
+            raise DataError(f"{path} is not an idx file of bytes in {dimensions} dimensions; fetch the file again.")
+        shape = struct.unpack(f">{dimensions}I", head[4:])
+        expected = math.prod(shape)
+        content, held = _filled(file, expected)
+        if held != expected or file.read(1):
+            held = held if held < expected else f"more than {held}"
+            raise DataError(f"{path} holds {held} bytes where its header announces {expected}; fetch the file again.")
+        return content.reshape(shape)
+
+
+def _filled(file: IO[bytes], size: int) -> tuple[np.ndarray, int]:
+    """Read at most `size` bytes into an array of so many; return it, and how many there were."""
+    content, at = np.empty(size, np.uint8), 0
+    while chunk := file.read(min(size - at, 1 << 24)):
+        content[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
+        at += len(chunk)
+    return content, at
 
 
 def read_npz(path: Path) -> tuple[list[str], Split, Split]:
     """Read the arrays x_train, y_train, x_test, y_test of an `.npz` file; classes are named by their number."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in _NPZ_KEYS if key not in archive]
+    with foreign(path, DataError, "Arrays of plain numbers in .npz format are needed."):
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            held = [name.removesuffix(".npy") for name in archive.namelist()]
+            missing = [key for key in _NPZ_KEYS if key not in held]
             if missing:
                 raise DataError(
-                    f"{path} lacks {', '.join(missing)} (it holds {', '.join(archive) or 'nothing'}); "
+                    f"{path} lacks {', '.join(missing)} (it holds {', '.join(held[:20]) or 'nothing'}); "
                     f"needed are {', '.join(_NPZ_KEYS)}."
                 )
-            x_train, y_train, x_test, y_test = (archive[key] for key in _NPZ_KEYS)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"Cannot read {path}: {error}. Arrays of plain numbers in .npz format are needed.") from error
+            x_train, y_train, x_test, y_test = (_npy(archive, f"{key}.npy") for key in _NPZ_KEYS)
+        return _npz_splits(path, x_train, y_train, x_test, y_test)
+
+
+def _npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Read an array of numbers whose bytes are as many as its header announces. Raises ValueError for any other."""
+    member = archive.getinfo(name)
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read_header:
+            raise ValueError(f"{name} is of version {version} of numpy's format")
+        shape, by_column, dtype = read_header[version](file)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.kind not in "biuf" or file.tell() + size != member.file_size:
+            raise ValueError(f"{name} is an array {list(shape)} of {dtype} in {member.file_size} bytes")
+        content, held = _filled(file, size)
+    if held != size:
+        raise ValueError(f"{name} ends after {held} of {size} bytes")
+    return content.view(dtype).reshape(shape, order="F" if by_column else "C")
+
+
+def _npz_splits(
+    path: Path, x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray
+) -> tuple[list[str], Split, Split]:
     if x_train.shape[1:3] != x_test.shape[1:3]:
         raise DataError(
             f"{path}: training images are {list(x_train.shape[1:3])} and test images {list(x_test.shape[1:3])} "

@@ -5,19 +5,19 @@ an unpickler that runs nothing (`stablekd_fast.files.pickles`).
 """
 
 import io
-import pickle
 import tarfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from stablekd_fast.data.formats.arrays import array_split
 from stablekd_fast.data.split import Split
-from stablekd_fast.errors import DataError
+from stablekd_fast.errors import DataError, first_line
 from stablekd_fast.files.pickles import Recorded, array_of, load_recorded
+from stablekd_fast.files.reading import DOCUMENT, foreign, open_regular, read_document
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
@@ -51,6 +51,11 @@ def read_cifar(path: Path) -> tuple[str, list[str], Split, Split] | None:
     `path` is a `.tar.gz` archive or the folder that it unpacks to, or one above it. Raises `DataError` for damaged or
     incomplete data.
     """
+    with foreign(path, DataError, "Fetch the archive again."):
+        return _read_cifar(path)
+
+
+def _read_cifar(path: Path) -> tuple[str, list[str], Split, Split] | None:
     members = _members_of_folder(path) if path.is_dir() else _members_of_archive(path)
     layout = max(_LAYOUTS, key=lambda layout: len(layout.members & members.keys()))
     if len(layout.members & members.keys()) < _TELLING_MEMBERS:
@@ -62,8 +67,9 @@ def read_cifar(path: Path) -> tuple[str, list[str], Split, Split] | None:
         classes = layout.parse_names(members[layout.meta]())
         train = [layout.parse(members[member]()) for member in layout.train]
         test = layout.parse(members[layout.test]())
-    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged or not {layout.name} ({error}); fetch the archive again.") from error
+    except Exception as error:
+        why = first_line(error)
+        raise DataError(f"{path} is damaged or not {layout.name} ({why:.300}); fetch the archive again.") from error
     images, labels = (np.concatenate(parts) for parts in zip(*train))
     return (
         layout.name,
@@ -77,7 +83,7 @@ def _members_of_folder(folder: Path) -> dict[str, Callable[[], bytes]]:
     places = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
     known = frozenset().union(*(layout.members for layout in _LAYOUTS))
     for place in places:
-        found = {name: (place / name).read_bytes for name in known if (place / name).is_file()}
+        found = {name: partial(read_document, place / name) for name in known if (place / name).is_file()}
         if len(found) >= _TELLING_MEMBERS:
             return found
     return {}
@@ -87,18 +93,17 @@ def _members_of_archive(path: Path) -> dict[str, Callable[[], bytes]]:
     """Read members into memory, by base name: nothing is ever unpacked to disk."""
     known = frozenset().union(*(layout.members for layout in _LAYOUTS))
     found: dict[str, Callable[[], bytes]] = {}
-    try:
-        with tarfile.open(path, "r:gz") as archive:
-            for seen, member in enumerate(archive):
-                if seen >= _MEMBERS_LOOKED_AT:
-                    break
-                name = Path(member.name).name
-                file = archive.extractfile(member) if member.isfile() and name in known else None
-                if file is not None:
-                    content = file.read()
-                    found[name] = lambda content=content: content
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"Cannot read archive {path}: {error}. Fetch it again.") from error
+    with open_regular(path) as packed, tarfile.open(fileobj=packed, mode="r:gz") as archive:
+        for seen, member in enumerate(archive):
+            if seen >= _MEMBERS_LOOKED_AT:
+                break
+            if not 0 <= member.size <= DOCUMENT:
+                raise ValueError(f"its member {member.name:.100} announces {member.size:.3g} bytes")
+            name = Path(member.name).name
+            file = archive.extractfile(member) if member.isfile() and name in known else None
+            if file is not None:
+                content = file.read()
+                found[name] = lambda content=content: content
     return found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stablekd_fast.errors import DataError
+from stablekd_fast.files.reading import read_document
 
 _LISTS = ("val_annotations.txt", "LOC_val_solution.csv", "val.txt", "valprep.sh")
 """Lists with a line for each image, of its name and its class; what else is in a line is passed over."""
@@ -49,7 +50,7 @@ def missing_classes(archive: Path, image: str, count: int) -> str:
 def _listed(path: Path) -> dict[str, str]:
     """Read a list of images and classes."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = read_document(path).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read the classes in {path}: {error}. Fetch it again.") from error
     found = (_LINE.fullmatch(line.strip()) for line in lines)
@@ -74,7 +75,7 @@ def _ground_truth(folder: Path) -> tuple[list[int], dict[int, str]] | None:
     source = unpacked or packed
     try:
         if unpacked is not None:
-            truth, meta = ((unpacked / name).read_bytes() for name in (_TRUTH, _META))
+            truth, meta = (read_document(unpacked / name) for name in (_TRUTH, _META))
         else:
             truth, meta = _from_kit(packed)
         numbers, classes = [int(line) for line in truth.split()], _classes_by_number(meta)

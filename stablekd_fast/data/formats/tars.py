@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 from zlib import adler32
 
+from stablekd_fast.files.reading import read_document
+
 Member = tuple[str, int, int, str | None]
 """Name, offset and size; for a link the name of the member that it stands for, else None."""
 
@@ -190,7 +192,7 @@ def _extension(file: BinaryIO, kind: bytes, offset: int, size: int) -> dict[str,
 
 def _indexed(file: BinaryIO, end: int, index: Path) -> Iterator[Member]:
     """List the members that an index names, each held against the header that stands before it."""
-    lines = index.read_text("utf-8", "backslashreplace").splitlines()
+    lines = read_document(index).decode("utf-8", "backslashreplace").splitlines()
     if not lines or not lines[0].startswith("v1.2"):
         raise ValueError(
             f"an index of version v1.2 is needed, its first line is {lines[0][:20] if lines else 'missing'!r}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from stablekd_fast.data.formats.sample import NoClass, Sample, class_of
+from stablekd_fast.files.reading import open_regular, read_document
 
 _IMAGE_KEYS = ("image/encoded", "encoded", "image")
 _LABEL_KEYS = (
@@ -39,7 +40,7 @@ def tfrecord_samples(path: Path, index: Path | None, left_out: Counter[str]) -> 
     """
     samples: list[Sample] = []
     number = -1
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for number, (offset, size) in enumerate(_records(file, index)):
             try:
                 image, label = _example(file, offset + 12, offset + size - 4)
@@ -76,7 +77,7 @@ def _records(file: BinaryIO, index: Path | None) -> Iterator[tuple[int, int]]:
             yield at, size
             at += size
         return
-    for line in index.read_text("utf-8", "backslashreplace").splitlines():
+    for line in read_document(index).decode("utf-8", "backslashreplace").splitlines():
         words = line.split()
         if len(words) != 2 or not all(word.isdecimal() and len(word) < 19 for word in words):
             raise ValueError(f"its line {line[:60]!r} is not OFFSET SIZE")

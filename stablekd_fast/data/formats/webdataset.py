@@ -30,6 +30,7 @@ from stablekd_fast.data.formats.ground_truth import classes_beside, missing_clas
 from stablekd_fast.data.formats.sample import NoClass, Sample, class_of
 from stablekd_fast.data.formats.tars import walk
 from stablekd_fast.data.pixels import IMAGE_SUFFIXES
+from stablekd_fast.files.reading import open_regular
 
 PARTS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 """What archives and folders of a part are called, and which part it is."""
@@ -82,7 +83,7 @@ def tar_samples(path: Path, index: Path | None, left_out: Counter[str]) -> list[
 def _contents(path: Path, index: Path | None, left_out: Counter[str]) -> _Contents:
     contents, best = _Contents(), len(_KINDS)
     images, links = contents.images, contents.links
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for name, offset, size, target in walk(file, index):
             if name.startswith(".") or "/." in name or "__MACOSX" in name:
                 left_out[_HIDDEN] += 1
