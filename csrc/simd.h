@@ -145,8 +145,9 @@ inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(value))
 
 inline void store(BFloat16* to, Vec value) {
     const Bits bits = reinterpret<Bits>(value);
-    // Every NaN that arithmetic makes survives the rounding.
-    const HalfBits out = narrow((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    // The NaN that GPUs make has all bits of the mantissa set: rounding would carry it over to zero.
+    const HalfBits out = narrow((value == value ? rounded : Bits{} + 0x7fc00000u) >> 16);
     std::memcpy(to, &out, sizeof(out));
 }
 
