@@ -55,7 +55,8 @@ inline To reinterpret(From value) {
     return out;
 }
 
-inline Vec splat(float value) { return Vec{} + value; }
+// Zero is subtracted: added to, it would lose the sign of a negative zero.
+inline Vec splat(float value) { return value - Vec{}; }
 // The larger; b where a is NaN.
 inline Vec vmax(Vec a, Vec b) {
 #if defined(__AVX512F__)

@@ -111,6 +111,13 @@ def test_every_nan_among_the_scales_is_read_as_nan(nan, dtype, shape):
     assert dequantize_rows(torch.ones(shape, dtype=torch.int8), scales, dtype).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 7, 1)])
+def test_zeros_keep_the_sign_of_their_scale(dtype, shape):
+    codes, scales = torch.zeros(shape, dtype=torch.int8), torch.full(shape[:2], -0.0)
+    assert dequantize_rows(codes, scales, dtype).signbit().all()
+
+
 def test_scales_may_be_shared_by_all_samples():
     stored, _ = quantize_rows(rows(3, 5, 4, 4))
     shared = torch.rand(5)
