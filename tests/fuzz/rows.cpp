@@ -38,6 +38,9 @@ std::unique_ptr<std::uint8_t[]> filled(FuzzedDataProvider& input, std::int64_t b
     return memory;
 }
 
+// Once in `times`, and never where the input is used up.
+bool rarely(FuzzedDataProvider& input, int times) { return input.ConsumeIntegralInRange(1, times) == times; }
+
 // What arithmetic stumbles over: zeros, subnormals, ties, the ends of the formats, and NaN as processors and GPUs make it.
 constexpr std::uint32_t kSpecial[] = {0u,          0x80000000u, 1u,          0x00800000u, 0x3f000000u, 0x3f008000u, 0x33000000u,
                                       0x38800000u, 0x477ff000u, 0x43e00000u, 0x7f7fffffu, 0x7f800000u, 0xff800000u, 0x7fc00000u,
@@ -46,7 +49,7 @@ constexpr std::uint32_t kSpecial[] = {0u,          0x80000000u, 1u,          0x0
 // Numbers in single precision, some of them special.
 std::unique_ptr<std::uint8_t[]> floats(FuzzedDataProvider& input, std::int64_t count) {
     auto memory = filled(input, 4 * count);
-    for (std::int64_t i = 0; i < count && input.ConsumeIntegralInRange(0, 3); ++i) {
+    for (std::int64_t i = 0; i < count && !rarely(input, 4); ++i) {
         const std::uint32_t bits = input.PickValueInArray(kSpecial);
         std::copy_n(reinterpret_cast<const std::uint8_t*>(&bits), 4, memory.get() + 4 * i);
     }
@@ -119,28 +122,27 @@ Expected expected_of(const Store& store, std::int64_t row, bool always) {
 void make_store(FuzzedDataProvider& input, Store& store) {
     const int parts = input.ConsumeIntegralInRange(0, 3), shards = input.ConsumeIntegralInRange(1, 3);
     for (int part = 0; part < parts; ++part) {
-        store.part_bytes.push_back(input.ConsumeIntegralInRange(0, 7) ? input.ConsumeIntegralInRange(0, 40) : 70000);
+        store.part_bytes.push_back(rarely(input, 8) ? 70000 : input.ConsumeIntegralInRange(0, 40));
     }
     check(pipe(store.pipe_ends) == 0, "the system gives a pipe");
     for (int shard = 0; shard < shards; ++shard) {
         const int kind = input.ConsumeIntegralInRange(0, 7);
-        const int size = kind > 5 ? 200000 : input.ConsumeIntegralInRange(0, 1000);
+        const int size = kind < 2 ? 200000 : input.ConsumeIntegralInRange(0, 2000);
         store.files.emplace_back(noise(size, static_cast<std::uint32_t>(shard)));
-        store.tables.shards.push_back(kind == 0 ? -1 : kind == 1 ? store.pipe_ends[0] : store.files.back().number);
+        store.tables.shards.push_back(kind == 7 ? -1 : kind == 6 ? store.pipe_ends[0] : store.files.back().number);
         for (int part = 0; part < parts; ++part) {
-            const bool near = input.ConsumeIntegralInRange(0, 7);
             const std::int64_t far = std::int64_t{1} << 61;
-            store.tables.shards.push_back(near ? input.ConsumeIntegralInRange(0, size)
-                                               : input.ConsumeIntegralInRange(-far, far));
+            store.tables.shards.push_back(rarely(input, 8) ? input.ConsumeIntegralInRange(-far, far)
+                                                           : input.ConsumeIntegralInRange(0, size / 2));
         }
     }
     const int rows = input.ConsumeIntegralInRange(1, 24);
     for (int row = 0; row < rows; ++row) {
-        const bool near = input.ConsumeIntegralInRange(0, 15);
-        const auto slot = near ? input.ConsumeIntegralInRange<std::uint32_t>(0, 20) : input.ConsumeIntegral<std::uint32_t>();
-        const bool absent = !input.ConsumeIntegralInRange(0, 15);
+        const std::uint32_t last = rarely(input, 16) ? 0xFFFFFFFF : 20;
+        const auto slot = input.ConsumeIntegralInRange<std::uint32_t>(0, last);
+        const bool absent = rarely(input, 16);
         store.tables.places.push_back(absent ? -1 : place_of(input.ConsumeIntegralInRange(0, shards - 1), slot));
-        const bool fits = input.ConsumeIntegralInRange(0, 15);
+        const bool fits = !rarely(input, 16);
         const std::uint32_t own = access_of(store, row) == kRead ? checksum_of(store, row) : 0;
         store.tables.checksums.push_back(fits ? own : ~own);
         store.fits.push_back(fits);
@@ -239,7 +241,7 @@ void try_reading(FuzzedDataProvider& input) {
     for (int i = 0; i < count; ++i) requests.emplace_back(input, store);
     static RowReader readers[3] = {RowReader(0), RowReader(1), RowReader(2)};
     const int which = input.ConsumeIntegralInRange(0, 7);
-    if (which == 0) {
+    if (which == 7) {
         RowReader own(2);
         serve(input, own, requests, store, true);
     } else {
@@ -337,8 +339,9 @@ void try_cropping(FuzzedDataProvider& input) {
     const auto flips = std::make_unique<bool[]>(static_cast<std::size_t>(job.batch));
     bool fits = true;
     const auto number = [&](std::int64_t last) {
-        const bool wild = !input.ConsumeIntegralInRange(0, 31);
-        const auto drawn = wild ? input.ConsumeIntegral<std::int64_t>() : input.ConsumeIntegralInRange<std::int64_t>(0, last);
+        const bool beside = rarely(input, 32), wild = rarely(input, 64);
+        const auto drawn = wild ? input.ConsumeIntegral<std::int64_t>()
+                                : input.ConsumeIntegralInRange<std::int64_t>(beside ? -1 : 0, beside ? last + 1 : last);
         fits = fits && drawn >= 0 && drawn <= last;
         return drawn;
     };
