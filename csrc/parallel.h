@@ -5,6 +5,9 @@
 namespace stablekd {
 namespace {
 
+// Where the system refuses a thread, GCC's OpenMP runtime says so and exits, here as in torch's own operators: no exception
+// can be made of it.
+
 // Calls body(chunk, first, last) for each chunk of `total` units, threads taking chunks in order.
 template <class Body>
 void in_parallel(std::int64_t total, std::int64_t per_chunk, int threads, Body&& body) {

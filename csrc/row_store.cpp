@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <system_error>
 
 #ifdef STABLEKD_X86
 #include <nmmintrin.h>
@@ -85,9 +86,10 @@ Outcome read_row(std::int64_t row, std::int64_t place, const Rows& tables, const
                                           part.memory + place * part.bytes, part.bytes, row);
         if (outcome.fault != Fault::none) return outcome;
     }
-    if (always || !tables.seen[row]) {
+    // Several threads may read the same row, and each may be the one that checks it.
+    if (always || !__atomic_load_n(tables.seen + row, __ATOMIC_RELAXED)) {
         if (row_checksum(row, parts, place) != tables.checksums[row]) return {Fault::checksum, row, 0};
-        tables.seen[row] = 1;
+        __atomic_store_n(tables.seen + row, std::uint8_t{1}, __ATOMIC_RELAXED);
     }
     return {};
 }
@@ -135,10 +137,24 @@ struct RowReader::Job {
 };
 
 RowReader::RowReader(int threads) {
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+    try {
+        for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+    } catch (const std::system_error& error) {
+        const std::string number = std::to_string(threads_.size() + 1);
+        stop();
+        throw std::runtime_error("The system refused thread " + number + " of the " + std::to_string(threads) +
+                                 " that read rows (" + error.code().message() + "): the number of processes or the memory "
+                                 "allowed is used up. End other processes, or raise the limit (`ulimit -u`).");
+    } catch (...) {
+        stop();
+        throw;
+    }
 }
 
-RowReader::~RowReader() {
+RowReader::~RowReader() { stop(); }
+
+// A thread that is not joined before it is destroyed ends the process.
+void RowReader::stop() {
     {
         const std::lock_guard lock(mutex_);
         stopping_ = true;
@@ -173,7 +189,8 @@ std::int64_t RowReader::start(std::int64_t count, std::int64_t bytes_per_row, st
         const std::lock_guard lock(mutex_);
         ticket = next_ticket_++;
         jobs_.emplace(ticket, job);
-        if (count > 0) queue_.push_back(job);
+        // Without threads nobody would take it out again: `wait` does all of it.
+        if (count > 0 && !threads_.empty()) queue_.push_back(job);
     }
     work_.notify_all();
     return ticket;

@@ -47,6 +47,7 @@ struct Outcome {
 // Threads that read rows side by side. Jobs are served in the order in which they come.
 class RowReader {
   public:
+    // Throws std::runtime_error, and leaves no thread, where the system refuses one.
     explicit RowReader(int threads);
     ~RowReader();
     RowReader(const RowReader&) = delete;
@@ -55,7 +56,7 @@ class RowReader {
     // Begins to read `rows` into `parts`; `always` checks rows that were checked before, too. Gives a ticket.
     std::int64_t submit(const std::int64_t* rows, std::int64_t count, const Rows& tables, std::vector<Part> parts,
                         bool always);
-    // Helps with the job and waits for its end.
+    // Helps with the job and waits for its end. Throws std::invalid_argument for a ticket that was waited for before.
     Outcome wait(std::int64_t ticket);
 
     // Checksums of `count` rows in memory.
@@ -65,6 +66,7 @@ class RowReader {
     struct Job;
     std::int64_t start(std::int64_t count, std::int64_t bytes_per_row, std::function<Outcome(std::int64_t)> each);
     void serve();
+    void stop();
     static bool help(Job& job);
 
     std::mutex mutex_;

@@ -55,7 +55,8 @@ inline To reinterpret(From value) {
     return out;
 }
 
-inline Vec splat(float value) { return Vec{} + value; }
+// Zero is subtracted: added to, it would lose the sign of a negative zero.
+inline Vec splat(float value) { return value - Vec{}; }
 // The larger; b where a is NaN.
 inline Vec vmax(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -145,8 +146,9 @@ inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(value))
 
 inline void store(BFloat16* to, Vec value) {
     const Bits bits = reinterpret<Bits>(value);
-    // Every NaN that arithmetic makes survives the rounding.
-    const HalfBits out = narrow((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    // The NaN that GPUs make has all bits of the mantissa set: rounding would carry it over to zero.
+    const HalfBits out = narrow((value == value ? rounded : Bits{} + 0x7fc00000u) >> 16);
     std::memcpy(to, &out, sizeof(out));
 }
 

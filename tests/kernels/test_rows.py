@@ -102,6 +102,22 @@ def test_what_is_not_finite_is_never_hidden(bad, codes, layout):
     assert back[1, 2].isnan().all() and back.isnan().sum() == 16
 
 
+@pytest.mark.parametrize("nan", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], ids=hex)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1, 1, 20), (1, 20, 1)])
+def test_every_nan_among_the_scales_is_read_as_nan(nan, dtype, shape):
+    """The NaN that GPUs make has all bits of the mantissa set: rounded to bfloat16 like a number it would be zero."""
+    scales = torch.full(shape[:2], nan, dtype=torch.int32).view(torch.float32)
+    assert dequantize_rows(torch.ones(shape, dtype=torch.int8), scales, dtype).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 7, 1)])
+def test_zeros_keep_the_sign_of_their_scale(dtype, shape):
+    codes, scales = torch.zeros(shape, dtype=torch.int8), torch.full(shape[:2], -0.0)
+    assert dequantize_rows(codes, scales, dtype).signbit().all()
+
+
 def test_scales_may_be_shared_by_all_samples():
     stored, _ = quantize_rows(rows(3, 5, 4, 4))
     shared = torch.rand(5)
