@@ -88,7 +88,7 @@ def _check_places(file: BinaryIO) -> None:
     """Raise UnpicklingError where a pickle numbers what it remembers by far more than it has: Python would make room
     for all numbers before."""
     for count, (opcode, number, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > count:
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > count:
             raise pickle.UnpicklingError(f"it remembers an object as number {number}, its step {count}")
 
 

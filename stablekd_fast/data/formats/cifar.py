@@ -15,7 +15,7 @@ import numpy as np
 
 from stablekd_fast.data.formats.arrays import array_split
 from stablekd_fast.data.split import Split
-from stablekd_fast.errors import DataError, first_line
+from stablekd_fast.errors import DataError
 from stablekd_fast.files.pickles import Recorded, array_of, load_recorded
 from stablekd_fast.files.reading import DOCUMENT, foreign, open_regular, read_document
 
@@ -63,13 +63,10 @@ def _read_cifar(path: Path) -> tuple[str, list[str], Split, Split] | None:
     missing = sorted(layout.members - members.keys())
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)} of {layout.name}; fetch the archive again.")
-    try:
+    with foreign(path, DataError, f"It is damaged or not {layout.name}; fetch the archive again."):
         classes = layout.parse_names(members[layout.meta]())
         train = [layout.parse(members[member]()) for member in layout.train]
         test = layout.parse(members[layout.test]())
-    except Exception as error:
-        why = first_line(error)
-        raise DataError(f"{path} is damaged or not {layout.name} ({why:.300}); fetch the archive again.") from error
     images, labels = (np.concatenate(parts) for parts in zip(*train))
     return (
         layout.name,
@@ -83,7 +80,10 @@ def _members_of_folder(folder: Path) -> dict[str, Callable[[], bytes]]:
     places = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
     known = frozenset().union(*(layout.members for layout in _LAYOUTS))
     for place in places:
-        found = {name: partial(read_document, place / name) for name in known if (place / name).is_file()}
+        found: dict[str, Callable[[], bytes]] = {}
+        for name in known:
+            if (place / name).is_file():
+                found[name] = partial(read_document, place / name)
         if len(found) >= _TELLING_MEMBERS:
             return found
     return {}
