@@ -81,7 +81,10 @@ class RowStore:
             raise CacheError(f"The cache needs the C++ core, but {no_core}.")
         self.folder, self.write, self.verify_always = Path(folder), write, verify
         self.budget = DiskBudget(self.folder.parent, budget)
-        self.reader = core.RowReader(threads)
+        try:
+            self.reader = core.RowReader(threads)
+        except RuntimeError as error:  # a thread was refused
+            raise CacheError(str(error)) from error
         self._shards: list[Shard] = []
         self._open: list[Shard] = []
         self._waiting: dict[int, Ticket] = {}

@@ -33,6 +33,8 @@ from stablekd_fast.models.weights import restore_state
 
 STUDENT, AVERAGE, OPTIMIZER, LOSS_SCALE, BRIDGE = "student", "average", "optimizer", "loss_scale", "bridge"
 RANDOM = "random"
+FORMAT = 1
+"""Of the names and metadata of a checkpoint; those without it are those of versions before, which are alike."""
 
 _ADDED = {"deterministic": False}
 """Settings that checkpoints of earlier versions do not hold, and what was so then."""
@@ -177,6 +179,7 @@ def save_run(parts: Parts, state: RunState) -> None:
     tensors |= {f"{BRIDGE}/{cut}": weight for cut, weight in _bridge_weights(parts.paired)}
     tensors |= {f"{RANDOM}/{name}": value for name, value in random_states(parts.device).items()}
     metadata = {
+        "format": FORMAT,
         "identity": parts.identity,
         "plan": parts.plan.plain(),
         "precision": parts.paired.precision.name,
@@ -192,6 +195,11 @@ def resume_run(parts: Parts) -> RunState:
     Raises CheckpointError if there is none, or if it belongs to a run with other settings.
     """
     tensors, metadata = parts.ranks.from_first(lambda: load_tensors(parts.checkpoint))
+    form = metadata.get("format", FORMAT)
+    if form != FORMAT:
+        raise CheckpointError(
+            f"{parts.checkpoint} is of format {form!r:.20}; this version reads {FORMAT}. Use the one that wrote it."
+        )
     check_same_run(parts.checkpoint, metadata.get("identity", {}), parts.identity)
     progress = metadata["progress"]
     merge = progress.pop("merge")

@@ -82,6 +82,10 @@ def restore_state(model: nn.Module, state: Mapping[str, Tensor], *, partial: boo
     model.load_state_dict(versioned, strict=not partial)
 
 
+CARD_FORMAT = 1
+"""Of what an exported student says of itself; files without it are those of versions before, which are alike."""
+
+
 def card_of(path: str | os.PathLike | None) -> dict[str, Any]:
     """What an exported student says of itself beside its weights: `classes` in order, `mean`, `std`, `image_size`,
     `accuracy`; empty for files of others."""
@@ -92,7 +96,13 @@ def card_of(path: str | os.PathLike | None) -> dict[str, Any]:
             card = json.loads(text_of(file.metadata()))
     except (safetensors.SafetensorError, ValueError, OSError):
         return {}
-    return card if isinstance(card, dict) else {}
+    card = card if isinstance(card, dict) else {}
+    if card.get("format", CARD_FORMAT) != CARD_FORMAT:
+        raise ModelError(
+            f"What {path} says of its student is of format {card['format']!r:.20}; this version reads {CARD_FORMAT}. "
+            "Export it anew, or give its tensors alone."
+        )
+    return card
 
 
 def _read(path: Path) -> object:

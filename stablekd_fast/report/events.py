@@ -18,6 +18,8 @@ from stablekd_fast.report.progress import open_display
 from stablekd_fast.report.tensorboard import open_scalars
 
 LARGEST_LOG = 1 << 36
+FORMAT = 1
+"""What `run_start` says; logs without it are those of versions before."""
 FILE_NAME = "events.jsonl"
 
 
@@ -72,7 +74,8 @@ class Recorder:
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Append one event. Tensors and numpy scalars become numbers, numbers that are not finite become null."""
-        event = plain({"kind": kind, "time": time.time(), **fields})
+        form = {"format": FORMAT} if kind == "run_start" else {}
+        event = plain({"kind": kind, "time": time.time(), **form, **fields})
         try:
             self._file.write(json.dumps(event, allow_nan=False) + "\n")
             self._file.flush()
@@ -119,11 +122,15 @@ def read_events(run_dir: Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            event["kind"]
-        except (ValueError, TypeError, KeyError) as error:
+            form = event.get("format", FORMAT) if event["kind"] == "run_start" else FORMAT
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is damaged: line {number} is not an event but {line[:40]!r}. Remove that line, or the file."
             ) from error
+        if form != FORMAT:
+            raise CheckpointError(
+                f"{path} is of format {form!r:.20}; this version reads {FORMAT}. Go on with the one that wrote it."
+            )
         events.append(event)
     return events
 

@@ -13,18 +13,21 @@ from stablekd_fast.files.reading import read_document
 from stablekd_fast.report.events import plain
 from stablekd_fast.report.machine import machine, versions
 
+FORMAT = 1
+"""Files without one are those of versions before."""
 REQUIRED = ("method", "seed", "accuracy", "epochs", "steps", "images_per_second", "wall_seconds")
 
 
 def write_results(path: Path, runs: list[dict], **extra: Any) -> None:
-    """Write `{"runs": …, "machine": …, "versions": …}` and the entries `extra` to `path`, whole or not at all.
+    """Write `{"format": …, "runs": …, "machine": …, "versions": …}` and the entries `extra` to `path`, whole or not at
+    all.
 
     A run holds at least the keys in `REQUIRED`; its accuracy lies between 0 and 1 and is that of the test split.
     Raises StableKDError if a run does not, and TrainingError if the file cannot be written.
     """
     for index, run in enumerate(runs):
         _check(run, index)
-    document = plain({"runs": runs, "machine": machine(), "versions": versions(), **extra})
+    document = plain({"format": FORMAT, "runs": runs, "machine": machine(), "versions": versions(), **extra})
     write_atomically(Path(path), (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -32,13 +35,17 @@ def read_results(path: Path) -> dict:
     """The document that `write_results` wrote. Raises StableKDError if it is missing or not such a document."""
     try:
         document = json.loads(read_document(path))
-        runs = document["runs"]
+        runs, form = list(document["runs"]), document.get("format", FORMAT)
     except OSError as error:
         raise StableKDError(
             f"{path} cannot be read: {error.strerror}. Give the results.json of a finished run."
         ) from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StableKDError(f"{path} is not a results file ({error!r}). Give the results.json of a run.") from error
+    if form != FORMAT:
+        raise StableKDError(
+            f"{path} is of format {form!r:.20}; this version reads {FORMAT}. Read it with the one that wrote it."
+        )
     for index, run in enumerate(runs):
         _check(run, index)
     return document

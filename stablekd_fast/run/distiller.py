@@ -29,7 +29,7 @@ from stablekd_fast.errors import ConfigError, DataError, RankError, TrainingErro
 from stablekd_fast.execution.process import current_device, deterministic
 from stablekd_fast.execution.signals import Signals, watched_signals
 from stablekd_fast.files.owned import only_run_in
-from stablekd_fast.models.weights import card_of
+from stablekd_fast.models.weights import CARD_FORMAT, card_of
 from stablekd_fast.planning.costs import views_shown
 from stablekd_fast.planning.rows import decisions, predict
 from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
@@ -290,6 +290,7 @@ class Distiller:
         if not self.ranks.is_first:
             return
         card = {
+            "format": CARD_FORMAT,
             "student": config.student,
             "classes": dataset.classes,
             "data": config.data,

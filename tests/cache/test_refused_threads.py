@@ -34,6 +34,7 @@ import torch
 from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.shard import Part
 from stablekd_fast.cache.store import READING_THREADS, RowStore
+from stablekd_fast.errors import CacheError
 
 refuse = ctypes.CDLL(None).refuse_thread_after
 count = lambda: len(list(Path("/proc/self/task").iterdir()))
@@ -50,7 +51,7 @@ for place in range(READING_THREADS):
     try:
         RowStore(folder, wanted)
         raise SystemExit(f"thread {place + 1} was not refused")
-    except RuntimeError as error:
+    except CacheError as error:
         start = f"The system refused thread {place + 1} of the {READING_THREADS} that read rows (Resource temporarily"
         assert str(error).startswith(start) and "ulimit -u" in str(error), error
     assert (count(), files()) == (threads, opened), (place, count(), files())

@@ -117,7 +117,7 @@ def _read_idx_array(path: Path, dimensions: int) -> np.ndarray:
         return content.reshape(shape)
 
 
-def _filled(file: IO[bytes], size: int) -> tuple[np.ndarray, int]:
+def _filled(file: IO[bytes] | gzip.GzipFile, size: int) -> tuple[np.ndarray, int]:
     """Read at most `size` bytes into an array of so many; return it, and how many there were."""
     content, at = np.empty(size, np.uint8), 0
     while chunk := file.read(min(size - at, 1 << 24)):
