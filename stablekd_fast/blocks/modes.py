@@ -7,7 +7,8 @@ import linecache
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx import graph_module
 
 
 @contextlib.contextmanager
@@ -49,7 +50,7 @@ def sources_forgotten() -> Iterator[None]:
     try:
         yield
     finally:
-        kept = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+        kept = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
         for name in set(linecache.cache) - before:
             if name.startswith("<eval_with_key>"):
                 del linecache.cache[name]

@@ -264,6 +264,7 @@ def test_runs_in_one_process_leave_no_sources_behind(tree, tmp_path):
     """torch.fx keeps what it writes for each block; over hundreds of runs that is memory."""
     root, kept = tree(), []
     for number in range(2):
-        run(root, tmp_path / f"out{number}", method="kd", teacher="resnet20_half", epochs=1.0)
+        teacher = models.build("resnet20_half", 2, 16)
+        run(root, tmp_path / f"out{number}", method="kd", teacher=teacher, epochs=1.0)
         kept.append((sum(name.startswith("<eval_with_key>") for name in linecache.cache), len(_loader.eval_cache)))
     assert kept[0] == kept[1]
