@@ -113,7 +113,14 @@ def load_optimizer_tensors(
 
 def check_same_run(checkpoint: Path, saved: dict, own: dict) -> None:
     """Raise CheckpointError with the difference if the settings `saved` in a checkpoint are not one's own."""
-    saved = {"images": own.get("images"), **_ADDED, **saved}
+    then = {"images": own.get("images"), **_ADDED}
+    saved = {key: value for key, value in then.items() if key in own} | saved
+    foreign = sorted(own.keys() ^ saved.keys())
+    if foreign:
+        raise CheckpointError(
+            f"{checkpoint} was written by another version of stablekd_fast, which has other settings than this one "
+            f"({', '.join(foreign)}). Resume the run with that version, or start anew with another --out."
+        )
     differing = sorted(key for key in own.keys() | saved.keys() if own.get(key) != saved.get(key))
     differing = [key for key in differing if key not in _MAY_CHANGE]
     begun = ends_of(saved.get("epochs"))
