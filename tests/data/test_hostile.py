@@ -23,7 +23,7 @@ from stablekd_fast.errors import DataError, StableKDError
 SIDE = 8
 MEGABYTES = 400
 """So much more memory than before no reader may take, whatever a file announces."""
-SECONDS = 10
+SECONDS = 5
 
 
 def jpeg(value):
@@ -328,13 +328,12 @@ CASES = {
         packed_idx, gzip.compress(struct.pack(">4I", 0x803, 1 << 14, 1 << 14, 1 << 14) + bytes(100))
     ),
     "tar of a class beyond 64 bits": packed({"a.jpg": jpeg(1), "a.json": b'{"label": %s}' % (b"9" * 4000)}),
-    "tar of a class of 10^308": packed({"a.jpg": jpeg(1), "a.json": b'{"label": 1e308}'}),
     "tar of a name of a megabyte": packed(
         {f"{'x' * 10**6}.jpg": jpeg(1), f"{'x' * 10**6}.png": jpeg(1), "a.cls": b"0"}
     ),
     "tar of a name of slashes": packed({"/" * 10**6 + "a.jpg": jpeg(1), "a.cls": b"0"}),
-    "tfrecord of many lists": written(tfrecords, record(b"\x0a\0" * (1 << 22))),
-    "tfrecord of many values": written(tfrecords, record(field(1, b"\x0a\0" * (1 << 22)))),
+    "tfrecord of many lists": written(tfrecords, record(b"\x0a\0" * (1 << 23))),
+    "tfrecord of many values": written(tfrecords, record(field(1, b"\x0a\0" * (1 << 23)))),
     "tfrecord of an endless number": written(tfrecords, framed(b"\x0a" + b"\x80" * 63)),
 }
 
@@ -347,6 +346,7 @@ def test_what_cannot_be_is_one_sentence(tmp_path, case, little_memory):
         read(place)
     assert time.process_time() - begun < SECONDS
     assert "more than memory holds" not in str(caught.value), "it was asked for"
+    assert "MemoryError" not in str(caught.value), "it was asked for"
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1500
 
 
