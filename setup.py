@@ -1,12 +1,17 @@
-"""Builds the C++ core with CMake and Ninja; everything else about the package is in pyproject.toml."""
+"""Builds the C++ core with CMake and Ninja, and sdists that repeat; the rest of the package is in pyproject.toml."""
 
+import gzip
+import io
+import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
 MOVED = {"stablekd_fast.kernels": "kernels", "stablekd_fast.bench": "bench"}
@@ -46,6 +51,30 @@ class CMakeBuild(build_ext):
             subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+class RepeatableSdist(sdist):
+    """Makes a `.tar.gz` whose bytes depend on what it holds, where SOURCE_DATE_EPOCH gives the time that it carries."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, **options):
+        made = super().make_archive(base_name, format, root_dir, base_dir, **options)
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch and format == "gztar":
+            _set_times(Path(made), int(epoch))
+        return made
+
+
+def _set_times(archive: Path, epoch: int) -> None:
+    """Write an archive anew, its files in order, all of one time and of nobody."""
+    with tarfile.open(archive) as found:
+        files = [(member, found.extractfile(member)) for member in sorted(found.getmembers(), key=lambda m: m.name)]
+        contents = [(member, None if file is None else file.read()) for member, file in files]
+    with open(archive, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=epoch) as packed:
+        with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as made:
+            for member, content in contents:
+                member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
+                member.pax_headers = {}
+                made.addfile(member, None if content is None else io.BytesIO(content))
+
+
 def _reason(error: Exception) -> str:
     """Return one line: cmake's own explanation or the compiler's first error, whichever there is."""
     if not isinstance(error, subprocess.CalledProcessError):
@@ -65,5 +94,5 @@ setup(
         "stablekd_fast.bench.trust": ["calls.c"],
     },
     ext_modules=[Extension("stablekd_fast._C", sources=[], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "sdist": RepeatableSdist},
 )

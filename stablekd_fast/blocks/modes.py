@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.fx import graph_module
 
 
 @contextlib.contextmanager
@@ -38,3 +40,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def _there(buffers: dict[str, Tensor | None]) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in buffers.items() if buffer is not None]
+
+
+@contextlib.contextmanager
+def sources_forgotten() -> Iterator[None]:
+    """A context after which the sources that torch.fx wrote in it are gone: it keeps them for tracebacks as long as the
+    process lives, a tenth of a megabyte for each pair that is cut."""
+    before = set(linecache.cache)
+    try:
+        yield
+    finally:
+        kept = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
+        for name in set(linecache.cache) - before:
+            if name.startswith("<eval_with_key>"):
+                del linecache.cache[name]
+                kept.pop(name, None)

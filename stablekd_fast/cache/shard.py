@@ -246,9 +246,10 @@ class Shard:
         self.used = min(self.leading_rows(), self.rows if bad is None else bad)
 
     def free_the_rest(self) -> None:
-        """After a crash, free all slots behind the rows that are used."""
+        """Free all slots behind the rows that are used, whatever a crash or a refused write has left in them."""
         self.keys[self.used :] = -1
         _write(self.file, self.starts[KEYS], self.keys)
+        _write(self.file, self.starts[CHECKSUMS], self.checksums)
 
     def close(self) -> None:
         """Close the file; whoever was its writer is so no more."""

@@ -349,6 +349,8 @@ class RowStore:
         """Flush and rename a shard, then enter it: one that is renamed only is taken up like a half-filled one."""
         final = shard.path.with_name(shard.path.name.lstrip("."))
         try:
+            if shard.used < shard.rows:
+                shard.free_the_rest()
             os.fsync(shard.file)
             os.rename(shard.path, final)
             flush_folder(self.folder)  # a manifest never names a file that a power loss may take back

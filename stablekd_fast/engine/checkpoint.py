@@ -34,7 +34,7 @@ from stablekd_fast.models.weights import restore_state
 STUDENT, AVERAGE, OPTIMIZER, LOSS_SCALE, BRIDGE = "student", "average", "optimizer", "loss_scale", "bridge"
 RANDOM = "random"
 FORMAT = 1
-"""Of the names and metadata of a checkpoint; those without it are those of versions before, which are alike."""
+"""The version of a checkpoint's names and metadata; files of earlier versions have none, and are alike."""
 
 _ADDED = {"deterministic": False}
 """Settings that checkpoints of earlier versions do not hold, and what was so then."""

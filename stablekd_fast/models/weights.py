@@ -83,7 +83,7 @@ def restore_state(model: nn.Module, state: Mapping[str, Tensor], *, partial: boo
 
 
 CARD_FORMAT = 1
-"""Of what an exported student says of itself; files without it are those of versions before, which are alike."""
+"""The version of what an exported student says of itself; files of earlier versions have none, and are alike."""
 
 
 def card_of(path: str | os.PathLike | None) -> dict[str, Any]:

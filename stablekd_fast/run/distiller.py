@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.blocks.modes import sources_forgotten
 from stablekd_fast.cache.columns import Plan
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset, TrainSource
@@ -177,7 +178,7 @@ class Distiller:
         """
         follows = int(os.environ.get("RANK", 0)) > 0  # its first process holds the directory
         alone = contextlib.nullcontext() if follows else only_run_in(Path(self.config.out))
-        with watched_signals() as signals, alone:
+        with watched_signals() as signals, alone, sources_forgotten():
             try:
                 return self._run(progress, signals)
             except RankError as error:

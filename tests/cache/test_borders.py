@@ -90,6 +90,32 @@ def test_a_shard_that_got_no_row_is_removed_when_its_run_is_complete(tmp_path, w
         assert all(map(torch.equal, store.gather(ROWS[:30]), make_rows(ROWS[:30])))
 
 
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("partly", [True, False])
+def test_rows_stay_whole_where_a_write_between_them_was_refused(tmp_path, wanted, make_rows, monkeypatch, call, partly):
+    """A row is written in four calls: two parts, the checksums, the row numbers."""
+    folder, write, calls = tmp_path / "cache" / "x", os.pwrite, []
+
+    def refuse(file, data, offset):
+        calls.append(offset)
+        if len(calls) == call and partly:
+            return write(file, data[:8], offset)
+        if len(calls) == call + partly:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data, offset)
+
+    with RowStore(folder, wanted, write=True) as store:
+        store.put(ROWS[:10], make_rows(ROWS[:10]))
+        with monkeypatch.context() as refused, pytest.raises(CacheFull):
+            refused.setattr(os, "pwrite", refuse)
+            store.put(ROWS[10:30], make_rows(ROWS[10:30]))
+        assert len(store) == 10
+        store.seal()
+    with RowStore(folder, wanted) as store:
+        assert len(store) == 10 and store.verify() == 10
+        assert all(map(torch.equal, store.gather(ROWS[:10]), make_rows(ROWS[:10])))
+
+
 @pytest.mark.parametrize("sealed", [True, False])
 def test_a_flipped_bit_is_found_in_full_and_in_half_filled_shards(tmp_path, wanted, make_rows, sealed, capsys):
     folder = tmp_path / "cache" / "x"

@@ -254,12 +254,14 @@ def test_cores_that_this_process_may_use_are_divided(monkeypatch, rank, cores):
 
 
 @pytest.mark.parametrize("parallel", ["blocks", pytest.param("data", marks=pytest.mark.slow)])
-def test_a_signal_to_one_rank_ends_all_after_the_same_step(launch, tmp_path, parallel):
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(launch, whole, tmp_path, parallel):
     """Without an agent that would pass it on; ranks that train different blocks do not meet in every step."""
     _, _, by_hand, finished = launch
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    for process in by_hand(2, "slow", whole, parallel):
-        finished(process)
+    out = tmp_path / "out"
+    if parallel == "data":
+        whole = tmp_path / "whole"
+        for process in by_hand(2, "slow", whole, parallel):
+            finished(process)
     first, second = by_hand(2, "slow", out, parallel)
     until = time.time() + 120
     while not (out / "events.jsonl").exists() or not events(out, "train"):

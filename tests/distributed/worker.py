@@ -107,10 +107,8 @@ def slow(out: str, parallel: str, *resume: str) -> None:
         train_step(*arguments)
 
     Engine._train_step = step
-    method = "blocks" if parallel == "blocks" else "kd"
-    settings = {"parallel": parallel, "method": method, "epochs": 8.0, "checkpoint_every": 1000, "evaluate_every": 0}
     try:
-        train(out, **settings, resume=bool(resume))
+        train(out, parallel=parallel, method="blocks" if parallel == "blocks" else "kd", resume=bool(resume))
     except Interrupted as error:
         say(error)
         sys.exit(128 + error.signal)

@@ -103,10 +103,10 @@ def test_losses_that_arrive_late_are_logged_with_the_next_step(make, monkeypatch
     engines = []
 
     class Watched(loop.Engine):
-        def __init__(self, parts, state, recorder):
+        def __init__(self, parts, state, recorder, signals):
             recorder.__class__ = Told
             engines.append(self)
-            super().__init__(parts, state, recorder)
+            super().__init__(parts, state, recorder, signals)
 
     monkeypatch.setattr(LossReader, "arrived", property(arrived))
     monkeypatch.setattr("stablekd_fast.run.distiller.Engine", Watched)

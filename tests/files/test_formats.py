@@ -1,4 +1,4 @@
-"""What earlier versions wrote is read with the right values, or refused with what to do; so is what later ones write."""
+"""What earlier versions wrote is read with its values, or refused with what to do; so is what later ones write."""
 
 import json
 import shutil

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import linecache
 import shutil
 import warnings
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.fx.graph_module import _loader
 
 from stablekd_fast import distill, evaluate_file, models
 from stablekd_fast.cache import CacheSettings
@@ -256,3 +258,13 @@ def test_a_distillation_is_extended_end_to_end(tree, tmp_path):
     events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").open()]
     groups = [event["groups"] for event in events if event["kind"] == "stage_start"]
     assert groups[-1] == groups[-2] and len(groups[-1]) == 1 and len(groups[0]) == 4
+
+
+def test_runs_in_one_process_leave_no_sources_behind(tree, tmp_path):
+    """torch.fx keeps what it writes for each block; over hundreds of runs that is memory."""
+    root, kept = tree(), []
+    for number in range(2):
+        teacher = models.build("resnet20_half", 2, 16)
+        run(root, tmp_path / f"out{number}", method="kd", teacher=teacher, epochs=1.0)
+        kept.append((sum(name.startswith("<eval_with_key>") for name in linecache.cache), len(_loader.eval_cache)))
+    assert kept[0] == kept[1]

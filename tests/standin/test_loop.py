@@ -79,6 +79,7 @@ class Loop:
             source=SimpleNamespace(batches=batches),
             teacher=SimpleNamespace(ahead=lambda given, wanted: given, outputs=lambda *_: {}),
             losses=LossReader([step]), runner=SimpleNamespace(run=self.run), entered_at=0, entered_seconds=0.0, index=0,
+            stops=SimpleNamespace(due=lambda step: None),
         )  # fmt: skip
 
     def run(self):
