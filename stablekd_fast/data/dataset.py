@@ -21,6 +21,7 @@ from stablekd_fast.data.pixels import resize
 from stablekd_fast.data.records import Records
 from stablekd_fast.data.split import OnBadImage, Split
 from stablekd_fast.errors import ConfigError, DataError
+from stablekd_fast.files.reading import foreign
 
 EMBEDDED = ("digits", "fashion-mnist-small")
 FASHION = Path(__file__).with_name("embedded") / "fashion_mnist_small.npz"
@@ -107,7 +108,8 @@ def open_dataset(
         path = preset_folder(path_or_name)
     if not path.exists():
         raise DataError(f"There is no data set at {path}; {_KINDS}.")
-    dataset = _open_folder(path, image_size, on_bad_image) if path.is_dir() else _open_file(path, image_size)
+    with foreign(path, DataError, "Mend, fetch or write it anew."):
+        dataset = _open_folder(path, image_size, on_bad_image) if path.is_dir() else _open_file(path, image_size)
     for note in dataset.notes:
         warnings.warn(note, stacklevel=2)
     return dataset

@@ -129,7 +129,8 @@ def decode_rgb(content: bytes, path: Path, header: Header | None = None) -> Tens
             pass
     with _reporting(content, path), _opened(content, path) as image:
         image.load()
-        return torch.from_numpy(np.array(_to_rgb(ImageOps.exif_transpose(image))))
+        ImageOps.exif_transpose(image, in_place=True)  # else it is copied, too
+        return torch.from_numpy(np.array(_to_rgb(image)))
 
 
 def decode_scaled(content: bytes, path: Path, header: Header, box: np.ndarray, size: int) -> tuple[Tensor, np.ndarray]:
@@ -251,4 +252,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("it holds floating-point pixels of unknown range, 8 or 16 bits are needed")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -3,6 +3,7 @@ split."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from stablekd_fast.data.pixels import BadImage
+from stablekd_fast.files.checksums import masked_crc32c
+from stablekd_fast.files.reading import DOCUMENT, open_regular, read_document
 
 
 class Records(Protocol):
@@ -60,8 +63,7 @@ class FileRecords:
 
     def read(self, number: int) -> bytes:
         try:
-            with open(os.path.join(self.folder, self.names[number]), "rb", buffering=0) as file:
-                return file.read()
+            return read_document(os.path.join(self.folder, self.names[number]))
         except OSError as error:
             raise BadImage(self.name(number), error.strerror or str(error)) from error
 
@@ -83,6 +85,9 @@ class ArchiveRecords:
     """What each image is called inside its archive."""
     left_out: dict[str, int] = field(default_factory=dict)
     """How many members of the archives are not among the images, by reason."""
+    checked: np.ndarray | None = None
+    """Offset and size of what holds each image and has TFRecord's checksum behind it, int64 `[N, 2]`; None where there
+    are no checksums."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,7 +97,21 @@ class ArchiveRecords:
 
     def read(self, number: int) -> bytes:
         archive, offset, size = self.places[number].tolist()
-        content = os.pread(self._files[archive].fileno(), size, offset)
+        if self.checked is None:
+            return self._read(number, archive, offset, size)
+        start, length = self.checked[number].tolist()
+        content = self._read(number, archive, start, length + 4)
+        if masked_crc32c(content[:-4]) != int.from_bytes(content[-4:], "little"):
+            raise BadImage(self.name(number), "its record does not fit its checksum")
+        return content[offset - start : offset - start + size]
+
+    def _read(self, number: int, archive: int, offset: int, size: int) -> bytes:
+        try:
+            if size > DOCUMENT:
+                raise OSError(errno.EFBIG, f"it is {size:,} bytes long, more than images are")
+            content = os.pread(self._files[archive].fileno(), size, offset)
+        except OSError as error:
+            raise BadImage(self.name(number), error.strerror or str(error)) from error
         if len(content) < size:
             raise BadImage(self.name(number), f"its archive ends after {len(content)} of its {size} bytes")
         return content
@@ -110,7 +129,7 @@ class ArchiveRecords:
 
     @cached_property
     def _files(self) -> list[BinaryIO]:
-        return [open(path, "rb") for path in self.archives]
+        return [open_regular(path) for path in self.archives]
 
     @cached_property
     def _changed(self) -> list[int]:

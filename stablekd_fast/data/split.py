@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from stablekd_fast.data.contents import Contents
-from stablekd_fast.data.pixels import BadImage, decode_rgb, resize
+from stablekd_fast.data.pixels import BadImage, decode_rgb, read_header, resize
 from stablekd_fast.data.records import Records
 from stablekd_fast.data.threads import ordered_map
 from stablekd_fast.data.views import Stream, counter_hash
@@ -273,14 +273,14 @@ class Split:
         return shape
 
     def _small(self, content: bytes, name: Path, sample_id: int) -> torch.Tensor:
-        image, (height, width) = decode_rgb(content, name), self._small_shape
-        if not self._encoded.resizing and image.shape[:2] != (height, width):
+        header, (height, width) = read_header(content, name), self._small_shape
+        if not self._encoded.resizing and (header.height, header.width) != (height, width):
             raise BadImage(
                 name,
-                f"it is {image.shape[1]} x {image.shape[0]} pixels and others are {width} x {height}; "
+                f"it is {header.width} x {header.height} pixels and others are {width} x {height}; "
                 "give an image size to have all resized",
             )
-        return resize(image, height, width)
+        return resize(decode_rgb(content, name, header), height, width)
 
     def skip_or_raise(self, error: BadImage) -> None:
         """Note a bad image as skipped, or raise its error, as was asked for."""

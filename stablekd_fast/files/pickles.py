@@ -72,7 +72,7 @@ def recording(allowed: Names) -> type[pickle.Unpickler]:
 
         def load(self) -> Any:
             start = self._read.tell()
-            _check_places(self._read)
+            _check_steps(self._read)
             self._read.seek(start)
             return super().load()
 
@@ -84,18 +84,45 @@ def recording(allowed: Names) -> type[pickle.Unpickler]:
     return Recorder
 
 
-def _check_places(file: BinaryIO) -> None:
-    """Raise UnpicklingError where a pickle numbers what it remembers by far more than it has: Python would make room
-    for all numbers before."""
+_MOST_VALUES = 10**6
+_TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET")
+
+
+def _check_steps(file: BinaryIO) -> None:
+    """Raise UnpicklingError for steps of a pickle that take few bytes and much memory or time: Python makes room for
+    all numbers up to that of an object that is remembered, and a tuple used as a key is walked through as often as it
+    occurs in itself. Followed are the sizes of tuples; None marks where one begins, all else counts as one value."""
+    stack: list[int | None] = []
+    remembered: dict[int, int | None] = {}
     for count, (opcode, number, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > count:
-            raise pickle.UnpicklingError(f"it remembers an object as number {number}, its step {count}")
+        name, before = opcode.name, opcode.stack_before
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(remembered) if name == "MEMOIZE" else int(number or 0)
+            if number > count or not stack or stack[-1] is None:
+                raise pickle.UnpicklingError(f"it remembers an object as number {number}, its step {count}")
+            remembered[number] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(remembered.get(int(number or 0), 1))
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            taken = 1
+            if pickletools.markobject in before or (name == "POP" and stack[-1] is None):
+                while (size := stack.pop()) is not None:
+                    taken += size
+                before = before[: before.index(pickletools.markobject)] if name != "POP" else []
+            for _ in before:
+                taken += stack.pop() or 0
+            if name in _TUPLES and taken > _MOST_VALUES + count:
+                raise pickle.UnpicklingError(f"it holds a tuple of more than {_MOST_VALUES:,} values in each other")
+            kept = taken if name in _TUPLES else None if name == "MARK" else 1
+            stack += [kept] * len(opcode.stack_after)
 
 
 def _bytearray(*given: Any) -> bytearray:
     """A bytearray of what is there, not of a number of zeros."""
     if not all(isinstance(one, (bytes, bytearray, str)) for one in given):
-        raise pickle.UnpicklingError(f"it asks for bytes of {given!r:.60}")
+        raise pickle.UnpicklingError(f"it asks for bytes of {', '.join(type(one).__name__ for one in given[:3])}")
     return bytearray(*given)
 
 
@@ -109,11 +136,9 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
 _CONTAINERS: Names = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _latin1_bytes,
-    **{
-        (module, kind.__name__): kind
-        for module in ("builtins", "__builtin__")
-        for kind in (set, frozenset, dict, list, tuple, complex)
-    },
+    **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (set, dict, list, complex)},
+    # What is made by a call is not followed by `_check_steps`, so it is nothing that could be a key.
+    **{(module, kind): list for module in ("builtins", "__builtin__") for kind in ("tuple", "frozenset")},
     **{(module, "bytearray"): _bytearray for module in ("builtins", "__builtin__")},
 }
 
@@ -141,7 +166,7 @@ def array_of(found: Any) -> np.ndarray:
     _, shape, dtype, by_column, content = state
     kind = dtype.given[0] if isinstance(dtype, Recorded) and dtype.name == "dtype" and dtype.given else None
     if not isinstance(kind, str) or kind not in _NUMBERS:
-        raise ValueError(f"an array of numbers is needed, found one of {kind}")
+        raise ValueError(f"an array of numbers is needed, found one of {kind if isinstance(kind, str) else '?':.60}")
     order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else "|"
     if isinstance(content, str):
         content = content.encode("latin1")
@@ -171,7 +196,7 @@ _TENSORS: Names = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): list,
     ("torch.serialization", "_get_layout"): str,
 }
 

@@ -7,7 +7,6 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 from stablekd_fast.errors import StableKDError, first_line
@@ -46,10 +45,11 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return open(path, "rb", opener=lambda *_: descriptor)
 
 
-def read_document(path: Path, most: int = DOCUMENT) -> bytes:
+def read_document(path: str | os.PathLike[str], most: int = DOCUMENT) -> bytes:
     """Read a whole file of at most `most` bytes. Raises OSError as `open_regular` does, and for a larger one."""
     with open_regular(path) as file:
-        content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
-    if len(content) > most:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1) if size <= most else b""
+    if max(size, len(content)) > most:
         raise OSError(errno.EFBIG, f"It is larger than {most:,} bytes", os.fspath(path))
     return content

@@ -14,11 +14,13 @@ import contextlib
 import gzip
 import io
 import json
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +29,7 @@ try:
 except ImportError:
     sys.exit("atheris is needed, which this Python does not have: pip install atheris (CPython 3.8 to 3.13, Linux).")
 
-with atheris.instrument_imports(include=["stablekd_fast.data.formats", "stablekd_fast.files", "stablekd_fast.cache"]):
+with atheris.instrument_imports(include=["stablekd_fast.data", "stablekd_fast.files", "stablekd_fast.cache"]):
     import numpy as np
     import torch
 
@@ -35,8 +37,10 @@ with atheris.instrument_imports(include=["stablekd_fast.data.formats", "stablekd
     from stablekd_fast.cache.shard import Part
     from stablekd_fast.cache.store import RowStore
     from stablekd_fast.data import open_dataset
+    from stablekd_fast.data.pixels import decode_rgb
     from stablekd_fast.engine.checkpoint import load_tensors, save_tensors
     from stablekd_fast.errors import StableKDError
+    from stablekd_fast.files.checksums import masked_crc32c
     from stablekd_fast.files.pickles import array_of, load_recorded, load_torch
     from stablekd_fast.models.weights import load_weights
     from stablekd_fast.report import read_results
@@ -51,8 +55,15 @@ def folder_of(name: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir=place))
 
 
-def of_data_set(name: str, beside: dict[str, bytes], place: str = "") -> Callable[[], tuple[Target, list[bytes]]]:
-    """A target whose bytes are one file of a data set; `beside` are the files that it needs, itself among them."""
+def of_data_set(
+    name: str,
+    beside: dict[str, bytes],
+    place: str = "",
+    fit: Callable[[bytes], bytes] = bytes,
+    seed: bytes | None = None,
+) -> Callable[[], tuple[Target, list[bytes]]]:
+    """A target whose bytes are one file of a data set; `beside` are the files that it needs, itself among them. With
+    `fit` the bytes, of which `seed` is one, become such a file: checksums would refuse nearly all others."""
 
     def make() -> tuple[Target, list[bytes]]:
         folder = folder_of("data")
@@ -60,11 +71,11 @@ def of_data_set(name: str, beside: dict[str, bytes], place: str = "") -> Callabl
             (folder / other).write_bytes(content)
 
         def target(data: bytes) -> None:
-            (folder / name).write_bytes(data)
+            (folder / name).write_bytes(fit(data))
             found = open_dataset(folder / place if place else folder)
             assert len(found.train.images) == len(found.train)
 
-        return target, [beside[name]]
+        return target, [beside[name] if seed is None else seed]
 
     return make
 
@@ -106,6 +117,52 @@ def tfrecord_file() -> bytes:
 
     folder = folder_of("records")
     return tfrecords(folder)[1].read_bytes()
+
+
+def of_records(data: bytes) -> bytes:
+    """A TFRecord file of one record, whose checksums are right."""
+    length = struct.pack("<Q", len(data))
+    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+
+
+def summed(data: bytes) -> bytes:
+    """A tar whose headers have the right sums: the blocks that have a sum's blanks where one ends."""
+    tar = bytearray(data)
+    for at in range(0, len(tar) - 511, 512):
+        if tar[at + 154 : at + 156] == b"\0 ":
+            tar[at + 148 : at + 156] = b" " * 8
+            tar[at + 148 : at + 156] = b"%06o\0 " % sum(tar[at : at + 512])
+    return bytes(tar)
+
+
+def with_array(data: bytes) -> bytes:
+    """An npz whose x_train is these bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(npz_file())) as whole, zipfile.ZipFile(file, "w") as archive:
+        for name in whole.namelist():
+            archive.writestr(name, data if name == "x_train.npy" else whole.read(name))
+    return file.getvalue()
+
+
+def array_file() -> bytes:
+    with zipfile.ZipFile(io.BytesIO(npz_file())) as whole:
+        return whole.read("x_train.npy")
+
+
+def image() -> tuple[Target, list[bytes]]:
+    """An encoded image of any format."""
+    from PIL import Image
+
+    picture, seeds = Image.effect_noise((12, 9), 50).convert("RGB"), []
+    for kind in ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA"):
+        file = io.BytesIO()
+        picture.save(file, kind)
+        seeds.append(file.getvalue())
+
+    def target(data: bytes) -> None:
+        decode_rgb(data, Path("some.tga"))
+
+    return target, seeds
 
 
 def cifar_files() -> dict[str, bytes]:
@@ -240,10 +297,24 @@ TARGETS: dict[str, Callable[[], tuple[Target, list[bytes]]]] = {
     "tfrecord": of_data_set(
         "train-00000-of-00001", dict.fromkeys(("train-00000-of-00001", "validation-00000-of-00001"), tfrecord_file())
     ),
+    "record": of_data_set(
+        "train-00000-of-00001",
+        dict.fromkeys(("train-00000-of-00001", "validation-00000-of-00001"), tfrecord_file()),
+        fit=of_records,
+        seed=tfrecord_file()[12 : 12 + int.from_bytes(tfrecord_file()[:8], "little")],
+    ),
+    "header": of_data_set("train.tar", {"train.tar": tar_file(), "val.tar": tar_file()}, fit=summed),
+    "array": of_data_set("own.npz", {"own.npz": npz_file()}, "own.npz", with_array, array_file()),
+    "idx.gz": of_data_set(
+        "train-images-idx3-ubyte.gz",
+        {f"{name}.gz": gzip.compress(content) for name, content in idx_files().items()},
+        fit=gzip.compress,
+        seed=idx_files()["train-images-idx3-ubyte"],
+    ),
     "cifar": of_data_set("train", cifar_files()),
     "cifar.tar.gz": of_data_set("c.tar.gz", {"c.tar.gz": gzip.compress(tar_file())}, "c.tar.gz"),
-    "pickle": pickled, "torch": torch_file, "checkpoint": checkpoint, "manifest": manifest, "shard": shard,
-    "events": events, "results": results, "config": config,
+    "image": image, "pickle": pickled, "torch": torch_file, "checkpoint": checkpoint, "manifest": manifest,
+    "shard": shard, "events": events, "results": results, "config": config,
 }  # fmt: skip
 
 

@@ -124,7 +124,10 @@ def archive_records(
     count = sum(map(len, samples))
     flat = (value for archive, listed in enumerate(samples) for s in listed for value in (archive, s.offset, s.size))
     places = np.fromiter(flat, np.int64, 3 * count).reshape(count, 3)
-    return ArchiveRecords(archives, places, [s.name for listed in samples for s in listed], dict(left_out or {}))
+    names = [s.name for listed in samples for s in listed]
+    stretches = [s.checked for listed in samples for s in listed]
+    checked = np.array(stretches, np.int64).reshape(count, 2) if count and None not in stretches else None
+    return ArchiveRecords(archives, places, names, dict(left_out or {}), checked)
 
 
 def read_index(path: Path, left_out: Counter[str] | None = None) -> list[Sample]:
@@ -141,7 +144,7 @@ def read_index(path: Path, left_out: Counter[str] | None = None) -> list[Sample]
     except DataError:
         raise
     except Exception as error:  # whatever damaged bytes lead to
-        reason = first_line(error)
+        reason = first_line(error)[:1000]
         if index:
             raise DataError(
                 f"Cannot read archive {path} by its index {index.name}: {reason}. Make the index anew or delete it; "

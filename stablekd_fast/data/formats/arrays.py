@@ -12,6 +12,7 @@ import torch
 
 from stablekd_fast.data.split import Split
 from stablekd_fast.errors import DataError
+from stablekd_fast.execution.memory import left
 from stablekd_fast.files.reading import foreign, open_regular
 
 # How the digits are split. Changing either number makes results incomparable.
@@ -118,7 +119,13 @@ def _read_idx_array(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _filled(file: IO[bytes] | gzip.GzipFile, size: int) -> tuple[np.ndarray, int]:
-    """Read at most `size` bytes into an array of so many; return it, and how many there were."""
+    """Read at most `size` bytes into an array of so many; return it, and how many there were.
+
+    Raises ValueError if so many do not fit into what is left of main memory.
+    """
+    there = left(torch.device("cpu"))
+    if there is not None and size > there:
+        raise ValueError(f"it announces {size:.3g} bytes, and {max(there, 0) / 1e9:.1f} GB of memory are left")
     content, at = np.empty(size, np.uint8), 0
     while chunk := file.read(min(size - at, 1 << 24)):
         content[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)

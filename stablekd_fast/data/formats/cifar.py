@@ -22,7 +22,7 @@ from stablekd_fast.files.reading import DOCUMENT, foreign, open_regular, read_do
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
 
-# The archives have at most nine members; one that shows none of them this early is something else.
+# The archives have at most nine members, of 190 MB in all; one that shows none of them this early is something else.
 _MEMBERS_LOOKED_AT = 32
 
 # One file named `test` or `meta` says nothing; two known names do.
@@ -94,11 +94,11 @@ def _members_of_archive(path: Path) -> dict[str, Callable[[], bytes]]:
     known = frozenset().union(*(layout.members for layout in _LAYOUTS))
     found: dict[str, Callable[[], bytes]] = {}
     with open_regular(path) as packed, tarfile.open(fileobj=packed, mode="r:gz") as archive:
+        room = DOCUMENT
         for seen, member in enumerate(archive):
-            if seen >= _MEMBERS_LOOKED_AT:
+            room -= max(member.size, 0)
+            if seen >= _MEMBERS_LOOKED_AT or room < 0:
                 break
-            if not 0 <= member.size <= DOCUMENT:
-                raise ValueError(f"its member {member.name:.100} announces {member.size:.3g} bytes")
             name = Path(member.name).name
             file = archive.extractfile(member) if member.isfile() and name in known else None
             if file is not None:
@@ -118,17 +118,25 @@ def _unpickle(content: bytes) -> dict:
 def _pickled_batch(label_key: str) -> Parser:
     def parse(content: bytes) -> tuple[np.ndarray, np.ndarray]:
         batch = _unpickle(content)
-        labels = batch[label_key]
-        return _images(array_of(batch["data"])), array_of(labels) if isinstance(labels, Recorded) else np.asarray(
-            labels
-        )
+        return _images(array_of(batch["data"])), _labels(batch[label_key])
 
     return parse
 
 
+def _labels(found: object) -> np.ndarray:
+    if isinstance(found, Recorded):
+        return array_of(found)
+    if not isinstance(found, list) or not all(type(label) is int for label in found):
+        raise ValueError(f"labels are a {type(found).__name__}, needed is a list of whole numbers")
+    return np.asarray(found)
+
+
 def _pickled_names(key: str) -> Callable[[bytes], list[str]]:
     def parse(content: bytes) -> list[str]:
-        return [name.decode() if isinstance(name, bytes) else str(name) for name in _unpickle(content)[key]]
+        names = _unpickle(content)[key]
+        if not isinstance(names, list) or not all(isinstance(name, (bytes, str)) for name in names):
+            raise ValueError(f"{key} are a {type(names).__name__}, needed is a list of names")
+        return [name.decode() if isinstance(name, bytes) else name for name in names]
 
     return parse
 

@@ -158,12 +158,19 @@ def _images_below(root: str, name: str, left_out: LeftOut) -> Iterator[str]:
                 inside = f"{folder}/{entry.name}"
                 if _is_hidden(entry.name):
                     left_out.add("hidden files and folders", entry.path)
-                elif entry.is_dir():
+                elif _is_folder(entry):
                     todo.append((inside, above))
                 elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                     yield inside
                 else:
                     left_out.add(_what(entry, left_out), entry.path)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _what(entry: os.DirEntry, left_out: LeftOut) -> str:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 
 from stablekd_fast.errors import DataError
-from stablekd_fast.files.reading import read_document
+from stablekd_fast.files.reading import open_regular, read_document
 
 _LISTS = ("val_annotations.txt", "LOC_val_solution.csv", "val.txt", "valprep.sh")
 """Lists with a line for each image, of its name and its class; what else is in a line is passed over."""
 _TRUTH, _META, _KIT = "ILSVRC2012_validation_ground_truth.txt", "meta.mat", "ILSVRC2012_devkit_t12"
+_LARGEST, _LARGEST_KIT = 1 << 24, 1 << 27
+"""More bytes than this no list has, nor ILSVRC's kit, unpacked."""
+_COMPRESSED = 15
+"""The kind of a part of a MATLAB file that zlib has compressed."""
 _ORIGINAL = re.compile(r"ILSVRC2012_val_0*(\d+)")
 _LINE = re.compile(r"(?:mv\s+)?([^\s,]+?)(?:\.(?i:jpe?g|png))?[\s,]+([^\s,]+?)/?(?:[\s,].*)?")
 
@@ -50,7 +55,7 @@ def missing_classes(archive: Path, image: str, count: int) -> str:
 def _listed(path: Path) -> dict[str, str]:
     """Read a list of images and classes."""
     try:
-        lines = read_document(path).decode("utf-8").splitlines()
+        lines = read_document(path, _LARGEST).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read the classes in {path}: {error}. Fetch it again.") from error
     found = (_LINE.fullmatch(line.strip()) for line in lines)
@@ -75,7 +80,7 @@ def _ground_truth(folder: Path) -> tuple[list[int], dict[int, str]] | None:
     source = unpacked or packed
     try:
         if unpacked is not None:
-            truth, meta = (read_document(unpacked / name) for name in (_TRUTH, _META))
+            truth, meta = (read_document(unpacked / name, _LARGEST) for name in (_TRUTH, _META))
         else:
             truth, meta = _from_kit(packed)
         numbers, classes = [int(line) for line in truth.split()], _classes_by_number(meta)
@@ -89,10 +94,14 @@ def _ground_truth(folder: Path) -> tuple[list[int], dict[int, str]] | None:
 
 def _from_kit(packed: Path) -> tuple[bytes, bytes]:
     found: dict[str, bytes] = {}
-    with tarfile.open(packed) as archive:
+    with open_regular(packed) as file, tarfile.open(fileobj=file) as archive:
+        room = _LARGEST_KIT
         for member in archive:
+            room -= max(member.size, 0)
+            if room < 0:
+                raise ValueError(f"it holds more than {_LARGEST_KIT:,} bytes")
             name = member.name.rpartition("/")[2]
-            content = archive.extractfile(member) if name in (_TRUTH, _META) and member.size < 1 << 26 else None
+            content = archive.extractfile(member) if name in (_TRUTH, _META) else None
             if content is not None:
                 found[name] = content.read()
     missing = [name for name in (_TRUTH, _META) if name not in found]
@@ -104,5 +113,19 @@ def _from_kit(packed: Path) -> tuple[bytes, bytes]:
 def _classes_by_number(meta: bytes) -> dict[int, str]:
     from scipy.io import loadmat  # scikit-learn needs it, too
 
+    _refuse_more_than(_LARGEST_KIT, meta)
     synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
     return {int(number): str(name) for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"])}
+
+
+def _refuse_more_than(most: int, meta: bytes) -> None:
+    """Raise ValueError if the compressed parts of a MATLAB file (kind and length in 4 bytes each, then content) unpack
+    to more bytes: its reader would make room for all of them."""
+    order, at = "little" if meta[126:128] == b"IM" else "big", 128
+    while at + 8 <= len(meta):
+        kind, size = (int.from_bytes(meta[place : place + 4], order) for place in (at, at + 4))
+        if kind == _COMPRESSED:
+            most -= len(zlib.decompressobj().decompress(meta[at + 8 : at + 8 + size], max(most, 0) + 1))
+        if most < 0:
+            raise ValueError(f"{_META} unpacks to more than {_LARGEST_KIT:,} bytes")
+        at += 8 + size

@@ -89,7 +89,7 @@ def preset_folder(name: str) -> Path:
         part.mkdir(parents=True)
         preset.fetch(part)
         part.rename(folder)  # takes the place of an empty folder, too
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # whatever a torn download leads to, beside the network's own errors
         raise DataError(f"{name} is not at {folder}, and fetching it failed ({error}); {todo}.") from error
     return folder / preset.inside
 

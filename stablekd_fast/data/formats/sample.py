@@ -20,6 +20,8 @@ class Sample(NamedTuple):
     offset: int
     size: int
     label: int | str
+    checked: tuple[int, int] | None = None
+    """Offset and size of what holds the image and has its checksum behind it, if anything."""
 
 
 class NoClass(DataError):

@@ -23,7 +23,9 @@ _ZEROS = bytes(_BLOCK)
 _FILES, _LINKS, _WITHOUT_CONTENT = b"0\0" + b"7", b"12", b"3456"
 _LONG_NAME, _LONG_TARGET, _PAX, _SPARSE = b"L", b"K", b"xX", b"S"
 _LONGEST = 1 << 20
-"""More bytes than this no name has, nor a header that extends another one."""
+"""More bytes than this no header has that extends another one."""
+_LONGEST_NAME = 4096
+"""Systems take no longer paths."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -82,7 +84,8 @@ def _walk(file: BinaryIO, start: int, stop: int) -> Iterator[Member]:
             yield _tidy(name), content, size, None
         elif kind in _LINKS:
             target = extended.get("linkpath") or _text(header[157:257])
-            target = posixpath.join(posixpath.dirname(_tidy(name)), target) if kind == b"2" else _tidy(target)
+            folder = posixpath.dirname(_tidy(name)) if kind == b"2" else ""
+            target = posixpath.join(folder, target) if kind == b"2" else _tidy(target)
             yield _tidy(name), content, 0, posixpath.normpath(target)
         extended = {}
     if not ended:
@@ -161,7 +164,9 @@ def _name(header: bytes) -> str:
 
 
 def _tidy(name: str) -> str:
-    """Leave out what begins a path without saying anything."""
+    """Leave out what begins a path without saying anything. Raises ValueError for what no file can be called."""
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"the name of a member, {name[:40]}…, is {len(name)} characters long, more than any path is")
     while name.startswith(("./", "/")):
         name = name[1:] if name[0] == "/" else name[2:]
     return name

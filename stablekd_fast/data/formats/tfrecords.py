@@ -4,19 +4,21 @@ The image is the only value of `image/encoded`, `encoded` or `image`; its class 
 has a value: `image/class/label`, `label`, `cls`, `class`, `class_id` (a number or a name), then `image/class/synset`,
 `image/class/text`, `label_name`, `class_name` (a name). A class of -1 stands for none.
 
-The checksum of each record's length is checked. That of its content is not: listing reads a few hundred bytes of each
-record, and would have to read the images, too. Damaged images are found when they are decoded.
+The checksum of each record's length is checked when the file is listed. That of its content, which listing reads a few
+hundred bytes of, is checked whenever its image is read.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 from stablekd_fast.data.formats.sample import NoClass, Sample, class_of
+from stablekd_fast.files.checksums import masked_crc32c
 from stablekd_fast.files.reading import open_regular, read_document
 
 _IMAGE_KEYS = ("image/encoded", "encoded", "image")
@@ -30,6 +32,8 @@ _FRAME = 16
 """Length (8 bytes) and its checksum (4) before the content, and the content's checksum (4) behind it."""
 _LONGEST = 2000
 """Keys and names of classes have fewer bytes."""
+_MANY = 7
+"""So many values are counted, where one is needed."""
 _NO_IMAGE, _NO_CLASS = "no image", "no class"
 
 
@@ -51,7 +55,7 @@ def tfrecord_samples(path: Path, index: Path | None, left_out: Counter[str]) -> 
             elif label is None or label == -1:
                 left_out[_NO_CLASS] += 1
             else:
-                samples.append(Sample(f"{number}", *image, label))
+                samples.append(Sample(f"{number}", *image, label, (offset + 12, size - _FRAME)))
     if number < 0:
         raise ValueError("it is empty")
     if not samples and left_out[_NO_CLASS]:
@@ -100,30 +104,9 @@ def _record_size(file: BinaryIO, at: int, end: int) -> int:
     size, checksum = struct.unpack("<QI", head)
     if at + size + _FRAME > end:
         raise ValueError(f"a record at byte {at} would be {size} bytes long, and the file ends at {end}")
-    if _masked_crc32c(head[:8]) != checksum:
+    if masked_crc32c(head[:8]) != checksum:
         raise ValueError(f"the length of the record at byte {at} does not fit its checksum")
     return size + _FRAME
-
-
-def _crc32c_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)  # Castagnoli's polynomial, bits reversed
-        table.append(byte)
-    return table
-
-
-_TABLE = _crc32c_table()
-
-
-def _masked_crc32c(content: bytes) -> int:
-    """Return the CRC-32C of a few bytes, turned and shifted as TFRecords store it."""
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 0xFF]
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 # Examples.
@@ -199,24 +182,28 @@ def _label(file: BinaryIO, key: str, start: int, length: int) -> int | str | Non
 def _values(file: BinaryIO, key: str, start: int, length: int) -> tuple[int, list[tuple[int, int]]]:
     """Find the value of a Feature, or none: a list of bytes (1) or of numbers (3), whose values are its field 1,
     the numbers each or packed into one. Raises ValueError where there are several."""
-    lists = list(_fields(file, start, start + length))
+    lists = list(islice(_fields(file, start, start + length), _MANY))
     if not lists:
         return 0, []
     if len(lists) > 1:
-        raise ValueError(f"its {key} has {len(lists)} lists of values, and needed is one")
+        raise ValueError(f"its {key} has {_counted(lists)} lists of values, and needed is one")
     kind, at, length = lists[0]
     if kind not in (_BYTES, _NUMBERS):
         what = "a list of fractions" if kind == _FLOATS else f"of kind {kind}"
         raise ValueError(f"its {key} is {what}, and needed are bytes or whole numbers")
     values = ((place, size) for number, place, size in _fields(file, at, at + length) if number == 1)
-    found = [(place, size) for place, size in values if size or kind == _BYTES]
+    found = list(islice(((place, size) for place, size in values if size or kind == _BYTES), _MANY))
     count = len(found)
     if kind == _NUMBERS and count == 1:
         packed = _read(file, found[0][0], min(found[0][1], 64))
         count = sum(byte < 128 for byte in packed)
     if count > 1:
-        raise ValueError(f"its {key} has {count if count < 7 else 'many'} values, and needed is one")
+        raise ValueError(f"its {key} has {_counted(range(count))} values, and needed is one")
     return kind, found[:count]
+
+
+def _counted(found: Sized) -> str:
+    return str(len(found)) if len(found) < _MANY else "many"
 
 
 def _fields(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -40,6 +40,7 @@ _JSON_KEYS = ("label", "cls", "class", "class_id", "label_name", "class_name")
 _MAIN_IMAGES = ("input", "image", "img")
 _SUFFIXES = frozenset((".cls", ".txt", ".json"))
 _LONGEST = 1 << 20
+_LARGEST_CLASS = 10**18
 _HIDDEN, _OTHER, _EXTRA = "hidden file", "not an image", "another image of a sample"
 _NO_CLASS, _NO_IMAGE, _NO_TARGET = "no class", "class without an image", "link to nothing"
 
@@ -138,8 +139,8 @@ def _class_in_json(content: bytes) -> _Label | None:
     values = [found[key] for key in _JSON_KEYS if key in found] if isinstance(found, dict) else []
     for value in values:
         if isinstance(value, float) and value.is_integer():
-            return int(value)
-        if isinstance(value, int) and not isinstance(value, bool):
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST_CLASS:
             return value
         if isinstance(value, str) and value.strip():
             return class_of(value.encode("utf-8", "backslashreplace"))

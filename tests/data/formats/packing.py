@@ -79,9 +79,9 @@ def example(features: dict[str | bytes, bytes]) -> bytes:
 
 
 def framed(record: bytes) -> bytes:
-    """A record of a TFRecord file. The checksum of its content is none."""
+    """A record of a TFRecord file."""
     length = struct.pack("<Q", len(record))
-    return length + masked_crc32c(length) + record + b"crc!"
+    return length + masked_crc32c(length) + record + masked_crc32c(record)
 
 
 def write_tfrecords(path: Path, records: Iterable[dict[str | bytes, bytes]]) -> Path:

@@ -63,7 +63,7 @@ def test_only_the_subset_is_decoded(write_tree, monkeypatch):
     opened = []
     original = split_module.decode_rgb
     monkeypatch.setattr(
-        split_module, "decode_rgb", lambda content, path: opened.append(path) or original(content, path)
+        split_module, "decode_rgb", lambda content, path, header: opened.append(path) or original(content, path, header)
     )
     assert len(part) == 6 and part.labels.bincount().tolist() == [2, 2, 2]
     assert not opened
