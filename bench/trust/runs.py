@@ -21,9 +21,11 @@ from stablekd_fast.engine.checkpoint import load_tensors, save_tensors
 SETTINGS = (
     "--data digits --teacher resnet20_half --student resnet20_half --teacher-weights {weights} --method stablekd "
     "--recipe progressive --epochs 3 --subset 96 --validation 32 --batch-size 16 --views 1 --view-seed 0 "
-    "--bn-images 32 --checkpoint-every 4 --log-every 2 --precision fp32 --device cpu --timeout 30 --ema 0.9"
+    "--bn-images 32 --checkpoint-every 4 --log-every 2 --precision fp32 --device cpu --timeout 30 --ema 0.9 "
+    "--parallel blocks --fuse-norms off"
 )
-"""About 18 steps in four stages, with evaluations, checkpoints and, with a cache, one fill."""
+"""About 18 steps in four stages, with evaluations, checkpoints and, with a cache, one fill. What `auto` would decide by
+times is set, as a run that is begun anew may decide otherwise."""
 OUT_FILES = {f"{n}.safetensors" for n in ("checkpoint", "student")} | {"events.jsonl", "report.html", "results.json"}
 CACHE_FILES = re.compile(r"\.lock|images-\w+\.log|[^/]+/(\.lock|manifest\.json|shard-\d+\.safetensors)")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from stablekd_fast.errors import Interrupted
+from stablekd_fast.errors import Interrupted, RankError, StableKDError
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -41,6 +41,12 @@ class Signals:
         self.asked = number
         if not self.waits:
             raise self.ended()
+
+    def explain(self, error: Exception) -> bool:
+        """Whether an error may be what a signal led to: in the midst of an import it comes out as anything, and another
+        rank may have ended before."""
+        ours = isinstance(error, StableKDError) and not isinstance(error, RankError)
+        return self.asked is not None and not ours
 
     def ended(self) -> Interrupted:
         """The error for an end in the middle."""

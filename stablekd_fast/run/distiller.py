@@ -26,7 +26,7 @@ from stablekd_fast.engine.checkpoint import RunState, resume_run, save_tensors
 from stablekd_fast.engine.evaluate import Metrics, evaluate
 from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.parts import Execution, Intervals, Parts
-from stablekd_fast.errors import ConfigError, DataError, RankError, TrainingError, first_line, nearest, printable
+from stablekd_fast.errors import ConfigError, DataError, TrainingError, first_line, nearest, printable
 from stablekd_fast.execution.process import current_device, deterministic
 from stablekd_fast.execution.signals import Signals, watched_signals
 from stablekd_fast.files.owned import only_run_in
@@ -181,10 +181,10 @@ class Distiller:
         with watched_signals() as signals, alone, sources_forgotten():
             try:
                 return self._run(progress, signals)
-            except RankError as error:
-                if signals.asked is None:
+            except Exception as error:
+                if not signals.explain(error):
                     raise
-                raise signals.ended() from error  # another rank, which was asked too, has ended already
+                raise signals.ended() from error
 
     def _run(self, progress: bool, signals: Signals) -> RunResult:
         out, ranks, resumes = Path(self.config.out), self.ranks, self.materials.resumed is not None
