@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stablekd_fast.errors import ModelError, first_line
 from stablekd_fast.files.pickles import Recorded, load_torch
-from stablekd_fast.files.reading import open_regular
+from stablekd_fast.files.reading import foreign, open_regular
 from stablekd_fast.files.sealed import check_tensors, text_of
 
 State = dict[str, Tensor]
@@ -37,6 +37,7 @@ _LEFT_BEHIND = ("num_batches_tracked", "total_ops", "total_params", "n_averaged"
 """Entries that counters leave in files: batch norms, profilers and averages."""
 _AUXILIARY = re.compile(r"(^|\.)(aux\d*|AuxLogits|aux_\w+|auxiliary\w*)\.")
 _SHOWN = 4
+_MOST_MODULES, _DEEPEST = 10**5, 100
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
@@ -156,7 +157,8 @@ def _refuse_scripts(path: Path) -> None:
 
 def _unnested(content: object, path: Path) -> State:
     """The tensors by name that a file's content holds, or one of its parts."""
-    found = next(_states(content), None)
+    with foreign(path, ModelError, "Save the model's state_dict alone: torch.save(model.state_dict(), file)."):
+        found = next(_states(content), None)
     if found is None:
         shown = content if isinstance(content, Recorded) else type(content).__name__
         raise ModelError(
@@ -166,8 +168,12 @@ def _unnested(content: object, path: Path) -> State:
     return found
 
 
-def _states(content: object) -> Iterator[State]:
-    """State_dicts in a file, the likeliest first."""
+def _states(content: object, seen: set[int] | None = None) -> Iterator[State]:
+    """State_dicts in a file, the likeliest first; what was seen before is not looked into again."""
+    seen = set() if seen is None else seen
+    if id(content) in seen:
+        return
+    seen.add(id(content))
     if isinstance(content, Recorded):
         tensors = dict(_of_module(content, ""))
         if tensors:
@@ -176,22 +182,27 @@ def _states(content: object) -> Iterator[State]:
         return
     for name in _NESTS:
         if name in content:
-            yield from _states(content[name])
+            yield from _states(content[name], seen)
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if tensors:
         yield tensors
 
 
 def _of_module(module: Recorded, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """The state_dict of a whole module that was pickled."""
-    state = module.state if isinstance(module.state, Mapping) else {}
-    for kind in ("_parameters", "_buffers"):
-        for name, value in (state.get(kind) or {}).items():
-            if isinstance(value, Tensor):
-                yield f"{prefix}{name}", value
-    for name, child in (state.get("_modules") or {}).items():
-        if isinstance(child, Recorded):
-            yield from _of_module(child, f"{prefix}{name}.")
+    """The state_dict of a whole module that was pickled. Raises ValueError if modules hold each other without end."""
+    todo, left = [(module, prefix)], _MOST_MODULES
+    while todo:
+        module, prefix = todo.pop()
+        left -= 1
+        if not left or prefix.count(".") > _DEEPEST:
+            raise ValueError("its modules hold each other without end")
+        state = module.state if isinstance(module.state, Mapping) else {}
+        for kind in ("_parameters", "_buffers"):
+            for name, value in (state.get(kind) or {}).items():
+                if isinstance(value, Tensor):
+                    yield f"{prefix}{name}", value
+        children = (state.get("_modules") or {}).items()
+        todo += [(child, f"{prefix}{name}.") for name, child in children if isinstance(child, Recorded)][::-1]
 
 
 def _fitting(model: nn.Module, targets: State, found: State, path: Path) -> State | None:

@@ -177,6 +177,49 @@ def test_a_whole_module_gives_its_weights(tmp_path):
     assert_same(loaded, saved.state_dict())
 
 
+def held_by_itself():
+    content = {}
+    content["state_dict"] = content
+    return content
+
+
+def held_twice_forty_times():
+    content = {}
+    for _ in range(40):
+        content = {"state_dict": content, "model": content}
+    return content
+
+
+def module_in_itself():
+    module = torch.nn.Sequential()
+    module._modules["own"] = module
+    return module
+
+
+def modules_held_twice():
+    module = torch.nn.Sequential()
+    for _ in range(40):
+        module = torch.nn.Sequential(module, module)
+    return module
+
+
+def module_of_another_kind():
+    module = torch.nn.Sequential()
+    module.__dict__["_modules"] = [1]
+    return module
+
+
+@pytest.mark.parametrize(
+    "make", [held_by_itself, held_twice_forty_times, module_in_itself, modules_held_twice, module_of_another_kind]
+)
+def test_what_holds_itself_is_refused_at_once(tmp_path, make):
+    path = tmp_path / "weights.pt"
+    torch.save(make(), path)
+    with pytest.raises(ModelError, match="weights.pt") as caught:
+        models.load_weights(torch.nn.Linear(2, 2), path)
+    assert "state_dict" in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path):
     class Forged:
         def __reduce__(self):
