@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from stablekd_fast.bench.trust.runs import rows_in
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.cache.maintain import columns_in
 from stablekd_fast.cache.store import RowStore
@@ -79,9 +80,8 @@ def _student(path: Path) -> list:
 
 def _rows(folder: Path) -> list:
     with RowStore(folder) as store:
-        numbers = torch.arange(2 * store.manifest.samples)
-        numbers = numbers[store.present(numbers)]
-        return [("numbers", numbers), *(("rows", part) for part in store.gather(numbers))]
+        numbers, parts = rows_in(store)
+        return [("numbers", numbers), *(("rows", part) for part in parts)]
 
 
 def _equal(one: list, other: list) -> bool:

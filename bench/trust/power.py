@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.bench.trust.calls import Trouble
-from stablekd_fast.bench.trust.runs import Runs
+from stablekd_fast.bench.trust.runs import Runs, rows_in
 from stablekd_fast.cache.maintain import columns_in
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.engine.checkpoint import load_tensors
@@ -165,9 +165,8 @@ class _Truth:
         self.rows = {}
         for column in columns_in(runs.cache):
             with RowStore(column) as store:
-                numbers = torch.arange(2 * store.manifest.samples)
-                numbers = numbers[store.present(numbers)]
-                self.rows[column.name] = dict(zip(numbers.tolist(), zip(*store.gather(numbers))))
+                numbers, parts = rows_in(store)
+                self.rows[column.name] = dict(zip(numbers.tolist(), zip(*parts)))
         self.saved = {call.first for call in calls if call.kind == "w" and len(call.first) > 200}
         """All that was written as a whole: checkpoints and students are."""
 
@@ -191,9 +190,8 @@ class _Truth:
 
     def _other_rows(self, column: Path) -> list[str]:
         with RowStore(column, write=True) as store:
-            numbers = torch.arange(2 * store.manifest.samples)
-            numbers = numbers[store.present(numbers)]
-            for number, row in zip(numbers.tolist(), zip(*store.gather(numbers))):
+            numbers, parts = rows_in(store)
+            for number, row in zip(numbers.tolist(), zip(*parts)):
                 if not _same(row, self.rows[column.name].get(number)):
                     return [f"row {number} of {column.name} is served and was never written"]
         return []

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stablekd_fast import models
 from stablekd_fast.bench.trust.calls import Trouble, build, preloaded
+from stablekd_fast.cache.store import RowStore
 from stablekd_fast.engine.checkpoint import load_tensors, save_tensors
 
 SETTINGS = (
@@ -28,6 +29,13 @@ SETTINGS = (
 times is set, as a run that is begun anew may decide otherwise."""
 OUT_FILES = {f"{n}.safetensors" for n in ("checkpoint", "student")} | {"events.jsonl", "report.html", "results.json"}
 CACHE_FILES = re.compile(r"\.lock|images-\w+\.log|[^/]+/(\.lock|manifest\.json|shard-\d+\.safetensors)")
+
+
+def rows_in(store: RowStore) -> tuple[Tensor, list[Tensor]]:
+    """The numbers int64 `[N]` of all rows of a store's first two views, and their parts."""
+    numbers = torch.arange(2 * store.manifest.samples)
+    numbers = numbers[store.present(numbers)]
+    return numbers, store.gather(numbers)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Runs:
     def __init__(self, folder: Path, *, cached: bool, ranks: int = 1) -> None:
         self.folder, self.cached, self.ranks = folder.resolve(), cached, ranks
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.out, self.cache, self.weights = self.folder / "out", self.folder / "cache", self.folder / "teacher"
+        self.out, self.cache = self.folder / "out", self.folder / "cache"
         torch.manual_seed(0)
         self.weights = self.folder / "teacher.safetensors"
         save_tensors(self.weights, models.build("resnet20_half", 10, 8).state_dict(), {})
