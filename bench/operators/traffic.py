@@ -43,6 +43,8 @@ class Case(NamedTuple):
     tensors: list[tuple[Tensor, int]]
     """Each tensor with the number of its passes."""
     passes: str
+    called: str | None = None
+    """The function, where it is not called as the operator is."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def cases() -> Iterator[Case]:
     yield from _feature_cases()
     yield from _row_cases()
     yield _augment_case()
+    yield from _norm_cases()
 
 
 def count(case: Case) -> Traffic:
@@ -75,7 +78,7 @@ def count(case: Case) -> Traffic:
         )
     kernels = import_module(f"stablekd_fast.kernels.{case.op}.triton_impl")
     # A loss is run in the form that makes its gradient as well.
-    function = getattr(kernels, f"{case.op}_with_grad", None) or getattr(kernels, case.op)
+    function = getattr(kernels, f"{case.op}_with_grad", None) or getattr(kernels, case.called or case.op)
     with counted() as counter:
         function(*case.arguments)
     least = sum(tensor.numel() * tensor.itemsize * times for tensor, times in case.tensors)
@@ -180,6 +183,25 @@ def _augment_case() -> Case:
     arguments = (images, rows, offsets, flips, 4, [0.5] * 3, [0.5] * 3, torch.float32, False)
     tensors = [(images, 1), (rows, 1), (offsets, 1), (flips, 1), (out, 1)]
     return Case("augment_batch", "8x32x32x3, fp32 NCHW", arguments, tensors, "pixels once, images once")
+
+
+def _norm_cases() -> Iterator[Case]:
+    """Parts are put together by each program of the second kernel, which reads them all, or by a kernel of their own.
+    Each program reads the four vectors of its channels."""
+    for shape, programs, readers, parts in (((32, 16, 32, 32), 128, 128, 128), ((64, 64, 32, 32), 1024, 1, 512)):
+        x, residual, y, gradient = (
+            torch.randn(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last) for _ in range(4)
+        )
+        vectors, sums = [torch.ones(shape[1]) for _ in range(4)], torch.empty(2, parts, shape[1])
+        name = f"{'x'.join(map(str, shape))} bf16"
+        arguments = (x, residual, *vectors[:2], None, None, None, 0.1, 1e-5, True)
+        tensors = [(x, 2), (residual, 1), (y, 1), (sums, 1 + readers), (vectors[0], 4 * programs)]
+        yield Case("batch_norm_act", name, arguments, tensors, "x twice, residual once, y once, and what parts say")
+        arguments = (gradient, x, y, *vectors[:3], 1e-5, True)
+        tensors = [(gradient, 2), (x, 2), (y, 2), (x, 1), (residual, 1), (sums, 1 + readers)]
+        tensors.append((vectors[0], 4 * programs))
+        words = "gradient, x and y twice, gradients of x and residual once, and what parts say"
+        yield Case("batch_norm_act", f"{name}, backward", arguments, tensors, words, "batch_norm_act_backward")
 
 
 def _times(passes: int) -> str:

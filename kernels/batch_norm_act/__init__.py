@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stablekd_fast.kernels._checks import OperandError, accumulator, describe
-from stablekd_fast.kernels._registry import define, serve_cpu
+from stablekd_fast.kernels._registry import define, serve_cpu, serve_cuda
 from stablekd_fast.kernels.batch_norm_act import cpu_impl, reference
 
 
@@ -18,6 +19,7 @@ def batch_norm_act(
     running_var: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    batches: Tensor | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
     relu: bool = True,
@@ -26,8 +28,9 @@ def batch_norm_act(
 
     What `torch.nn.BatchNorm2d` in training mode, an addition and a ReLU give, but that nothing in between is rounded to
     x's dtype or goes through memory. Running statistics `[C]` are updated in place as torch does, the variance
-    unbiased. `weight` and `bias` are `[C]`; `residual` has x's shape and dtype. Differentiable once, with respect to x,
-    weight, bias and residual. The C++ core takes channels-last maps, elsewhere the reference computes.
+    unbiased, and `batches`, an int64 `[]`, counts them. `weight` and `bias` are `[C]`; `residual` has x's shape and
+    dtype. Differentiable once, with respect to x, weight, bias and residual. The C++ core and Triton take channels-last
+    maps, elsewhere the reference computes.
 
     Raises OperandError for shapes or dtypes that do not fit.
     """
@@ -45,17 +48,44 @@ def batch_norm_act(
             raise OperandError(f"{name} is {describe(vector)}; it must be [{x.shape[1]}], one value per channel of x.")
     if residual is not None and not (residual.shape == x.shape and residual.dtype == x.dtype):
         raise OperandError(f"residual is {describe(residual)}; it must be like x, {describe(x)}.")
-    y, mean, variance = torch.ops.stablekd.batch_norm_act(x, residual, weight, bias, eps, relu)
-    if running_mean is not None:
-        assert running_var is not None
-        with torch.no_grad():
-            count = x.numel() // x.shape[1]
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            running_var.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))
-    return y
+    running = (running_mean, running_var, batches)
+    if (running_mean is None) != (running_var is None):
+        raise OperandError("One of running_mean and running_var was given; give both or neither.")
+    return _BatchNormAct.apply(x, residual, weight, bias, *running, momentum, eps, relu)[0]
 
 
-def _fake(x, residual, weight, bias, eps, relu):
+class _BatchNormAct(torch.autograd.Function):
+    """torch.library registers no gradients for operators that write to their operands, as this one does to running
+    statistics."""
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.stablekd.batch_norm_act(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, residual, weight, *_, ctx.eps, relu = inputs
+        y, mean, variance = output
+        ctx.with_residual, ctx.relu = residual is not None, relu
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)  # zeros would be made for the two
+        ctx.save_for_backward(x, y if relu else None, weight, mean, variance)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor | None, *_):
+        if gradient is None:
+            return (None,) * 10
+        x, y, weight, mean, variance = ctx.saved_tensors
+        keeps = ctx.with_residual and ctx.relu  # without ReLU the residual's gradient is the one that came
+        x_gradient, weight_gradient, bias_gradient, kept = torch.ops.stablekd.batch_norm_act_backward(
+            gradient, x, y, weight, mean, variance, ctx.eps, keeps
+        )
+        residual_gradient = (kept if ctx.relu else gradient) if ctx.with_residual else None
+        return x_gradient, residual_gradient, weight_gradient, bias_gradient, *(None,) * 6
+
+
+def _fake(x, residual, weight, *_):
     statistics = [weight.new_empty(weight.shape, dtype=accumulator(x.dtype)) for _ in range(2)]
     return torch.empty_like(x), *statistics
 
@@ -65,30 +95,10 @@ def _backward_fake(gradient, x, y, weight, mean, variance, eps, with_residual):
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), kept
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, residual, weight, _, ctx.eps, relu = inputs
-    y, mean, variance = output
-    ctx.with_residual, ctx.relu = residual is not None, relu
-    ctx.mark_non_differentiable(mean, variance)
-    ctx.set_materialize_grads(False)  # zeros would be made for the two
-    ctx.save_for_backward(x, y if relu else None, weight, mean, variance)
-
-
-def _backward(ctx, gradient: Tensor | None, *_):
-    if gradient is None:
-        return (None,) * 6
-    x, y, weight, mean, variance = ctx.saved_tensors
-    keeps = ctx.with_residual and ctx.relu  # without ReLU the residual's gradient is the one that came
-    x_gradient, weight_gradient, bias_gradient, kept = torch.ops.stablekd.batch_norm_act_backward(
-        gradient, x, y, weight, mean, variance, ctx.eps, keeps
-    )
-    residual_gradient = (kept if ctx.relu else gradient) if ctx.with_residual else None
-    return x_gradient, residual_gradient, weight_gradient, bias_gradient, None, None
-
-
 define(
     "batch_norm_act",
-    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? batches, float momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
     reference.batch_norm_act,
     _fake,
 )
@@ -99,8 +109,12 @@ define(
     reference.batch_norm_act_backward,
     _backward_fake,
 )
-torch.library.register_autograd("stablekd::batch_norm_act", _backward, setup_context=_setup_context)
 serve_cpu(
     batch_norm_act=cpu_impl.batch_norm_act,
     batch_norm_act_backward=cpu_impl.batch_norm_act_backward,
+)
+serve_cuda(
+    __name__,
+    batch_norm_act=reference.batch_norm_act,
+    batch_norm_act_backward=reference.batch_norm_act_backward,
 )

@@ -19,16 +19,27 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def batch_norm_act(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, relu: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float,
+    eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    running = (running_mean, running_var, batches)
     if not takes(x, weight):
-        return reference.batch_norm_act(x, residual, weight, bias, eps, relu)
+        return reference.batch_norm_act(x, residual, weight, bias, *running, momentum, eps, relu)
     y, mean, variance = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     added = None if residual is None else laid_out_as(residual, x)
     core.batch_norm(
         address(x), address(added), address(y), TYPES[x.dtype], *_vectors(weight, bias, mean, variance), *_sizes(x),
         eps, relu, threads(x.numel(), GRAIN),
     )  # fmt: skip
+    reference.keep_running(*running, mean, variance, momentum, x.numel() // x.shape[1])
     return y, mean, variance
 
 

@@ -12,9 +12,21 @@ from stablekd_fast.kernels._checks import accumulator
 
 
 def batch_norm_act(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, relu: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float,
+    eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = max(0, (x - mean) / sqrt(variance + eps) * weight + bias + residual), mean, biased variance."""
+    """y = max(0, (x - mean) / sqrt(variance + eps) * weight + bias + residual), mean, biased variance.
+
+    Running statistics and the count of batches are brought up to date in place.
+    """
     values = x.to(accumulator(x.dtype))
     axes = [axis for axis in range(x.dim()) if axis != 1]
     variance, mean = torch.var_mean(values, axes, correction=0)
@@ -23,7 +35,26 @@ def batch_norm_act(
         y = y + residual
     if relu:
         y = y.relu()
+    keep_running(running_mean, running_var, batches, mean, variance, momentum, x.numel() // x.shape[1])
     return torch.empty_like(x).copy_(y), mean, variance
+
+
+def keep_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    momentum: float,
+    count: int,
+) -> None:
+    """Bring running statistics up to date in place, as torch does: the variance, of `count` values, unbiased."""
+    if running_mean is not None:
+        assert running_var is not None
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        running_var.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))
+    if batches is not None:
+        batches.add_(1)
 
 
 def batch_norm_act_backward(

@@ -62,11 +62,9 @@ class NormAct(nn.Module):
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
         norm = self.norm
         assert norm.momentum is not None  # see `_joinable`
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
         return kernels.batch_norm_act(
             x, norm.weight, norm.bias, norm.running_mean, norm.running_var, residual,
-            momentum=norm.momentum, eps=norm.eps, relu=self.relu,
+            batches=norm.num_batches_tracked, momentum=norm.momentum, eps=norm.eps, relu=self.relu,
         )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def test_errors_are_at_most_twice_those_of_pytorch(dtype, added):
 def test_statistics_of_a_map_far_from_zero(offset):
     """The variance of values around 300 is exact to float32's rounding of the values, not of their squares."""
     x, _, _, weight, bias = operands((32, 24, 8, 8), torch.float32, offset=offset)
-    _, mean, variance = torch.ops.stablekd.batch_norm_act(x, None, weight, bias, 1e-5, True)
+    _, mean, variance = torch.ops.stablekd.batch_norm_act(x, None, weight, bias, None, None, None, 0.1, 1e-5, True)
     exact = x.double().var((0, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(variance.double(), exact, rtol=3e-6, atol=0)
@@ -106,13 +106,14 @@ def test_statistics_of_a_map_far_from_zero(offset):
 
 def test_running_statistics_are_torch_s():
     x, _, _, weight, bias = operands((6, 16, 5, 5), torch.float32)
-    running = [torch.zeros(16), torch.ones(16)]
+    running, batches = [torch.zeros(16), torch.ones(16)], torch.tensor(0)
     expected = [value.double() for value in running]
     for _ in range(3):
-        kernels.batch_norm_act(x, weight, bias, *running, momentum=0.3)
+        kernels.batch_norm_act(x, weight, bias, *running, batches=batches, momentum=0.3)
         F.batch_norm(x.double(), *expected, weight.double(), bias.double(), training=True, momentum=0.3)
     for mine, truth in zip(running, expected):
         torch.testing.assert_close(mine.double(), truth, rtol=1e-6, atol=1e-7)
+    assert batches == 3
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -184,10 +185,10 @@ def test_gradcheck_in_float64():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     x, residual, gradient, weight, bias = operands((2, 16, 4, 4), dtype)
-    leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+    running = (torch.zeros(16), torch.ones(16), torch.tensor(0))
     op = torch.ops.stablekd.batch_norm_act.default
-    torch.library.opcheck(op, (*leaves, 1e-5, True))
-    y, mean, variance = op(x, residual, weight, bias, 1e-5, True)
+    torch.library.opcheck(op, (x, residual, weight, bias, *running, 0.1, 1e-5, True))
+    y, mean, variance = op(x, residual, weight, bias, None, None, None, 0.1, 1e-5, True)
     torch.library.opcheck(
         torch.ops.stablekd.batch_norm_act_backward.default, (gradient, x, y, weight, mean, variance, 1e-5, True)
     )
@@ -200,6 +201,7 @@ def test_opcheck(dtype):
         ({"x": torch.zeros(1, 16, 1, 1)}, "more than one value per channel"),
         ({"weight": torch.ones(3)}, r"weight is float32 \[3\]; it must be \[16\]"),
         ({"running_mean": torch.ones(3)}, "running_mean"),
+        ({"running_mean": torch.ones(16)}, "give both or neither"),
         ({"residual": torch.zeros(4, 16, 2, 2)}, "residual is float32"),
         ({"residual": torch.zeros(4, 16, 6, 6, dtype=torch.float64)}, "residual is float64"),
     ],

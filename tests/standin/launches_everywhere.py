@@ -30,6 +30,12 @@ def calls():
     yield "kd_loss", (logits(), logits(), None, labels, 4.0, 0.9, 0.0, None), upstream
     yield "decoupled_kl", (logits(), logits(), labels, 4.0, 1.0, 8.0), upstream
     yield "quantize_rows", (features(torch.float32), torch.int8, 1), None
+    vectors = [torch.empty(24, device="cuda:1") for _ in range(4)]
+    running = (*vectors[2:], torch.empty((), dtype=torch.int64, device="cuda:1"))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        maps = [features(dtype) for _ in range(3)]
+        yield "batch_norm_act", (*maps[:2], *vectors[:2], *running, 0.1, 1e-5, True), None
+        yield "batch_norm_act_backward", (*maps, *vectors[:3], 1e-5, True), None
     codes = features(torch.float32).to(torch.int8)
     yield "dequantize_rows", (codes, torch.empty(6, 24, device="cuda:1"), torch.bfloat16, 1), None
     images = torch.empty(20, 12, 12, 3, dtype=torch.uint8, device="cuda:1")
@@ -46,7 +52,7 @@ def main():
         side = torch.cuda.Stream(1)
         stand.streams[1] = side
         for name, operands, upstream in calls():
-            module = f"stablekd_fast.kernels.{name}"
+            module = f"stablekd_fast.kernels.{name.removesuffix('_backward')}"
             names = [name] if upstream is None else [name, f"{name}_with_grad"]
             for called in names:
                 arguments = operands
