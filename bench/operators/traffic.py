@@ -187,19 +187,19 @@ def _augment_case() -> Case:
 
 def _norm_cases() -> Iterator[Case]:
     """Parts are put together by each program of the second kernel, which reads them all, or by a kernel of their own.
-    Each program reads the four vectors of its channels."""
+    Each program reads some vectors of its channels; what parts came to is two of them."""
     for shape, programs, readers, parts in (((32, 16, 32, 32), 128, 128, 128), ((64, 64, 32, 32), 1024, 1, 512)):
         x, residual, y, gradient = (
             torch.randn(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last) for _ in range(4)
         )
-        vectors, sums = [torch.ones(shape[1]) for _ in range(4)], torch.empty(2, parts, shape[1])
+        weight, sums, apart = torch.ones(shape[1]), torch.empty(2, parts, shape[1]), 2 * (readers == 1)
         name = f"{'x'.join(map(str, shape))} bf16"
-        arguments = (x, residual, *vectors[:2], None, None, None, 0.1, 1e-5, True)
-        tensors = [(x, 2), (residual, 1), (y, 1), (sums, 1 + readers), (vectors[0], 4 * programs)]
+        arguments = (x, residual, weight, weight, None, None, None, 0.1, 1e-5, True)
+        tensors = [(x, 2), (residual, 1), (y, 1), (sums, 1 + readers), (weight, (2 + apart) * programs)]
         yield Case("batch_norm_act", name, arguments, tensors, "x twice, residual once, y once, and what parts say")
-        arguments = (gradient, x, y, *vectors[:3], 1e-5, True)
+        arguments = (gradient, x, y, weight, weight, weight, 1e-5, True)
         tensors = [(gradient, 2), (x, 2), (y, 2), (x, 1), (residual, 1), (sums, 1 + readers)]
-        tensors.append((vectors[0], 4 * programs))
+        tensors += [(weight, (3 + apart) * programs), (weight, 2 * parts)]
         words = "gradient, x and y twice, gradients of x and residual once, and what parts say"
         yield Case("batch_norm_act", f"{name}, backward", arguments, tensors, words, "batch_norm_act_backward")
 
