@@ -119,7 +119,11 @@ class DistillConfig:
     order are replaced by slower ones, and one that has no such form ends the run. The kernels of this package add in
     one order anyway, and so do CPUs, where it changes nothing that was seen."""
     fuse_norms: Literal["auto", "on", "off"] = "auto"
-    """Whether batch norm, residual and ReLU of the student are one operator while it trains. `auto`: on CPUs."""
+    """Whether batch norm, residual and ReLU of the student are one operator while it trains. `auto`: where there is a
+    fast kernel for it."""
+    fold_teacher: Literal["auto", "on", "off"] = "auto"
+    """Whether the teacher's batch norms are folded into its convolutions, which saves passes over memory and rounds
+    otherwise. `auto`: on GPUs. What fills a cache is what runs live: rows of the other form are not used."""
     ema: float | None = None
     """Decay of a moving average of the student's weights, which is then what is evaluated and exported."""
     cache: CacheSettings = field(default_factory=CacheSettings)
@@ -188,10 +192,10 @@ class DistillConfig:
 
 WITHOUT_EFFECT_ON_NUMBERS = (
     "out", "resume", "extend", "checkpoint_every", "log_every", "workers", "prefetch", "source", "cache", "capture",
-    "parallel", "timeout",
+    "parallel", "timeout", "fold_teacher",
 )  # fmt: skip
-"""What the cache stores inexactly, compiling, and how images are decoded do have one; the plan, whether steps are
-compiled, and the source that was chosen are part of the identity instead."""
+"""What the cache stores inexactly, compiling, folding, and how images are decoded do have one; the plan, whether steps
+are compiled, whether the teacher is folded, and the source that was chosen are part of the identity instead."""
 
 
 def identity(config: DistillConfig) -> dict[str, Any]:

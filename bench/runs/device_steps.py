@@ -19,7 +19,7 @@ from stablekd_fast.bench.core import Case, Contender, Measured, Role, measure, p
 from stablekd_fast.bench.peak import count_flops
 from stablekd_fast.bench.runs.loops import GraphedLoop, Loop, OrdinaryBlockwise, OrdinaryKD, PlainTraining
 from stablekd_fast.bench.runs.teacher import LARGE, Arm, Images, Pair, cached, make_pair
-from stablekd_fast.blocks import pick_fusion
+from stablekd_fast.blocks import pick_fusion, serve
 from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import Dataset
 from stablekd_fast.engine.schedule import Optimizer
@@ -72,12 +72,20 @@ class DeviceContest:
         return kind(*networks, batches, bf16=tuned and not double, **options)
 
     def ours(
-        self, method: str, capture: str, tier: str | None = None, codec: str = "fp32", *, exact: bool = False
+        self,
+        method: str,
+        capture: str,
+        tier: str | None = None,
+        codec: str = "fp32",
+        *,
+        exact: bool = False,
+        fold: str = "auto",
     ) -> Arm:
         """Make a stage of the engine, in bf16 or exact: decomposed for stablekd, end to end for kd; fed by the live
         teacher, or by rows that are kept in a memory."""
         paired, source, batches = make_pair(self.pair, self.dataset, self.device)
         paired.precision, paired.fuses_norms = Precision("fp32" if exact else "bf16"), pick_fusion("auto", self.device)
+        paired = serve(paired, batches[0].pixels.to(self.device), "off" if exact else fold)
         teacher = Relay(paired, LiveTeacher(paired, capture, fall_back=False))
         if tier is not None:
             teacher = cached(paired, source, batches, Path(), codec, tier=tier, device=self.device)
@@ -111,6 +119,7 @@ class DeviceContest:
             "ours, kd": self.ours("kd", self.captured),
             "ours, relay, eager": self.ours("stablekd", "eager"),
             "ours, relay": self.ours("stablekd", self.captured),
+            "ours, relay, teacher not folded": self.ours("stablekd", self.captured, fold="off"),
             "ours, cache on the device": self.ours("stablekd", self.captured, "device"),
             "ours, cache in main memory": self.ours("stablekd", self.captured, "host"),
             "ours, cache in main memory, int8": self.ours("stablekd", self.captured, "host", "int8"),

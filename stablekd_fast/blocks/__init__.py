@@ -5,6 +5,7 @@ from stablekd_fast.blocks.describe import describe_blocks
 from stablekd_fast.blocks.fuse import fuse_norms, pick_fusion
 from stablekd_fast.blocks.modes import evaluation_mode
 from stablekd_fast.blocks.pair import Cut, PairedBlocks, pair_blocks
+from stablekd_fast.blocks.serving import serve
 
 __all__ = [
     "Bridge",
@@ -16,4 +17,5 @@ __all__ = [
     "fuse_norms",
     "pair_blocks",
     "pick_fusion",
+    "serve",
 ]

@@ -21,17 +21,18 @@ FUSIONS = ("auto", "on", "off")
 
 
 def pick_fusion(name: str, device: torch.device) -> bool:
-    """Whether norms are fused; `auto` fuses them on a CPU for which the C++ core is built.
+    """Whether norms are fused; `auto` fuses them where there is a fast kernel: on a CPU for which the C++ core is
+    built, on a GPU with Triton.
 
     Raises ConfigError if fused norms were asked for where there is no fast kernel.
     """
     if name not in FUSIONS:
         raise ConfigError(f"fuse_norms={name!r} was given; choose one of {', '.join(FUSIONS)}.")
-    there = device.type == "cpu" and kernels.implementations()["batch_norm_act"]["cpu"] != "reference"
+    there = kernels.implementations()["batch_norm_act"].get(device.type, "reference") != "reference"
     if name == "on" and not there:
         raise ConfigError(
-            f"fuse_norms=on was given, but only the C++ core on a CPU has the kernel (the device is {device}); "
-            "choose auto."
+            f"fuse_norms=on was given, but on {device.type} there is no fast kernel for it "
+            f"({kernels.implementations()['batch_norm_act']['reason']}); choose auto."
         )
     return there and name != "off"
 
@@ -78,42 +79,51 @@ def fuse_norms(block: nn.Module) -> nn.Module:
     fused = fx.GraphModule(block, copy.deepcopy(block.graph))
     for node in list(fused.graph.nodes):
         if node.op == "call_module" and _joinable(norm := called_module(fused, node)):
-            _join(fused, node, norm)
+            add, relu = followers(node)
+            replace_joined(fused, node, add, relu, f"norm_act_{node.name}", NormAct(norm, relu is not None))
     fused.delete_all_unused_submodules()
     fused.graph.lint()
     fused.recompile()
     return fused
 
 
+def is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module is of one of the kinds and can be replaced. Subclasses may compute something else, and hooks
+    expect the module to be called."""
+    return type(module) in kinds and not module._forward_hooks and not module._forward_pre_hooks
+
+
 def _joinable(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether a module is a batch norm that can be replaced. Subclasses may compute something else, and hooks expect
-    the module to be called."""
-    if type(module) is not nn.BatchNorm2d or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    return module.affine and module.momentum is not None
+    return is_plain(module, (nn.BatchNorm2d,)) and bool(module.affine) and module.momentum is not None
 
 
-def _join(fused: fx.GraphModule, norm: fx.Node, module: nn.BatchNorm2d) -> None:
-    """Replace a norm, and the addition and the ReLU behind it, by one `NormAct`."""
-    add = _only_user(norm, _is_add)
-    relu = _only_user(add or norm, _is_relu)
-    if add and (relu is None or _writes_to_another(add, norm)):
-        add = relu = None
-    last = relu or norm
-    others = [operand for operand in add.args if operand is not norm] if add else []
-    name = f"norm_act_{norm.name}"
-    fused.add_submodule(name, NormAct(module, relu is not None))
-    with fused.graph.inserting_before(last):
-        made = fused.graph.call_module(name, (norm.args[0], *others))
+def followers(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The addition and the ReLU behind what a node gives, where both or the ReLU alone can be joined to it."""
+    add = _only_user(node, _is_add)
+    relu = _only_user(add or node, _is_relu)
+    if add and (relu is None or _writes_to_another(add, node)):
+        return None, None
+    return add, relu
+
+
+def replace_joined(
+    graph: fx.GraphModule, node: fx.Node, add: fx.Node | None, relu: fx.Node | None, name: str, module: nn.Module
+) -> None:
+    """Replace a node and its `followers` by a call of `module`, which is given the node's operand and the residual."""
+    last = relu or node
+    others = [operand for operand in add.args if operand is not node] if add else []
+    graph.add_submodule(name, module)
+    with graph.graph.inserting_before(last):
+        made = graph.graph.call_module(name, (node.args[0], *others))
     last.replace_all_uses_with(made)
-    for node in (relu, add, norm):
-        if node is not None:
-            fused.graph.erase_node(node)
+    for one in (relu, add, node):
+        if one is not None:
+            graph.graph.erase_node(one)
 
 
-def _writes_to_another(add: fx.Node, norm: fx.Node) -> bool:
+def _writes_to_another(add: fx.Node, node: fx.Node) -> bool:
     """Whether an addition overwrites the residual, which may be used again."""
-    return add.target in (operator.iadd, "add_") and add.args[0] is not norm
+    return add.target in (operator.iadd, "add_") and add.args[0] is not node
 
 
 def _only_user(node: fx.Node, kind: Callable[[fx.Node], bool]) -> fx.Node | None:

@@ -66,6 +66,10 @@ class PairedBlocks:
     """The precision in which the forward passes of both networks compute."""
     fuses_norms: bool = False
     """Whether the student trains with `fuse_norms`."""
+    serving: list[nn.Module] | None = None
+    """The teacher's blocks in the form in which they serve (see `serve`); None where they serve as they are."""
+    folded: bool = False
+    """Whether norms are folded in that form, which then rounds otherwise than the plain blocks."""
     averages_gradients: bool = False
     """Whether the loop that trains averages gradients over processes itself."""
 
@@ -83,6 +87,11 @@ class PairedBlocks:
 
     def __len__(self) -> int:
         return len(self.student_blocks)
+
+    @property
+    def serving_blocks(self) -> list[nn.Module]:
+        """The teacher's blocks that compute its outputs."""
+        return self.teacher_blocks if self.serving is None else self.serving
 
     def bridge_after(self, block: int) -> Bridge | None:
         """The bridge behind a block; None where the teacher's output is passed on as it is."""
@@ -104,7 +113,7 @@ class PairedBlocks:
                 start = max((j for j in known if at < j < k), default=None)
                 if start is not None:
                     x, at = known[start], start
-                for block in self.teacher_blocks[at + 1 : k + 1]:
+                for block in self.serving_blocks[at + 1 : k + 1]:
                     x = block(x)
                 at = k
                 bridge = self.bridge_after(k)

@@ -88,6 +88,8 @@ def teacher_fingerprint(paired: PairedBlocks, source: TrainSource, device: torch
         "device": _device(device),
         "torch": torch.__version__,
     }
+    if paired.folded:
+        common["folded"] = True
     return [
         {**common, "teacher": prefix, "bridge": bridge_digest(paired.bridge_after(k))}
         for k, prefix in enumerate(prefix_digests(paired))

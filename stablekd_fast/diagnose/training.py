@@ -14,7 +14,7 @@ from stablekd_fast.data import Dataset
 from stablekd_fast.diagnose.probe import Probe, probe_inputs
 from stablekd_fast.diagnose.settings import ARMS, END_TO_END, NOT_USED, Probing
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
-from stablekd_fast.engine.stage import StageSteps, stage_steps
+from stablekd_fast.engine.stage import StageSteps, first_not_finite, stage_steps
 from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.errors import ConfigError, TrainingError
 from stablekd_fast.execution.memory import watched
@@ -108,12 +108,14 @@ class Twin:
         nn.ModuleList([paired.student, *paired.student_blocks]).train()
         torch.manual_seed(self.parts.config.seed)
         rates = Rates.of_stage(PlannedStage(stage, 0, self.probing.steps), None, device)
-        return stage_steps(paired, stage.groups, self.objectives, stage.optimizer, rates=rates)
+        history = self.probing.steps
+        return stage_steps(paired, stage.groups, self.objectives, stage.optimizer, rates=rates, history=history)
 
     def _check(self, steps: list[GroupStep], arm: str) -> None:
         for step in steps:
-            if step.first_bad.item() >= 0:
+            bad = first_not_finite(step.losses.tolist())
+            if bad is not None:
                 raise TrainingError(
-                    f"The loss of blocks {step.name} trained {arm} is not finite at step {step.first_bad.item()}. "
+                    f"The loss of blocks {step.name} trained {arm} is not finite at step {bad}. "
                     "Lower the learning rate (--optimizer.lr) or lengthen its warm-up (--optimizer.warmup)."
                 )

@@ -36,7 +36,7 @@ RANDOM = "random"
 FORMAT = 1
 """The version of a checkpoint's names and metadata; files of earlier versions have none, and are alike."""
 
-_ADDED = {"deterministic": False}
+_ADDED = {"deterministic": False, "folded_teacher": False}
 """Settings that checkpoints of earlier versions do not hold, and what was so then."""
 _MAY_CHANGE = ("data", "on_bad_image")
 """A resumed run may find the same images at another place, and may leave out bad ones from then on."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -152,7 +153,7 @@ class DividedSteps:
             return
         with self.training():
             for number, step in enumerate(self.steps):
-                self.ranks.broadcast([step.losses, step.first_bad], self.layout.owner(number))
+                self.ranks.broadcast([step.losses], self.layout.owner(number))
         self.ranks.say_where()
         self._take_idle_time()
 
@@ -210,6 +211,11 @@ class _Reading:
     timings: int
 
 
+def first_not_finite(losses: Sequence[float]) -> int | None:
+    """The place of the first loss that is not finite, None if all are."""
+    return next((place for place, loss in enumerate(losses) if not math.isfinite(loss)), None)
+
+
 class LossReader:
     """Brings losses to the host without a wait: it starts a copy, and hands the values over once they have arrived."""
 
@@ -227,7 +233,7 @@ class LossReader:
     def start(self, position: int, event: dict, timings: int) -> None:
         """Begin to copy the unread losses, which end before `position` of the stage; `event` and `timings` come back
         with them."""
-        copy = HostCopy([tensor for step in self.steps for tensor in (step.losses, step.first_bad)])
+        copy = HostCopy([step.losses for step in self.steps])
         self._reading, self.unread = _Reading(copy, position, self.unread, event, timings), 0
 
     def take(self, wait: Callable[[Moment], None]) -> Losses | None:
@@ -238,8 +244,9 @@ class LossReader:
         wait(reading.copy.end)
         values, names = reading.copy.values(), [step.name for step in self.steps]
         places = range(reading.position - reading.count, reading.position)
-        columns = [losses[[place % len(losses) for place in places]].tolist() for losses in values[::2]]
-        bad = {name: int(first) for name, first in zip(names, values[1::2]) if first >= 0}
+        columns = [losses[[place % len(losses) for place in places]].tolist() for losses in values]
+        found = {name: first_not_finite(losses) for name, losses in zip(names, columns)}
+        bad = {name: places[first] for name, first in found.items() if first is not None}
         return Losses([dict(zip(names, row)) for row in zip(*columns)], bad, reading.event, reading.timings)
 
 

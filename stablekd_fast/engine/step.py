@@ -19,6 +19,7 @@ from stablekd_fast.distributed import Averaging
 from stablekd_fast.distributed import sync_norms as synced
 from stablekd_fast.engine.optimizers import SGD, build_optimizer
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, group_name
+from stablekd_fast.engine.weights import CastWeights
 from stablekd_fast.errors import ConfigError, CutError, TrainingError
 from stablekd_fast.execution.precision import LossScale
 from stablekd_fast.objectives.objectives import Objectives
@@ -158,17 +159,21 @@ class GroupStep:
             )
         device = self.device = inputs.device
         self.rates = rates.table
-        self.lr, self.momentum, self.ema_decay = (torch.zeros((), device=device) for _ in range(3))
+        self.current = torch.zeros(1, rates.table.shape[1], device=device)
+        """The row of the table that holds for this step."""
+        self.lr, self.momentum, self.ema_decay = self.current[0].unbind()
         self.clip = optimizer.clip
         self.optimizer = build_optimizer(optimizer, list(self.parameters.values()), self.lr, self.momentum)
         self.loss_scale = LossScale(device) if paired.precision.scales_loss else None
         if self.loss_scale is not None:
             _let_skip(self.optimizer, self.loss_scale)
         self.ema = None if ema is None else [ema[name] for name in self.parameters]
+        self.weights = None
+        if paired.precision.dtype != torch.float32 and not compiled:  # what is compiled casts where it computes
+            self.weights = CastWeights(self.blocks, paired.precision.dtype)
         self.losses = torch.zeros(history, device=device)
         self.position = torch.full((), position, dtype=torch.int64, device=device)
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        """The stage's step whose loss was first not finite, -1 while there is none."""
+        self._places = torch.arange(history, device=device)
         self._loss: Tensor | None = None
         self._whole: dict[int, Tensor] = {}
         self._network = torch.compile(self._compute, dynamic=False) if compiled else self._compute
@@ -197,6 +202,7 @@ class GroupStep:
         # float16 is too coarse for gradients that are scaled later: the losses scale them before they round.
         upstream = None if self.loss_scale is None else self.loss_scale.scale / self.micro_batches
         total = []
+        self.cast_weights()
         for micro_batch in self._split_batch(*self._tensors()):
             with self.paired.precision.applied(self.device):
                 outputs, gradients, losses = self._network(*micro_batch, self._whole, upstream)
@@ -204,7 +210,8 @@ class GroupStep:
                 gradients = [gradient / self.micro_batches for gradient in gradients]
             self.backward(outputs, gradients)
             total += losses
-        self._loss = torch.stack(total).sum() / self.micro_batches
+        loss = total[0] if len(total) == 1 else torch.stack(total).sum()
+        self._loss = loss / self.micro_batches if self.micro_batches > 1 else loss
 
     def of_own_part(self) -> list[Tensor]:
         """Return the gradients and the loss of this rank's part of the batch, which are to be averaged over ranks."""
@@ -227,8 +234,7 @@ class GroupStep:
     def take_rates(self) -> None:
         """Read the rates of this step from the table of the stage."""
         row = self.position.clamp(max=len(self.rates) - 1).view(1)
-        for rate, value in zip((self.lr, self.momentum, self.ema_decay), self.rates.index_select(0, row)[0].unbind()):
-            rate.copy_(value)
+        torch.index_select(self.rates, 0, row, out=self.current)
 
     def forward(self, entry: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Student outputs that carry a loss, the gradient at each, and the losses.
@@ -236,6 +242,7 @@ class GroupStep:
         `entry` replaces the teacher-fed input of the group (used to measure exposure).
         """
         own_entry, targets, labels = self._tensors()
+        self.cast_weights()
         with self.paired.precision.applied(self.device):
             return self._compute(own_entry if entry is None else entry, targets, labels, {}, None)
 
@@ -248,6 +255,13 @@ class GroupStep:
         """Start backward from the gradients that the losses returned."""
         with self.paired.precision.products(self.device):
             torch.autograd.backward(outputs, gradients)
+        if self.weights is not None:
+            self.weights.hand_back()
+
+    def cast_weights(self) -> None:
+        """Cast the weights to the type that forward passes compute in."""
+        if self.weights is not None:
+            self.weights.refresh()
 
     def update(self) -> None:
         """Clip the gradients, take the optimizer's step, and bring the moving average up to date."""
@@ -266,20 +280,17 @@ class GroupStep:
                 torch._foreach_add_(self.ema, torch._foreach_mul(list(self.parameters.values()), 1 - self.ema_decay))
 
     def note(self, loss: Tensor) -> None:
-        """Keep the loss for reading later, and where it was first not finite.
+        """Keep the loss for reading later.
 
         No `index_copy_`: torch's deterministic form of it reads the index on the host in some versions.
         """
-        history = len(self.losses)
-        here = torch.arange(history, device=self.device) == self.position % history
-        self.losses.copy_(torch.where(here, loss.to(self.losses.dtype), self.losses))
-        newly_bad = ~torch.isfinite(loss) & (self.first_bad < 0)
-        self.first_bad.copy_(torch.where(newly_bad, self.position, self.first_bad))
+        here = self._places == self.position % len(self.losses)
+        torch.where(here, loss.to(self.losses.dtype), self.losses, out=self.losses)
         self.position += 1
 
     def state(self) -> list[Tensor]:
         """Return all tensors that outlive `run` and that it changes, but for the inputs."""
-        own = [self.lr, self.momentum, self.ema_decay, self.losses, self.position, self.first_bad, *(self.ema or [])]
+        own = [self.current, self.losses, self.position, *(self.ema or [])]
         if self.loss_scale is not None:
             own += [*self.loss_scale.state().values(), self.loss_scale.skipped]
         networks = [tensor for block in self.blocks for tensor in (*block.parameters(), *block.buffers())]
@@ -310,8 +321,8 @@ class GroupStep:
         upstream: Tensor | None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         outputs, gradients, losses = [], [], []
-        for k, block in zip(self.group, self.blocks):
-            x = block(x)
+        for number, k in enumerate(self.group):
+            x = self.blocks[number](x) if self.weights is None else self.weights.call(number, x)
             if k in self.aligned:
                 axis = self.paired.cuts[k].student_channel_axis
                 loss, gradient = self.objectives.feature(x.detach(), targets[k], axis, whole.get(k), upstream)

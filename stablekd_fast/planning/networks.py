@@ -23,7 +23,7 @@ def measure_teacher(paired: PairedBlocks, images: Tensor) -> list[float]:
     """Seconds per batch of each teacher block, with the bridge behind it."""
     times, x = [], images
     with torch.no_grad(), paired.precision.applied(images.device):
-        for k, block in enumerate(paired.teacher_blocks):
+        for k, block in enumerate(paired.serving_blocks):
             bridge = paired.bridge_after(k)
 
             def call(block=block, bridge=bridge, x=x):

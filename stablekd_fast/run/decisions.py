@@ -103,6 +103,7 @@ def _facts(materials: Materials) -> dict:
         "std": list(images.dataset.std),
         "compiled": materials.capture == "compile",
         "fused_norms": paired.fuses_norms,
+        "folded_teacher": paired.folded,
     }
 
 

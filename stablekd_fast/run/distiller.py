@@ -352,6 +352,7 @@ class Distiller:
             capture=materials.capture,
             precision=asdict(materials.paired.precision),
             fused_norms=materials.paired.fuses_norms,
+            folded_teacher=materials.paired.folded,
             images=str(materials.image_dtype).removeprefix("torch."),
             source=asdict(materials.images.stream.choice),
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast import models
-from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion
+from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion, serve
 from stablekd_fast.blocks.check import check_runs, check_separate
 from stablekd_fast.blocks.pair import copy_head
 from stablekd_fast.cache.image_column import ImageColumn
@@ -131,6 +131,8 @@ def gather(config: DistillConfig, given: Given) -> Materials:
         copy_head(paired)
     precision = _precision(config, resumed, ranks, paired.student, images, device)
     paired = dataclasses.replace(paired, precision=precision, fuses_norms=pick_fusion(config.fuse_norms, device))
+    if config.method != "ce":
+        paired = serve(paired, images.first(device), config.fold_teacher)
     image_dtype = torch.float32
     if precision.dtype != torch.float32:
         image_dtype = pick_image_dtype(paired, images.first(device)[:TRIAL_IMAGES])

@@ -47,7 +47,7 @@ class TeacherPart:
             if self.before is not None:
                 found[self.first - 1] = self._bridged(self.first - 1, x)
             for k in range(self.first, self.last + 1):
-                x = self.paired.teacher_blocks[k](x)
+                x = self.paired.serving_blocks[k](x)
                 found[k] = self._bridged(k, x)
         if self.behind is not None:
             self._send(x, self.behind)

@@ -61,7 +61,7 @@ class Loop:
         self.engine = Engine(parts, RunState(), self.log)
         step = SimpleNamespace(
             name="1", inputs=SimpleNamespace(load=lambda name, value: None), losses=losses or torch.zeros(10),
-            first_bad=losses or torch.tensor(-1), group=[1], state=lambda: [],
+            group=[1], state=lambda: [],
         )  # fmt: skip
         divided = SimpleNamespace(
             steps=[step], own=[step], training=contextlib.nullcontext, broadcast_losses=lambda: 0.0,
