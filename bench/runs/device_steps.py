@@ -22,8 +22,10 @@ from stablekd_fast.bench.runs.teacher import LARGE, Arm, Images, Pair, cached, m
 from stablekd_fast.blocks import pick_fusion, serve
 from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import Dataset
+from stablekd_fast.engine.feed import Feed
 from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.execution.precision import Precision
+from stablekd_fast.execution.side import Side
 from stablekd_fast.teacher.live import LiveTeacher, Relay
 
 TOLERANCES = {"fp32": 1e-2, "bf16": 5e-2}
@@ -35,12 +37,17 @@ Losses = Callable[[], list[Tensor]]
 
 
 class FedAhead(Arm):
-    """An arm whose next batch's rows are read while it trains, as in a run."""
+    """An arm whose next batch is made ready while it trains, as in a run."""
+
+    feed: Feed | None = None
 
     def load(self) -> None:
-        if not hasattr(self, "_ahead"):
-            self._ahead = iter(self.teacher.ahead(itertools.cycle(self.batches), self.stage.wanted))
-        self.stage.load(self.teacher, next(self._ahead))
+        if self.feed is None:
+            device, batches = self.stage.inputs.device, itertools.cycle(self.batches)
+            self.feed = Feed(self.teacher, batches, self.stage.wanted, Side(device))
+        self.feed.fetch()
+        self.feed.serve(self.stage.inputs)
+        self.feed.load(self.stage.inputs)
 
 
 class DeviceContest:
@@ -90,7 +97,7 @@ class DeviceContest:
         if tier is not None:
             teacher = cached(paired, source, batches, Path(), codec, tier=tier, device=self.device)
         groups = [list(range(len(paired)))] if method == "kd" else None
-        return (Arm if tier is None else FedAhead)(
+        return FedAhead(
             paired, teacher, batches, capture, groups=groups, objectives=objectives_of(DistillConfig(method=method)),
             optimizer=Optimizer("sgd"),
         )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stablekd_fast.execution import capture
+from stablekd_fast.execution import capture, side
 
 Pool = tuple[int, int]
 
@@ -35,6 +35,11 @@ class Stream:
         self.stand.note("wait", self, other)
         if other in self.stand.capturing:
             self.stand.capturing.append(self)
+
+    def wait_event(self, event: Event) -> None:
+        """Begin later work when the event has come to pass."""
+        assert self.stand is not None
+        self.stand.note("wait event", self, event)
 
 
 class Event:
@@ -306,6 +311,7 @@ def standin(**settings: object) -> Iterator[StandIn]:
                 stack.enter_context(mock.patch.object(module, name, value, create=True))
         _STANDING.append(stand)
         stack.callback(_STANDING.pop)
-        capture._stream.cache_clear()  # streams that the engine made before are those of another device
-        stack.callback(capture._stream.cache_clear)
+        for made in (capture._stream, side._second_stream):  # those that the engine made before are of another device
+            made.cache_clear()
+            stack.callback(made.cache_clear)
         yield stand

@@ -41,7 +41,7 @@ def serve(paired: PairedBlocks, images: Tensor, fold: str) -> PairedBlocks:
 
     Without folding its outputs have the bits of the plain blocks. A folded teacher rounds otherwise: on some of the
     images its error against float64 must be at most twice that of the plain one, at cuts and logits. Where it is
-    not, or where the folded form fails, `auto` serves without folding, after a warning; for `on`, ConfigError is raised.
+    not, or where the folded form fails, `auto` serves without folding, after a warning, and `on` raises ConfigError.
     """
     if not pick_folding(fold, images.device):
         return replace(paired, serving=_forms(paired, images, fold=False))

@@ -6,27 +6,28 @@ import copy
 import math
 import signal
 from collections import deque
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from stablekd_fast.data import Batch
 from stablekd_fast.distributed import Layout
 from stablekd_fast.engine.checkpoint import RunState, save_run
 from stablekd_fast.engine.evaluate import Metrics, evaluate, not_finite, with_fresh_batch_norm
+from stablekd_fast.engine.feed import Feed
 from stablekd_fast.engine.merge import Merges
 from stablekd_fast.engine.parts import Parts
 from stablekd_fast.engine.schedule import PlannedStage
 from stablekd_fast.engine.stage import DividedSteps, LossReader, StageRun, bodies_of, stage_steps
-from stablekd_fast.engine.step import GroupStep, Rates, load_batch
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.engine.stops import Stops
 from stablekd_fast.errors import Interrupted, TrainingError
 from stablekd_fast.execution.capture import Runner, make_runner
 from stablekd_fast.execution.memory import watched
 from stablekd_fast.execution.moments import Clock, Moment
+from stablekd_fast.execution.side import Side
 from stablekd_fast.execution.signals import Signals
 from stablekd_fast.models.outputs import logits_of
 from stablekd_fast.models.weights import restore_state
@@ -65,8 +66,8 @@ class Engine:
             stage = self._enter(index, planned)
             try:
                 with closing(self._batches(stage)) as batches:  # a run that fails ends its decoders' threads at once
-                    for batch in batches:
-                        self._train_step(stage, batch)
+                    for feed in batches:
+                        self._train_step(stage, feed)
                         self._after_step(stage)
                         if stage.stopped_by is not None and self.progress.step < planned.last:
                             self._stop(stage.stopped_by)
@@ -116,24 +117,32 @@ class Engine:
 
     # One step.
 
-    def _batches(self, stage: StageRun) -> Generator[Batch, None, None]:
-        """The batches of the rest of the stage; the time that they are waited for is noted."""
+    def _batches(self, stage: StageRun) -> Generator[Feed, None, None]:
+        """The rest of the stage's batches, each made ready; the time that they are waited for is noted."""
         first = max(self.progress.step, stage.planned.first)
         dtype = self.parts.execution.image_dtype
         batches = stage.source.batches(first, stage.planned.last, dtype, stage.needs_images)
-        source = stage.teacher.ahead(batches, stage.wanted)
+        feed = Feed(stage.teacher, batches, stage.wanted, stage.side)
         while True:
             with self.clock.timing("waiting"):
-                batch = next(source, None)
+                batch = feed.fetch()
             if batch is None:
                 return
-            yield batch
+            with self._training(stage, "the teacher"):
+                feed.serve(stage.own[0].inputs)
+            yield feed
 
-    def _train_step(self, stage: StageRun, batch: Batch) -> None:
-        memory = watched(lambda: f"stage {stage.planned.stage.name}, {stage.current}", len(batch.labels))
+    @contextmanager
+    def _training(self, stage: StageRun, what: str) -> Iterator[None]:
+        """Time and memory are those of training, and of `what` to begin with."""
+        stage.current, size = what, self.parts.source.batch_size
+        memory = watched(lambda: f"stage {stage.planned.stage.name}, {stage.current}", size)
         with self.clock.timing("training"), memory, stage.divided.training():
-            stage.current = "the teacher"
-            load_batch(stage.own[0].inputs, stage.teacher, stage.wanted, batch)
+            yield
+
+    def _train_step(self, stage: StageRun, feed: Feed) -> None:
+        with self._training(stage, "its inputs"):
+            feed.load(stage.own[0].inputs)
             if stage.runner is None:
                 stage.runner = self._runner(stage)
             stage.runner.run()
@@ -176,6 +185,7 @@ class Engine:
             self._read_losses(stage)
         if evaluates or saves or at == last:
             self._catch_up(0)
+            stage.side.halt()
             stage.divided.broadcast_state()
             self._log(stage)
             self._take_times(wait=True)
@@ -198,6 +208,7 @@ class Engine:
             wanted=self.parts.objectives.teacher_outputs(own, len(paired.cuts)),
             source=self.parts.stream.part(layout.part_of(self.ranks.rank), layout.data),
             teacher=self._teacher(layout, settings.groups),
+            side=Side(self.parts.device, used=not layout.hands_on),  # ranks exchange all that they do on one stream
             losses=LossReader(divided.steps),
             stops=self._stops(layout),
             entered_at=self.progress.step,

@@ -20,6 +20,7 @@ from stablekd_fast.engine.stops import Stops
 from stablekd_fast.execution.capture import Body, Runner, make_runner
 from stablekd_fast.execution.moments import HostCopy, Moment
 from stablekd_fast.execution.process import random_states, set_random_states
+from stablekd_fast.execution.side import Side
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.teacher.live import Teacher
 
@@ -262,6 +263,8 @@ class StageRun:
     source: TrainSource | StreamSource
     """Makes this process's part of each batch."""
     teacher: Teacher
+    side: Side
+    """Makes the next batch ready."""
     losses: LossReader
     stops: Stops
     entered_at: int

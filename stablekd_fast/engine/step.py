@@ -7,7 +7,7 @@ data, reads nothing back to the host, and takes what changes from step to step f
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
@@ -22,6 +22,7 @@ from stablekd_fast.engine.schedule import Optimizer, PlannedStage, group_name
 from stablekd_fast.engine.weights import CastWeights
 from stablekd_fast.errors import ConfigError, CutError, TrainingError
 from stablekd_fast.execution.precision import LossScale
+from stablekd_fast.execution.process import fastest_algorithms
 from stablekd_fast.objectives.objectives import Objectives
 from stablekd_fast.teacher.live import Teacher
 
@@ -253,7 +254,7 @@ class GroupStep:
 
     def backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
         """Start backward from the gradients that the losses returned."""
-        with self.paired.precision.products(self.device):
+        with self.paired.precision.products(self.device), fastest_algorithms(self.device):
             torch.autograd.backward(outputs, gradients)
         if self.weights is not None:
             self.weights.hand_back()
@@ -349,12 +350,24 @@ def _let_skip(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> None:
 def load_batch(inputs: StageInputs, teacher: Teacher, wanted: Collection[int], batch: Batch) -> None:
     """Fill the stage's inputs with a batch, with its images where it has some, and the teacher's wanted outputs for
     it."""
-    images = None
+    fill_inputs(inputs, *served(teacher, wanted, batch, inputs.device))
+
+
+def served(
+    teacher: Teacher, wanted: Collection[int], batch: Batch, device: torch.device
+) -> tuple[Batch, dict[int, Tensor]]:
+    """Return a batch with images and labels on `device`, and the teacher's wanted outputs for it."""
+    images = None if batch.images is None else batch.images.to(device, non_blocking=True)
+    there = replace(batch, images=images, labels=batch.labels.to(device, non_blocking=True))
+    return there, teacher.outputs(wanted, images, batch)
+
+
+def fill_inputs(inputs: StageInputs, batch: Batch, outputs: dict[int, Tensor]) -> None:
+    """Copy what was `served` into the stage's inputs."""
     if batch.images is not None:
         inputs.load(IMAGES, batch.images)
-        images = inputs[IMAGES]
     inputs.load(LABELS, batch.labels)
-    for k, output in teacher.outputs(wanted, images, batch).items():
+    for k, output in outputs.items():
         inputs.load(output_key(k), output)
 
 

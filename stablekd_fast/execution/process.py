@@ -73,3 +73,22 @@ def set_random_states(device: torch.device, states: Mapping[str, Tensor]) -> Non
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+@contextlib.contextmanager
+def fastest_algorithms(device: torch.device) -> Iterator[None]:
+    """A context in which cuDNN tries its algorithms at the first convolution of a kind, and keeps the fastest.
+
+    For backward passes alone: forward passes of a student share their kinds with those of the teacher, whose stored
+    rows are used again by processes that may choose otherwise. Nothing on a CPU, or where bits are to repeat.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before, repeats = cudnn.benchmark, cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    if device.type != "cuda" or repeats:
+        yield
+        return
+    cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before

@@ -162,12 +162,13 @@ def test_other_layouts_and_blocks_made_by_hand_go_the_network_s_way():
 
 
 def test_fusion_is_picked_by_device_and_what_is_built():
-    from stablekd_fast.kernels import _native
+    from stablekd_fast.kernels import _native, _triton
 
     assert pick_fusion("auto", torch.device("cpu")) == (_native.core is not None)
     assert not pick_fusion("off", torch.device("cpu"))
-    assert not pick_fusion("auto", torch.device("cuda"))
-    with pytest.raises(ConfigError, match="fuse_norms=on was given, but only the C.. core on a CPU"):
-        pick_fusion("on", torch.device("cuda"))
+    assert pick_fusion("auto", torch.device("cuda")) == (_triton.missing is None)
+    assert not pick_fusion("auto", torch.device("meta"))
+    with pytest.raises(ConfigError, match="fuse_norms=on was given, but on meta there is no fast kernel for it"):
+        pick_fusion("on", torch.device("meta"))
     with pytest.raises(ConfigError, match="choose one of auto, on, off"):
         pick_fusion("yes", torch.device("cpu"))

@@ -155,14 +155,18 @@ def test_state_names_everything_that_a_step_changes(pair, random_batch):
     step = GroupStep(
         paired, [0, 1, 2, 3], aims, OPTIMIZERS["sgd cycled"], inputs, rates=Rates.constant(0.1), ema=average
     )
-    held = {id(tensor) for tensor in step.state()}
+    held, places = {id(tensor) for tensor in step.state()}, {_memory(tensor) for tensor in step.state()}
     for owner in (step, step.optimizer, step.loss_scale):
         tensors = [value for value in vars(owner).values() if isinstance(value, torch.Tensor)]
-        assert {id(tensor) for tensor in tensors} - {id(step.rates)} <= held
+        assert {_memory(tensor) for tensor in tensors} - {_memory(step.rates), _memory(step._places)} <= places
     assert {
         id(tensor) for tensor in (*paired.student.parameters(), *paired.student.buffers(), *average.values())
     } <= held
     assert {id(value) for state in step.optimizer.state.values() for value in state.values()} <= held
+
+
+def _memory(tensor):
+    return tensor.untyped_storage().data_ptr()
 
 
 # Planted faults: each would break a CUDA graph.

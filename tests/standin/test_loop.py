@@ -15,6 +15,7 @@ from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
 from stablekd_fast.engine.stage import LossReader
 from stablekd_fast.errors import RankError
+from stablekd_fast.execution.side import Side
 
 GPU = torch.device("cuda", 0)
 STEPS, BATCH = 40, 16
@@ -60,7 +61,8 @@ class Loop:
         )  # fmt: skip
         self.engine = Engine(parts, RunState(), self.log)
         step = SimpleNamespace(
-            name="1", inputs=SimpleNamespace(load=lambda name, value: None), losses=losses or torch.zeros(10),
+            name="1", inputs=SimpleNamespace(load=lambda name, value: None, device=torch.device("cpu")),
+            losses=losses or torch.zeros(10),
             group=[1], state=lambda: [],
         )  # fmt: skip
         divided = SimpleNamespace(
@@ -79,7 +81,7 @@ class Loop:
             source=SimpleNamespace(batches=batches),
             teacher=SimpleNamespace(ahead=lambda given, wanted: given, outputs=lambda *_: {}),
             losses=LossReader([step]), runner=SimpleNamespace(run=self.run), entered_at=0, entered_seconds=0.0, index=0,
-            stops=SimpleNamespace(due=lambda step: None),
+            side=Side(GPU), stops=SimpleNamespace(due=lambda step: None),
         )  # fmt: skip
 
     def run(self):
