@@ -109,6 +109,10 @@ class RowStore:
         """Whether each row of `rows` int64 `[N]` is stored: bool `[N]`."""
         return self.tables.present(rows)
 
+    def complete(self, rows: Tensor) -> bool:
+        """Whether all of `rows` int64 `[N]` are stored."""
+        return self.tables.complete(rows)
+
     def __len__(self) -> int:
         """Rows that are stored."""
         return len(self.tables)
@@ -134,7 +138,7 @@ class RowStore:
         """
         rows = rows.contiguous()
         self.manifest.check_parts(len(rows), out, self.folder)
-        if len(rows) and not bool(self.present(rows).all()):
+        if not self.complete(rows):
             missing = int(rows[~self.present(rows)][0])
             raise CacheError(f"{self.describe(missing)} is not stored in {self.folder}; fill the cache first.")
         with self._mutex:

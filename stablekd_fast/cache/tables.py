@@ -39,6 +39,10 @@ class RowTables:
         """Whether each row of `rows` int64 `[N]` is stored: bool `[N]`."""
         return has_entry(self.places, rows)
 
+    def complete(self, rows: Tensor) -> bool:
+        """Whether all of `rows` int64 `[N]` are stored."""
+        return have_entries(self.places, rows)
+
     def fresh(self, rows: Tensor) -> Tensor:
         """Positions in `rows` of those that are not stored, each row number once."""
         candidates = (~self.present(rows)).nonzero().flatten()
@@ -84,3 +88,8 @@ def has_entry(table: Tensor, rows: Tensor) -> Tensor:
     """Whether each of `rows` int64 `[N]` has an entry that is not negative in a table by row number: bool `[N]`."""
     known = rows < len(table)
     return known & (table[torch.where(known, rows, 0)] >= 0) if len(table) else known
+
+
+def have_entries(table: Tensor, rows: Tensor) -> bool:
+    """Whether all of `rows` int64 `[N]` have one; each batch asks it of each column."""
+    return not len(rows) or (int(rows.max()) < len(table) and int(table[rows].min()) >= 0)

@@ -245,7 +245,7 @@ class LossReader:
         wait(reading.copy.end)
         values, names = reading.copy.values(), [step.name for step in self.steps]
         places = range(reading.position - reading.count, reading.position)
-        columns = [losses[[place % len(losses) for place in places]].tolist() for losses in values]
+        columns = [losses[len(losses) - reading.count :].tolist() for losses in values]
         found = {name: first_not_finite(losses) for name, losses in zip(names, columns)}
         bad = {name: places[first] for name, first in found.items() if first is not None}
         return Losses([dict(zip(names, row)) for row in zip(*columns)], bad, reading.event, reading.timings)

@@ -50,12 +50,13 @@ class StageInputs:
         buffer = self._buffers.get(name)
         if buffer is None:
             buffer = self._buffers[name] = torch.empty_like(value, device=self.device)
-        got, expected = (_metadata(value), _metadata(buffer))
-        if got != expected:
-            raise TrainingError(
-                f"The step's input {name!r} has changed: expected {expected}, got {got}. "
-                "All batches of a run must have one size; drop or pad the last one."
-            )
+        if value.shape != buffer.shape or value.dtype != buffer.dtype or value.stride() != buffer.stride():
+            got, expected = (_metadata(value), _metadata(buffer))
+            if got != expected:
+                raise TrainingError(
+                    f"The step's input {name!r} has changed: expected {expected}, got {got}. "
+                    "All batches of a run must have one size; drop or pad the last one."
+                )
         buffer.copy_(value, non_blocking=True)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -70,8 +71,8 @@ def _metadata(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Rates:
-    """What changes from step to step of a stage, on the device: `table` `[steps, 3]` holds learning rate, momentum and
-    EMA decay."""
+    """What changes from step to step of a stage, on the device: `table` `[steps, 3]`, or `[1, 3]` for all steps, holds
+    learning rate, momentum and EMA decay."""
 
     table: Tensor
 
@@ -110,7 +111,7 @@ class GroupStep:
     Args:
         paired, group: the blocks, and which of them this step trains as one.
         inputs: the buffers that hold the batch and the teacher's outputs.
-        rates: what changes from step to step of the stage; past its end the last row holds.
+        rates: what changes from step to step of the stage: a row for each step, or one for all.
         position: how many steps of the stage are done.
         history: of how many last steps the losses are kept for reading.
         ema: an average of the student's parameters by name, which each step brings up to date.
@@ -160,7 +161,7 @@ class GroupStep:
             )
         device = self.device = inputs.device
         self.rates = rates.table
-        self.current = torch.zeros(1, rates.table.shape[1], device=device)
+        self.current = rates.table[:1].clone()
         """The row of the table that holds for this step."""
         self.lr, self.momentum, self.ema_decay = self.current[0].unbind()
         self.clip = optimizer.clip
@@ -174,7 +175,6 @@ class GroupStep:
             self.weights = CastWeights(self.blocks, paired.precision.dtype)
         self.losses = torch.zeros(history, device=device)
         self.position = torch.full((), position, dtype=torch.int64, device=device)
-        self._places = torch.arange(history, device=device)
         self._loss: Tensor | None = None
         self._whole: dict[int, Tensor] = {}
         self._network = torch.compile(self._compute, dynamic=False) if compiled else self._compute
@@ -234,8 +234,8 @@ class GroupStep:
 
     def take_rates(self) -> None:
         """Read the rates of this step from the table of the stage."""
-        row = self.position.clamp(max=len(self.rates) - 1).view(1)
-        torch.index_select(self.rates, 0, row, out=self.current)
+        if len(self.rates) > 1:
+            torch.index_select(self.rates, 0, self.position.view(1), out=self.current)
 
     def forward(self, entry: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Student outputs that carry a loss, the gradient at each, and the losses.
@@ -281,12 +281,8 @@ class GroupStep:
                 torch._foreach_add_(self.ema, torch._foreach_mul(list(self.parameters.values()), 1 - self.ema_decay))
 
     def note(self, loss: Tensor) -> None:
-        """Keep the loss for reading later.
-
-        No `index_copy_`: torch's deterministic form of it reads the index on the host in some versions.
-        """
-        here = self._places == self.position % len(self.losses)
-        torch.where(here, loss.to(self.losses.dtype), self.losses, out=self.losses)
+        """Keep the loss for reading later, as the last of `losses`."""
+        self.losses.copy_(torch.cat([self.losses[1:], loss.to(self.losses.dtype).view(1)]))
         self.position += 1
 
     def state(self) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.columns import Column
-from stablekd_fast.cache.memory_rows import MemoryRows
+from stablekd_fast.cache.memory_rows import MemoryRows, Shipped
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.data import Batch
 from stablekd_fast.errors import CacheFull
@@ -48,6 +48,7 @@ class CachedTeacher:
         self.live_batches = 0
         self._fills: Collection[int] = columns.keys()
         self._reading: _Reading | None = None
+        self._shipped = Shipped()
 
     def row_numbers(self, sample_ids: Tensor, view: int | None) -> Tensor:
         """Return the numbers of the rows of these samples, int64 `[N]`, in a view, which must have a name."""
@@ -128,13 +129,15 @@ class CachedTeacher:
         return isinstance(store, RowStore) or (self.pinned and store.device.type == "cpu")
 
     def _complete(self, k: int, rows: Tensor) -> bool:
-        return bool(self.columns[k].rows.present(rows).all())
+        return self.columns[k].rows.complete(rows)
 
     def _stored(self, k: int, rows: Tensor, reading: _Reading) -> Tensor:
         column = self.columns[k]
         if k in reading.columns:
             ticket, parts = reading.columns[k]
             column.rows.wait(ticket)
+        elif isinstance(column.rows, MemoryRows):
+            parts = column.rows.gather(rows, self._shipped)
         else:
             parts = column.rows.gather(rows)
         return column.format.decode([part.to(self.device, non_blocking=True) for part in parts])

@@ -66,7 +66,7 @@ def test_ten_failed_captures_leave_memory_generator_and_streams_as_they_were(sma
     steps = small.steps(small.pair(dropout=0.1), [[0], [1], [2], [3]])
     with small.runner(steps) as runner:
         runner.run()
-    assert all(torch.isfinite(step.losses[0]) for step in steps)
+    assert all(torch.isfinite(step.losses[-1]) for step in steps)
 
 
 HANGING = """
