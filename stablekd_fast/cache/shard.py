@@ -26,6 +26,7 @@ from torch import Tensor
 from stablekd_fast.cache.disk import full_disk, is_locked, lock
 from stablekd_fast.errors import CacheError, first_line
 from stablekd_fast.files.reading import open_regular
+from stablekd_fast.files.sealed import as_bytes
 
 FORMAT = 2
 DATA_START = 4096
@@ -323,11 +324,6 @@ def _header(parts: Sequence[Part], rows: int, column: str) -> tuple[bytes, dict[
     if len(text) > DATA_START - 8:
         raise CacheError(f"A row of {len(parts)} parts does not fit into the header of a shard.")
     return (DATA_START - 8).to_bytes(8, "little") + text, starts, DATA_START + position
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, in place if it is contiguous."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _write(file: int, offset: int, data: bytes | Tensor) -> None:

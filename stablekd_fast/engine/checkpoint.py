@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ from stablekd_fast.engine.step import GroupStep
 from stablekd_fast.errors import CheckpointError
 from stablekd_fast.execution.process import random_states, set_random_states
 from stablekd_fast.files import write_atomically
-from stablekd_fast.files.sealed import check_tensors, sealed, text_of
+from stablekd_fast.files.sealed import check_tensors, sealed_file, text_of
 from stablekd_fast.models.weights import restore_state
 
 STUDENT, AVERAGE, OPTIMIZER, LOSS_SCALE, BRIDGE = "student", "average", "optimizer", "loss_scale", "bridge"
@@ -53,8 +52,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
         place = tensor.untyped_storage().data_ptr()
         contiguous[name] = tensor.clone() if place in seen else tensor  # the format knows no shared memory
         seen.add(place)
-    data = safetensors.torch.save(contiguous, sealed(contiguous, json.dumps(metadata)))
-    write_atomically(path, data)
+    write_atomically(path, *sealed_file(contiguous, json.dumps(metadata)))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
