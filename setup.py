@@ -63,7 +63,7 @@ class RepeatableSdist(sdist):
 
 
 def _set_times(archive: Path, epoch: int) -> None:
-    """Write an archive anew, its files in order, all of one time and of nobody."""
+    """Write an archive anew, its files in order, all of one time, of nobody, for everybody to read."""
     with tarfile.open(archive) as found:
         files = [(member, found.extractfile(member)) for member in sorted(found.getmembers(), key=lambda m: m.name)]
         contents = [(member, None if file is None else file.read()) for member, file in files]
@@ -72,6 +72,7 @@ def _set_times(archive: Path, epoch: int) -> None:
             for member, content in contents:
                 member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
                 member.pax_headers = {}
+                member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644  # whatever the builder's umask
                 made.addfile(member, None if content is None else io.BytesIO(content))
 
 
