@@ -78,7 +78,7 @@ def test_rows_of_each_version_are_read_or_refused(version):
         with RowStore(column) as store:
             assert len(store) == 32 and store.verify() == 32
         return
-    with pytest.raises(CacheError, match=r"has format 1; this version reads format 2.*cache gc"):
+    with pytest.raises(CacheError, match=r"is of format 1; this version reads 2.*cache gc"):
         RowStore(column)
     assert maintain.collect(version / "cache", ["logits.fp32"]) == ["logits.fp32"]
 
