@@ -140,7 +140,9 @@ def test_verify_reads_each_shard_once(tmp_path, wanted, make_rows, monkeypatch):
         store.seal()
         store.put(ROWS[30:50], make_rows(ROWS[30:50]))
     whole = Shard.first_bad_slot
-    monkeypatch.setattr(Shard, "first_bad_slot", lambda shard, reader: (read.append(shard.path), whole(shard, reader))[1])
+    monkeypatch.setattr(
+        Shard, "first_bad_slot", lambda shard, reader: (read.append(shard.path), whole(shard, reader))[1]
+    )
     with RowStore(folder, wanted) as store:
         assert store.verify() == 50 and sorted(read) == sorted(folder.glob("*shard-*")) and len(read) == 2
     read.clear()
