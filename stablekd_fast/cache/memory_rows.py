@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.cache.shard import Part
-from stablekd_fast.cache.tables import has_entry
+from stablekd_fast.cache.tables import has_entry, indexable
 from stablekd_fast.errors import CacheFull
-
-
-def _indexable(values: Tensor) -> Tensor:
-    """A view of the same memory that can be indexed; torch 2.6 cannot index 8-bit floats on a CPU."""
-    return values.view(torch.uint8) if values.dtype.itemsize == 1 else values
 
 
 class MemoryRows:
@@ -52,7 +47,7 @@ class MemoryRows:
         kept = fresh[: self.capacity - self.used]
         place = slice(self.used, self.used + len(kept))
         for stored, values in zip(self._parts, parts):
-            _indexable(stored)[place] = _indexable(values)[kept.to(values.device)].to(self.device)
+            indexable(stored)[place] = indexable(values)[kept.to(values.device)].to(self.device)
         self._slots[rows[kept]] = torch.arange(place.start, place.stop)
         self.used += len(kept)
         if len(kept) < len(fresh):
@@ -61,7 +56,7 @@ class MemoryRows:
     def gather(self, rows: Tensor) -> list[Tensor]:
         """The rows with the numbers `rows` int64 `[N]`, in that order: one tensor `[N, ...]` per part, on `device`."""
         slots = self._slots[rows].to(self.device, non_blocking=True)
-        return [_indexable(part).index_select(0, slots).view(part.dtype) for part in self._parts]
+        return [indexable(part).index_select(0, slots).view(part.dtype) for part in self._parts]
 
     def empty(self, count: int, *, pinned: bool = False) -> list[Tensor]:
         """Main memory for `count` rows, one tensor `[count, ...]` per part."""
@@ -73,7 +68,7 @@ class MemoryRows:
 
         def gather() -> None:
             for part, values in zip(self._parts, out):
-                torch.index_select(_indexable(part), 0, slots, out=_indexable(values))
+                torch.index_select(indexable(part), 0, slots, out=indexable(values))
 
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "rows in main memory")

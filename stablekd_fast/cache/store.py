@@ -31,7 +31,7 @@ from stablekd_fast.cache.disk import (
 )
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
 from stablekd_fast.cache.shard import REMEDY, Shard, checksums_of
-from stablekd_fast.cache.tables import RowTables
+from stablekd_fast.cache.tables import RowTables, indexable
 from stablekd_fast.errors import CacheError, CacheMissing
 from stablekd_fast.files.owned import try_lock
 from stablekd_fast.kernels._native import core
@@ -214,7 +214,7 @@ class RowStore:
                 self.tables.make_room(int(rows.max()) + 1)
             fresh = self.tables.fresh(rows)
             if len(fresh) < len(rows):
-                rows, parts = rows[fresh], [part[fresh] for part in parts]
+                rows, parts = rows[fresh], [indexable(part)[fresh].view(part.dtype) for part in parts]
             checksums = checksums_of(self.reader, rows, parts)
             done = 0
             while done < len(rows):

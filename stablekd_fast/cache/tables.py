@@ -84,3 +84,8 @@ def has_entry(table: Tensor, rows: Tensor) -> Tensor:
     """Whether each of `rows` int64 `[N]` has an entry that is not negative in a table by row number: bool `[N]`."""
     known = rows < len(table)
     return known & (table[torch.where(known, rows, 0)] >= 0) if len(table) else known
+
+
+def indexable(values: Tensor) -> Tensor:
+    """A view of the same memory that can be indexed; torch 2.6 cannot index 8-bit floats on a CPU."""
+    return values.view(torch.uint8) if values.dtype.itemsize == 1 else values

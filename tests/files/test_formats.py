@@ -92,6 +92,7 @@ def test_versions_to_come_are_refused(tmp_path):
     with pytest.raises(ModelError, match="is of format 7; this version reads 1"):
         card_of(out / "student.safetensors")
     config = settings(tmp_path / "run", resume=True, extend=True, epochs=2.0)
+    config.cache = CacheSettings(plan="all", directory=str(tmp_path / "rows"))
     with pytest.raises(CheckpointError, match=r"is of format 7; this version reads 1"):
         Distiller(config, teacher=network(0), student=network(1)).run(progress=False)
     for path, error in ((out / "events.jsonl", CheckpointError), (out / "results.json", StableKDError)):
