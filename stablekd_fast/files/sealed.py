@@ -27,7 +27,7 @@ def sealed_file(tensors: Mapping[str, Tensor], text: str) -> list[bytes | memory
     """
     content = json.dumps(_all_told(tensors, FORMAT)) + "\n" + text
     seal = {KEY: f"{MARK}{FORMAT} {_digest(content.encode())} {content}"}
-    # safetensors knows the names of types and the order of tensors; with their contents it would copy them twice.
+    # safetensors knows the names of types and the order of tensors; given their contents, it would copy them.
     empty = safetensors.torch.save({name: tensor.new_empty(0) for name, tensor in tensors.items()}, seal)
     header, data, end = json.loads(empty[8:]), [], 0
     for name, entry in header.items():

@@ -3,7 +3,7 @@
     python tests/proof/checkpoint_time.py FOLDER [--rounds N] [--megabytes N]
 
 All take turns in shuffled rounds, each to a new file that is flushed to the disk and renamed. FOLDER lies on the disk
-that is meant; a ratio is the median over the rounds, each with its own time of the first row.
+that is meant. A ratio is the median over the rounds, each by its own times; then that of the least times.
 """
 
 import argparse
