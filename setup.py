@@ -1,4 +1,4 @@
-"""Builds the C++ core with CMake and Ninja, and sdists that repeat; the rest of the package is in pyproject.toml."""
+"""Builds the C++ core with CMake and Ninja, and archives that repeat; the rest of the package is in pyproject.toml."""
 
 import gzip
 import io
@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
@@ -62,8 +63,17 @@ class RepeatableSdist(sdist):
         return made
 
 
+class RepeatableWheel(bdist_wheel):
+    """Makes a wheel whose files have modes that do not depend on the builder's umask."""
+
+    def write_wheelfile(self, *args, **options):
+        super().write_wheelfile(*args, **options)
+        for path in Path(self.bdist_dir).rglob("*"):  # all is there, and is packed next
+            path.chmod(_mode(path.stat().st_mode))
+
+
 def _set_times(archive: Path, epoch: int) -> None:
-    """Write an archive anew, its files in order, all of one time and of nobody."""
+    """Write an archive anew, its files in order, all of one time, of nobody, for everybody to read."""
     with tarfile.open(archive) as found:
         files = [(member, found.extractfile(member)) for member in sorted(found.getmembers(), key=lambda m: m.name)]
         contents = [(member, None if file is None else file.read()) for member, file in files]
@@ -72,7 +82,13 @@ def _set_times(archive: Path, epoch: int) -> None:
             for member, content in contents:
                 member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
                 member.pax_headers = {}
+                member.mode = _mode(member.mode)
                 made.addfile(member, None if content is None else io.BytesIO(content))
+
+
+def _mode(found: int) -> int:
+    """Return the mode of a file in an archive, whatever its builder's umask: others may do what its owner may."""
+    return 0o755 if found & 0o100 else 0o644
 
 
 def _reason(error: Exception) -> str:
@@ -94,5 +110,5 @@ setup(
         "stablekd_fast.bench.trust": ["calls.c"],
     },
     ext_modules=[Extension("stablekd_fast._C", sources=[], optional=True)],
-    cmdclass={"build_ext": CMakeBuild, "sdist": RepeatableSdist},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": RepeatableWheel, "sdist": RepeatableSdist},
 )

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "crc32.h"
 #include "levels.h"
 #include "row_store.h"
 
@@ -180,6 +181,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("crc32c", [](Address data, std::int64_t bytes) { return crc32c(0, at<void>(data), bytes); }, no_gil);
     module.def("crc32c_by_tables", [](Address data, std::int64_t bytes) { return crc32c_by_tables(0, at<void>(data), bytes); },
                no_gil);
+    if (has_crc32()) {
+        module.def("crc32", [](Address data, std::int64_t bytes) { return crc32(at<void>(data), bytes); }, no_gil);
+    }
     py::class_<RowReader>(module, "RowReader")
         .def(py::init<int>())
         .def("submit", &submit_rows)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from stablekd_fast.engine.schedule import Optimizer, Stage
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.execution.memory import keep_freed_memory
 from stablekd_fast.execution.precision import PRECISIONS
+from stablekd_fast.files.owned import try_lock
 from stablekd_fast.report import read_results
 from stablekd_fast.report.events import plain
 from stablekd_fast.run.builders import split_training_images
@@ -142,9 +142,4 @@ def _claimed(out: Path) -> Iterator[bool]:
     """Tell whether this process holds the run `out`; a process that dies lets go."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "claim", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield try_lock(file.fileno())

@@ -32,8 +32,9 @@ from stablekd_fast.bench.core import (
 )
 from stablekd_fast.cache.disk import drop_pages
 from stablekd_fast.cache.manifest import Manifest
-from stablekd_fast.cache.shard import Part, as_bytes
+from stablekd_fast.cache.shard import Part
 from stablekd_fast.cache.store import READING_THREADS, RowStore
+from stablekd_fast.files.sealed import as_bytes
 
 BATCH, _BATCH_BYTES = 128, 16 << 20
 ROW_SIZES = (4 << 10, 16 << 10, 64 << 10, 200 << 10)

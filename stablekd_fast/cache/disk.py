@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stablekd_fast.errors import CacheFull
-from stablekd_fast.files.owned import open_own
+from stablekd_fast.files.owned import open_own, try_lock
 from stablekd_fast.files.reading import open_regular
 
 SUFFIX = ".safetensors"
 """The ending of every file of rows."""
 LOCK = ".lock"
 _SHARD = re.compile(rf"(\.?)shard-(\d{{5,}}){re.escape(SUFFIX)}")
-_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-"""What file systems answer that cannot lock a folder."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise full_disk(folder / LOCK, 0, error) from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try_lock(file, fcntl.LOCK_EX)
         yield
     finally:
         os.close(file)
@@ -69,7 +67,7 @@ def hold(folder: Path) -> int:
     while True:
         held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _lock_folder(held, fcntl.LOCK_SH)  # waits while it is being deleted
+            try_lock(held, fcntl.LOCK_SH)  # waits while it is being deleted
             if os.path.samestat(os.fstat(held), os.stat(folder)):
                 return held
         except OSError:
@@ -83,20 +81,9 @@ def unused(folder: Path) -> Iterator[bool]:
     """A context in which nobody can open the folder's rows; gives False if somebody has them open."""
     held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        yield _lock_folder(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield try_lock(held)
     finally:
         os.close(held)
-
-
-def _lock_folder(held: int, how: int) -> bool:
-    try:
-        fcntl.flock(held, how)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _WITHOUT_LOCKS:
-            raise
-    return True
 
 
 def shards_in(folder: Path) -> list[Path]:
@@ -136,15 +123,6 @@ def _size(path: Path) -> int:
         return 0
 
 
-def lock(file: int) -> bool:
-    """Become the writer of an open file, until it is closed; False if another process is."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def unlock(file: int) -> None:
     """Stop being the file's writer; it stays open."""
     fcntl.flock(file, fcntl.LOCK_UN)
@@ -153,7 +131,7 @@ def unlock(file: int) -> None:
 def is_locked(path: Path) -> bool:
     """Whether the file has a writer. A file that cannot be opened has none that could be harmed."""
     with contextlib.suppress(OSError), open_regular(path) as file:
-        return not lock(file.fileno())
+        return not try_lock(file.fileno())
     return False
 
 

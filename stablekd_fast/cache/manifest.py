@@ -14,7 +14,7 @@ from stablekd_fast.cache.disk import is_shard
 from stablekd_fast.cache.shard import MOST_ROWS, REMEDY, Part
 from stablekd_fast.errors import CacheError, CacheFull, CacheMissing, TrainingError
 from stablekd_fast.files import write_atomically
-from stablekd_fast.files.reading import read_document
+from stablekd_fast.files.reading import check_format, read_document
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -70,10 +70,7 @@ class Manifest:
             content = json.loads(read_document(path))
             if content.pop("digest") != _digest(content):
                 raise CacheError(f"{path} is not what was written there: it is damaged. {REMEDY}")
-            if content["format"] != FORMAT:
-                raise CacheError(
-                    f"{path} has format {content['format']!r:.20}; this version reads format {FORMAT}. {REMEDY}"
-                )
+            check_format(str(path), content["format"], FORMAT, CacheError, REMEDY)
             return Manifest._from_plain(content)
         except FileNotFoundError:
             raise CacheMissing(f"{folder} is no column of a cache: it has no {MANIFEST}.") from None

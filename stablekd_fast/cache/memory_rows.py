@@ -10,18 +10,13 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.cache.shard import Part
-from stablekd_fast.cache.tables import has_entry, have_entries
+from stablekd_fast.cache.tables import has_entry, have_entries, indexable
 from stablekd_fast.errors import CacheFull
 
 _THREADS = min(8, max(1, (os.cpu_count() or 1) // 2))
 """Threads that gather rows in main memory, of each column."""
 _BYTES_OF_A_THREAD = 1 << 20
 """The fewest bytes that a further thread is worth."""
-
-
-def _indexable(values: Tensor) -> Tensor:
-    """A view of the same memory that can be indexed; torch 2.6 cannot index 8-bit floats on a CPU."""
-    return values.view(torch.uint8) if values.dtype.itemsize == 1 else values
 
 
 class Shipped:
@@ -76,7 +71,7 @@ class MemoryRows:
         kept = fresh[: self.capacity - self.used]
         place = slice(self.used, self.used + len(kept))
         for stored, values in zip(self._parts, parts):
-            _indexable(stored)[place] = _indexable(values)[kept.to(values.device)].to(self.device)
+            indexable(stored)[place] = indexable(values)[kept.to(values.device)].to(self.device)
         self._slots[rows[kept]] = torch.arange(place.start, place.stop)
         self.used += len(kept)
         if len(kept) < len(fresh):
@@ -87,7 +82,7 @@ class MemoryRows:
         `shipped` knows what was brought there for the rows of other columns."""
         slots = self._slots[rows]
         slots = slots.to(self.device, non_blocking=True) if shipped is None else shipped.there(slots, self.device)
-        return [_indexable(part).index_select(0, slots).view(part.dtype) for part in self._parts]
+        return [indexable(part).index_select(0, slots).view(part.dtype) for part in self._parts]
 
     def empty(self, count: int, *, pinned: bool = False) -> list[Tensor]:
         """Main memory for `count` rows, one tensor `[count, ...]` per part."""
@@ -101,7 +96,7 @@ class MemoryRows:
 
         def gather(own: slice) -> None:
             for part, values in zip(self._parts, out):
-                torch.index_select(_indexable(part), 0, slots[own], out=_indexable(values)[own])
+                torch.index_select(indexable(part), 0, slots[own], out=indexable(values)[own])
 
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_THREADS, "rows in main memory")

@@ -23,9 +23,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stablekd_fast.cache.disk import full_disk, is_locked, lock
+from stablekd_fast.cache.disk import full_disk, is_locked
 from stablekd_fast.errors import CacheError, first_line
+from stablekd_fast.files.owned import try_lock
 from stablekd_fast.files.reading import open_regular
+from stablekd_fast.files.sealed import as_bytes
 
 FORMAT = 2
 DATA_START = 4096
@@ -99,6 +101,8 @@ class Shard:
         self.keys = torch.full((rows,), -1, dtype=torch.int64)
         self.checksums = torch.zeros(rows, dtype=torch.int32)
         self.used = 0
+        self.was_read = False
+        """Whether all rows that it holds were read and compared."""
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # reading ahead would fetch rows that nobody asked for
 
     @staticmethod
@@ -178,7 +182,7 @@ class Shard:
                 path.unlink(missing_ok=True)
             return None
         shard = Shard.open(path, parts, rows_in(path), column, write=write)
-        if write and not lock(shard.file):
+        if write and not try_lock(shard.file):
             shard.close()
             return None
         try:
@@ -199,6 +203,7 @@ class Shard:
         """Read keys and checksums as the file has them now."""
         for tensor, name in ((self.keys, KEYS), (self.checksums, CHECKSUMS)):
             _read(self.file, self.starts[name], tensor, self.path)
+        self.was_read = False
 
     def leading_rows(self) -> int:
         """How many rows lie before the first free slot."""
@@ -218,6 +223,7 @@ class Shard:
         self.keys[start : start + count] = keys
         self.checksums[start : start + count] = checksums
         self.used += count
+        self.was_read = False
 
     def index_digest(self) -> str:
         """A digest of keys and checksums."""
@@ -242,7 +248,7 @@ class Shard:
 
     def use_whole_rows(self, reader: RowReader) -> None:
         """Use the rows before the first that was not written whole."""
-        bad = self.first_bad_slot(reader)
+        bad, self.was_read = self.first_bad_slot(reader), True
         self.used = min(self.leading_rows(), self.rows if bad is None else bad)
 
     def free_the_rest(self) -> None:
@@ -323,11 +329,6 @@ def _header(parts: Sequence[Part], rows: int, column: str) -> tuple[bytes, dict[
     if len(text) > DATA_START - 8:
         raise CacheError(f"A row of {len(parts)} parts does not fit into the header of a shard.")
     return (DATA_START - 8).to_bytes(8, "little") + text, starts, DATA_START + position
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, in place if it is contiguous."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _write(file: int, offset: int, data: bytes | Tensor) -> None:

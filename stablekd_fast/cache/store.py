@@ -24,7 +24,6 @@ from stablekd_fast.cache.disk import (
     flush_folder,
     full_disk,
     hold,
-    lock,
     locked,
     next_shard,
     shards_in,
@@ -32,8 +31,9 @@ from stablekd_fast.cache.disk import (
 )
 from stablekd_fast.cache.manifest import MANIFEST, Manifest
 from stablekd_fast.cache.shard import REMEDY, Shard, checksums_of
-from stablekd_fast.cache.tables import RowTables
+from stablekd_fast.cache.tables import RowTables, indexable
 from stablekd_fast.errors import CacheError, CacheMissing
+from stablekd_fast.files.owned import try_lock
 from stablekd_fast.kernels._native import core
 from stablekd_fast.kernels._native import reason as no_core
 
@@ -186,10 +186,10 @@ class RowStore:
                     self._add(shard)
 
     def verify(self) -> int:
-        """Read every row, those of unfinished shards too, and compare its checksum. Returns how many rows there are,
-        raises CacheError at the first that is damaged."""
+        """Read every row that was not read when its shard was opened, as those of half-filled ones are, and compare its
+        checksum. Returns how many rows there are, raises CacheError at the first that is damaged."""
         for shard in self._shards:
-            slot = shard.first_bad_slot(self.reader)
+            slot = None if shard.was_read else shard.first_bad_slot(self.reader)
             if slot is not None:
                 row = self.describe(int(shard.keys[slot]))
                 raise CacheError(f"{row} in {shard.path} does not fit its checksum: it is damaged. {REMEDY}")
@@ -218,7 +218,7 @@ class RowStore:
                 self.tables.make_room(int(rows.max()) + 1)
             fresh = self.tables.fresh(rows)
             if len(fresh) < len(rows):
-                rows, parts = rows[fresh], [part[fresh] for part in parts]
+                rows, parts = rows[fresh], [indexable(part)[fresh].view(part.dtype) for part in parts]
             checksums = checksums_of(self.reader, rows, parts)
             done = 0
             while done < len(rows):
@@ -332,7 +332,7 @@ class RowStore:
         rows = self._rows_of_next_shard(more)
         with self._alone(), self.budget.room_for(Shard.size_of(self.manifest.parts, rows)):
             shard = Shard.create(next_shard(self.folder), self.manifest.parts, rows, self.column)
-            lock(shard.file)
+            try_lock(shard.file)
         self._add(shard)
         self._open.append(shard)
         return shard

@@ -93,3 +93,8 @@ def has_entry(table: Tensor, rows: Tensor) -> Tensor:
 def have_entries(table: Tensor, rows: Tensor) -> bool:
     """Whether all of `rows` int64 `[N]` have one; each batch asks it of each column."""
     return not len(rows) or (int(rows.max()) < len(table) and int(table[rows].min()) >= 0)
+
+
+def indexable(values: Tensor) -> Tensor:
+    """A view of the same memory that can be indexed; torch 2.6 cannot index 8-bit floats on a CPU."""
+    return values.view(torch.uint8) if values.dtype.itemsize == 1 else values

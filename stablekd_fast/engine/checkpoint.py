@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +27,8 @@ from stablekd_fast.engine.step import GroupStep
 from stablekd_fast.errors import CheckpointError
 from stablekd_fast.execution.process import random_states, set_random_states
 from stablekd_fast.files import write_atomically
-from stablekd_fast.files.sealed import check_tensors, sealed, text_of
+from stablekd_fast.files.reading import check_format
+from stablekd_fast.files.sealed import check_tensors, sealed_file, text_of
 from stablekd_fast.models.weights import restore_state
 
 STUDENT, AVERAGE, OPTIMIZER, LOSS_SCALE, BRIDGE = "student", "average", "optimizer", "loss_scale", "bridge"
@@ -53,8 +53,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
         place = tensor.untyped_storage().data_ptr()
         contiguous[name] = tensor.clone() if place in seen else tensor  # the format knows no shared memory
         seen.add(place)
-    data = safetensors.torch.save(contiguous, sealed(contiguous, json.dumps(metadata)))
-    write_atomically(path, data)
+    write_atomically(path, *sealed_file(contiguous, json.dumps(metadata)))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -121,7 +120,7 @@ def check_same_run(checkpoint: Path, saved: dict, own: dict) -> None:
             f"{checkpoint} was written by another version of stablekd_fast, which has other settings than this one "
             f"({', '.join(foreign)}). Resume the run with that version, or start anew with another --out."
         )
-    differing = sorted(key for key in own.keys() | saved.keys() if own.get(key) != saved.get(key))
+    differing = sorted(key for key in own if own[key] != saved[key])
     differing = [key for key in differing if key not in _MAY_CHANGE]
     begun = ends_of(saved.get("epochs"))
     if begun == ends_of(own.get("epochs"))[: len(begun)]:  # it may have been extended
@@ -132,7 +131,7 @@ def check_same_run(checkpoint: Path, saved: dict, own: dict) -> None:
             "have changed since. Put the images back, or start anew with another --out."
         )
     if differing:
-        listed = "; ".join(f"{key}: was {saved.get(key)!r}, is {own.get(key)!r}" for key in differing)
+        listed = "; ".join(f"{key}: was {saved[key]!r}, is {own[key]!r}" for key in differing)
         raise CheckpointError(
             f"{checkpoint} belongs to a run with other settings ({listed}). Resume with the same settings, "
             "or start anew with another --out."
@@ -202,11 +201,8 @@ def resume_run(parts: Parts) -> RunState:
     Raises CheckpointError if there is none, or if it belongs to a run with other settings.
     """
     tensors, metadata = parts.ranks.from_first(lambda: load_tensors(parts.checkpoint))
-    form = metadata.get("format", FORMAT)
-    if form != FORMAT:
-        raise CheckpointError(
-            f"{parts.checkpoint} is of format {form!r:.20}; this version reads {FORMAT}. Use the one that wrote it."
-        )
+    form, remedy = metadata.get("format", FORMAT), "Use the one that wrote it."
+    check_format(str(parts.checkpoint), form, FORMAT, CheckpointError, remedy)
     check_same_run(parts.checkpoint, metadata.get("identity", {}), parts.identity)
     progress = metadata["progress"]
     merge = progress.pop("merge")

@@ -10,9 +10,9 @@ from stablekd_fast.errors import TrainingError
 from stablekd_fast.files.owned import make_temporary, remove_left_over
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, flush it to disk, and rename it. What killed processes left of
-    such files is removed.
+def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
+    """Write `pieces`, one behind the other, to a temporary file beside `path`, flush it to disk, and rename it. What
+    killed processes left of such files is removed.
 
     Raises TrainingError, and leaves what was there before, if the disk refuses.
     """
@@ -22,7 +22,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         remove_left_over(path)
         descriptor, temporary = make_temporary(path)
         with open(descriptor, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(descriptor)
             os.replace(temporary, path)
@@ -31,6 +31,6 @@ def write_atomically(path: Path, data: bytes) -> None:
             if temporary is not None:
                 temporary.unlink()
         raise TrainingError(
-            f"Could not write {path} ({len(data)} bytes): {error.strerror or error}. What was there before is "
-            "untouched; free some space or choose another --out."
+            f"Could not write {path} ({sum(map(len, pieces))} bytes): {error.strerror or error}. What was there before "
+            "is untouched; free some space or choose another --out."
         ) from error

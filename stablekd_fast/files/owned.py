@@ -15,6 +15,8 @@ from stablekd_fast.errors import ConfigError
 
 RUN_LOCK = ".run.lock"
 _TRIES = 100
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+"""What file systems answer that cannot lock a file, or (EBADF) not one that is open for reading, or a folder."""
 
 
 def open_own(path: str | os.PathLike[str], flags: int) -> int:
@@ -31,13 +33,29 @@ def open_own(path: str | os.PathLike[str], flags: int) -> int:
         raise
 
 
+def try_lock(descriptor: int, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool:
+    """Lock an open file or folder until it is closed; False if another process has it. Where the file system knows no
+    locks, nobody has it. `how` is what `flock` takes: without LOCK_NB it waits until the others are done.
+
+    Raises OSError if the system refuses for another reason.
+    """
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+    return True
+
+
 def make_temporary(path: Path) -> tuple[int, Path]:
     """Make a temporary file beside `path` that nobody else has, locked for as long as it is open."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     for _ in range(_TRIES):
         with contextlib.suppress(FileExistsError):
             descriptor = open_own(temporary, os.O_WRONLY | os.O_EXCL)
-            if _lock(descriptor) and _is_at(descriptor, temporary):
+            if try_lock(descriptor) and _is_at(descriptor, temporary):
                 return descriptor, temporary
             os.close(descriptor)  # somebody took it for a left-over one
             continue
@@ -53,7 +71,7 @@ def remove_left_over(path: Path) -> None:
             if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(OSError):
                     descriptor = os.open(entry.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-                    if _lock(descriptor):
+                    if try_lock(descriptor):
                         os.unlink(entry.path)
                     os.close(descriptor)
 
@@ -89,7 +107,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 def _locked(path: Path) -> int:
     for _ in range(_TRIES):
         descriptor = open_own(path, os.O_RDWR)
-        if not _lock(descriptor):
+        if not try_lock(descriptor):
             holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace")
             os.close(descriptor)
             raise ConfigError(
@@ -100,18 +118,6 @@ def _locked(path: Path) -> int:
             return descriptor
         os.close(descriptor)  # its run has ended and removed it
     raise OSError(errno.EAGAIN, "It is made and removed again and again")
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock an open file until it is closed; False if another has it. A file system without locks has no others."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

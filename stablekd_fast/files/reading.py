@@ -30,6 +30,12 @@ def foreign(path: str | os.PathLike[str], error: type[StableKDError], remedy: st
         raise error(f"Cannot read {path}: {why[:300]}. {remedy}") from raised
 
 
+def check_format(what: str, found: object, reads: int, error: type[StableKDError], remedy: str) -> None:
+    """Raise `error`, in one sentence and `remedy`, unless a file has the format that this version reads."""
+    if found != reads:
+        raise error(f"{what} is of format {found!r:.20}; this version reads {reads}. {remedy}")
+
+
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file for reading, without waiting.
 

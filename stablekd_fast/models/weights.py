@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stablekd_fast.errors import ModelError, first_line
 from stablekd_fast.files.pickles import Recorded, load_torch
-from stablekd_fast.files.reading import foreign, open_regular
+from stablekd_fast.files.reading import check_format, foreign, open_regular
 from stablekd_fast.files.sealed import check_tensors, text_of
 
 State = dict[str, Tensor]
@@ -98,11 +98,8 @@ def card_of(path: str | os.PathLike | None) -> dict[str, Any]:
     except (safetensors.SafetensorError, ValueError, OSError):
         return {}
     card = card if isinstance(card, dict) else {}
-    if card.get("format", CARD_FORMAT) != CARD_FORMAT:
-        raise ModelError(
-            f"What {path} says of its student is of format {card['format']!r:.20}; this version reads {CARD_FORMAT}. "
-            "Export it anew, or give its tensors alone."
-        )
+    what, remedy = f"What {path} says of its student", "Export it anew, or give its tensors alone."
+    check_format(what, card.get("format", CARD_FORMAT), CARD_FORMAT, ModelError, remedy)
     return card
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from stablekd_fast.errors import CheckpointError, TrainingError
 from stablekd_fast.files import write_atomically
 from stablekd_fast.files.owned import open_own
-from stablekd_fast.files.reading import read_document
+from stablekd_fast.files.reading import check_format, read_document
 from stablekd_fast.report.progress import open_display
 from stablekd_fast.report.tensorboard import open_scalars
 
@@ -127,10 +127,7 @@ def read_events(run_dir: Path) -> list[dict]:
             raise CheckpointError(
                 f"{path} is damaged: line {number} is not an event but {line[:40]!r}. Remove that line, or the file."
             ) from error
-        if form != FORMAT:
-            raise CheckpointError(
-                f"{path} is of format {form!r:.20}; this version reads {FORMAT}. Go on with the one that wrote it."
-            )
+        check_format(str(path), form, FORMAT, CheckpointError, "Go on with the one that wrote it.")
         events.append(event)
     return events
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.files import write_atomically
-from stablekd_fast.files.reading import read_document
+from stablekd_fast.files.reading import check_format, read_document
 from stablekd_fast.report.events import plain
 from stablekd_fast.report.machine import machine, versions
 
@@ -42,10 +42,7 @@ def read_results(path: Path) -> dict:
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StableKDError(f"{path} is not a results file ({error!r}). Give the results.json of a run.") from error
-    if form != FORMAT:
-        raise StableKDError(
-            f"{path} is of format {form!r:.20}; this version reads {FORMAT}. Read it with the one that wrote it."
-        )
+    check_format(str(path), form, FORMAT, StableKDError, "Read it with the one that wrote it.")
     for index, run in enumerate(runs):
         _check(run, index)
     return document

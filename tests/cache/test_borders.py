@@ -11,6 +11,7 @@ import torch
 from stablekd_fast import cli
 from stablekd_fast.cache import maintain
 from stablekd_fast.cache.manifest import MANIFEST, Manifest, _digest
+from stablekd_fast.cache.shard import Shard
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.errors import CacheError, CacheFull
 
@@ -128,7 +129,26 @@ def test_a_flipped_bit_is_found_in_full_and_in_half_filled_shards(tmp_path, want
     data[4096 + 20 * wanted.parts[0].bytes] ^= 1  # of row 20
     path.write_bytes(data)
     assert cli.main(["cache", "verify", str(folder.parent)]) == 2
-    assert str(path) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(path) in said and ("does not fit its checksum" if sealed else "slot 20 is not whole") in said
+
+
+def test_verify_reads_each_shard_once(tmp_path, wanted, make_rows, monkeypatch):
+    folder, read = tmp_path / "x", []
+    with RowStore(folder, wanted, write=True) as store:
+        store.put(ROWS[:30], make_rows(ROWS[:30]))
+        store.seal()
+        store.put(ROWS[30:50], make_rows(ROWS[30:50]))
+    whole = Shard.first_bad_slot
+    monkeypatch.setattr(
+        Shard, "first_bad_slot", lambda shard, reader: (read.append(shard.path), whole(shard, reader))[1]
+    )
+    with RowStore(folder, wanted) as store:
+        assert store.verify() == 50 and sorted(read) == sorted(folder.glob("*shard-*")) and len(read) == 2
+    read.clear()
+    with RowStore(folder, wanted, write=True) as store:
+        store.put(ROWS[50:60], make_rows(ROWS[50:60]))
+        assert store.verify() == 60 and len(read) == 3, "what was added since is read too"
 
 
 EDITS = {

@@ -232,6 +232,16 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_an_error_that_names_it(filled, wan
         assert store.verify() == 100
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bfloat16])
+def test_of_rows_that_are_stored_in_part_the_others_are_added(tmp_path, dtype):
+    """In every type of codes: torch 2.6 indexes no 8-bit floats."""
+    values = torch.arange(40).view(10, 4).to(dtype)
+    with RowStore(tmp_path / "x", Manifest((Part("rows", dtype, (4,)),), 10, {"teacher": "t"}), write=True) as store:
+        store.put(torch.arange(3, 6), [values[3:6]])
+        store.put(torch.arange(10), [values])
+        assert torch.equal(store.gather(torch.arange(10))[0].float(), values.float())
+
+
 def test_verify_names_the_damaged_row(filled, make_rows):
     path = filled / "shard-00001.safetensors"
     with safetensors.safe_open(path, "pt") as file:

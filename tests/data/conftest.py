@@ -1,5 +1,7 @@
 """Real image files and archives, written the way that their authors lay them out."""
 
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from PIL import Image
 
 CLASSES = ("ant", "bee", "cat")
+MEGABYTES = 400
+"""So much more memory than before no reader may take, whatever a file announces."""
 
 
 def _picture(seed: int, height: int, width: int) -> Image.Image:
@@ -91,3 +95,13 @@ def strange_tree(tmp_path, picture):
     for name, content in bad.items():
         (folder / name).write_bytes(content)
     return tmp_path, sorted(bad)
+
+
+@pytest.fixture
+def little_memory():
+    """Refuse memory beyond what the process has now and a little more."""
+    now = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + (MEGABYTES << 20), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

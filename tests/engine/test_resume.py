@@ -273,6 +273,28 @@ def test_the_same_tensors_are_the_same_bytes(sealed):
     assert len(written) == 1
 
 
+@pytest.mark.parametrize("place", [0, 1 << 20, (2 << 20) + 8, -1])
+def test_a_flipped_bit_of_a_large_tensor_is_noticed_wherever_it_is(tmp_path, place):
+    path = tmp_path / "state.safetensors"
+    save_tensors(path, {"w": torch.zeros(3 << 20, dtype=torch.uint8)}, {})
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start + place if place >= 0 else place] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="its tensor w is not what was written there"):
+        load_tensors(path)
+
+
+def test_a_file_is_the_one_that_safetensors_would_write(sealed):
+    path, tensors = sealed
+    tensors |= {"flags": torch.tensor([True]), "double": torch.ones(2, 3).double(), "ü": torch.ones(1, 2, 0)}
+    tensors |= {"eight": torch.ones(3).to(torch.float8_e4m3fn), "complex": torch.ones(1, dtype=torch.complex64)}
+    save_tensors(path, tensors, {"name": 'ü "quoted"\n\x7f'})
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert path.read_bytes() == safetensors.torch.save(tensors, metadata)
+
+
 def test_files_without_digests_are_read(sealed):
     """Those of earlier versions, and of others."""
     path, tensors = sealed

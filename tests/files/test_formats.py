@@ -26,8 +26,8 @@ from make import network, settings  # noqa: E402 - it lies beside the files that
 
 @pytest.fixture(params=VERSIONS)
 def version(request, tmp_path):
-    shutil.copytree(FORMATS / request.param, tmp_path / "run")
-    return tmp_path / "run"
+    shutil.copytree(FORMATS / request.param, tmp_path / request.param)
+    return tmp_path / request.param
 
 
 def test_a_student_of_each_version_has_its_values(version):
@@ -37,6 +37,18 @@ def test_a_student_of_each_version_has_its_values(version):
         assert torch.equal(model.state_dict()[name], torch.tensor(values).to(model.state_dict()[name].dtype))
     card = card_of(version / "out" / "student.safetensors")
     assert card["classes"][3] == "3" and 0 <= card["accuracy"] <= 1
+
+
+def test_a_flipped_bit_in_a_file_of_each_version_with_digests_is_noticed(version):
+    path = version / "out" / "student.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    if version.name == "0":
+        load_tensors(path)
+        return
+    with pytest.raises(CheckpointError, match="its tensor .* is not what was written there"):
+        load_tensors(path)
 
 
 def test_log_and_results_of_each_version_are_read(version):
@@ -66,7 +78,7 @@ def test_rows_of_each_version_are_read_or_refused(version):
         with RowStore(column) as store:
             assert len(store) == 32 and store.verify() == 32
         return
-    with pytest.raises(CacheError, match=r"has format 1; this version reads format 2.*cache gc"):
+    with pytest.raises(CacheError, match=r"is of format 1; this version reads 2.*cache gc"):
         RowStore(column)
     assert maintain.collect(version / "cache", ["logits.fp32"]) == ["logits.fp32"]
 
@@ -80,6 +92,7 @@ def test_versions_to_come_are_refused(tmp_path):
     with pytest.raises(ModelError, match="is of format 7; this version reads 1"):
         card_of(out / "student.safetensors")
     config = settings(tmp_path / "run", resume=True, extend=True, epochs=2.0)
+    config.cache = CacheSettings(plan="all", directory=str(tmp_path / "rows"))
     with pytest.raises(CheckpointError, match=r"is of format 7; this version reads 1"):
         Distiller(config, teacher=network(0), student=network(1)).run(progress=False)
     for path, error in ((out / "events.jsonl", CheckpointError), (out / "results.json", StableKDError)):
@@ -89,6 +102,6 @@ def test_versions_to_come_are_refused(tmp_path):
         with pytest.raises(error, match="is of format 7; this version reads 1"):
             read_events(out) if path.suffix == ".jsonl" else read_results(path)
     content = (out / "student.safetensors").read_bytes()
-    (out / "student.safetensors").write_bytes(content.replace(b"sealed 1 ", b"sealed 2 "))
-    with pytest.raises(ModelError, match="its digests are of format 2; this version reads 1"):
+    (out / "student.safetensors").write_bytes(content.replace(b"sealed 2 ", b"sealed 7 "))
+    with pytest.raises(ModelError, match="its digests are of format 7; this version reads 1 and 2"):
         load_weights(network(9), out / "student.safetensors")

@@ -1,7 +1,9 @@
 """Tries the Python readers with made-up input, by `atheris`, which looks for input that reaches new lines of them.
 
     python tests/fuzz/readers.py TARGET [--seconds N] [--runs N] [--corpus FOLDER]
-    python tests/fuzz/readers.py all [--seconds N]          each target in a process of its own
+    python tests/fuzz/readers.py all [--seconds N] [--runs N] [--corpus FOLDER]
+
+`all` tries each target in a process of its own, N seconds each, and keeps their inputs in folders of FOLDER.
 
 An input is a finding if anything but an error of this project comes out, or if it takes more than ten seconds or 2 GiB.
 Findings are kept in the folder that is named, and become tests once they are mended.
@@ -113,7 +115,7 @@ def tar_file() -> bytes:
 
 def tfrecord_file() -> bytes:
     sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-    from test_hostile import tfrecords
+    from small_files import tfrecords
 
     folder = folder_of("records")
     return tfrecords(folder)[1].read_bytes()
@@ -326,7 +328,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="folder of inputs, gone on with and added to")
     asked = parser.parse_args()
     if asked.target == "all":
-        sys.exit(max(_in_a_process(name, asked.seconds) for name in TARGETS))
+        sys.exit(max(_in_a_process(name, asked) for name in TARGETS))
     target, seeds = TARGETS[asked.target]()
     corpus = asked.corpus or Path(tempfile.mkdtemp(prefix="corpus-"))
     corpus.mkdir(parents=True, exist_ok=True)
@@ -345,8 +347,10 @@ def main() -> None:
     atheris.Fuzz()
 
 
-def _in_a_process(name: str, seconds: int) -> int:
-    command = [sys.executable, __file__, name, "--seconds", str(seconds)]
+def _in_a_process(name: str, asked: argparse.Namespace) -> int:
+    command = [sys.executable, __file__, name, "--seconds", str(asked.seconds), "--runs", str(asked.runs)]
+    if asked.corpus is not None:
+        command += ["--corpus", str(asked.corpus / name)]
     ended = subprocess.run(command, capture_output=True, text=True)
     counts = [line.split()[-1] for line in ended.stderr.splitlines() if "number_of_executed_units" in line]
     print(

@@ -18,12 +18,23 @@ TRAINING = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def signals_of_a_terminal():
+    """A shell has processes in the background ignore SIGINT, and nohup has them ignore SIGHUP; theirs inherit that."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def start(out, *more, before=(), **options):
     command = [*before, sys.executable, "-m", "stablekd_fast", *TRAINING, "--out", str(out), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-def wait_for(out, kind, seconds=120):
+def wait_for(out, kind, seconds=240):
     """Wait until the run's log has an event of a kind."""
     until = time.time() + seconds
     while time.time() < until:
@@ -42,7 +53,7 @@ def weights(out):
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
     process = start(out)
-    assert process.wait(240) == 0
+    assert process.wait(600) == 0
     return weights(out)
 
 
@@ -52,12 +63,12 @@ def test_a_signal_saves_and_the_resumed_run_has_the_same_bits(tmp_path, whole, n
     process = start(out)
     wait_for(out, "train")
     process.send_signal(number)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=240)[0]
     step = load_metadata(out / "checkpoint.safetensors")["progress"]["step"]
     assert process.returncode == 128 + number and step > 3
     assert f"Ended by {number.name} after step {step} of " in said and "--resume" in said and "Traceback" not in said
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.safetensors", "events.jsonl"], "nothing is left"
-    assert start(out, "--resume").wait(240) == 0
+    assert start(out, "--resume").wait(600) == 0
     found = weights(out)
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
     steps = [event["step"] for event in map(json.loads, (out / "events.jsonl").open()) if event["kind"] == "train"]
@@ -75,7 +86,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     process = start(out, before=ignore)
     wait_for(out, "train")
     process.send_signal(signal.SIGHUP)
-    assert process.wait(240) == 0
+    assert process.wait(600) == 0
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
@@ -102,11 +113,12 @@ with watched_signals() as signals, signals.awaited(True):
 def test_before_the_first_step_a_signal_ends_the_run_and_nothing_is_left(tmp_path):
     out = tmp_path / "out"
     process = start(out)
-    until = time.time() + 60
-    while not (out / ".run.lock").exists() and time.time() < until:
+    until = time.time() + 240
+    while not (out / ".run.lock").exists():
+        assert time.time() < until and process.poll() is None, "it did not take its folder"
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=240)[0]
     assert process.returncode == 128 + signal.SIGTERM and "Ended by SIGTERM. The same command goes on" in said
     assert "Traceback" not in said and not out.exists()
 

@@ -3,7 +3,7 @@
     python make.py FOLDER
 
 The folders are called after what was new in them: `0` is of 27 November 2026 (commit 7b4ca70), before files carried
-digests and versions; `1` names the formats that followed.
+digests and versions; `1` and `2` name the formats that followed.
 """
 
 import json
