@@ -11,11 +11,9 @@ constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the ne
 
 inline void store_code(std::int8_t* to, Vec value, int count) {
     const Vec low = splat(-127.0f), high = splat(127.0f);
-    value = value < low ? low : value;
-    value = value > high ? high : value;
+    value = vmin(vmax(value, low), high);
     const IntVec rounded = reinterpret<IntVec>(value + kRound) - reinterpret<IntVec>(splat(kRound));
-    const ByteVec out = __builtin_convertvector(__builtin_convertvector(rounded, ShortVec), ByteVec);
-    std::memcpy(to, &out, count);
+    store_bytes(to, reinterpret<Bits>(rounded), count);
 }
 
 inline void store_code(Float8* to, Vec value, int count) {
@@ -25,22 +23,21 @@ inline void store_code(Float8* to, Vec value, int count) {
     const Vec steps = reinterpret<Vec>(limited) * 512.0f + kRound;
     const Bits subnormal = reinterpret<Bits>(steps) - reinterpret<Bits>(splat(kRound));
     const Bits code = (limited < 0x3c800000u ? subnormal : normal) | ((bits >> 24) & 0x80u);  // 2^-6
-    const ByteBits out = __builtin_convertvector(__builtin_convertvector(code, HalfBits), ByteBits);
-    std::memcpy(to, &out, count);
+    store_bytes(to, code, count);
 }
 
 template <class C>
 constexpr float kLargest = std::is_same_v<C, std::int8_t> ? 127.0f : 448.0f;
 
-// Lanes where anything was infinite or NaN become NaN: |x| * 0 is 0 for every other value.
+// The largest magnitude. Without their signs, numbers are ordered as the integers of the same bits; infinity and, above
+// it, NaN come after them.
 struct Magnitude {
-    Vec top{}, taint{};
+    IntVec bits{};
 
-    void see(Vec x) {
-        top = vmax(vabs(x), top);
-        taint += x * 0.0f;
+    STABLEKD_INLINE void see(Vec x) { bits = vmax(reinterpret<IntVec>(vabs(x)), bits); }
+    Vec scale(float largest) const {
+        return bits < 0x7f800000 ? reinterpret<Vec>(bits) / largest : splat(__builtin_nanf(""));
     }
-    Vec scale(float largest) const { return taint == taint ? top / largest : splat(__builtin_nanf("")); }
 };
 
 inline Vec divisor(Vec scale) { return scale > 0.0f ? scale : splat(1.0f); }
@@ -64,10 +61,8 @@ public:
             const S* run = rows_ + start(sample, repeat, channel);
             over(layout_.inner, [&](std::int64_t i, int count) STABLEKD_LAMBDA { magnitude.see(load(run + i, count)); });
         }
-        const Vec scales = magnitude.scale(1.0f);
-        float top = scales[0];
-        for (int lane = 1; lane < kWidth; ++lane) top = scales[lane] > top || scales[lane] != scales[lane] ? scales[lane] : top;
-        const float scale = top / kLargest<C>;
+        magnitude.bits = IntVec{} + largest(magnitude.bits);
+        const float scale = magnitude.scale(kLargest<C>)[0];
         scales_[sample * layout_.channels + channel] = scale;
         const Vec by = divisor(splat(scale));
         for (std::int64_t repeat = 0; repeat < repeats_; ++repeat) {
@@ -91,12 +86,13 @@ public:
             Magnitude& magnitude = magnitudes[i / kWidth];
             const Vec scale = magnitude.scale(kLargest<C>);
             store(scales + i, scale, count);
-            magnitude.top = divisor(scale);
+            magnitude.bits = reinterpret<IntVec>(divisor(scale));
         });
         for (std::int64_t position = 0; position < repeats_; ++position) {
             const std::int64_t at = start(sample, position, 0);
             over(channels, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-                store_code(codes_ + at + i, quotient(load(rows_ + at + i, count), magnitudes[i / kWidth].top), count);
+                const Vec by = reinterpret<Vec>(magnitudes[i / kWidth].bits);
+                store_code(codes_ + at + i, quotient(load(rows_ + at + i, count), by), count);
             });
         }
     }
@@ -114,10 +110,10 @@ private:
 };
 
 template <class C, class V>
-void dequantize_run(const C* codes, const float* scales, V* values, std::int64_t n, bool each) {
+void dequantize_run(const C* codes, const float* scales, V* values, std::int64_t n, bool each, bool past_caches) {
     const Vec same = splat(*scales);
-    over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-        store(values + i, load(codes + i, count) * (each ? load(scales + i, count) : same), count);
+    over(n, past_caches ? before_aligned(values) : 0, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
+        write(values + i, load(codes + i, count) * (each ? load(scales + i, count) : same), count, past_caches);
     });
 }
 
@@ -160,11 +156,13 @@ void dequantize_rows(const void* codes, Type code, const float* scales, std::int
         with_float_type(type, [&](auto* v) {
             using C = Element<decltype(c)>;
             using V = Element<decltype(v)>;
+            const std::int64_t runs = layout.samples * runs_per_sample;
+            const bool past_caches = too_large_for_caches<V>(runs * length);
 #pragma omp parallel for num_threads(threads) schedule(static)
-            for (std::int64_t run = 0; run < layout.samples * runs_per_sample; ++run) {
+            for (std::int64_t run = 0; run < runs; ++run) {
                 const float* scale = scales + run / runs_per_sample * scales_sample_stride + run % channels;
                 dequantize_run(static_cast<const C*>(codes) + run * length, scale, static_cast<V*>(values) + run * length,
-                               length, each);
+                               length, each, past_caches);
             }
         });
     });

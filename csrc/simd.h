@@ -67,6 +67,25 @@ inline Vec vmax(Vec a, Vec b) {
     return a > b ? a : b;
 #endif
 }
+// The smaller; b where a is NaN.
+inline Vec vmin(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return reinterpret<Vec>(_mm512_min_ps(reinterpret<__m512>(a), reinterpret<__m512>(b)));
+#elif defined(__AVX2__)
+    return reinterpret<Vec>(_mm256_min_ps(reinterpret<__m256>(a), reinterpret<__m256>(b)));
+#else
+    return a < b ? a : b;
+#endif
+}
+inline IntVec vmax(IntVec a, IntVec b) {
+#if defined(__AVX512F__)
+    return reinterpret<IntVec>(_mm512_max_epi32(reinterpret<__m512i>(a), reinterpret<__m512i>(b)));
+#elif defined(__AVX2__)
+    return reinterpret<IntVec>(_mm256_max_epi32(reinterpret<__m256i>(a), reinterpret<__m256i>(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
 inline Vec vabs(Vec a) { return reinterpret<Vec>(reinterpret<Bits>(a) & 0x7fffffffu); }
 
 template <class V, class T>
@@ -83,6 +102,7 @@ inline Bits widen(HalfBits x) { return reinterpret<Bits>(_mm512_cvtepu16_epi32(r
 inline Bits widen(ByteBits x) { return reinterpret<Bits>(_mm512_cvtepu8_epi32(reinterpret<__m128i>(x))); }
 inline IntVec widen(ByteVec x) { return reinterpret<IntVec>(_mm512_cvtepi8_epi32(reinterpret<__m128i>(x))); }
 inline HalfBits narrow(Bits x) { return reinterpret<HalfBits>(_mm512_cvtepi32_epi16(reinterpret<__m512i>(x))); }
+inline ByteBits low_bytes(Bits x) { return reinterpret<ByteBits>(_mm512_cvtepi32_epi8(reinterpret<__m512i>(x))); }
 #elif defined(__AVX2__)
 inline __m128i low_half(std::uint64_t bytes) { return _mm_cvtsi64_si128(static_cast<long long>(bytes)); }
 inline Bits widen(HalfBits x) { return reinterpret<Bits>(_mm256_cvtepu16_epi32(reinterpret<__m128i>(x))); }
@@ -96,7 +116,18 @@ inline HalfBits narrow(Bits x) {
     const __m256i packed = _mm256_packus_epi32(reinterpret<__m256i>(x), reinterpret<__m256i>(x));
     return reinterpret<HalfBits>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
+// The low byte of each lane.
+inline ByteBits low_bytes(Bits x) {
+    const __m256i bytes = reinterpret<__m256i>(x & 0xffu);
+    const __m256i packed = _mm256_packus_epi16(_mm256_packus_epi32(bytes, bytes), bytes);  // 4 lanes of each half
+    const std::uint32_t low = static_cast<std::uint32_t>(_mm256_extract_epi32(packed, 0));
+    const std::uint32_t high = static_cast<std::uint32_t>(_mm256_extract_epi32(packed, 4));
+    return reinterpret<ByteBits>(low | static_cast<std::uint64_t>(high) << 32);
+}
 #else
+inline ByteBits low_bytes(Bits x) {
+    return __builtin_convertvector(__builtin_convertvector(x, HalfBits), ByteBits);
+}
 inline Bits widen(HalfBits x) { return __builtin_convertvector(x, Bits); }
 inline Bits widen(ByteBits x) { return __builtin_convertvector(x, Bits); }
 inline IntVec widen(ByteVec x) { return __builtin_convertvector(x, IntVec); }
@@ -355,6 +386,17 @@ STABLEKD_INLINE void store(T* to, Vec value, int count) {
     copy_out(to, elements, count);
 }
 
+// The low byte of each of the first `count` lanes.
+template <class T>
+STABLEKD_INLINE void store_bytes(T* to, Bits value, int count) {
+    static_assert(sizeof(T) == 1, "a byte for each lane");
+    const ByteBits bytes = low_bytes(value);
+    if (count == kWidth) return void(std::memcpy(to, &bytes, sizeof(bytes)));
+    T elements[kWidth];
+    std::memcpy(elements, &bytes, sizeof(bytes));
+    copy_out(to, elements, count);
+}
+
 // A gradient of at least this size does not stay in the caches anyway, and is written past them.
 constexpr std::int64_t kPastCaches = std::int64_t{16} << 20;  // bytes
 
@@ -390,10 +432,21 @@ inline float load_one(const T* from) {
 inline float largest(Vec value) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps(reinterpret<__m512>(value));
-#endif
+#else
     float top = value[0];
     for (int lane = 1; lane < kWidth; ++lane) top = value[lane] > top ? value[lane] : top;
     return top;
+#endif
+}
+
+inline std::int32_t largest(IntVec value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32(reinterpret<__m512i>(value));
+#else
+    std::int32_t top = value[0];
+    for (int lane = 1; lane < kWidth; ++lane) top = value[lane] > top ? value[lane] : top;
+    return top;
+#endif
 }
 
 // Coefficients of 2^r for |r| <= 1/2, with a relative error below 2e-8 in single precision.
