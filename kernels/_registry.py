@@ -45,8 +45,8 @@ def define_loss(
     """Define the operators `<name>` and `<name>_with_grad` by their references, and return how to call them.
 
     The first function returned gives the loss, and can be differentiated with respect to the `differentiable` operands.
-    Where only the student asks, the gradient is made in the same pass as the loss and waits for backward, which on a CPU
-    hands it out as it is where what comes upstream is 1, and makes it anew if it is asked for again; that of a
+    Where only the student asks, the gradient is made in the same pass as the loss and waits for backward. On a CPU that
+    hands it out as it is where what comes upstream is 1, and makes it anew if it is asked for again. The gradient of a
     float16 student, which would be rounded to nothing before it is scaled, is made in backward, from what comes
     upstream. In every other case the reference, which is differentiable to any order, is differentiated. The second
     function returned gives loss and gradient, and records nothing for autograd.
@@ -81,6 +81,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, Tenso
     ctx.own = saved = None
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # no zeros for the second output
         if _host_may_read(output[1]):
             ctx.own = output[1]
         else:
@@ -89,7 +90,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, Tenso
 
 
 def _host_may_read(tensor: Tensor) -> bool:
-    """Say whether the host may look at the numbers of `tensor`: it lies on the CPU, and nothing traces or batches it."""
+    """Say whether the host may look at the numbers of `tensor`: they lie on the CPU, and nothing traces it."""
     return torch._C._dispatch_keys(tensor).raw_repr() == _ON_CPU and torch._C._len_torch_dispatch_stack() == 0
 
 
@@ -106,7 +107,8 @@ def _backward_of(with_grad: str, operands: type[Given], loss: Loss[Given], diffe
         create_graph = torch.is_grad_enabled()
         values = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
         if wanted == [0] and not create_graph:
-            gradients[0] = _student_gradient(getattr(torch.ops.stablekd, with_grad), values, count, own, saved, upstream)
+            fused = getattr(torch.ops.stablekd, with_grad)
+            gradients[0] = _student_gradient(fused, values, count, own, saved, upstream)
             return tuple(gradients)
         factor, scale = values[count:] or (1.0, None)
         with torch.enable_grad():
@@ -124,10 +126,10 @@ def _student_gradient(
 ) -> Tensor:
     """Return the gradient of a loss with respect to the student, times `upstream`.
 
-    `values` are the arguments of the operator that gave the loss: `count` operands, and factor and upstream where it made
-    the gradient too. That waits as `saved`, which backward must not hand out, as later ones read it again; or as `own`,
-    which the graph has let go of and no later backward sees: whoever receives it may write into it. A later backward
-    makes it anew, of the same bits.
+    `values` are the arguments of the operator that gave the loss: `count` operands, and factor and upstream where it
+    made the gradient too. That waits as `saved`, which backward must not hand out, as later ones read it again; or as
+    `own`, which the graph has let go of and no later backward sees: whoever receives it may write into it. A later
+    backward makes it anew, of the same bits.
     """
     if len(values) == count:
         return with_grad(*values, 1.0, upstream)[1]
