@@ -10,10 +10,8 @@ namespace {
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
 
 inline void store_code(std::int8_t* to, Vec value, int count) {
-    const Vec low = splat(-127.0f), high = splat(127.0f);
-    value = vmin(vmax(value, low), high);
-    const IntVec rounded = reinterpret<IntVec>(value + kRound) - reinterpret<IntVec>(splat(kRound));
-    store_bytes(to, reinterpret<Bits>(rounded), count);
+    const Vec limited = vmin(vmax(value, splat(-127.0f)), splat(127.0f));
+    store_bytes(to, reinterpret<Bits>(limited + kRound), count);  // the integer is in the low bits
 }
 
 inline void store_code(Float8* to, Vec value, int count) {
@@ -40,13 +38,46 @@ struct Magnitude {
     }
 };
 
-inline Vec divisor(Vec scale) { return scale > 0.0f ? scale : splat(1.0f); }
+// Divides by the scales of one channel, or of a vector of channels.
+class Divisor {
+public:
+    explicit Divisor(Vec scale) : by_(scale > 0.0f ? scale : splat(1.0f)), inverse_(1.0f / by_) {}
 
-// A quotient that is no number has the code 0; its scale says what it was.
-inline Vec quotient(Vec x, Vec by) {
-    const Vec ratio = x / by;
-    return ratio == ratio ? ratio : Vec{};
+    // Whether `by_inverse` serves: the level fuses, all scales are finite, and so large that no remainder that decides
+    // about a code is rounded.
+    static bool has_inverse(Vec scale) {
+        return kFuses && largest((scale >= 0x1p-90f) & (scale < __builtin_inff())) < 0;
+    }
+
+    // x over the scale, rounded as a division rounds. A quotient that is no number has the code 0; its scale says what
+    // it was.
+    STABLEKD_INLINE Vec divide(Vec x) const {
+        const Vec ratio = x / by_;
+        return ratio == ratio ? ratio : Vec{};
+    }
+
+    // The same by the rounded inverse: one correction leaves the quotient within a unit in the last place, and from
+    // there another gives the nearest (Markstein, IBM J. Res. Dev. 34, 1990). Zeros keep their sign.
+    STABLEKD_INLINE Vec by_inverse(Vec x) const {
+        const Vec guess = x * inverse_, better = fused(fused(-guess, by_, x), inverse_, guess);
+        const Vec nearest = fused(fused(-better, by_, x), inverse_, better);
+        return reinterpret<Vec>(reinterpret<Bits>(nearest) | (reinterpret<Bits>(x) & 0x80000000u));
+    }
+
+private:
+    Vec by_, inverse_;
+};
+
+template <bool kInverse>
+STABLEKD_INLINE Vec quotient(Vec x, const Divisor& by) {
+    return kInverse ? by.by_inverse(x) : by.divide(x);
 }
+
+// One vector of channels: first their magnitudes are seen, then it divides by their scales.
+struct Channels {
+    Magnitude magnitude{};
+    Divisor by{Vec{}};
+};
 
 template <class S, class C>
 class Quantizer {
@@ -64,40 +95,56 @@ public:
         magnitude.bits = IntVec{} + largest(magnitude.bits);
         const float scale = magnitude.scale(kLargest<C>)[0];
         scales_[sample * layout_.channels + channel] = scale;
-        const Vec by = divisor(splat(scale));
+        const Divisor by(splat(scale));
         for (std::int64_t repeat = 0; repeat < repeats_; ++repeat) {
             const std::int64_t at = start(sample, repeat, channel);
-            over(layout_.inner, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-                store_code(codes_ + at + i, quotient(load(rows_ + at + i, count), by), count);
-            });
+            if (Divisor::has_inverse(splat(scale))) {
+                encode_run<true>(at, by);
+            } else {
+                encode_run<false>(at, by);
+            }
         }
     }
 
-    // Channels-last: all channels of one sample, in the order of its memory. `magnitudes` has room for them.
-    void sample(std::int64_t sample, Magnitude* magnitudes) const {
-        const std::int64_t channels = layout_.channels, vectors = (channels + kWidth - 1) / kWidth;
-        for (std::int64_t v = 0; v < vectors; ++v) magnitudes[v] = {};
+    // Channels-last: all channels of one sample, in the order of its memory. `vectors` has room for them.
+    void sample(std::int64_t sample, Channels* vectors) const {
+        const std::int64_t channels = layout_.channels;
+        for (std::int64_t i = 0; i < channels; i += kWidth) vectors[i / kWidth] = {};
         for (std::int64_t position = 0; position < repeats_; ++position) {
             const S* at = rows_ + start(sample, position, 0);
-            over(channels, [&](std::int64_t i, int count) STABLEKD_LAMBDA { magnitudes[i / kWidth].see(load(at + i, count)); });
+            over(channels, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+                vectors[i / kWidth].magnitude.see(load(at + i, count));
+            });
         }
         float* scales = scales_ + sample * channels;
+        bool inverse = true;
         over(channels, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-            Magnitude& magnitude = magnitudes[i / kWidth];
-            const Vec scale = magnitude.scale(kLargest<C>);
+            const Vec scale = vectors[i / kWidth].magnitude.scale(kLargest<C>);
             store(scales + i, scale, count);
-            magnitude.bits = reinterpret<IntVec>(divisor(scale));
+            vectors[i / kWidth].by = Divisor(scale);
+            inverse &= Divisor::has_inverse(lanes_below(count) ? scale : splat(1.0f));
         });
         for (std::int64_t position = 0; position < repeats_; ++position) {
             const std::int64_t at = start(sample, position, 0);
-            over(channels, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-                const Vec by = reinterpret<Vec>(magnitudes[i / kWidth].bits);
-                store_code(codes_ + at + i, quotient(load(rows_ + at + i, count), by), count);
-            });
+            inverse ? encode_position<true>(at, vectors) : encode_position<false>(at, vectors);
         }
     }
 
 private:
+    template <bool kInverse>
+    void encode_run(std::int64_t at, const Divisor by) const {
+        over(layout_.inner, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
+            store_code(codes_ + at + i, quotient<kInverse>(load(rows_ + at + i, count), by), count);
+        });
+    }
+
+    template <bool kInverse>
+    void encode_position(std::int64_t at, const Channels* vectors) const {
+        over(layout_.channels, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
+            store_code(codes_ + at + i, quotient<kInverse>(load(rows_ + at + i, count), vectors[i / kWidth].by), count);
+        });
+    }
+
     std::int64_t start(std::int64_t sample, std::int64_t repeat, std::int64_t channel) const {
         return ((sample * repeats_ + repeat) * layout_.channels + channel) * layout_.inner;
     }
@@ -109,11 +156,27 @@ private:
     std::int64_t repeats_;
 };
 
+// Calls body(run, sample, channel) for each run of `samples` times `repeats` times `channels`, in the order of memory.
+template <class Body>
+void over_runs(std::int64_t samples, std::int64_t repeats, std::int64_t channels, int threads, Body&& body) {
+    const std::int64_t per_sample = repeats * channels, runs = samples * per_sample;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int thread = 0; thread < threads; ++thread) {
+        const std::int64_t first = runs * thread / threads, end = runs * (thread + 1) / threads;
+        std::int64_t sample = first / per_sample, next_sample = (sample + 1) * per_sample, channel = first % channels;
+        for (std::int64_t run = first; run < end; ++run) {
+            if (run == next_sample) ++sample, next_sample += per_sample;
+            body(run, sample, channel);
+            if (++channel == channels) channel = 0;
+        }
+    }
+}
+
 template <class C, class V>
-void dequantize_run(const C* codes, const float* scales, V* values, std::int64_t n, bool each, bool past_caches) {
+void dequantize_run(const C* codes, const float* scales, V* values, std::int64_t n, bool each) {
     const Vec same = splat(*scales);
-    over(n, past_caches ? before_aligned(values) : 0, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
-        write(values + i, load(codes + i, count) * (each ? load(scales + i, count) : same), count, past_caches);
+    over(n, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
+        store(values + i, load(codes + i, count) * (each ? load(scales + i, count) : same), count);
     });
 }
 
@@ -128,19 +191,17 @@ void quantize_rows(const void* rows, Type type, void* codes, Type code, float* s
             using C = Element<decltype(c)>;
             const Quantizer<S, C> quantizer(static_cast<const S*>(rows), static_cast<C*>(codes), scales, layout);
             if (layout.inner > 1) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-                for (std::int64_t unit = 0; unit < layout.samples * layout.channels; ++unit) {
-                    quantizer.channel(unit / layout.channels, unit % layout.channels);
-                }
+                over_runs(layout.samples, 1, layout.channels, threads,
+                          [&](std::int64_t, std::int64_t sample, std::int64_t channel) { quantizer.channel(sample, channel); });
                 return;
             }
             const std::int64_t vectors = (layout.channels + kWidth - 1) / kWidth;
-            Scratch<Magnitude> magnitudes(threads * vectors);
+            Scratch<Channels> channels(threads * vectors);
 #pragma omp parallel for num_threads(threads) schedule(static)
             for (int thread = 0; thread < threads; ++thread) {
                 const std::int64_t end = layout.samples * (thread + 1) / threads;
                 for (std::int64_t sample = layout.samples * thread / threads; sample < end; ++sample) {
-                    quantizer.sample(sample, magnitudes.get() + thread * vectors);
+                    quantizer.sample(sample, channels.get() + thread * vectors);
                 }
             }
         });
@@ -151,19 +212,16 @@ void dequantize_rows(const void* codes, Type code, const float* scales, std::int
                      Type type, const Layout& layout, int threads) {
     const bool each = layout.inner == 1;
     const std::int64_t length = each ? layout.channels : layout.inner, channels = each ? 1 : layout.channels;
-    const std::int64_t runs_per_sample = layout.outer / layout.samples * channels;
+    const std::int64_t repeats = layout.outer / layout.samples;
     with_code_type(code, [&](auto* c) {
         with_float_type(type, [&](auto* v) {
             using C = Element<decltype(c)>;
             using V = Element<decltype(v)>;
-            const std::int64_t runs = layout.samples * runs_per_sample;
-            const bool past_caches = too_large_for_caches<V>(runs * length);
-#pragma omp parallel for num_threads(threads) schedule(static)
-            for (std::int64_t run = 0; run < runs; ++run) {
-                const float* scale = scales + run / runs_per_sample * scales_sample_stride + run % channels;
-                dequantize_run(static_cast<const C*>(codes) + run * length, scale, static_cast<V*>(values) + run * length,
-                               length, each, past_caches);
-            }
+            const auto decode = [&](std::int64_t run, std::int64_t sample, std::int64_t channel) {
+                dequantize_run(static_cast<const C*>(codes) + run * length, scales + sample * scales_sample_stride + channel,
+                               static_cast<V*>(values) + run * length, length, each);
+            };
+            over_runs(layout.samples, repeats, channels, threads, decode);
         });
     });
 }

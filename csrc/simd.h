@@ -57,6 +57,21 @@ inline To reinterpret(From value) {
 
 // Zero is subtracted: added to, it would lose the sign of a negative zero.
 inline Vec splat(float value) { return value - Vec{}; }
+#if defined(__FMA__)
+constexpr bool kFuses = true;
+#else
+constexpr bool kFuses = false;
+#endif
+// a * b + c, rounded once where the level has an instruction for that.
+inline Vec fused(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return reinterpret<Vec>(_mm512_fmadd_ps(reinterpret<__m512>(a), reinterpret<__m512>(b), reinterpret<__m512>(c)));
+#elif defined(__FMA__)
+    return reinterpret<Vec>(_mm256_fmadd_ps(reinterpret<__m256>(a), reinterpret<__m256>(b), reinterpret<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
 // The larger; b where a is NaN.
 inline Vec vmax(Vec a, Vec b) {
 #if defined(__AVX512F__)
