@@ -43,6 +43,13 @@ class Divisor {
 public:
     explicit Divisor(Vec scale) : by_(scale > 0.0f ? scale : splat(1.0f)), inverse_(1.0f / by_) {}
 
+    // All lanes those of one.
+    Divisor lane(int lane) const {
+        Divisor out = *this;
+        out.by_ = splat(by_[lane]), out.inverse_ = splat(inverse_[lane]);
+        return out;
+    }
+
     // Whether `by_inverse` serves: the level fuses, all scales are finite, and so large that no remainder that decides
     // about a code is rounded.
     static bool has_inverse(Vec scale) {
@@ -85,23 +92,33 @@ public:
     Quantizer(const S* rows, C* codes, float* scales, const Layout& layout)
         : rows_(rows), codes_(codes), scales_(scales), layout_(layout), repeats_(layout.outer / layout.samples) {}
 
-    // Channels-first: one channel of one sample, in `repeats_` runs.
-    void channel(std::int64_t sample, std::int64_t channel) const {
-        Magnitude magnitude;
-        for (std::int64_t repeat = 0; repeat < repeats_; ++repeat) {
-            const S* run = rows_ + start(sample, repeat, channel);
-            over(layout_.inner, [&](std::int64_t i, int count) STABLEKD_LAMBDA { magnitude.see(load(run + i, count)); });
+    // Channels-first: channels of one sample, at most kWidth, each in `repeats_` runs. So few are in the cache when their
+    // codes are made, and so many that no channel waits for the scale of its own.
+    std::int64_t neighbours() const {
+        constexpr std::int64_t cached = 32768;  // elements
+        const std::int64_t fit = cached / (repeats_ * layout_.inner);
+        return fit < 1 ? 1 : fit < kWidth ? fit : kWidth;
+    }
+
+    void channels(std::int64_t sample, std::int64_t first, int count) const {
+        std::int32_t tops[kWidth] = {};
+        for (int lane = 0; lane < count; ++lane) {
+            Magnitude magnitude;
+            for (std::int64_t repeat = 0; repeat < repeats_; ++repeat) {
+                const S* run = rows_ + start(sample, repeat, first + lane);
+                over(layout_.inner, [&](std::int64_t i, int n) STABLEKD_LAMBDA { magnitude.see(load(run + i, n)); });
+            }
+            tops[lane] = largest(magnitude.bits);
         }
-        magnitude.bits = IntVec{} + largest(magnitude.bits);
-        const float scale = magnitude.scale(kLargest<C>)[0];
-        scales_[sample * layout_.channels + channel] = scale;
-        const Divisor by(splat(scale));
-        for (std::int64_t repeat = 0; repeat < repeats_; ++repeat) {
-            const std::int64_t at = start(sample, repeat, channel);
-            if (Divisor::has_inverse(splat(scale))) {
-                encode_run<true>(at, by);
-            } else {
-                encode_run<false>(at, by);
+        const Vec scale = Magnitude{raw_load<IntVec>(tops)}.scale(kLargest<C>);
+        store(scales_ + sample * layout_.channels + first, scale, count);
+        const Divisor by(scale);
+        const bool inverse = Divisor::has_inverse(lanes_below(count) ? scale : splat(1.0f));
+        for (int lane = 0; lane < count; ++lane) {
+            const Divisor own = by.lane(lane);
+            for (std::int64_t repeat = 0; repeat < repeats_; ++repeat) {
+                const std::int64_t at = start(sample, repeat, first + lane);
+                inverse ? encode_run<true>(at, own) : encode_run<false>(at, own);
             }
         }
     }
@@ -133,15 +150,19 @@ public:
 private:
     template <bool kInverse>
     void encode_run(std::int64_t at, const Divisor by) const {
+        const S* rows = rows_ + at;
+        C* codes = codes_ + at;
         over(layout_.inner, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
-            store_code(codes_ + at + i, quotient<kInverse>(load(rows_ + at + i, count), by), count);
+            store_code(codes + i, quotient<kInverse>(load(rows + i, count), by), count);
         });
     }
 
     template <bool kInverse>
     void encode_position(std::int64_t at, const Channels* vectors) const {
+        const S* rows = rows_ + at;
+        C* codes = codes_ + at;
         over(layout_.channels, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
-            store_code(codes_ + at + i, quotient<kInverse>(load(rows_ + at + i, count), vectors[i / kWidth].by), count);
+            store_code(codes + i, quotient<kInverse>(load(rows + i, count), vectors[i / kWidth].by), count);
         });
     }
 
@@ -191,8 +212,11 @@ void quantize_rows(const void* rows, Type type, void* codes, Type code, float* s
             using C = Element<decltype(c)>;
             const Quantizer<S, C> quantizer(static_cast<const S*>(rows), static_cast<C*>(codes), scales, layout);
             if (layout.inner > 1) {
-                over_runs(layout.samples, 1, layout.channels, threads,
-                          [&](std::int64_t, std::int64_t sample, std::int64_t channel) { quantizer.channel(sample, channel); });
+                const std::int64_t wide = quantizer.neighbours(), groups = (layout.channels + wide - 1) / wide;
+                over_runs(layout.samples, 1, groups, threads, [&](std::int64_t, std::int64_t sample, std::int64_t group) {
+                    const std::int64_t first = group * wide, left = layout.channels - first;
+                    quantizer.channels(sample, first, static_cast<int>(left < wide ? left : wide));
+                });
                 return;
             }
             const std::int64_t vectors = (layout.channels + kWidth - 1) / kWidth;
