@@ -152,7 +152,9 @@ private:
     void encode_run(std::int64_t at, const Divisor by) const {
         const S* rows = rows_ + at;
         C* codes = codes_ + at;
+        const std::int64_t ahead = neighbours() * layout_.inner;
         over(layout_.inner, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
+            __builtin_prefetch(rows + i + ahead);  // the next channels, while the memory would wait
             store_code(codes + i, quotient<kInverse>(load(rows + i, count), by), count);
         });
     }
@@ -161,7 +163,9 @@ private:
     void encode_position(std::int64_t at, const Channels* vectors) const {
         const S* rows = rows_ + at;
         C* codes = codes_ + at;
+        const std::int64_t ahead = repeats_ * layout_.channels;
         over(layout_.channels, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
+            __builtin_prefetch(rows + i + ahead, 0, 2);  // the next sample, while the memory would wait
             store_code(codes + i, quotient<kInverse>(load(rows + i, count), vectors[i / kWidth].by), count);
         });
     }
