@@ -99,10 +99,12 @@ def _backward_of(with_grad: str, operands: type[Given], loss: Loss[Given], diffe
     `differentiable`."""
     count = len(operands._fields)
 
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, saved = ctx.saved_tensors
-        own, ctx.own = ctx.own, None
         gradients: list[Tensor | None] = [None] * len(tensors)
+        if upstream is None:  # nobody asked about the loss
+            return tuple(gradients)
+        own, ctx.own = ctx.own, None
         wanted = [place for place in differentiable if ctx.needs_input_grad[place]]
         create_graph = torch.is_grad_enabled()
         values = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
