@@ -46,7 +46,8 @@ Runs runs_of(const Layout& layout) {
 }
 
 // A factor for each element of the whole map, by its channel (and sample); elements are asked for in order.
-// Vectors within one run cost a comparison; those that straddle runs are put together lane by lane.
+// Vectors within one run cost a comparison; one that straddles two runs of a channels-first map costs a choice between
+// their factors, others are put together lane by lane.
 template <bool kChannelsLast>
 class ByChannel {
 public:
@@ -57,27 +58,41 @@ public:
 
     STABLEKD_INLINE Vec operator()(Vec x, std::int64_t i, int count) {
         const std::int64_t element = first_ + i;
-        if (element >= end_) enter(element / runs_.length);
-        if (element + count > end_) return x * straddling(element, count);
-        if constexpr (kChannelsLast) return x * load(run_values_ + (element - start_), count);
-        return x * *run_values_;
+        if (element + count > end_) return x * leaving(element, count);
+        return x * within(element, count);
     }
 
 private:
     void enter(std::int64_t run) {
         start_ = run * runs_.length, end_ = start_ + runs_.length;
-        run_values_ = values_of(run);
+        run_ = run, run_values_ = values_of(run);
+    }
+
+    STABLEKD_INLINE Vec within(std::int64_t element, int count) const {
+        if constexpr (kChannelsLast) return load(run_values_ + (element - start_), count);
+        return splat(*run_values_);
+    }
+
+    // The factors of a vector that ends beyond the run, in whose last run the next one begins.
+    __attribute__((noinline)) Vec leaving(std::int64_t element, int count) {
+        const std::int64_t left = end_ - element;
+        if (left == 0) enter(run_ + 1);
+        if (element + count <= end_) return within(element, count);
+        if (kChannelsLast || left == 0 || runs_.length < count - left) return straddling(element, count);
+        const Vec own = splat(*run_values_);
+        enter(run_ + 1);
+        return lanes_below(static_cast<int>(left)) ? own : splat(*run_values_);
     }
 
     const float* values_of(std::int64_t run) const {
         return values_ + runs_.sample(run) * sample_stride_ + runs_.channel(run);
     }
 
-    __attribute__((noinline)) Vec straddling(std::int64_t element, int count) const {
+    Vec straddling(std::int64_t element, int count) {
         Vec out{};
         for (int lane = 0; lane < count; ++lane) {
-            const std::int64_t run = (element + lane) / runs_.length;
-            out[lane] = values_of(run)[kChannelsLast ? element + lane - run * runs_.length : 0];
+            if (element + lane >= end_) enter(run_ + 1);
+            out[lane] = run_values_[kChannelsLast ? element + lane - start_ : 0];
         }
         return out;
     }
@@ -85,7 +100,7 @@ private:
     const float* values_;
     std::int64_t sample_stride_;
     const Runs& runs_;
-    std::int64_t first_, start_, end_;
+    std::int64_t first_, start_, end_, run_;
     const float* run_values_;
 };
 
@@ -292,16 +307,26 @@ private:
                 for (std::int64_t run = first; run < last; ++run) moments_of_run(run, means.get()[run], deviations.get()[run]);
             });
         }
+        Scratch<double> mean(channels), deviation(channels);
+        for (std::int64_t channel = 0; channel < channels; ++channel) mean.get()[channel] = deviation.get()[channel] = 0;
+        double count = 0;
+        for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const double added = elements_per_channel(chunk), all = count + added;
+            merge_moments(means.get() + chunk * channels, deviations.get() + chunk * channels, added / all,
+                          count * added / all, mean.get(), deviation.get());
+            count = all;
+        }
         for (std::int64_t channel = 0; channel < channels; ++channel) {
-            double count = 0, mean = 0, deviation = 0;
-            for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-                const double added = elements_per_channel(chunk), all = count + added;
-                const double apart = means.get()[chunk * channels + channel] - mean;
-                mean += apart * added / all;
-                deviation += deviations.get()[chunk * channels + channel] + apart * apart * count * added / all;
-                count = all;
-            }
-            out[channel] = 1 / (deviation / count + kChannelEpsilon);
+            out[channel] = 1 / (deviation.get()[channel] / count + kChannelEpsilon);
+        }
+    }
+
+    void merge_moments(const double* means, const double* deviations, double share, double apart_share, double* mean,
+                       double* deviation) const {
+        for (std::int64_t channel = 0; channel < job_.layout.channels; ++channel) {
+            const double apart = means[channel] - mean[channel];
+            mean[channel] += apart * share;
+            deviation[channel] += deviations[channel] + apart * apart * apart_share;
         }
     }
 
@@ -328,18 +353,39 @@ private:
         });
     }
 
-    // Few enough positions for single precision: a chunk holds kChunk elements of all channels.
+    // Few enough positions for single precision: a chunk holds kChunk elements of all channels. They are walked in the
+    // order of memory, with the sums of all channels in the nearest cache.
     void moments_of_positions(std::int64_t first, std::int64_t last, double* means, double* deviations) const {
-        over(runs_.length, [&](std::int64_t c, int lanes) STABLEKD_LAMBDA {
-            Vec total{}, squared{};
-            for (std::int64_t run = first; run < last; ++run) total += value(run, c, lanes);
-            const Vec mean = total / static_cast<float>(last - first);
-            for (std::int64_t run = first; run < last; ++run) {
-                const Vec apart = value(run, c, lanes) - mean;
-                squared += apart * apart;
-            }
-            for (int lane = 0; lane < lanes; ++lane) means[c + lane] = mean[lane], deviations[c + lane] = squared[lane];
+        const std::int64_t channels = runs_.length;
+        Scratch<float> sums(2 * (channels + kWidth));
+        float *total = sums.get(), *squared = total + channels + kWidth;
+        std::memset(total, 0, 2 * (channels + kWidth) * sizeof(float));
+        over_positions(first, last, total, [](Vec x, std::int64_t, int) STABLEKD_LAMBDA { return x; });
+        const float count = last - first;
+        for (std::int64_t c = 0; c < channels; ++c) means[c] = total[c] /= count;
+        over_positions(first, last, squared, [=](Vec x, std::int64_t c, int lanes) STABLEKD_LAMBDA {
+            const Vec apart = x - load(total + c, lanes);
+            return apart * apart;
         });
+        for (std::int64_t c = 0; c < channels; ++c) deviations[c] = squared[c];
+    }
+
+    // Adds term(value, channel, count) of each position to `sums`, four positions at a time.
+    template <class Term>
+    STABLEKD_INLINE void over_positions(std::int64_t first, std::int64_t last, float* sums, Term&& term) const {
+        std::int64_t run = first;
+        for (; run + 4 <= last; run += 4) {
+            over(runs_.length, [&](std::int64_t c, int lanes) STABLEKD_LAMBDA {
+                const Vec a = term(value(run, c, lanes), c, lanes), b = term(value(run + 1, c, lanes), c, lanes);
+                const Vec d = term(value(run + 2, c, lanes), c, lanes), e = term(value(run + 3, c, lanes), c, lanes);
+                store(sums + c, load(sums + c, lanes) + ((a + b) + (d + e)), lanes);
+            });
+        }
+        for (; run < last; ++run) {
+            over(runs_.length, [&](std::int64_t c, int lanes) STABLEKD_LAMBDA {
+                store(sums + c, load(sums + c, lanes) + term(value(run, c, lanes), c, lanes), lanes);
+            });
+        }
     }
 
     STABLEKD_INLINE Vec value(std::int64_t run, std::int64_t i, int count) const {

@@ -13,29 +13,54 @@ namespace {
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-template <class T>
-float largest(const T* row, std::int64_t n) {
+// The classes of a row that take part.
+struct All {
+    STABLEKD_INLINE Vec operator()(Vec x, std::int64_t, int) const { return x; }
+};
+struct AllBut {
+    std::int64_t label;
+
+    STABLEKD_INLINE Vec operator()(Vec x, std::int64_t i, int count) const {
+        if (label >= i && label < i + count) x[label - i] = -kInfinity;
+        return x;
+    }
+};
+
+template <class Classes = All, class T>
+float largest(const T* row, std::int64_t n, const Classes& classes = {}) {
+    const auto at = [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+        return classes(load(row + i, count, -kInfinity), i, count);
+    };
     Vec a = splat(-kInfinity), b = a, c = a, d = a;
     std::int64_t i = 0;
     for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-        a = vmax(load(row + i), a);
-        b = vmax(load(row + i + kWidth), b);
-        c = vmax(load(row + i + 2 * kWidth), c);
-        d = vmax(load(row + i + 3 * kWidth), d);
+        a = vmax(at(i, kWidth), a);
+        b = vmax(at(i + kWidth, kWidth), b);
+        c = vmax(at(i + 2 * kWidth, kWidth), c);
+        d = vmax(at(i + 3 * kWidth, kWidth), d);
     }
-    over(n - i, [&](std::int64_t j, int count) STABLEKD_LAMBDA { a = vmax(load(row + i + j, count, -kInfinity), a); });
+    over(n - i, [&](std::int64_t j, int count) STABLEKD_LAMBDA { a = vmax(at(i + j, count), a); });
     return largest(vmax(vmax(a, b), vmax(c, d)));
 }
 
 // One thread's memory for a row: exponentials of the student's logits at the temperature and at 1, those of the
-// teacher's (or its probabilities), and the kept probabilities of a cached teacher. The decoupled loss keeps the rows
-// without their labels in `plain` and `kept`.
+// teacher's (or its probabilities), and the kept probabilities of a cached teacher. The first vector of a row has `head`
+// elements where that is not 0: the gradient's others are then aligned, and so are those of the scratch.
 struct RowScratch {
     float *student, *plain, *teacher, *kept;
+    int head = 0;
+    bool past_caches = false;
+
+    template <class S>
+    RowScratch for_gradient(const S* gradient, bool past) const {
+        if (!past) return *this;
+        const int before = before_aligned(gradient), skipped = before == 0 ? 0 : kWidth - before;
+        return {student + skipped, plain + skipped, teacher + skipped, kept, before, true};
+    }
 };
 
-// Elements of one line of scratch: room for whole vectors of any level.
-std::int64_t row_width(std::int64_t classes) { return (classes + 15) / 16 * 16; }
+// Elements of one line of scratch: room for whole vectors of any level, and for one that is not.
+std::int64_t row_width(std::int64_t classes) { return (classes + 15) / 16 * 16 + 32; }
 
 struct Softmax {
     float top;     // largest logit
@@ -44,10 +69,11 @@ struct Softmax {
 
 template <class T>
 Softmax exponentials(const T* row, std::int64_t n, float temperature, float* out) {
-    const float top = largest(row, n), rate = kLog2E / temperature;
+    const float top = largest(row, n);
+    const Exp2 exp(kLog2E / temperature);
     const double total = sum_over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-        const Vec e = exp2_negative((load(row + i, count, -kInfinity) - top) * rate);
-        store(out + i, e);
+        const Vec e = exp(load(row + i, count, -kInfinity) - top);
+        store(out + i, e, count);
         return e;
     });
     return {top, total};
@@ -77,29 +103,32 @@ struct Pair {
 enum class Plain { none, own, squared };
 
 // Both rows' exponentials at the temperature, those of the student at 1 as `kPlain` says, and what their sums say.
-template <Plain kPlain, int kSquarings = 0, class S, class T>
-Pair compare(const S* student, const T* teacher, std::int64_t n, float temperature, const RowScratch& out) {
-    const float student_top = largest(student, n), teacher_top = largest(teacher, n), rate = kLog2E / temperature;
+template <Plain kPlain, int kSquarings = 0, class S, class T, class Classes = All>
+Pair compare(const S* student, const T* teacher, std::int64_t n, float temperature, const RowScratch& out,
+             const Classes& classes = {}) {
+    const float student_top = largest(student, n, classes), teacher_top = largest(teacher, n, classes);
+    const float rate = kLog2E / temperature;
+    const Exp2 exp(rate), exp_plain(kLog2E);
     // A copy, as the compiler must think that stores through `out` may change it.
     const RowScratch to = out;
-    const auto sums = sum_over_costly(n, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
+    const auto sums = sum_over_costly(n, to.head, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
         // The next row, while this one is worked on: a row is about a page, where the processor's own guesses end.
         __builtin_prefetch(student + n + i);
         __builtin_prefetch(teacher + n + i);
-        const Vec s = load(student + i, count, -kInfinity) - student_top;
-        const Vec t = load(teacher + i, count, -kInfinity) - teacher_top;
+        const Vec s = classes(load(student + i, count, -kInfinity), i, count) - student_top;
+        const Vec t = classes(load(teacher + i, count, -kInfinity), i, count) - teacher_top;
         PairSums<Vec> terms;
-        terms.student = exp2_negative(s * rate);
-        terms.teacher = exp2_negative(t * rate);
-        store(to.student + i, terms.student);
-        store(to.teacher + i, terms.teacher);
+        terms.student = exp(s);
+        terms.teacher = exp(t);
+        store(to.student + i, terms.student, count);
+        store(to.teacher + i, terms.teacher, count);
         if constexpr (kPlain != Plain::none) {
-            terms.plain = kPlain == Plain::own ? exp2_negative(s * kLog2E) : terms.student;
+            terms.plain = kPlain == Plain::own ? exp_plain(s) : terms.student;
             for (int k = 0; k < kSquarings; ++k) terms.plain *= terms.plain;
-            store(to.plain + i, terms.plain);
+            store(to.plain + i, terms.plain, count);
         }
         // Where the teacher's share is 0 the difference may be infinite or undefined, and counts nothing.
-        terms.cross = terms.teacher == 0.0f ? Vec{} : terms.teacher * (t - s);
+        terms.cross = exp.counts(t) ? terms.teacher * (t - s) : Vec{};
         return terms;
     });
     // With the temperature that the rounded rate stands for: its error would not cancel against the exponentials'.
@@ -178,13 +207,19 @@ Divergence from_kept(const S* student, std::int64_t n, double temperature, const
     return {sum_p_log_p - sum_p_a + mass * std::log(q.total), q.total, 1, mass};
 }
 
+template <class S>
+bool gradient_past_caches(const Logits& job) {
+    return job.gradient != nullptr && too_large_for_caches<S>(job.samples * job.classes);
+}
+
 struct KdSettings {
     double alpha, smoothing, gradient_factor;
 };
 
 // The loss of one row; its gradient goes to `gradient` unless that is null.
 template <class S, class T>
-double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, const RowScratch& scratch, S* gradient) {
+double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, const RowScratch& memory, S* gradient) {
+    const RowScratch scratch = memory.for_gradient(gradient, gradient_past_caches<S>(job));
     const std::int64_t n = job.classes;
     const S* student = static_cast<const S*>(job.student) + row * job.student_stride;
     const T* teacher = static_cast<const T*>(job.teacher) + row * job.teacher_stride;
@@ -203,7 +238,6 @@ double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, c
         kl = from_kept(student, n, temperature, q, job.indices + row * job.kept, scratch.kept, job.kept, scratch.teacher);
         if (job.labels != nullptr) plain = exponentials(student, n, 1.0f, scratch.plain);
     }
-    const bool past = goes_past_caches(gradient, job.samples * n, n);
     double loss = alpha * temperature * temperature * kl.value;
     const double weight = job.weight == nullptr ? 1 : job.weight[row];
     const double factor = settings.gradient_factor * weight;
@@ -212,9 +246,9 @@ double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, c
 
     if (job.labels == nullptr) {
         if (gradient != nullptr) {
-            over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+            over(n, scratch.head, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
                 write(gradient + i, load(scratch.student + i) * from_student - load(scratch.teacher + i) * from_teacher,
-                      count, past);
+                      count, scratch.past_caches);
             });
         }
         return weight * loss;
@@ -233,33 +267,28 @@ double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, c
         const float from_plain = factor * (1 - alpha) / plain.total;
         const float everywhere = factor * (1 - alpha) * settings.smoothing / open.count;
         scratch.plain[label] -= (1 - settings.smoothing) * plain.total;
-        over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
+        over(n, scratch.head, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
             Vec g = load(scratch.student + i) * from_student - load(scratch.teacher + i) * from_teacher;
             g += load(scratch.plain + i) * from_plain;
             if (smooth) g -= open_lanes(student, open_teacher, i, count) ? splat(everywhere) : Vec{};
-            write(gradient + i, g, count, past);
+            write(gradient + i, g, count, scratch.past_caches);
         });
     }
     return weight * loss;
 }
 
-// log p and log(1 - p) of the label, from its logit and the softmax over all other classes.
+// The label's probability, that of all other classes, and their logarithms.
 struct LabelShare {
-    double log_label, log_rest;
+    double label, rest, log_label, log_rest;
 };
 
+// From the label's logit and the softmax over all other classes.
 LabelShare label_share(float label_logit, const Softmax& others, double temperature) {
     const double own = label_logit / temperature, rest = others.top / temperature + std::log(others.total);
-    const double top = own > rest ? own : rest;
-    const double total = top + std::log(std::exp(own - top) + std::exp(rest - top));
-    return {own - total, rest - total};
-}
-
-// The row without its label's class.
-template <class T>
-void copy_others(const T* row, std::int64_t n, std::int64_t label, float* out) {
-    over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA { store(out + i, load(row + i, count, -kInfinity)); });
-    out[label] = -kInfinity;
+    const bool ahead = own > rest;
+    const double odds = std::exp(ahead ? rest - own : own - rest), total = std::log1p(odds), larger = 1 / (1 + odds);
+    if (ahead) return {larger, odds * larger, -total, rest - own - total};
+    return {odds * larger, larger, own - rest - total, -total};
 }
 
 struct DkdSettings {
@@ -267,31 +296,30 @@ struct DkdSettings {
 };
 
 template <class S, class T>
-double decoupled_row(const Logits& job, const DkdSettings& settings, std::int64_t row, const RowScratch& scratch,
+double decoupled_row(const Logits& job, const DkdSettings& settings, std::int64_t row, const RowScratch& memory,
                      S* gradient) {
     const std::int64_t n = job.classes, label = job.labels[row];
     const S* student = static_cast<const S*>(job.student) + row * job.student_stride;
     const T* teacher = static_cast<const T*>(job.teacher) + row * job.teacher_stride;
     const double temperature = job.temperature;
 
-    copy_others(student, n, label, scratch.plain);
-    copy_others(teacher, n, label, scratch.kept);
-    const Pair others = compare<Plain::none>(scratch.plain, scratch.kept, n, job.temperature, scratch);
+    const RowScratch scratch = memory.for_gradient(gradient, gradient_past_caches<S>(job));
+    const Pair others = compare<Plain::none>(student, teacher, n, job.temperature, scratch, AllBut{label});
     const LabelShare q = label_share(load_one(student + label), others.student, temperature);
     const LabelShare p = label_share(load_one(teacher + label), others.teacher, temperature);
-    const double p_label = std::exp(p.log_label), p_rest = std::exp(p.log_rest);
-    const double target = (p_label > 0 ? p_label * (p.log_label - q.log_label) : 0) +
-                          (p_rest > 0 ? p_rest * (p.log_rest - q.log_rest) : 0);
+    const double target = (p.label > 0 ? p.label * (p.log_label - q.log_label) : 0) +
+                          (p.rest > 0 ? p.rest * (p.log_rest - q.log_rest) : 0);
 
     if (gradient != nullptr) {
-        const double factor = settings.gradient_factor * temperature, ahead = std::exp(q.log_label) - p_label;
+        const double factor = settings.gradient_factor * temperature, ahead = q.label - p.label;
         const float from_student = factor * (settings.beta - settings.alpha * ahead) / others.student.total;
         const float from_teacher = factor * settings.beta / others.teacher.total;
-        over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-            store(gradient + i, load(scratch.student + i) * from_student - load(scratch.teacher + i) * from_teacher,
-                  count);
+        const float at_label = factor * settings.alpha * ahead;
+        over(n, scratch.head, [=](std::int64_t i, int count) STABLEKD_LAMBDA {
+            Vec g = load(scratch.student + i) * from_student - load(scratch.teacher + i) * from_teacher;
+            if (label >= i && label < i + count) g[label - i] = at_label;
+            write(gradient + i, g, count, scratch.past_caches);
         });
-        store(gradient + label, splat(factor * settings.alpha * ahead), 1);
     }
     return temperature * temperature * (settings.alpha * target + settings.beta * others.divergence);
 }
@@ -320,7 +348,7 @@ double mean_over_rows(const Logits& job, std::int64_t* bad_row, int threads, Per
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int thread = 0; thread < threads; ++thread) {
         float* own = memory.get() + thread * 4 * width;
-        const RowScratch scratch{own, own + width, own + 2 * width, own + 3 * width};
+        const RowScratch scratch{own, own + width, own + 2 * width, own + 3 * width, 0, false};
         const std::int64_t end = job.samples * (thread + 1) / threads;
         for (std::int64_t row = job.samples * thread / threads; row < end; ++row) {
             losses.get()[row] = per_row(row, scratch);

@@ -57,12 +57,46 @@ inline To reinterpret(From value) {
 
 // Zero is subtracted: added to, it would lose the sign of a negative zero.
 inline Vec splat(float value) { return value - Vec{}; }
+#if defined(__FMA__)
+constexpr bool kFuses = true;
+#else
+constexpr bool kFuses = false;
+#endif
+// a * b + c, rounded once where the level has an instruction for that.
+inline Vec fused(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return reinterpret<Vec>(_mm512_fmadd_ps(reinterpret<__m512>(a), reinterpret<__m512>(b), reinterpret<__m512>(c)));
+#elif defined(__FMA__)
+    return reinterpret<Vec>(_mm256_fmadd_ps(reinterpret<__m256>(a), reinterpret<__m256>(b), reinterpret<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
 // The larger; b where a is NaN.
 inline Vec vmax(Vec a, Vec b) {
 #if defined(__AVX512F__)
     return reinterpret<Vec>(_mm512_max_ps(reinterpret<__m512>(a), reinterpret<__m512>(b)));
 #elif defined(__AVX2__)
     return reinterpret<Vec>(_mm256_max_ps(reinterpret<__m256>(a), reinterpret<__m256>(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
+// The smaller; b where a is NaN.
+inline Vec vmin(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return reinterpret<Vec>(_mm512_min_ps(reinterpret<__m512>(a), reinterpret<__m512>(b)));
+#elif defined(__AVX2__)
+    return reinterpret<Vec>(_mm256_min_ps(reinterpret<__m256>(a), reinterpret<__m256>(b)));
+#else
+    return a < b ? a : b;
+#endif
+}
+inline IntVec vmax(IntVec a, IntVec b) {
+#if defined(__AVX512F__)
+    return reinterpret<IntVec>(_mm512_max_epi32(reinterpret<__m512i>(a), reinterpret<__m512i>(b)));
+#elif defined(__AVX2__)
+    return reinterpret<IntVec>(_mm256_max_epi32(reinterpret<__m256i>(a), reinterpret<__m256i>(b)));
 #else
     return a > b ? a : b;
 #endif
@@ -83,6 +117,7 @@ inline Bits widen(HalfBits x) { return reinterpret<Bits>(_mm512_cvtepu16_epi32(r
 inline Bits widen(ByteBits x) { return reinterpret<Bits>(_mm512_cvtepu8_epi32(reinterpret<__m128i>(x))); }
 inline IntVec widen(ByteVec x) { return reinterpret<IntVec>(_mm512_cvtepi8_epi32(reinterpret<__m128i>(x))); }
 inline HalfBits narrow(Bits x) { return reinterpret<HalfBits>(_mm512_cvtepi32_epi16(reinterpret<__m512i>(x))); }
+inline ByteBits low_bytes(Bits x) { return reinterpret<ByteBits>(_mm512_cvtepi32_epi8(reinterpret<__m512i>(x))); }
 #elif defined(__AVX2__)
 inline __m128i low_half(std::uint64_t bytes) { return _mm_cvtsi64_si128(static_cast<long long>(bytes)); }
 inline Bits widen(HalfBits x) { return reinterpret<Bits>(_mm256_cvtepu16_epi32(reinterpret<__m128i>(x))); }
@@ -96,7 +131,18 @@ inline HalfBits narrow(Bits x) {
     const __m256i packed = _mm256_packus_epi32(reinterpret<__m256i>(x), reinterpret<__m256i>(x));
     return reinterpret<HalfBits>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
+// The low byte of each lane.
+inline ByteBits low_bytes(Bits x) {
+    const __m256i bytes = reinterpret<__m256i>(x & 0xffu);
+    const __m256i packed = _mm256_packus_epi16(_mm256_packus_epi32(bytes, bytes), bytes);  // 4 lanes of each half
+    const std::uint32_t low = static_cast<std::uint32_t>(_mm256_extract_epi32(packed, 0));
+    const std::uint32_t high = static_cast<std::uint32_t>(_mm256_extract_epi32(packed, 4));
+    return reinterpret<ByteBits>(low | static_cast<std::uint64_t>(high) << 32);
+}
 #else
+inline ByteBits low_bytes(Bits x) {
+    return __builtin_convertvector(__builtin_convertvector(x, HalfBits), ByteBits);
+}
 inline Bits widen(HalfBits x) { return __builtin_convertvector(x, Bits); }
 inline Bits widen(ByteBits x) { return __builtin_convertvector(x, Bits); }
 inline IntVec widen(ByteVec x) { return __builtin_convertvector(x, IntVec); }
@@ -169,7 +215,7 @@ inline void store(Float16* to, Vec value) {
     std::memcpy(to, &out, sizeof(out));
 }
 
-// Past the caches: the line is not read before it is written. `to` must be aligned to a vector.
+// Past the caches: the line is not read before it is written. `to` must be aligned to a vector of its elements.
 inline void store_past_caches(float* to, Vec value) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(to, reinterpret<__m512>(value));
@@ -179,12 +225,33 @@ inline void store_past_caches(float* to, Vec value) {
     store(to, value);
 #endif
 }
+template <class Half>
+inline void store_past_caches(Half* to, Vec value) {
+    static_assert(sizeof(Half) == 2, "BFloat16 or Float16");
+#if defined(__AVX2__)
+    Half elements[kWidth];
+    store(elements, value);
+    const auto halves = raw_load<HalfBits>(elements);
+#endif
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret<__m256i>(halves));
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), reinterpret<__m128i>(halves));
+#else
+    store(to, value);
+#endif
+}
 
 constexpr std::int64_t kBlock = 2048;  // elements, a multiple of four vectors
 
 // Horizontal sum, in double precision.
 inline double sum(Vec value) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+    const __m512 lanes = reinterpret<__m512>(value);
+    const __m512d halves = _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(lanes)),
+                                         _mm512_cvtps_pd(_mm512_extractf32x8_ps(lanes, 1)));
+    return _mm512_reduce_add_pd(halves);
+#elif defined(__AVX2__)
     const __m256 lanes = reinterpret<__m256>(value);
     const __m256d halves = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(lanes)),
                                          _mm256_cvtps_pd(_mm256_extractf128_ps(lanes, 1)));
@@ -197,7 +264,15 @@ inline double sum(Vec value) {
 #endif
 }
 
-// Calls body(i, count) for each vector of n elements: count is kWidth, but for the last one the rest.
+// Calls body(i, count) for each vector of n elements: count is kWidth, but for the last one the rest, and for the first
+// one `head` where that is not 0.
+template <class Body>
+STABLEKD_INLINE void over(std::int64_t n, int head, Body&& body) {
+    std::int64_t i = head < n ? head : n;
+    if (i > 0) body(0, static_cast<int>(i));
+    for (; i + kWidth <= n; i += kWidth) body(i, kWidth);
+    if (i < n) body(i, static_cast<int>(n - i));
+}
 template <class Body>
 STABLEKD_INLINE void over(std::int64_t n, Body&& body) {
     std::int64_t i = 0;
@@ -228,60 +303,22 @@ STABLEKD_INLINE auto sum_over(std::int64_t n, Term&& term) {
     return total;
 }
 
-// The same by one chain and shorter blocks, for terms of several vectors that cost more than an addition takes.
+// The same by one chain and shorter blocks, for terms of several vectors that cost more than an addition takes. The
+// first vector has `head` elements where that is not 0.
 template <class Term>
-STABLEKD_INLINE auto sum_over_costly(std::int64_t n, Term&& term) {
+STABLEKD_INLINE auto sum_over_costly(std::int64_t n, int head, Term&& term) {
     constexpr std::int64_t block = 1024;
     decltype(sum(term(0, kWidth))) total{};
-    for (std::int64_t start = 0; start < n; start += block) {
-        const std::int64_t end = n - start < block ? n : start + block;
+    std::int64_t i = head < n ? head : n;
+    if (i > 0) total += sum(term(0, static_cast<int>(i)));
+    while (i < n) {
+        const std::int64_t end = n - i < block ? n : i + block;
         decltype(term(0, kWidth)) part{};
-        std::int64_t i = start;
         for (; i + kWidth <= end; i += kWidth) part += term(i, kWidth);
-        if (i < end) part += term(i, static_cast<int>(end - i));
+        if (i < end) part += term(i, static_cast<int>(end - i)), i = end;
         total += sum(part);
     }
     return total;
-}
-
-// The first `count` elements; the other lanes are `fill`.
-template <class T>
-STABLEKD_INLINE Vec load(const T* from, int count, float fill = 0.0f) {
-    if (count == kWidth) return load(from);
-    if (count < 1 || count > kWidth) __builtin_unreachable();
-    T elements[kWidth] = {};
-    std::memcpy(elements, from, count * sizeof(T));
-    Vec out = load(elements);
-    for (int lane = count; lane < kWidth; ++lane) out[lane] = fill;
-    return out;
-}
-
-template <class T>
-STABLEKD_INLINE void store(T* to, Vec value, int count) {
-    if (count == kWidth) return store(to, value);
-    if (count < 1 || count > kWidth) __builtin_unreachable();
-    T elements[kWidth];
-    store(elements, value);
-    std::memcpy(to, elements, count * sizeof(T));
-}
-
-// A gradient of at least this size does not stay in the caches anyway, and is written past them.
-constexpr std::int64_t kPastCaches = std::int64_t{16} << 20;  // bytes
-
-template <class T>
-STABLEKD_INLINE void write(T* to, Vec value, int count, bool) {
-    store(to, value, count);
-}
-STABLEKD_INLINE void write(float* to, Vec value, int count, bool past_caches) {
-    if (past_caches && count == kWidth) return store_past_caches(to, value);
-    store(to, value, count);
-}
-
-// Whether `elements` written from `to` on, in stretches of `length`, are to go past the caches.
-template <class T>
-bool goes_past_caches(const T* to, std::int64_t elements, std::int64_t length) {
-    const bool aligned = reinterpret_cast<std::uintptr_t>(to) % (kWidth * sizeof(float)) == 0 && length % kWidth == 0;
-    return std::is_same_v<T, float> && aligned && elements * static_cast<std::int64_t>(sizeof(T)) >= kPastCaches;
 }
 
 // True in the first `count` lanes.
@@ -291,31 +328,167 @@ inline IntVec lanes_below(int count) {
     return lane < count;
 }
 
+// Copies the first `count` elements of a vector, none of which lies beyond them in memory: to registers, where the others
+// become 0, or from them.
+#if defined(__AVX512F__)
+template <class T>
+STABLEKD_INLINE void copy_in(T* elements, const T* from, int count) {
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) _mm512_storeu_si512(elements, _mm512_maskz_loadu_epi32(mask, from));
+    if constexpr (sizeof(T) == 2) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(elements), _mm256_maskz_loadu_epi16(mask, from));
+    }
+    if constexpr (sizeof(T) == 1) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(elements), _mm_maskz_loadu_epi8(mask, from));
+    }
+}
+
+template <class T>
+STABLEKD_INLINE void copy_out(T* to, const T* elements, int count) {
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(to, mask, _mm512_loadu_si512(elements));
+    if constexpr (sizeof(T) == 2) {
+        _mm256_mask_storeu_epi16(to, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(elements)));
+    }
+    if constexpr (sizeof(T) == 1) {
+        _mm_mask_storeu_epi8(to, mask, _mm_loadu_si128(reinterpret_cast<const __m128i*>(elements)));
+    }
+}
+#else
+template <class T>
+STABLEKD_INLINE void copy_in(T* elements, const T* from, int count) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+        const __m256i mask = reinterpret<__m256i>(lanes_below(count));
+        const auto* words = reinterpret_cast<const int*>(from);
+        return _mm256_storeu_si256(reinterpret_cast<__m256i*>(elements), _mm256_maskload_epi32(words, mask));
+    }
+#endif
+    std::memset(elements, 0, kWidth * sizeof(T));
+    for (int i = 0; i < count; ++i) elements[i] = from[i];
+}
+
+template <class T>
+STABLEKD_INLINE void copy_out(T* to, const T* elements, int count) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+        const __m256i mask = reinterpret<__m256i>(lanes_below(count));
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(elements));
+        return _mm256_maskstore_epi32(reinterpret_cast<int*>(to), mask, words);
+    }
+#endif
+    for (int i = 0; i < count; ++i) to[i] = elements[i];
+}
+#endif
+
+// The first `count` elements; the other lanes are `fill`.
+template <class T>
+STABLEKD_INLINE Vec load(const T* from, int count, float fill = 0.0f) {
+    if (count == kWidth) return load(from);
+    if (count < 1 || count > kWidth) __builtin_unreachable();
+    T elements[kWidth];
+    copy_in(elements, from, count);
+    const Vec out = load(elements);
+    return fill == 0.0f ? out : lanes_below(count) ? out : splat(fill);
+}
+
+template <class T>
+STABLEKD_INLINE void store(T* to, Vec value, int count) {
+    if (count == kWidth) return store(to, value);
+    if (count < 1 || count > kWidth) __builtin_unreachable();
+    T elements[kWidth];
+    store(elements, value);
+    copy_out(to, elements, count);
+}
+
+// The low byte of each of the first `count` lanes.
+template <class T>
+STABLEKD_INLINE void store_bytes(T* to, Bits value, int count) {
+    static_assert(sizeof(T) == 1, "a byte for each lane");
+    const ByteBits bytes = low_bytes(value);
+    if (count == kWidth) return void(std::memcpy(to, &bytes, sizeof(bytes)));
+    T elements[kWidth];
+    std::memcpy(elements, &bytes, sizeof(bytes));
+    copy_out(to, elements, count);
+}
+
+// A gradient of at least this size does not stay in the caches anyway, and is written past them.
+constexpr std::int64_t kPastCaches = std::int64_t{16} << 20;  // bytes
+
+template <class T>
+STABLEKD_INLINE void write(T* to, Vec value, int count, bool past_caches) {
+    if (past_caches && count == kWidth) return store_past_caches(to, value);
+    store(to, value, count);
+}
+
+template <class T>
+bool too_large_for_caches(std::int64_t elements) {
+    return elements * static_cast<std::int64_t>(sizeof(T)) >= kPastCaches;
+}
+
+// How many elements from `to` on precede the first that a vector may be written to past the caches.
+template <class T>
+int before_aligned(const T* to) {
+    constexpr std::uintptr_t bytes = kWidth * sizeof(T);
+    return static_cast<int>((bytes - reinterpret_cast<std::uintptr_t>(to) % bytes) % bytes / sizeof(T));
+}
+
+// Whether `elements` written from `to` on, in stretches of `length`, are to go past the caches.
+template <class T>
+bool goes_past_caches(const T* to, std::int64_t elements, std::int64_t length) {
+    return before_aligned(to) == 0 && length % kWidth == 0 && too_large_for_caches<T>(elements);
+}
+
 template <class T>
 inline float load_one(const T* from) {
     return load(from, 1)[0];
 }
 
 inline float largest(Vec value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(reinterpret<__m512>(value));
+#else
     float top = value[0];
     for (int lane = 1; lane < kWidth; ++lane) top = value[lane] > top ? value[lane] : top;
     return top;
+#endif
+}
+
+inline std::int32_t largest(IntVec value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32(reinterpret<__m512i>(value));
+#else
+    std::int32_t top = value[0];
+    for (int lane = 1; lane < kWidth; ++lane) top = value[lane] > top ? value[lane] : top;
+    return top;
+#endif
 }
 
 // Coefficients of 2^r for |r| <= 1/2, with a relative error below 2e-8 in single precision.
 constexpr float kExp2[] = {1.0f, 0.693147182f, 0.240226477f, 0.0555033237f, 0.00961843692f, 0.0013398875f, 0.00015353362f};
 constexpr float kLog2E = 1.44269504f;
 
-// 2^x for x <= 0, within a unit in the last place; 0 from -127 on. The power of two is added to the exponent's bits.
-inline Vec exp2_negative(Vec x) {
-    const Vec bounded = vmax(x, splat(-127.0f));
-    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
-    const Vec shifted = bounded + 12582912.0f;
-    const Vec r = bounded - (shifted - 12582912.0f);
-    Vec p = r * kExp2[6] + kExp2[5];
-    for (int k = 4; k >= 0; --k) p = p * r + kExp2[k];
-    return reinterpret<Vec>(reinterpret<Bits>(p) + (reinterpret<Bits>(shifted) << 23));
-}
+// 2^(x * rate) for x <= 0, within a unit in the last place; 0 where that is below 2^-126, for NaN too. The power of two
+// is added to the exponent's bits.
+class Exp2 {
+public:
+    explicit Exp2(float rate) : rate_(rate), lowest_(-126.0f / rate) {}
+
+    STABLEKD_INLINE IntVec counts(Vec x) const { return x > lowest_; }
+
+    STABLEKD_INLINE Vec operator()(Vec x) const {
+        // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+        const Vec shifted = x * rate_ + 12582912.0f;
+        const Vec r = x * rate_ - (shifted - 12582912.0f);
+        Vec p = r * kExp2[6] + kExp2[5];
+        for (int k = 4; k >= 0; --k) p = p * r + kExp2[k];
+        const Bits scaled = reinterpret<Bits>(p) + (reinterpret<Bits>(shifted) << 23);
+        return counts(x) ? reinterpret<Vec>(scaled) : Vec{};
+    }
+
+private:
+    float rate_, lowest_;
+};
 
 // Calls `run` with a null pointer of the element type that `type` names.
 template <class Run>

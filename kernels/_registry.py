@@ -27,6 +27,9 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {}
 _OPERANDS: dict[str, type[NamedTuple]] = {}
 """For each operator whose implementations take their operands as one argument, the class of that argument."""
 
+_ON_CPU = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+"""What a tensor is to the dispatcher that has memory of the CPU and is nothing else besides."""
+
 
 def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
     """Define `stablekd::<name>` with `reference` as its implementation on every device."""
@@ -42,7 +45,8 @@ def define_loss(
     """Define the operators `<name>` and `<name>_with_grad` by their references, and return how to call them.
 
     The first function returned gives the loss, and can be differentiated with respect to the `differentiable` operands.
-    Where only the student asks, the gradient is made in the same pass as the loss and waits for backward; that of a
+    Where only the student asks, the gradient is made in the same pass as the loss and waits for backward. On a CPU that
+    hands it out as it is where what comes upstream is 1, and makes it anew if it is asked for again. The gradient of a
     float16 student, which would be rounded to nothing before it is scaled, is made in backward, from what comes
     upstream. In every other case the reference, which is differentiable to any order, is differentiated. The second
     function returned gives loss and gradient, and records nothing for autograd.
@@ -74,11 +78,20 @@ def define_loss(
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
     ctx.settings = [None if isinstance(value, Tensor) else value for value in inputs]
-    gradient = None
+    ctx.own = saved = None
     if isinstance(output, tuple):
-        gradient = output[1]
-        ctx.mark_non_differentiable(gradient)
-    ctx.save_for_backward(*tensors, gradient)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # no zeros for the second output
+        if _host_may_read(output[1]):
+            ctx.own = output[1]
+        else:
+            saved = output[1]
+    ctx.save_for_backward(*tensors, saved)
+
+
+def _host_may_read(tensor: Tensor) -> bool:
+    """Say whether the host may look at the numbers of `tensor`: they lie on the CPU, and nothing traces it."""
+    return torch._C._dispatch_keys(tensor).raw_repr() == _ON_CPU and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _backward_of(with_grad: str, operands: type[Given], loss: Loss[Given], differentiable: list[int]) -> Callable:
@@ -86,19 +99,19 @@ def _backward_of(with_grad: str, operands: type[Given], loss: Loss[Given], diffe
     `differentiable`."""
     count = len(operands._fields)
 
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, gradient = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, saved = ctx.saved_tensors
         gradients: list[Tensor | None] = [None] * len(tensors)
+        if upstream is None:  # nobody asked about the loss
+            return tuple(gradients)
+        own, ctx.own = ctx.own, None
         wanted = [place for place in differentiable if ctx.needs_input_grad[place]]
         create_graph = torch.is_grad_enabled()
-        if gradient is not None and wanted == [0] and not create_graph:
-            gradients[0] = gradient * upstream
-            return tuple(gradients)
-        if wanted == [0] and not create_graph and len(tensors) == count:
-            given = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
-            gradients[0] = getattr(torch.ops.stablekd, with_grad).default(*given, 1.0, upstream)[1]
-            return tuple(gradients)
         values = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
+        if wanted == [0] and not create_graph:
+            fused = getattr(torch.ops.stablekd, with_grad)
+            gradients[0] = _student_gradient(fused, values, count, own, saved, upstream)
+            return tuple(gradients)
         factor, scale = values[count:] or (1.0, None)
         with torch.enable_grad():
             value = scaled(factor * loss(operands._make(values[:count])), scale)
@@ -108,6 +121,24 @@ def _backward_of(with_grad: str, operands: type[Given], loss: Loss[Given], diffe
         return tuple(gradients)
 
     return backward
+
+
+def _student_gradient(
+    with_grad: Callable, values: list, count: int, own: Tensor | None, saved: Tensor | None, upstream: Tensor
+) -> Tensor:
+    """Return the gradient of a loss with respect to the student, times `upstream`.
+
+    `values` are the arguments of the operator that gave the loss: `count` operands, and factor and upstream where it
+    made the gradient too. That waits as `saved`, which backward must not hand out, as later ones read it again; or as
+    `own`, which the graph has let go of and no later backward sees: whoever receives it may write into it. A later
+    backward makes it anew, of the same bits.
+    """
+    if len(values) == count:
+        return with_grad(*values, 1.0, upstream)[1]
+    if saved is not None:
+        return saved * upstream
+    gradient = with_grad(*values)[1] if own is None else own
+    return gradient if _host_may_read(upstream) and upstream.item() == 1 else gradient * upstream
 
 
 def _taking_one_by_one(name: str, implementation: Callable) -> Callable:

@@ -17,6 +17,7 @@ from stablekd_fast.bench.operators.features import (
 from stablekd_fast.bench.operators.losses import Setting, decoupled_kl_cases, kd_loss_cases
 from stablekd_fast.bench.operators.norms import batch_norm_act_cases
 from stablekd_fast.errors import ConfigError, nearest
+from stablekd_fast.kernels._native import core
 
 CASES: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "kd_loss": kd_loss_cases,
@@ -40,13 +41,15 @@ def run_kernels(
 ) -> Measured:
     """Measure all cases of `ops` (all operators by default), and show each case's rows as it is done.
 
-    `threads` (all usable cores by default) serve every contender. A case with a wrong result has no rows; the others
-    are measured all the same. Raises ConfigError for unknown operators and fewer than one thread.
+    `threads` (all usable cores by default) serve every contender; the settings name the instruction set of the C++
+    core. A case with a wrong result has no rows; the others are measured all the same. Raises ConfigError for unknown
+    operators and fewer than one thread.
     """
     _check(ops, threads)
     with pinned(threads) as pins:
         measured = measure_cases(_cases(setting, ops or list(CASES)), rounds, show, device=setting.device)
-    measured.settings = {"device": setting.device, "quick": setting.quick, **pins}
+    level = None if core is None else core.level()
+    measured.settings = {"device": setting.device, "quick": setting.quick, "level": level, **pins}
     return measured
 
 

@@ -198,3 +198,18 @@ def test_same_on_the_gpu_without_waiting():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(tuple(x.cpu() for x in got), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [1000, 1003])
+def test_gradients_too_large_for_the_caches(classes, dtype, monkeypatch):
+    """They are written past the caches, by whole vectors: rows and labels lie at every place of one."""
+    student, teacher, labels = operands(17200 // dtype.itemsize, classes, dtype)
+    exact = student.double().requires_grad_()
+    expected = plain_loss(exact, teacher.double(), labels)
+    (gradient,) = torch.autograd.grad(expected, exact)
+    poisoned(monkeypatch)
+    loss, grad = decoupled_kl_with_grad(student, teacher, labels)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
+    largest = gradient.abs().amax().item()
+    torch.testing.assert_close(grad.double(), gradient, rtol=torch.finfo(dtype).eps, atol=4e-6 * largest)

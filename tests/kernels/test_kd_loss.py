@@ -364,3 +364,12 @@ def test_same_on_the_gpu_without_waiting():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(tuple(x.cpu() for x in got), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [1000, 1003])
+def test_gradients_too_large_for_the_caches(classes, dtype, monkeypatch):
+    """They are written past the caches, by whole vectors: rows begin at every place of one."""
+    student, teacher, labels, _ = operands(17200 // dtype.itemsize, classes, dtype)
+    poisoned(monkeypatch)
+    check_against_float64(student, teacher, labels, temperature=4.0, alpha=0.9, label_smoothing=0.1)

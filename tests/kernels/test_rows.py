@@ -82,6 +82,28 @@ def test_ties_go_to_the_even_code():
     assert codes.flatten().tolist() == [127, 0, 2, 2, 0, -2]
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("size", [1.0, 2.0**-95, 2.0**-140, 2.0**120])
+def test_quotients_round_as_a_division(size, codes, layout):
+    """Beside every tie of two codes, where a unit in the last place of a quotient decides, in numbers of all sizes."""
+    generator = torch.Generator().manual_seed(0)
+    largest = torch.rand(5, 37, 1, 1, generator=generator) + 1
+    ties = (torch.arange(-127, 127) + 0.5) / 127 if codes == torch.int8 else _e4m3_ties() / 448
+    values = (largest * ties.view(1, 1, -1, 1)).expand(5, 37, len(ties), 9).contiguous()
+    values = values.view(torch.int32).add_(torch.arange(-4, 5, dtype=torch.int32)).view(torch.float32)
+    values[:, :, 0, 0], values[:, :, 1, 0], values[:, :, 2, 0] = largest.squeeze(), 0.0, -0.0
+    values = (values * size).contiguous(memory_format=layout)
+    got, scales = quantize_rows(values, codes)
+    expected, expected_scales = quantize_reference.quantize_rows(values, codes, 1)
+    assert torch.equal(bits(got), bits(expected)) and torch.equal(scales, expected_scales)
+
+
+def _e4m3_ties():
+    steps = _e4m3_values().unique()
+    return (steps[1:] + steps[:-1]) / 2
+
+
 @pytest.mark.parametrize("codes", CODES)
 def test_zero_channels_stay_zero(codes):
     values = rows(2, 3, 4, 4)
