@@ -1,6 +1,8 @@
 """`stablekd bench step`: images per second of whole training steps, ours in every mode against the usual loops.
 
-It also shows what the engine costs beside the networks' own operations, and what compiling costs.
+It also shows what the engine costs beside the networks' own operations, and what compiling costs. Limits are the
+machine's arithmetic, and the step's own convolutions with all else at the speed of memory; a rival on easier terms is
+the student that trains without a teacher.
 
 Every contender trains with a learning rate of zero, so that its losses can be checked against float64 at any time.
 """
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from stablekd_fast.bench.core import Case, Contender, Measured, Role, measure, pinned, scratch
 from stablekd_fast.bench.peak import count_flops, peak, peak_contenders
-from stablekd_fast.bench.runs.loops import Loop, OrdinaryBlockwise, OrdinaryKD, TorchdistillKD
+from stablekd_fast.bench.runs.loops import Loop, OrdinaryBlockwise, OrdinaryKD, PlainTraining, TorchdistillKD
 from stablekd_fast.bench.runs.teacher import Arm, Images, Pair, cached, make_pair
+from stablekd_fast.bench.runs.unavoidable import unavoidable
 from stablekd_fast.data import Dataset
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.execution.emulator import Operation, Recording
@@ -30,6 +33,7 @@ TOLERANCE = 1e-4
 """The largest error of losses in float32, compiled or not."""
 BF16_TOLERANCE = 5e-2
 """The largest error of losses in bf16."""
+ALONE = "student without a teacher"
 OVERHEAD = "the engine beside the operations of its networks and losses"
 EPOCH = 50_000
 """The images of the epochs after which compiling is said to have paid for itself."""
@@ -43,6 +47,7 @@ class Expected:
         paired.teacher.double(), paired.student.double()
         self.batches = [dataclasses.replace(batch, images=batch.images.double()) for batch in batches]
         self.kd = OrdinaryKD(paired.teacher, paired.student, self.batches)
+        self.plain = PlainTraining(paired.student, self.batches)
         self.blockwise = OrdinaryBlockwise(paired, self.batches)
         self.ours = Arm(paired, Relay(paired), self.batches)
         paired.teacher.eval()
@@ -54,6 +59,8 @@ class Expected:
             reference, step = self.ours, self.ours.losses
         elif isinstance(contender, OrdinaryBlockwise):
             reference, step = self.blockwise, self.blockwise.train
+        elif isinstance(contender, PlainTraining):
+            reference, step = self.plain, self.plain.train
 
         def expected() -> list[Tensor]:
             reference.turn = contender.turn
@@ -74,8 +81,8 @@ class Contest:
         paired, _, batches = make_pair(self.pair, self.dataset)
         paired.teacher.to(memory_format=layout), paired.student.to(memory_format=layout)
         batches = [dataclasses.replace(b, images=b.images.contiguous(memory_format=layout)) for b in batches]
-        networks = [paired] if kind is OrdinaryBlockwise else [paired.teacher, paired.student]
-        return kind(*networks, batches, **options)
+        given = {OrdinaryBlockwise: [paired], PlainTraining: [paired.student]}
+        return kind(*given.get(kind, [paired.teacher, paired.student]), batches, **options)
 
     def ours(self, capture: str = "eager", *, relay: bool = False, precision: str = "fp32", fused: bool = True) -> Arm:
         paired, source, batches = make_pair(self.pair, self.dataset)
@@ -90,9 +97,12 @@ class Contest:
             "torchdistill KD": self.rival(TorchdistillKD),
             "blockwise, prefix run again": self.rival(OrdinaryBlockwise),
             "blockwise, prefix run again, channels-last": self.rival(OrdinaryBlockwise, channels_last=True),
+            ALONE: self.rival(PlainTraining),
+            f"{ALONE}, channels-last": self.rival(PlainTraining, channels_last=True),
         }
         if cpu_has_bf16():
             found["KD loop, channels-last, bf16"] = self.rival(OrdinaryKD, channels_last=True, bf16=True)
+            found[f"{ALONE}, channels-last, bf16"] = self.rival(PlainTraining, channels_last=True, bf16=True)
         return found
 
     def arms(self, compiled: bool) -> dict[str, Arm]:
@@ -125,7 +135,9 @@ def step_case(pair: Pair, dataset: Dataset, folder: Path, compiled: bool) -> tup
     contenders.append(
         _contender("ours, operations alone", alone.run, expected.of(alone.arm), flops["ours, cache"], "limit")
     )
-    for precision in sorted({_precision(contender.name) for contender in contenders}):
+    tolerances = {"fp32": TOLERANCE} | ({"bf16": BF16_TOLERANCE} if cpu_has_bf16() else {})
+    for precision, tolerance in tolerances.items():
+        contenders += unavoidable(Operations(contest.ours(precision=precision)).calls, precision, tolerance)
         contenders += peak_contenders(precision)
     return Case("step", pair.name, contenders, "KD loop", expected.kd.train, TOLERANCE, {"images": pair.batch}), arms
 

@@ -112,10 +112,12 @@ class Capture:
         stand.capturing.append(self.stream)
         stand.generators[stand.index].capturing = True
         self.graph.pool = self.pool
+        stand.graph = self.graph
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
         stand = self.stand
         stand.capturing.clear()
+        stand.graph = None
         failure = stand.capture_fails() if stand.capture_fails else None
         if failure is not None or stand.broken:
             stand.broken = False
@@ -167,6 +169,8 @@ class StandIn:
     filling: set[Pool] = field(default_factory=set)
     """Pools that the allocator believes to be filled by a capture."""
     capturing: list[Stream] = field(default_factory=list)
+    graph: Graph | None = None
+    """The graph into which something is captured."""
 
     def __post_init__(self) -> None:
         self.generators = [Generator(number) for number in range(self.count)]

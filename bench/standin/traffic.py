@@ -7,6 +7,7 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ _aten = torch.ops.aten
 _READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _NO_WORK = {"view", "transpose", "t", "permute", "expand", "slice", "select", "detach", "unsqueeze", "squeeze", "split"}
 _NO_WORK |= {"device", "empty", "empty_like", "empty_strided"}
+_NEVER_FAKE = {_aten._fused_adamw_, _aten._fused_adam_, _aten._fused_sgd_}
+"""Operations that torch has no fake form of. They change their operands, and return nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,22 @@ class Refusal:
     place: str
 
 
+@dataclass(frozen=True)
+class Shipment:
+    """One way to copy between host and device."""
+
+    to_device: bool
+    pinned: bool
+    """Whether the memory on the host is pinned, so that the host need not wait."""
+    apart: bool
+    """Whether the copy goes on another stream than the one that computes."""
+
+
 @dataclass
 class Traffic(TorchDispatchMode):
     """A mode that counts operations on fake CUDA tensors, and notes where the host would wait for the device (values
     read on the host, copies between the device and pageable memory), and copies on another stream than the one that was
-    current when the mode was entered. It is entered within `standin`, which knows streams."""
+    current when the mode was first entered. It is entered within `standin`, which knows streams."""
 
     operations: Counter[str] = field(default_factory=Counter)
     """How often each was dispatched on the device; those that give it no work are left out."""
@@ -53,7 +67,7 @@ class Traffic(TorchDispatchMode):
         self._stream: object = None
 
     def __enter__(self):
-        self._stream = torch.cuda.current_stream()
+        self._stream = self._stream or torch.cuda.current_stream()
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -64,14 +78,24 @@ class Traffic(TorchDispatchMode):
             self.refusals[Refusal(reason, self._place())] += 1
         if packet is _aten._local_scalar_dense:
             return 1  # there is no value; loops that ask whether all is well are told so
-        result = args[0].clone() if packet is _aten._pin_memory else function(*args, **kwargs)
+        if packet in _NEVER_FAKE:
+            result = None
+        else:
+            result = args[0].clone() if packet is _aten._pin_memory else function(*args, **kwargs)
         if pins or packet is _aten._pin_memory:
             self._pinned.add(_memory(result))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         if any(tensor.is_cuda for tensor in tensors) and packet.__name__ not in _NO_WORK:
             self.operations[packet.__name__] += 1
             self.moved += sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
+            self.note(function, args, kwargs, result)
         return result
+
+    def note(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict, result: Any) -> None:
+        """Called with every operation that gives the device work, after it was dispatched."""
+
+    def ship(self, shipment: Shipment, nbytes: int) -> None:
+        """Called with every copy between host and device, before it is dispatched."""
 
     def _reason(self, function, args: tuple, kwargs: dict) -> str | None:
         packet = function.overloadpacket
@@ -93,11 +117,14 @@ class Traffic(TorchDispatchMode):
         if (source.device.type == "cuda") == (target.type == "cuda"):
             return None
         self.shipped += source.nbytes
-        if torch.cuda.current_stream() != self._stream:
+        apart = torch.cuda.current_stream() != self._stream
+        pinned = into_pinned if target.type == "cpu" else _memory(source) in self._pinned
+        self.ship(Shipment(target.type == "cuda", pinned, apart), source.nbytes)
+        if apart:
             return "a copy goes on another stream than the loop's work, which does not wait for it"
         if target.type == "cpu":
             return None if into_pinned and waits_not else "a copy to pageable memory waits for the device"
-        if source.nbytes <= SMALL_COPY or (_memory(source) in self._pinned and waits_not):
+        if source.nbytes <= SMALL_COPY or (pinned and waits_not):
             return None
         return f"a copy of more than {SMALL_COPY >> 10} KB comes from pageable memory"
 

@@ -111,6 +111,12 @@ def _bench_step(asked: Namespace, show: Show) -> Measured:
     return run_step(directory, images, asked.rounds, asked.compile, show)
 
 
+def _bench_budget(asked: Namespace, show: Show) -> Measured:
+    from stablekd_fast.bench.runs.budget import Question, run_budget
+
+    return run_budget(Question(**{field.name: asked[field.name] for field in dataclasses.fields(Question)}))
+
+
 def _bench_plan(asked: Namespace, show: Show) -> Measured:
     from stablekd_fast.bench.runs.plan import run_plan
 
@@ -196,6 +202,15 @@ LOADER: Options = {
     "--batch_size": {"type": int, "default": 64, "help": "images of a batch"},
     "--workers": {"type": int | None, "default": None, "help": "threads or processes; all usable cores by default"},
 }
+BUDGET: Options = {
+    "--teacher": {"type": str, "required": True, "help": "name of the teacher's network"},
+    "--student": {"type": str, "required": True, "help": "name of the student's network"},
+    "--image_size": {"type": int, "default": 32, "help": "side of the images, in pixels"},
+    "--batch_size": {"type": int, "default": 128, "help": "images of a batch"},
+    "--classes": {"type": int, "default": 10, "help": "number of classes"},
+    "--optimizer": {"type": Literal["adamw", "sgd"], "default": "adamw", "help": "what updates the student"},
+    "--device_profile": {"type": str, "default": "h100", "help": "a100, h100 or a JSON file of published speeds"},
+}
 END_TO_END: Options = {
     "--data": {"type": str, "required": True, "help": "data set, as `stablekd distill` takes it"},
     "--teacher": {"type": str, "required": True, "help": "name of the teacher's network"},
@@ -230,6 +245,10 @@ BENCHES = {
     "step": Bench(
         "whole training steps in every mode, against the usual loops",
         STEP, _bench_step, rounds=9, short=("--rounds", "1"),
+    ),
+    "budget": Bench(
+        "kernels, bytes and predicted time of a step on a GPU, counted without one",
+        BUDGET, _bench_budget, short=("--batch-size", "8"),
     ),
     "plan": Bench(
         "runs as planned under several budgets, against their predictions",

@@ -47,6 +47,8 @@ class Profile:
     ranks_per_node: int = 1
     reduce_latency: float = 0.0
     """Seconds until an all-reduce begins to move data."""
+    kernel_seconds: float = 0.0
+    """From one kernel of a replayed graph to the next, where neither has much to do."""
 
     @property
     def bandwidth(self) -> float:

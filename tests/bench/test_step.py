@@ -12,6 +12,7 @@ from stablekd_fast.bench.runs.loops import OrdinaryBlockwise
 from stablekd_fast.bench.runs.profile import profile_step
 from stablekd_fast.bench.runs.step import Contest, Operations, compile_cost, overhead, step_case
 from stablekd_fast.bench.runs.teacher import Pair
+from stablekd_fast.bench.runs.unavoidable import ARITHMETIC, NAME, moved, unavoidable
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 from stablekd_fast.execution.precision import cpu_has_bf16
@@ -35,7 +36,9 @@ def test_every_contender_gives_the_losses_of_float64_and_is_timed(made):
     rows = measure(case, 1)
     names = {row["contender"] for row in rows}
     assert {"KD loop", "torchdistill KD", "blockwise, prefix run again", "ours, relay", "ours, cache"} <= names
-    assert ("ours, cache, bf16" in names) == cpu_has_bf16()
+    assert {"student without a teacher", "student without a teacher, channels-last", NAME} <= names
+    for name in ("ours, cache, bf16", "student without a teacher, channels-last, bf16", f"{NAME}, bf16"):
+        assert (name in names) == cpu_has_bf16()
     assert all(row["median_seconds"] > 0 for row in rows)
     assert set(arms) <= names
     by_name = {row["contender"]: row for row in rows}
@@ -51,9 +54,14 @@ def test_operations_are_counted(made):
     assert flops["ours, cache"] == count_flops(alone.call), "those of the students, and no others"
     assert flops["ours, relay"] < flops["blockwise, prefix run again"], "no prefix is run twice"
     assert flops["KD loop"] == flops["torchdistill KD"] > flops["ours, relay"] - flops["ours, cache"]
+    assert flops[NAME] == flops["ours, cache"], "all arithmetic of the step, and no other"
+    assert flops["KD loop"] > flops["student without a teacher"] > flops["ours, cache"], "images need no gradient"
 
 
-@pytest.mark.parametrize("name", ["KD loop", "torchdistill KD", "blockwise, prefix run again", "ours, cache"])
+@pytest.mark.parametrize(
+    "name",
+    ["KD loop", "torchdistill KD", "blockwise, prefix run again", "student without a teacher", "ours, cache"],
+)
 def test_a_contender_that_computes_something_else_shows_no_speed(made, name):
     (contender,) = [contender for contender in made[0].contenders if contender.name == name]
     alone, loop = dataclasses.replace(made[0], contenders=[contender]), contender.call.__self__
@@ -76,6 +84,26 @@ def test_the_operations_alone_are_the_networks_and_the_losses(tmp_path, digits):
     assert names.count("batch_norm_act") == names.count("batch_norm_act_backward") == convolutions
     assert names.count("feature_mse_with_grad") == 3 and names.count("kd_loss_with_grad") == 1
     assert not any("foreach" in name or "copy" in name for name in names), names
+
+
+def test_the_limit_moves_what_the_other_operations_read_and_write(tmp_path, digits):
+    calls = Operations(Contest(TINY, digits, tmp_path).ours()).calls
+    others = [call for call in calls if call.function._opname not in ARITHMETIC]
+    norms = [call for call in others if call.function._opname == "batch_norm_act"]
+    maps = 4 * 16 * (7 * 16 * 8 * 8 + 6 * 32 * 4 * 4 + 6 * 64 * 2 * 2)
+    read, written = moved(norms)
+    added = 4 * 16 * (3 * 16 * 8 * 8 + 3 * 32 * 4 * 4 + 3 * 64 * 2 * 2)
+    assert maps + added <= read < 1.1 * (maps + added) and maps <= written < 1.1 * maps
+    read, written = moved(others)
+    assert {one.extras["bytes_moved"] for one in unavoidable(calls, "fp32", 1e-4)} == {read + written}
+
+
+def test_a_limit_that_computes_something_else_shows_no_speed(made):
+    contender = next(contender for contender in made[0].contenders if contender.name == NAME)
+    check(dataclasses.replace(made[0], contenders=[contender]))
+    wrong = dataclasses.replace(contender, call=lambda: contender.call() + 1)
+    with pytest.raises(WrongResult, match=NAME):
+        check(dataclasses.replace(made[0], contenders=[wrong]))
 
 
 def test_blockwise_runs_every_prefix_again(tmp_path, digits):
