@@ -16,6 +16,7 @@ from stablekd_fast.kernels._registry import implementations
 from stablekd_fast.kernels.attention_transfer import attention_transfer, attention_transfer_with_grad
 from stablekd_fast.kernels.augment_batch import augment_batch
 from stablekd_fast.kernels.batch_norm_act import batch_norm_act
+from stablekd_fast.kernels.conv_act import conv_act
 from stablekd_fast.kernels.correlation import correlation, correlation_with_grad
 from stablekd_fast.kernels.decoupled_kl import decoupled_kl, decoupled_kl_with_grad
 from stablekd_fast.kernels.dequantize_rows import dequantize_rows
@@ -30,6 +31,7 @@ __all__ = [
     "attention_transfer_with_grad",
     "augment_batch",
     "batch_norm_act",
+    "conv_act",
     "correlation",
     "correlation_with_grad",
     "decoupled_kl",

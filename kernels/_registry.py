@@ -179,6 +179,12 @@ def serve_cuda(module: str, **references: Callable) -> None:
         _IMPLEMENTATIONS[name]["cuda"] = "Triton"
 
 
+def serve_library(name: str, device: str, library: str, implementation: Callable) -> None:
+    """Let a library that torch brings serve an operator on a kind of device."""
+    torch.library.impl(f"stablekd::{name}", device, implementation)
+    _IMPLEMENTATIONS[name][device] = library
+
+
 def implementations() -> dict[str, dict[str, str]]:
     """Return for each operator the implementation on `cpu` and on `cuda`, and the `reason` for the choice."""
     table = {}

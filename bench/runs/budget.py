@@ -26,7 +26,7 @@ from stablekd_fast.bench.runs.budget_steps import (
     profiled,
 )
 from stablekd_fast.bench.standin.kernel_table import KINDS, Work
-from stablekd_fast.blocks import pair_blocks, pick_fusion
+from stablekd_fast.blocks import pair_blocks, pick_fusion, serve
 from stablekd_fast.engine.schedule import Optimizer, merge_neighbours
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.execution.precision import Precision
@@ -54,6 +54,7 @@ class Question:
     classes: int = 10
     optimizer: str = "adamw"
     device_profile: str = "h100"
+    fold_teacher: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size", "classes"):
@@ -71,6 +72,9 @@ class Question:
         paired = pair_blocks(teacher, student, images)
         torch.nn.ModuleList([paired.teacher, *paired.teacher_blocks]).eval()
         paired.precision, paired.fuses_norms = Precision("bf16"), pick_fusion("auto", torch.device("cuda"))
+        # Made on a CPU, where `auto` would not fold, for a GPU, where it does.
+        fold = "on" if self.fold_teacher == "auto" else self.fold_teacher
+        paired = serve(paired, images.contiguous(memory_format=torch.channels_last), fold)
         dtype = pick_image_dtype(paired, images)
         return Steps(paired, self.image_size, self.batch_size, Optimizer(self.optimizer), dtype)
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from stablekd_fast.bench.standin.device import StandIn, standin
 from stablekd_fast.bench.standin.fakes import walk_backward
-from stablekd_fast.bench.standin.kernel_table import Work, work_of
+from stablekd_fast.bench.standin.kernel_table import Work, joined_convolution, work_of
 from stablekd_fast.bench.standin.traffic import Shipment, Traffic
 
 OURS = "stablekd"
@@ -50,7 +50,9 @@ class Budget(Traffic):
     def note(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict, result: Any) -> None:
         if function.is_view or function.overloadpacket.__name__ == "unbind":
             return
-        if function.namespace == OURS:
+        if function.overloadpacket is torch.ops.stablekd.conv_act:
+            self._keep(joined_convolution(args, result))
+        elif function.namespace == OURS:
             self._launches(function, args, kwargs)
         else:
             self._keep(work_of(function, args, kwargs, result))
@@ -88,16 +90,23 @@ def _triton_tells(launch: Callable[[dict], None]) -> Iterator[None]:
         yield
 
 
+def _as_cudnn_lays_out(x: Tensor, weight: Tensor, _: object) -> torch.memory_format:
+    """Which memory format a convolution's result has: without a driver torch takes cuDNN for absent."""
+    last = torch.channels_last
+    laid = any(one.dim() == 4 and one.is_contiguous(memory_format=last) for one in (x, weight))
+    return last if laid and x.dim() == 4 else torch.contiguous_format
+
+
 class AtOnce:
     """A thread that is this one: fake tensors are known to their own only."""
 
     def __init__(self, *_: object) -> None:
         pass
 
-    def submit(self, task: Callable[[], Any]) -> Future:
+    def submit(self, task: Callable[..., Any], *given: Any) -> Future:
         """Run the task before returning."""
         done: Future = Future()
-        done.set_result(task())
+        done.set_result(task(*given))
         return done
 
     def shutdown(self) -> None:
@@ -115,6 +124,7 @@ def counting() -> Iterator[Budget]:
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
         mock.patch("stablekd_fast.cache.memory_rows.ThreadPoolExecutor", AtOnce),
+        mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _as_cudnn_lays_out),
     ]
     with standin() as stand, contextlib.ExitStack() as stack:
         for patch in patches:

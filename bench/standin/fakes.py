@@ -16,13 +16,13 @@ from stablekd_fast.blocks import PairedBlocks
 def on_fake_cuda(paired: PairedBlocks, mode: FakeTensorMode, device: str = "cuda") -> None:
     """Replace every parameter and buffer of the blocks by a fake one on `cuda`."""
     holder = torch.nn.ModuleList([paired.teacher, paired.student, *paired.teacher_blocks, *paired.student_blocks])
-    holder.extend(bridge for bridge in paired.bridges if bridge is not None)
+    holder.extend(part for part in (*paired.bridges, *(paired.serving or ())) if part is not None)
     replaced: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in replaced:
             with mode:
-                made = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             parameter = isinstance(tensor, torch.nn.Parameter)
             replaced[id(tensor)] = torch.nn.Parameter(made) if parameter else made
         return replaced[id(tensor)]
@@ -68,7 +68,8 @@ def walk_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Non
             if hasattr(node, "variable"):
                 node.variable.grad = slots[0]
                 continue
-            found = node(*[slots.get(place) for place in range(len(node._input_metadata))])
+            call = node if callable(node) else node.apply  # as those of Python functions
+            found = call(*[slots.get(place) for place in range(len(node._input_metadata))])
             found = found if isinstance(found, tuple) else (found,)
             for (following, place), gradient in zip(node.next_functions, found):
                 if following is not None:

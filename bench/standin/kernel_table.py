@@ -71,6 +71,14 @@ def work_of(function: torch._ops.OpOverload, args: tuple, kwargs: dict, result: 
     return Work(_kind(name, function), _kernels(name, args, result), moved, flops)
 
 
+def joined_convolution(args: tuple, result: Tensor) -> Work:
+    """Return what `kernels.conv_act` is, which is given all that the convolution reads: one kernel of cuDNN."""
+    x, weight, bias, _, *sizes = args
+    convolution = torch.ops.aten.convolution
+    flops = flop_registry[convolution](x, weight, bias, *sizes, False, [0, 0], 1, out_val=result)
+    return Work("convolutions", 1, _bytes(args) + _bytes(result), flops)
+
+
 def _kind(name: str, function: torch._ops.OpOverload) -> str:
     if name.startswith("convolution"):
         return "convolutions"

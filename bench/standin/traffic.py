@@ -78,6 +78,8 @@ class Traffic(TorchDispatchMode):
             self.refusals[Refusal(reason, self._place())] += 1
         if packet is _aten._local_scalar_dense:
             return 1  # there is no value; loops that ask whether all is well are told so
+        if packet is _aten.equal:
+            return True
         if packet in _NEVER_FAKE:
             result = None
         else:

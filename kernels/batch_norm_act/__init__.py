@@ -51,7 +51,7 @@ def batch_norm_act(
     running = (running_mean, running_var, batches)
     if (running_mean is None) != (running_var is None):
         raise OperandError("One of running_mean and running_var was given; give both or neither.")
-    return _BatchNormAct.apply(x, residual, weight, bias, *running, momentum, eps, relu)[0]
+    return _BatchNormAct.apply(x, weight, bias, residual, *running, momentum, eps, relu)[0]
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -59,12 +59,12 @@ class _BatchNormAct(torch.autograd.Function):
     statistics."""
 
     @staticmethod
-    def forward(*arguments):
-        return torch.ops.stablekd.batch_norm_act(*arguments)
+    def forward(x, weight, bias, residual, *rest):
+        return torch.ops.stablekd.batch_norm_act(x, residual, weight, bias, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, residual, weight, *_, ctx.eps, relu = inputs
+        x, weight, _, residual, *_, ctx.eps, relu = inputs
         y, mean, variance = output
         ctx.with_residual, ctx.relu = residual is not None, relu
         ctx.mark_non_differentiable(mean, variance)
@@ -82,7 +82,7 @@ class _BatchNormAct(torch.autograd.Function):
             gradient, x, y, weight, mean, variance, ctx.eps, keeps
         )
         residual_gradient = (kept if ctx.relu else gradient) if ctx.with_residual else None
-        return x_gradient, residual_gradient, weight_gradient, bias_gradient, *(None,) * 6
+        return x_gradient, weight_gradient, bias_gradient, residual_gradient, *(None,) * 6
 
 
 def _fake(x, residual, weight, *_):

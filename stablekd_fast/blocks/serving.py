@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from stablekd_fast import kernels
 from stablekd_fast.blocks.fuse import followers, is_plain, replace_joined
 from stablekd_fast.blocks.pair import PairedBlocks
 from stablekd_fast.blocks.trace import called_module, trace
@@ -67,20 +68,28 @@ class ConvAct(nn.Module):
         super().__init__()
         self.conv, self.relu = conv, relu
         plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-        self.joins = relu and plain and conv.groups == 1  # cuDNN's joined form of others is four times as slow
+        # cuDNN's joined form of convolutions in groups takes four times as long as the plain one.
+        self.joins = relu and plain and conv.groups == 1 and conv.bias is not None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, x = self.conv, x.to(self.conv.weight.dtype)
-        if x.is_cuda and self.joins:  # cuDNN adds and cuts off before it rounds and writes
-            sizes = (conv.stride, conv.padding, conv.dilation, conv.groups)
-            if residual is None:
-                return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *sizes)
-            if residual.shape[1] == conv.out_channels and residual.dtype == x.dtype:
-                return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, conv.bias, *sizes)
+        if x.is_cuda and self.joins and (residual is None or self._fits(residual, x)):
+            sizes = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+            return kernels.conv_act(x, conv.weight, conv.bias, residual, **sizes)
         out = conv(x)
         if residual is not None:
             out = out + residual
         return F.relu(out) if self.relu else out
+
+    def _fits(self, residual: Tensor, x: Tensor) -> bool:
+        """Whether the residual is like what the convolution gives for x, and is not broadcast."""
+        conv = self.conv
+        sizes = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        places = [
+            (size + 2 * int(padding) - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in sizes
+        ]
+        return residual.dtype == x.dtype and residual.shape == (len(x), conv.out_channels, *places)
 
 
 def _forms(paired: PairedBlocks, images: Tensor, fold: bool) -> list[nn.Module]:

@@ -210,6 +210,7 @@ BUDGET: Options = {
     "--classes": {"type": int, "default": 10, "help": "number of classes"},
     "--optimizer": {"type": Literal["adamw", "sgd"], "default": "adamw", "help": "what updates the student"},
     "--device_profile": {"type": str, "default": "h100", "help": "a100, h100 or a JSON file of published speeds"},
+    "--fold_teacher": {"type": str, "default": "auto", "help": "auto (on, as on a GPU), on or off"},
 }
 END_TO_END: Options = {
     "--data": {"type": str, "required": True, "help": "data set, as `stablekd distill` takes it"},

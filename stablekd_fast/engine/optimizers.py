@@ -44,13 +44,14 @@ def _decay_groups(settings: Optimizer, parameters: list[nn.Parameter]) -> list[d
 class SGD(torch.optim.Optimizer):
     """SGD with momentum as torch defines it (no dampening), with `lr` and `momentum` as 0-dim tensors.
 
-    torch's own bake the momentum, and whether a step is the first, into a captured graph. `found_inf`, where set, is a
-    0-dim tensor: 1 makes the step leave everything as it is.
+    torch's own bake the momentum, and whether a step is the first, into a captured graph. `constant`, where given, is
+    the momentum of all steps: on a GPU torch's fused kernel then takes the whole step, and bakes what does not change.
+    `found_inf`, where set, is a 0-dim tensor: 1 makes the step leave everything as it is.
     """
 
-    def __init__(self, groups: list[dict], nesterov: bool) -> None:
+    def __init__(self, groups: list[dict], nesterov: bool, constant: float | None = None) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
-        self.nesterov = nesterov
+        self.nesterov, self.constant = nesterov, constant
         self.momentum: Tensor = torch.zeros(())
         self.found_inf: Tensor | None = None
         for parameter in _all(self):
@@ -66,6 +67,12 @@ class SGD(torch.optim.Optimizer):
 
     def _step(self, params: list[Tensor], grads: list[Tensor], lr: Tensor, weight_decay: float) -> None:
         moments, momentum = [self.state[parameter]["momentum_buffer"] for parameter in params], self.momentum
+        if self.constant is not None and params[0].is_cuda:
+            torch._fused_sgd_(
+                params, grads, moments, weight_decay=weight_decay, momentum=self.constant, lr=lr, dampening=0.0,
+                nesterov=self.nesterov, maximize=False, is_first_step=False, found_inf=self.found_inf,
+            )  # fmt: skip
+            return
         if weight_decay:
             grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
         if self.found_inf is not None:
@@ -85,6 +92,10 @@ class SGD(torch.optim.Optimizer):
 
 
 def _sgd(settings: Optimizer, groups: list[dict]) -> torch.optim.Optimizer:
+    return SGD(groups, settings.nesterov, settings.momentum if settings.momentum_low is None else None)
+
+
+def _foreach_sgd(settings: Optimizer, groups: list[dict]) -> torch.optim.Optimizer:
     return SGD(groups, settings.nesterov)
 
 
@@ -146,7 +157,7 @@ _BUILDERS = {
     ("adamw", "foreach"): _foreach_adamw,
     ("adamw", "apex"): _apex_adamw,
     ("sgd", "auto"): _sgd,
-    ("sgd", "foreach"): _sgd,
+    ("sgd", "foreach"): _foreach_sgd,
 }
 
 

@@ -47,7 +47,8 @@ class Optimizer:
     clip: float | None = None
     """The largest norm that a group's gradient may have; a longer one is scaled down to it."""
     implementation: Literal["auto", "fused", "foreach", "apex"] = "auto"
-    """AdamW has `fused`, `foreach` and `apex` (NVIDIA's, where it is installed), SGD has `foreach`."""
+    """AdamW has `fused`, `foreach` and `apex` (NVIDIA's, where it is installed); SGD has `foreach`, which `auto` leaves
+    on GPUs, where the momentum is the same in all steps, for torch's fused kernel."""
 
     def __post_init__(self) -> None:
         for name, value, low, high in (

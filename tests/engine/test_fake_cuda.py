@@ -61,7 +61,7 @@ class FakeRecording(Recording):
     """Records; stands in for fused AdamW, of which it checks that everything lies on the device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket is aten._fused_adamw_:
+        if function.overloadpacket in (aten._fused_adamw_, aten._fused_sgd_):
             tensors = [
                 t for value in (*args, *kwargs.values()) for t in (value if isinstance(value, list) else [value])
             ]

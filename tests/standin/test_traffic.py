@@ -116,9 +116,9 @@ class AtOnce:
     def __init__(self, *_):
         pass
 
-    def submit(self, task):
+    def submit(self, task, *given):
         done = Future()
-        done.set_result(task())
+        done.set_result(task(*given))
         return done
 
 
