@@ -1,0 +1,69 @@
+"""`conv_act` against torch's convolution, addition and ReLU in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from stablekd_fast import kernels
+from stablekd_fast.kernels._checks import OperandError
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+CASES = [
+    # images, channels, outputs, side, kernel, stride, padding, dilation
+    (4, 16, 16, 8, 3, 1, 1, 1), (2, 3, 8, 9, 3, 2, 1, 1), (2, 8, 16, 6, 1, 2, 0, 1), (3, 8, 8, 10, 3, 1, 2, 2),
+]  # fmt: skip
+
+
+def operands(case, dtype, device, layout=torch.channels_last):
+    count, channels, outputs, side, kernel, stride, padding, dilation = case
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, channels, side, side, generator=generator)
+    weight = 0.2 * torch.randn(outputs, channels, kernel, kernel, generator=generator)
+    bias = torch.randn(outputs, generator=generator)
+    sizes = {name: (value, value) for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation))}
+    residual = torch.randn(F.conv2d(x, weight, None, **sizes).shape, generator=generator)
+    maps = [t.to(device, dtype).contiguous(memory_format=layout) for t in (x, weight, residual)]
+    return maps[0], maps[1], bias.to(device, dtype), maps[2], sizes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_is_as_exact_as_three_operations_of_torch(case, dtype, added, device):
+    x, weight, bias, residual, sizes = operands(case, dtype, device)
+    residual = residual if added else None
+    if device == "cuda":  # memory that is used again may hold anything
+        del [torch.full((1 << 22,), torch.nan, device=device, dtype=dtype) for _ in range(4)][:]
+    found = kernels.conv_act(x, weight, bias, residual, **sizes)
+
+    def plain(kind):
+        y = F.conv2d(x.to(kind), weight.to(kind), bias.to(kind), **sizes)
+        return F.relu(y if residual is None else y + residual.to(kind))
+
+    exact, eager = plain(torch.float64), plain(dtype)
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    error, allowed = ((y.double() - exact).abs().max() for y in (found, eager))
+    assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_opcheck():
+    x, weight, bias, residual, sizes = operands(CASES[0], torch.float32, "cpu")
+    for added in (None, residual):
+        arguments = (x, weight, bias, added, *(list(value) for value in sizes.values()))
+        torch.library.opcheck(torch.ops.stablekd.conv_act.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": torch.zeros(16, 16, 3, 3, dtype=torch.float64)}, "weight is float64"),
+        ({"residual": torch.zeros(4, 16, 8, 8, dtype=torch.float16)}, "residual is float16"),
+        ({"residual": torch.zeros(4, 16, 1, 1)}, r"residual is float32 \[4, 16, 1, 1\]; it must be like the result"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    x, weight, bias, residual, sizes = operands(CASES[0], torch.float32, "cpu")
+    given = {"x": x, "weight": weight, "bias": bias, "residual": residual} | sizes
+    with pytest.raises(OperandError, match=message):
+        kernels.conv_act(**(given | change))
