@@ -15,7 +15,7 @@ from torch._subclasses import fake_tensor
 from torch.utils._pytree import tree_leaves
 
 from stablekd_fast.bench.standin.device import StandIn, standin
-from stablekd_fast.bench.standin.fakes import walk_backward
+from stablekd_fast.bench.standin.fakes import as_cudnn_lays_out, walk_backward
 from stablekd_fast.bench.standin.kernel_table import Work, joined_convolution, work_of
 from stablekd_fast.bench.standin.traffic import Shipment, Traffic
 
@@ -90,13 +90,6 @@ def _triton_tells(launch: Callable[[dict], None]) -> Iterator[None]:
         yield
 
 
-def _as_cudnn_lays_out(x: Tensor, weight: Tensor, _: object) -> torch.memory_format:
-    """Which memory format a convolution's result has: without a driver torch takes cuDNN for absent."""
-    last = torch.channels_last
-    laid = any(one.dim() == 4 and one.is_contiguous(memory_format=last) for one in (x, weight))
-    return last if laid and x.dim() == 4 else torch.contiguous_format
-
-
 class AtOnce:
     """A thread that is this one: fake tensors are known to their own only."""
 
@@ -124,7 +117,7 @@ def counting() -> Iterator[Budget]:
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
         mock.patch("stablekd_fast.cache.memory_rows.ThreadPoolExecutor", AtOnce),
-        mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _as_cudnn_lays_out),
+        mock.patch.object(torch._C, "_conv_determine_backend_memory_format", as_cudnn_lays_out),
     ]
     with standin() as stand, contextlib.ExitStack() as stack:
         for patch in patches:

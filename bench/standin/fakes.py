@@ -34,6 +34,13 @@ def on_fake_cuda(paired: PairedBlocks, mode: FakeTensorMode, device: str = "cuda
                     store[name] = fake(tensor)
 
 
+def as_cudnn_lays_out(x: Tensor, weight: Tensor, _: object) -> torch.memory_format:
+    """Which memory format a convolution's result has: without a driver torch takes cuDNN for absent."""
+    last = torch.channels_last
+    laid = any(one.dim() == 4 and one.is_contiguous(memory_format=last) for one in (x, weight))
+    return last if laid and x.dim() == 4 else torch.contiguous_format
+
+
 def walk_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """`torch.autograd.backward` without its engine, which asks the driver for streams: calls each node of the graph
     once its gradients are complete."""

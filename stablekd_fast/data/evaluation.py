@@ -27,7 +27,8 @@ class EvalSource:
 
     Large images are scaled by `interpolation` so that the short side has `resize` pixels (default: 256/224 of
     `image_size`, which is the size they are trained on by default), and the centre is cut out. Bad images that are
-    skipped are missing from their batch. Each of `ranks` processes gets every `ranks`-th batch.
+    skipped are missing from their batch. Each of `ranks` processes gets every `ranks`-th batch. Images are normalised
+    on `device`, where they go as bytes.
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class EvalSource:
         workers: int = 0,
         rank: int = 0,
         ranks: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
         check_settings(mean, std, batch_size, workers)
         if split.resident and image_size is not None:
             _check_own_size(split, image_size)
         self.split, self.mean, self.std = split, mean, std
         self.batch_size, self.workers = batch_size, workers
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.device = rank, ranks, torch.device(device)
         self.image_size = image_size or split.crop_size
         self.resize = resize
         self.interpolation: Interpolation = interpolation
@@ -67,7 +69,9 @@ class EvalSource:
         return islice(torch.arange(len(self.split)).split(self.batch_size), self.rank, None, self.ranks)
 
     def _batch(self, rows: Tensor, pixels: Tensor) -> Batch:
-        images = normalised(pixels, self.mean, self.std)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        images = normalised(pixels.to(self.device, non_blocking=True), self.mean, self.std)
         return Batch(self.split.sample_ids[rows], EVAL_VIEW, images, self.split.labels[rows])
 
     def _resident_batches(self) -> Generator[Batch]:

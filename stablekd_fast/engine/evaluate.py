@@ -71,17 +71,16 @@ def evaluate(
 
     `total` adds up sums over processes, each of which has other batches.
     """
-    correct = correct5 = count = 0
-    loss = 0.0
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
     for batch in batches:
         images, labels = to_device(batch.pixels), to_device(batch.labels)
         logits = logits_of(model(images)).float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        correct += ranked[:, 0].sum().item()
-        correct5 += ranked.any(1).sum().item()
-        loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        count += len(labels)
-    correct, correct5, loss, count = total(torch.tensor([correct, correct5, loss, count], dtype=torch.float64)).tolist()
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        own = torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), loss]).double()
+        sums, count = sums.to(own.device) + own, count + len(labels)  # the host reads them once, at the end
+    found = torch.cat([sums.cpu(), torch.tensor([count], dtype=torch.float64)])
+    correct, correct5, loss, count = total(found).tolist()
     if not count:
         raise DataError("None of the images to evaluate on can be read.")
     return Metrics(correct / count, correct5 / count, loss / count, int(count))

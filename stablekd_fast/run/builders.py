@@ -165,8 +165,15 @@ def bn_batches(config: DistillConfig, source: TrainSource) -> int:
     return min(math.ceil(config.bn_images / source.batch_size), source.steps_per_epoch)
 
 
-def eval_source(dataset: Dataset, split: Split, config: DistillConfig, rank: int = 0, ranks: int = 1) -> EvalSource:
-    """Batches of unchanged images of a split, on each rank its own ones."""
+def eval_source(
+    dataset: Dataset,
+    split: Split,
+    config: DistillConfig,
+    rank: int = 0,
+    ranks: int = 1,
+    device: torch.device | str = "cpu",
+) -> EvalSource:
+    """Batches of unchanged images of a split, on each rank its own ones, normalised on a device."""
     return EvalSource(
         split,
         dataset.mean,
@@ -178,6 +185,7 @@ def eval_source(dataset: Dataset, split: Split, config: DistillConfig, rank: int
         workers=config.workers,
         rank=rank,
         ranks=ranks,
+        device=device,
     )
 
 

@@ -267,7 +267,7 @@ class Distiller:
     def _tested(self, engine: Engine, student: nn.Module, out: Path) -> Metrics:
         """Evaluate on the test split; images of it that cannot be read are left out, and that is said."""
         images, ranks = self.materials.images, self.ranks
-        test = eval_source(images.dataset, images.test, self.config, ranks.rank, ranks.size)
+        test = eval_source(images.dataset, images.test, self.config, ranks.rank, ranks.size, self.materials.device)
         try:
             metrics = evaluate(student, test.batches(), engine.to_device, ranks.all_reduce)
         except DataError as error:

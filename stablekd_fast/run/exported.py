@@ -49,7 +49,7 @@ def evaluate_file(
     said = run or metadata
     if "mean" in said and "std" in said:
         dataset.mean, dataset.std = tuple(said["mean"]), tuple(said["std"])
-    images = eval_source(dataset, getattr(dataset, split), config)
+    images = eval_source(dataset, getattr(dataset, split), config, device=target)
     size = next(iter(images.batches())).pixels.shape[-1]
     network = models.build(model, len(dataset.classes), size)
     if run:

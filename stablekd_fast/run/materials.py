@@ -168,7 +168,9 @@ def _open_images(config: DistillConfig, dataset: Dataset | None, device: torch.d
     cache = cache_settings(config)
     if config.cache.images and not train.resident:
         source.store_images(ImageColumn(source, config.cache, views_shown(config.views, config.epochs)))
-    validation = eval_source(dataset, held_out, config, ranks.rank, ranks.size) if held_out is not None else None
+    validation = (
+        eval_source(dataset, held_out, config, ranks.rank, ranks.size, device) if held_out is not None else None
+    )
     test = dataset.test.skipping()
     splits = [split for split in (train, held_out, test) if split is not None]
     return Images(dataset, splits, source, stream, validation, test, cache)

@@ -87,7 +87,7 @@ def test_a_weight_that_is_used_in_another_way_is_left_to_autocast():
 
 
 def test_weights_that_do_not_train_have_no_gradient():
-    network, blocks, images = blocks_of("resnet20", 16, False)
+    network, blocks, _ = blocks_of("resnet20", 16, False)
     network.conv1.requires_grad_(False)
     weights = CastWeights(blocks, torch.bfloat16)
     assert not any(parameter is network.conv1.weight for parameter in weights.parameters)
