@@ -197,9 +197,9 @@ def _norm_cases() -> Iterator[Case]:
         arguments = (x, residual, weight, weight, None, None, None, 0.1, 1e-5, True)
         tensors = [(x, 2), (residual, 1), (y, 1), (sums, 1 + readers), (weight, (2 + apart) * programs)]
         yield Case("batch_norm_act", name, arguments, tensors, "x twice, residual once, y once, and what parts say")
-        arguments = (gradient, x, y, weight, weight, weight, 1e-5, True)
+        arguments = (gradient, x, y, *[weight] * 4, 1e-5, True, True)
         tensors = [(gradient, 2), (x, 2), (y, 2), (x, 1), (residual, 1), (sums, 1 + readers)]
-        tensors += [(weight, (3 + apart) * programs), (weight, 2 * parts)]
+        tensors += [(weight, (4 + apart) * programs), (weight, 4 * parts)]
         words = "gradient, x and y twice, gradients of x and residual once, and what parts say"
         yield Case("batch_norm_act", f"{name}, backward", arguments, tensors, words, "batch_norm_act_backward")
 

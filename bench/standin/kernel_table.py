@@ -31,9 +31,9 @@ class Work:
     flops: int = 0
 
 
-WEIGHT_GRADIENT = 4
+WEIGHT_GRADIENT = 3
 """Kernels of a convolution's weight gradient in bf16. cuDNN divides the long sum, so that buffers are cleared and added
-up, or computes in float32 and converts: about 3.9 on average over the 19 convolutions of a resnet20 on an H200."""
+up: 2.5 on average over the 19 convolutions of a resnet20 on an H100, with algorithms chosen by trial; 3.9 without."""
 
 _BATCH_NORM_TRAINING = 4  # clears its semaphores, collects, updates the statistics, transforms
 _BATCH_NORM_EVALUATION = 3  # copies the mean, inverts the deviation, transforms

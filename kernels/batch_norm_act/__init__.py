@@ -64,22 +64,24 @@ class _BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, weight, _, residual, *_, ctx.eps, relu = inputs
+        x, weight, bias, residual, *_, ctx.eps, relu = inputs
         y, mean, variance = output
         ctx.with_residual, ctx.relu = residual is not None, relu
+        # Without a residual Triton sees from x where the ReLU let through, and does not read y.
+        reads = relu and (residual is not None or not x.is_cuda)
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)  # zeros would be made for the two
-        ctx.save_for_backward(x, y if relu else None, weight, mean, variance)
+        ctx.save_for_backward(x, y if reads else None, weight, bias, mean, variance)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor | None, *_):
         if gradient is None:
             return (None,) * 10
-        x, y, weight, mean, variance = ctx.saved_tensors
+        x, y, *vectors = ctx.saved_tensors
         keeps = ctx.with_residual and ctx.relu  # without ReLU the residual's gradient is the one that came
         x_gradient, weight_gradient, bias_gradient, kept = torch.ops.stablekd.batch_norm_act_backward(
-            gradient, x, y, weight, mean, variance, ctx.eps, keeps
+            gradient, x, y, *vectors, ctx.eps, ctx.relu, keeps
         )
         residual_gradient = (kept if ctx.relu else gradient) if ctx.with_residual else None
         return x_gradient, weight_gradient, bias_gradient, residual_gradient, *(None,) * 6
@@ -90,7 +92,7 @@ def _fake(x, residual, weight, *_):
     return torch.empty_like(x), *statistics
 
 
-def _backward_fake(gradient, x, y, weight, mean, variance, eps, with_residual):
+def _backward_fake(gradient, x, y, weight, bias, mean, variance, eps, relu, with_residual):
     kept = torch.empty_like(x) if with_residual else x.new_empty(0)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), kept
 
@@ -104,8 +106,8 @@ define(
 )
 define(
     "batch_norm_act_backward",
-    "(Tensor gradient, Tensor x, Tensor? y, Tensor weight, Tensor mean, Tensor variance, float eps, bool with_residual)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor gradient, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor variance, float eps, "
+    "bool relu, bool with_residual) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.batch_norm_act_backward,
     _backward_fake,
 )

@@ -48,13 +48,16 @@ def batch_norm_act_backward(
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,
+    bias: Tensor,
     mean: Tensor,
     variance: Tensor,
     eps: float,
+    relu: bool,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not takes(x, weight):
-        return reference.batch_norm_act_backward(gradient, x, y, weight, mean, variance, eps, with_residual)
+    if not takes(x, weight) or (relu and y is None):
+        given = (gradient, x, y, weight, bias, mean, variance)
+        return reference.batch_norm_act_backward(*given, eps, relu, with_residual)
     incoming, x_gradient = laid_out_as(gradient, x), torch.empty_like(x)
     residual_gradient = torch.empty_like(x) if with_residual else x.new_empty(0)
     weight_gradient, bias_gradient = torch.empty_like(weight), torch.empty_like(weight)

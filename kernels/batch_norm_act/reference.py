@@ -62,20 +62,25 @@ def batch_norm_act_backward(
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,
+    bias: Tensor,
     mean: Tensor,
     variance: Tensor,
     eps: float,
+    relu: bool,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients with respect to x, weight, bias and residual (empty unless it is asked for).
 
-    `y` is None without ReLU.
+    Without a residual `y` may be None: x says where the ReLU let through.
     """
     axes = [axis for axis in range(x.dim()) if axis != 1]
-    passed = gradient if y is None else torch.where(y > 0, gradient, 0)
-    incoming = passed.to(accumulator(x.dtype))
     inverse_std = torch.rsqrt(variance + eps)
     centred = (x - _across(mean, x)) * _across(inverse_std, x)
+    passed = gradient
+    if relu:
+        made = centred * _across(weight, x) + _across(bias, x) if y is None else y
+        passed = torch.where(made > 0, gradient, 0)
+    incoming = passed.to(accumulator(x.dtype))
     bias_gradient, weight_gradient = incoming.sum(axes), (incoming * centred).sum(axes)
     count = x.numel() // x.shape[1]
     centred_gradient = incoming - _across(bias_gradient / count, x) - centred * _across(weight_gradient / count, x)

@@ -1,6 +1,7 @@
 """`batch_norm_act` and its gradient by Triton: maps `[rows, channels]` in memory, channels-last or without places.
 
-Forward reads x twice and writes y once; backward reads its gradient, x and y twice, and writes what is asked for once.
+Forward reads x twice and writes y once; backward reads its gradient and x twice, y where a residual was added, and
+writes what is asked for once.
 A first kernel leaves behind what each part of the rows has to say of its channels; the second one puts the parts
 together, in an order that never changes, and writes the map. Maps that are so large that the second kernel would be
 busy with the parts of others have them put together by a kernel of its own.
@@ -159,7 +160,9 @@ def norm_apply(
 def norm_gradient_sums(
     gradient_at,
     x_at,
-    y_at,  # in x's dtype, or None without ReLU
+    y_at,  # in x's dtype, or None where x says where the ReLU let through
+    weight_at,  # float32 [C]
+    bias_at,  # float32 [C]
     mean_at,  # float32 [C]
     variance_at,  # float32 [C]
     firsts_at,  # float32 [parts, C], sums of the gradient
@@ -168,6 +171,7 @@ def norm_gradient_sums(
     channels: tl.int64,
     length: tl.int64,
     eps,
+    RELU: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -179,15 +183,18 @@ def norm_gradient_sums(
     lanes = tl.arange(0, ROWS)
     places, channel, known = tile(tl.program_id(0), lanes, channels, COLS)
     mean = tl.load(mean_at + channel, mask=known, other=0.0)[None, :]
+    deviation = tl.rsqrt(tl.load(variance_at + channel, mask=known, other=1.0) + eps)
+    scale = (tl.load(weight_at + channel, mask=known, other=0.0) * deviation)[None, :]
+    bias = tl.load(bias_at + channel, mask=known, other=0.0)[None, :]
     plain = tl.zeros([ROWS, COLS], tl.float32)
     weighted = tl.zeros([ROWS, COLS], tl.float32)
     for row in range(start, stop, ROWS):
         inside = (row + lanes < stop)[:, None] & known[None, :]
         here = row * channels + places
-        passed = incoming(gradient_at, y_at, here, inside)
+        centred = tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32) - mean
+        passed = incoming(gradient_at, y_at, here, inside, centred, scale, bias, RELU)
         plain += passed
-        weighted += passed * (tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32) - mean)
-    deviation = tl.rsqrt(tl.load(variance_at + channel, mask=known, other=1.0) + eps)
+        weighted += passed * centred
     own = tl.program_id(1) * channels + channel
     tl.store(firsts_at + own, tl.sum(plain, 0), mask=known)
     tl.store(seconds_at + own, tl.sum(weighted, 0) * deviation, mask=known)
@@ -215,10 +222,11 @@ def merge_norm_gradient_sums(
 def norm_gradient(
     gradient_at,
     x_at,
-    y_at,  # in x's dtype, or None without ReLU
+    y_at,  # in x's dtype, or None where x says where the ReLU let through
     x_gradient_at,
     residual_gradient_at,  # in x's dtype, or None
     weight_at,  # float32 [C]
+    bias_at,  # float32 [C]
     mean_at,  # float32 [C]
     variance_at,  # float32 [C]
     firsts_at,  # float32 [parts, C]: of bias and weight, sums of parts; or gradients [C] where there are no parts
@@ -229,6 +237,7 @@ def norm_gradient(
     channels: tl.int64,
     parts: tl.int64,
     eps,
+    RELU: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -250,13 +259,14 @@ def norm_gradient(
     mean = tl.load(mean_at + channel, mask=known, other=0.0)
     deviation = tl.rsqrt(tl.load(variance_at + channel, mask=known, other=1.0) + eps)
     scale = tl.load(weight_at + channel, mask=known, other=0.0) * deviation
+    bias = tl.load(bias_at + channel, mask=known, other=0.0)
     row = tl.program_id(1).to(tl.int64) * ROWS
     inside = (row + lanes < rows)[:, None] & known[None, :]
     here = row * channels + places
     count = rows.to(tl.float32)
-    passed = incoming(gradient_at, y_at, here, inside)
-    normalised = tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
-    normalised *= deviation[None, :]
+    centred = tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
+    passed = incoming(gradient_at, y_at, here, inside, centred, scale[None, :], bias[None, :], RELU)
+    normalised = centred * deviation[None, :]
     found = (passed - (plain / count)[None, :] - normalised * (weighted / count)[None, :]) * scale[None, :]
     tl.store(x_gradient_at + here, found.to(x_gradient_at.dtype.element_ty), mask=inside)
     if residual_gradient_at is not None:
@@ -330,11 +340,13 @@ def keep_moments(mean_at, variance_at, running_mean_at, running_variance_at, bat
 
 
 @triton.jit
-def incoming(gradient_at, y_at, here, inside):
-    """The gradient behind the ReLU: nothing comes through where y is not above zero."""
+def incoming(gradient_at, y_at, here, inside, centred, scale, bias, RELU: tl.constexpr):
+    """The gradient behind the ReLU: nothing comes through where y, or what it was made of, is not above zero."""
     passed = tl.load(gradient_at + here, mask=inside, other=0.0).to(tl.float32)
     if y_at is not None:
         passed = tl.where(tl.load(y_at + here, mask=inside, other=0.0).to(tl.float32) > 0, passed, 0.0)
+    elif RELU:
+        passed = tl.where(centred * scale + bias > 0, passed, 0.0)
     return passed
 
 
@@ -420,13 +432,16 @@ def batch_norm_act_backward(
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,
+    bias: Tensor,
     mean: Tensor,
     variance: Tensor,
     eps: float,
+    relu: bool,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not takes(x, weight):
-        return reference.batch_norm_act_backward(gradient, x, y, weight, mean, variance, eps, with_residual)
+        given = (gradient, x, y, weight, bias, mean, variance)
+        return reference.batch_norm_act_backward(*given, eps, relu, with_residual)
     x, plan = aligned(x), _plan(x)
     x_gradient = torch.empty_like(x)
     residual_gradient = torch.empty_like(x) if with_residual else None
@@ -434,10 +449,11 @@ def batch_norm_act_backward(
     firsts, seconds = _sums(x, plan)
     sums = {"firsts_at": firsts, "seconds_at": seconds}
     maps = {"gradient_at": aligned(laid_out_as(gradient, x)), "x_at": x, "y_at": None if y is None else aligned(y)}
-    moments = {"mean_at": aligned(mean), "variance_at": aligned(variance)}
+    vectors = {"weight_at": aligned(weight), "bias_at": aligned(bias)}
+    vectors |= {"mean_at": aligned(mean), "variance_at": aligned(variance)}
     extents = {"rows": plan.rows, "channels": plan.channels}
-    arguments = maps | moments | sums | extents | {"length": plan.length, "eps": float(eps)}
-    launch(norm_gradient_sums, plan.grid(plan.parts), arguments, plan.constants, _WARPS)
+    arguments = maps | vectors | sums | extents | {"length": plan.length, "eps": float(eps)}
+    launch(norm_gradient_sums, plan.grid(plan.parts), arguments, {"RELU": relu} | plan.constants, _WARPS)
     found = {"bias_gradient_at": bias_gradient, "weight_gradient_at": weight_gradient}
     if plan.apart:
         arguments = sums | found | {"channels": plan.channels, "parts": plan.parts}
@@ -445,9 +461,8 @@ def batch_norm_act_backward(
         launch(merge_norm_gradient_sums, grid, arguments, _MERGING, _WARPS)
         sums, found = {"firsts_at": bias_gradient, "seconds_at": weight_gradient}, dict.fromkeys(found)
     written = {"x_gradient_at": x_gradient, "residual_gradient_at": residual_gradient}
-    arguments = maps | written | {"weight_at": aligned(weight)} | moments | sums | found | extents
-    arguments |= {"parts": plan.parts, "eps": float(eps)}
-    launch(norm_gradient, plan.grid(), arguments, plan.merging | plan.constants, _WARPS)
+    arguments = maps | written | vectors | sums | found | extents | {"parts": plan.parts, "eps": float(eps)}
+    launch(norm_gradient, plan.grid(), arguments, {"RELU": relu} | plan.merging | plan.constants, _WARPS)
     return (
         x_gradient,
         weight_gradient,
@@ -488,7 +503,8 @@ def _kept(mean, variance, running_mean, running_variance, batches) -> dict:
 
 def specialisations() -> Iterator[Listed]:
     single, extents = torch.float32, dict.fromkeys(_EXTENTS[:3], 0)
-    sums, moments = {"firsts_at": single, "seconds_at": single}, {"mean_at": single, "variance_at": single}
+    sums = {"firsts_at": single, "seconds_at": single}
+    vectors = dict.fromkeys(("weight_at", "bias_at", "mean_at", "variance_at"), single)
     none = _kept(None, None, None, None, None)
     kept = [_kept(single, single, *running) for running in _RUNNING]
     for chosen in kept:
@@ -507,17 +523,17 @@ def specialisations() -> Iterator[Listed]:
             arguments |= sums | chosen | extents | {"parts": 0, "momentum": 0.0, "eps": 0.0}
             listed = variant(norm_apply, arguments, {"RELU": relu, "PARTS": parts} | tiles, _WARPS)
             yield Listed(norm_apply, listed, wide_loads=wide, wide_stores=wide)
-        for y in (None, dtype):
+        for y, relu in ((None, False), (None, True), (dtype, True)):
             maps = {"gradient_at": dtype, "x_at": dtype, "y_at": y}
-            arguments = maps | moments | sums | extents | {"eps": 0.0}
-            listed = variant(norm_gradient_sums, arguments, tiles, _WARPS)
+            arguments = maps | vectors | sums | extents | {"eps": 0.0}
+            listed = variant(norm_gradient_sums, arguments, {"RELU": relu} | tiles, _WARPS)
             yield Listed(norm_gradient_sums, listed, wide_loads=wide)
             for residual, parts in product((None, dtype), (1, _AT_ONCE)):
                 found = None if parts == 1 else single
-                arguments = maps | {"x_gradient_at": dtype, "residual_gradient_at": residual, "weight_at": single}
-                arguments |= moments | sums | {"bias_gradient_at": found, "weight_gradient_at": found}
+                arguments = maps | {"x_gradient_at": dtype, "residual_gradient_at": residual} | vectors | sums
+                arguments |= {"bias_gradient_at": found, "weight_gradient_at": found}
                 arguments |= {"rows": 0, "channels": 0, "parts": 0, "eps": 0.0}
-                listed = variant(norm_gradient, arguments, {"PARTS": parts} | tiles, _WARPS)
+                listed = variant(norm_gradient, arguments, {"RELU": relu, "PARTS": parts} | tiles, _WARPS)
                 yield Listed(norm_gradient, listed, wide_loads=wide, wide_stores=wide)
 
 

@@ -27,14 +27,15 @@ from stablekd_fast.planning.profiles import Profile
 
 CPU = torch.device("cpu")
 APART = [[0], [1], [2], [3]]
-H200 = {LIVE: 860, "rows on the device": 501, "rows in main memory": 497}
-"""Kernels and copies of a step that an H200 launched, as docs/results/gpu/kernels-of-a-step.txt lists them."""
+H100 = {LIVE: 313, "rows on the device": 258, "rows in main memory": 254}
+"""Kernels and copies of a step that an H100 launched, as docs/results/gpu/kernels-of-a-joined-step.txt lists them. A
+step has 24 fewer since: SGD is fused, and rates and losses take fewer operations."""
 TINY = Question("resnet20", "resnet20_half", 16, 8)
 
 
 @pytest.fixture(scope="module")
 def real():
-    """The steps of which the H200's were listed."""
+    """The steps of which the H100's were listed."""
     ways = [Way(APART, fed_by) for fed_by in FED_BY]
     return dict(zip(FED_BY, counted(Question("resnet56", "resnet20", optimizer="sgd").steps(CPU), ways)))
 
@@ -42,15 +43,15 @@ def real():
 @pytest.mark.parametrize("fed_by", FED_BY)
 def test_as_many_kernels_are_counted_as_a_gpu_launched(real, fed_by):
     kernels = sum(work.kernels for work in real[fed_by].work)
-    assert kernels == pytest.approx(H200[fed_by], rel=0.1)
+    assert kernels == pytest.approx(H100[fed_by], rel=0.1)
 
 
 def test_kernels_that_the_listing_names_are_counted_one_by_one(real):
     kinds = Counter()
     for work in real["rows on the device"].work:
         kinds[work.kind] += work.kernels
-    assert kinds["optimizer"] == 20, "multi_tensor_apply"
-    assert kinds["norms"] == 19 * 7, "19 each: collect, update, transform, reduce, elemt; 38 fills"
+    assert kinds["optimizer"] == 4, "one for each group"
+    assert kinds["norms"] == 0 and kinds["ours"] == 19 * 4 + 4 * 3 + 2, "two forward, two backward; losses"
 
 
 def test_rows_are_shipped_from_where_they_lie(real):
@@ -72,7 +73,7 @@ def test_all_but_the_filling_of_inputs_is_captured(real):
     """Rows, images, labels; with the live teacher its images too."""
     assert {fed_by: found.outside for fed_by, found in real.items()} == {
         LIVE: 1 + 2 + 4,
-        "rows on the device": 4 + 4 + 4 + 2,
+        "rows on the device": 4 + 4 + 2,
         "rows in main memory": 4 + 4 + 2,
     }
 

@@ -190,7 +190,8 @@ def test_opcheck(dtype):
     torch.library.opcheck(op, (x, residual, weight, bias, *running, 0.1, 1e-5, True))
     y, mean, variance = op(x, residual, weight, bias, None, None, None, 0.1, 1e-5, True)
     torch.library.opcheck(
-        torch.ops.stablekd.batch_norm_act_backward.default, (gradient, x, y, weight, mean, variance, 1e-5, True)
+        torch.ops.stablekd.batch_norm_act_backward.default,
+        (gradient, x, y, weight, bias, mean, variance, 1e-5, True, True),
     )
 
 

@@ -35,7 +35,7 @@ def calls():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         maps = [features(dtype) for _ in range(3)]
         yield "batch_norm_act", (*maps[:2], *vectors[:2], *running, 0.1, 1e-5, True), None
-        yield "batch_norm_act_backward", (*maps, *vectors[:3], 1e-5, True), None
+        yield "batch_norm_act_backward", (*maps, *vectors, 1e-5, True, True), None
     codes = features(torch.float32).to(torch.int8)
     yield "dequantize_rows", (codes, torch.empty(6, 24, device="cuda:1"), torch.bfloat16, 1), None
     images = torch.empty(20, 12, 12, 3, dtype=torch.uint8, device="cuda:1")

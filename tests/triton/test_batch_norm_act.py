@@ -82,10 +82,10 @@ def test_gradients_agree_with_float64(device, merging, shape, dtype, added, relu
     x, residual, gradient, weight, bias = operands(device, shape, dtype)
     none = (None, None, None)
     y, mean, variance = reference.batch_norm_act(x, residual if added else None, weight, bias, *none, 0.1, EPS, relu)
-    given = (gradient, x, y if relu else None, weight, mean, variance)
-    exact = reference.batch_norm_act_backward(*double(*given), EPS, added)
+    given = (gradient, x, y if relu and added else None, weight, bias, mean, variance)
+    exact = reference.batch_norm_act_backward(*double(*given), EPS, relu, added)
     poisoned(monkeypatch)
-    found = kernels.batch_norm_act_backward(*given, EPS, added)
+    found = kernels.batch_norm_act_backward(*given, EPS, relu, added)
     assert found[0].stride() == x.stride() and found[0].dtype == dtype
     finfo = torch.finfo(dtype)
     for mine, truth, eps in zip(found, exact, (finfo.eps, 1e-6, 1e-6, finfo.eps)):
@@ -108,9 +108,10 @@ def test_a_map_far_from_zero(device, merging, offset):
 def test_a_gradient_in_another_layout_and_operands_that_begin_anywhere(device):
     x, residual, gradient, weight, bias = operands(device, (4, 16, 6, 6), torch.float32)
     y, mean, variance = reference.batch_norm_act(x, residual, weight, bias, None, None, None, 0.1, EPS, True)
-    expected = kernels.batch_norm_act_backward(gradient, x, y, weight, mean, variance, EPS, True)
-    shifted = [torch.cat([t.new_zeros(1), t])[1:] for t in (weight, mean, variance)]
-    other = kernels.batch_norm_act_backward(gradient.contiguous(), x, y, *shifted, EPS, True)
+    vectors = (weight, bias, mean, variance)
+    expected = kernels.batch_norm_act_backward(gradient, x, y, *vectors, EPS, True, True)
+    shifted = [torch.cat([t.new_zeros(1), t])[1:] for t in vectors]
+    other = kernels.batch_norm_act_backward(gradient.contiguous(), x, y, *shifted, EPS, True, True)
     assert all(torch.equal(a, b) for a, b in zip(expected, other))
 
 
