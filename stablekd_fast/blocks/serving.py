@@ -47,6 +47,8 @@ def serve(paired: PairedBlocks, images: Tensor, fold: str) -> PairedBlocks:
     if not pick_folding(fold, images.device):
         return replace(paired, serving=_forms(paired, images, fold=False))
     folded = replace(paired, serving=_forms(paired, images, fold=True), folded=True)
+    if not any(isinstance(module, ConvAct) for block in folded.serving_blocks for module in block.modules()):
+        return replace(folded, folded=False)  # there was nothing to fold
     try:
         with torch.no_grad():
             folded.teacher_outputs(images)
@@ -131,8 +133,8 @@ def _form(block: nn.Module, dtype: torch.dtype, fold: bool) -> nn.Module:
             norm.replace_all_uses_with(node)
             form.graph.erase_node(norm)
         made = _with_weights(module, *(None if value is None else value.to(dtype) for value in weights))
-        if fold and isinstance(made, nn.Conv2d):
-            add, relu = followers(node)
+        add, relu = followers(node)
+        if fold and isinstance(made, nn.Conv2d) and (norm or relu):
             replace_joined(form, node, add, relu, f"conv_act_{node.name}", ConvAct(made, relu is not None))
         else:
             name = f"serving_{node.name}"

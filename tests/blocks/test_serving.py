@@ -170,6 +170,15 @@ def test_a_folded_form_that_cannot_be_computed_is_told_and_not_used(monkeypatch)
         assert not serve(paired, images, "auto").folded
 
 
+def test_where_there_is_nothing_to_fold_nothing_is_tried(monkeypatch):
+    images = torch.randn(2, 3, 224, 224)
+    teacher, student = (models.build("timm/vit_tiny_patch16_224", 10, 224).eval() for _ in range(2))
+    paired = pair_blocks(teacher, student, images, ["blocks.5"])
+    monkeypatch.setattr(serving, "_inexact", lambda *_: "it was tried")
+    served = serve(paired, images, "on")
+    assert not served.folded and ConvAct not in kinds(served)
+
+
 def test_folding_is_picked_by_device():
     assert serving.pick_folding("auto", CUDA) and not serving.pick_folding("auto", CPU)
     assert serving.pick_folding("on", CPU) and not serving.pick_folding("off", CUDA)

@@ -235,3 +235,40 @@ def test_implementations_that_are_not_there_are_refused_with_what_to_choose(monk
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(ConfigError, match=message):
         built(settings, network(torch.float32))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_torch_s_fused_sgd_takes_the_steps_of_ours(nesterov, decay):
+    """On a GPU it takes the whole step where the momentum does not change; here its CPU form shows what it computes."""
+    settings = Optimizer("sgd", lr=0.1, momentum=0.8, nesterov=nesterov, weight_decay=decay)
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(5, 3, dtype=torch.float64)) for _ in range(3)]
+        lr = torch.tensor(0.1, dtype=torch.float64)
+        ours = build_optimizer(settings, parameters, lr, torch.tensor(0.8, dtype=torch.float64))
+        assert ours.constant == 0.8
+        moments = [ours.state[parameter]["momentum_buffer"] for parameter in parameters]
+        for _ in range(4):
+            for parameter in parameters:
+                parameter.grad = torch.randn(5, 3, dtype=torch.float64)
+            if fused:
+                with torch.no_grad():
+                    torch._fused_sgd_(
+                        parameters, [p.grad for p in parameters], moments, weight_decay=decay, momentum=ours.constant,
+                        lr=lr, dampening=0.0, nesterov=nesterov, maximize=False, is_first_step=False,
+                    )  # fmt: skip
+            else:
+                ours.step()
+        results.append(parameters)
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_momentum_that_changes_is_not_baked():
+    parameter = nn.Parameter(torch.zeros(2))
+    cycled = Optimizer("sgd", momentum_low=0.5)
+    made = [build_optimizer(settings, [parameter], torch.tensor(0.1), torch.tensor(0.9)) for settings in (
+        cycled, Optimizer("sgd", implementation="foreach"))]  # fmt: skip
+    assert [one.constant for one in made] == [None, None]
