@@ -75,7 +75,8 @@ class _BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor | None, *_):
+    def backward(ctx, *gradients: Tensor | None):  # type: ignore[override]  # the decorator says less of its arguments
+        gradient = gradients[0]
         if gradient is None:
             return (None,) * 10
         x, y, *vectors = ctx.saved_tensors

@@ -71,11 +71,11 @@ class ConvAct(nn.Module):
         self.conv, self.relu = conv, relu
         plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
         # cuDNN's joined form of convolutions in groups takes four times as long as the plain one.
-        self.joins = relu and plain and conv.groups == 1 and conv.bias is not None
+        self.joins = relu and plain and conv.groups == 1
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, x = self.conv, x.to(self.conv.weight.dtype)
-        if x.is_cuda and self.joins and (residual is None or self._fits(residual, x)):
+        if conv.bias is not None and x.is_cuda and self.joins and (residual is None or self._fits(residual, x)):
             sizes = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
             return kernels.conv_act(x, conv.weight, conv.bias, residual, **sizes)
         out = conv(x)
@@ -127,12 +127,13 @@ def _form(block: nn.Module, dtype: torch.dtype, fold: bool) -> nn.Module:
         if node.op != "call_module" or not is_plain(called_module(form, node), (nn.Conv2d, nn.Linear)):
             continue
         module, norm = called_module(form, node), _norm_behind(form, node) if fold else None
-        weights = [None if value is None else value.detach() for value in (module.weight, module.bias)]
+        assert isinstance(module, (nn.Conv2d, nn.Linear))
+        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
         if norm is not None:
-            weights = list(_folded(*weights, called_module(form, norm)))
+            weight, bias = _folded(weight, bias, called_module(form, norm))
             norm.replace_all_uses_with(node)
             form.graph.erase_node(norm)
-        made = _with_weights(module, *(None if value is None else value.to(dtype) for value in weights))
+        made = _with_weights(module, weight.to(dtype), None if bias is None else bias.to(dtype))
         add, relu = followers(node)
         if fold and isinstance(made, nn.Conv2d) and (norm or relu):
             replace_joined(form, node, add, relu, f"conv_act_{node.name}", ConvAct(made, relu is not None))
@@ -158,9 +159,13 @@ def _norm_behind(form: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 def _folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution and the norm behind it, in float64."""
-    own = [norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias]
-    given = [value.detach().double() if isinstance(value, Tensor) else value for value in (weight, bias, *own)]
-    return fuse_conv_bn_weights(*given)
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+    moments = (norm.running_mean.double(), norm.running_var.double())
+    scale, shift = (None if value is None else value.detach().double() for value in (norm.weight, norm.bias))
+    found = fuse_conv_bn_weights(
+        weight.double(), None if bias is None else bias.double(), *moments, norm.eps, scale, shift
+    )
+    return found[0].detach(), found[1].detach()
 
 
 def _with_weights(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -27,7 +27,8 @@ class CastWeights:
         casts = {
             key: torch.empty_like(parameter, dtype=dtype, requires_grad=True) for key, parameter in parameters.items()
         }
-        self.parameters, self.casts = list(parameters.values()), list(casts.values())
+        self.parameters: list[Tensor] = list(parameters.values())
+        self.casts = list(casts.values())
         self.blocks = list(blocks)
         self._of_block = [{name: casts[id(parameter)] for name, parameter in names.items()} for names in found]
 

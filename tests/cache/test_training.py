@@ -58,7 +58,7 @@ def run(tmp_path, digits):
         }
         distiller = Distiller(config, dataset=data, **networks)
         ran = [0] * len(distiller.paired)
-        for k, block in enumerate(distiller.paired.teacher_blocks):
+        for k, block in enumerate(distiller.paired.serving_blocks):
             block.register_forward_hook(lambda *_, k=k: ran.__setitem__(k, ran[k] + 1))
         distiller.run(progress=False)
         tensors, _ = load_tensors(tmp_path / out / "checkpoint.safetensors")

@@ -25,4 +25,5 @@ def test_implementations_say_what_runs_and_why():
     if _native.core is None:
         assert table["augment_batch"]["cpu"] == "reference" and table["augment_batch"]["reason"] == _native.reason
     else:
-        assert all(entry["cpu"].startswith("C++ core") for entry in table.values())
+        assert all(entry["cpu"].startswith("C++ core") for name, entry in table.items() if name != "conv_act")
+    assert table["conv_act"]["cpu"] == "reference" and table["conv_act"]["cuda"] == "cuDNN"
