@@ -145,8 +145,8 @@ class DistillConfig:
     source: SourceName = "auto"
     """What makes batches: `resident` keeps small images in the device's memory, `dali` and `torchvision` decode large
     ones. `auto` chooses and says why. `dali-stream` leaves order and crops to DALI's own readers."""
-    workers: int = 2
-    """Threads that decode large images."""
+    workers: int | None = None
+    """Threads that decode large images; `null` takes as many as there are cores for this process."""
     prefetch: int = BATCHES_AHEAD
     """Batches of large images that are decoded ahead. More of them even out images that take long, and cost memory."""
     on_bad_image: Literal["stop", "skip"] = "stop"

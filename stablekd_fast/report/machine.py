@@ -33,7 +33,7 @@ def machine() -> dict:
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "usable_cores": _usable_cores(),
+        "usable_cores": usable_cores(),
         "memory_bytes": _memory_bytes(),
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -65,7 +65,8 @@ def _cpu_model() -> str:
     return names[0] if names else platform.machine()
 
 
-def _usable_cores() -> int | None:
+def usable_cores() -> int | None:
+    """The cores that this process may run on, where the system says."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()

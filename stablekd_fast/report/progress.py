@@ -127,7 +127,9 @@ def _data(event: dict) -> str:
     counts = (
         f"{event['training_images']:,} training images, {event['held_out']:,} held out, {event['test_images']:,} test"
     )
-    return f"{event['name']}: {event['classes']:,} classes, {counts}"
+    threads = event.get("decoding_threads")
+    decoded = f", decoded by {threads} threads" if threads else ""
+    return f"{event['name']}: {event['classes']:,} classes, {counts}{decoded}"
 
 
 _SAID = {"teacher": _teacher, "data": _data}

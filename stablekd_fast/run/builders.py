@@ -18,6 +18,7 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import STREAM, Augmentation, Dataset, EvalSource, Split, StreamSource, TrainSource
 from stablekd_fast.data.augmentation import altered
 from stablekd_fast.errors import ConfigError, DataError, first_line
+from stablekd_fast.report.machine import usable_cores
 
 
 def pick_device(name: str) -> torch.device:
@@ -100,10 +101,19 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: 
         view_seed=config.view_seed,
         classes=len(dataset.classes),
         source="auto" if config.source == STREAM else config.source,
-        workers=config.workers,
+        workers=decoding_threads(config),
         prefetch=config.prefetch,
         device=device,
     )
+
+
+def decoding_threads(config: DistillConfig) -> int:
+    """The threads that decode: so many as are asked for, or one for each core that is this process's. Processes that
+    torchrun starts on one machine share its cores, those that train on processors as `join` has divided them."""
+    if config.workers is not None:
+        return config.workers
+    together = 1 if pick_device(config.device).type == "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, (usable_cores() or 1) // together)
 
 
 def training_stream(source: TrainSource, config: DistillConfig) -> TrainSource | StreamSource:
@@ -182,7 +192,7 @@ def eval_source(
         image_size=config.evaluation.crop,
         resize=config.evaluation.resize,
         interpolation=config.interpolation,
-        workers=config.workers,
+        workers=decoding_threads(config),
         rank=rank,
         ranks=ranks,
         device=device,

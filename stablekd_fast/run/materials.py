@@ -87,6 +87,7 @@ class Images:
             "training_images": len(self.source.split),
             "held_out": len(self.validation.split) if self.validation is not None else 0,
             "test_images": dataset.test.total,
+            "decoding_threads": None if self.source.split.resident else self.source.workers,
             "left_out": dataset.left_out,
             "notes": dataset.notes,
         }
