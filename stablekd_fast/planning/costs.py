@@ -37,6 +37,8 @@ class Planner:
     stages: list[PlannedStage]
     settings: CacheSettings
     device: torch.device
+    capture: str = "eager"
+    """The mode in which steps will run, and in which they are timed."""
 
     @property
     def views(self) -> int:
@@ -46,7 +48,8 @@ class Planner:
     @property
     def job(self) -> Job:
         fill = min(self.views * self.source.steps_per_epoch, self.stages[-1].last)
-        return Job(self.paired, self.objectives, self.stages, self.settings, len(self.source.split) * self.views, fill)
+        rows = len(self.source.split) * self.views
+        return Job(self.paired, self.objectives, self.stages, self.settings, rows, fill, self.capture)
 
     @cached_property
     def columns(self) -> Columns:
@@ -101,6 +104,7 @@ class Job:
     settings: CacheSettings
     rows: int
     fill: int
+    capture: str = "eager"
 
     @property
     def wanted(self) -> set[int]:
@@ -134,11 +138,11 @@ def measured_costs(
 ) -> Costs:
     """Costs on this machine, measured with one batch and the wanted outputs for it. `images`: seconds that making a
     batch takes; `stored`: the fraction of the rows of an output in a codec that are on disk already."""
-    blocks = measure_teacher(job.paired, batch.pixels.to(device))
+    blocks = measure_teacher(job.paired, batch.pixels.to(device), job.capture)
     outputs = job.outputs(blocks, examples, lambda k, form: measure_codec(form, examples[k], stored(k, form.codec)))
     working_set = sum(job.rows * max((c.row_bytes for c in output.codecs.values()), default=0) for output in outputs)
     groupings = [planned.stage.groups for planned in job.stages]
-    students = measure_students(job.paired, job.objectives, groupings, batch, device)
+    students = measure_students(job.paired, job.objectives, groupings, batch, device, job.capture)
     largest = max(examples.values(), key=lambda output: output[0].numel())
     return Costs(
         outputs,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,16 @@ from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import Optimizer, group_name
 from stablekd_fast.engine.stage import stage_steps
 from stablekd_fast.engine.step import Rates, StageInputs, load_batch
+from stablekd_fast.errors import CaptureError
+from stablekd_fast.execution.capture import CAPTURED, make_runner
 from stablekd_fast.execution.timing import seconds
 from stablekd_fast.models.weights import restore_state
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.teacher.live import Relay
 
 
-def measure_teacher(paired: PairedBlocks, images: Tensor) -> list[float]:
-    """Seconds per batch of each teacher block, with the bridge behind it."""
+def measure_teacher(paired: PairedBlocks, images: Tensor, capture: str = "eager") -> list[float]:
+    """Seconds per batch of each teacher block, with the bridge behind it, run by a mode of `pick_capture`."""
     times, x = [], images
     with torch.no_grad(), paired.precision.applied(images.device):
         for k, block in enumerate(paired.serving_blocks):
@@ -32,7 +35,7 @@ def measure_teacher(paired: PairedBlocks, images: Tensor) -> list[float]:
                     bridge(y)
                 return y
 
-            times.append(seconds(call, images.device))
+            times.append(_seconds(call, capture, [], images.device))
             x = block(x)
     return times
 
@@ -43,8 +46,10 @@ def measure_students(
     groupings: Iterable[list[list[int]]],
     batch: Batch,
     device: torch.device,
+    capture: str = "eager",
 ) -> dict[str, float]:
-    """Seconds per batch of each group's step, by the group's name. The student is left as it was."""
+    """Seconds per batch of each group's step, by the group's name, run by a mode of `pick_capture`. The student is left
+    as it was."""
     saved = {name: value.clone() for name, value in paired.student.state_dict().items()}
     modes = {module: module.training for module in paired.student.modules()}
     times: dict[str, float] = {}
@@ -57,8 +62,20 @@ def measure_students(
                 if group_name(group) not in times:  # one at a time: each has an optimizer's moments
                     rates = Rates.constant(0.0, device=device)
                     stage = stage_steps(paired, [group], objectives, Optimizer(), rates=rates, inputs=inputs)
-                    times[group_name(group)] = seconds(stage.run, device)
+                    times[group_name(group)] = _seconds(stage.run, capture, stage.state(), device)
     restore_state(paired.student, saved)
     for module, mode in modes.items():
         module.training = mode
     return times
+
+
+def _seconds(call: Callable[[], object], capture: str, state: Sequence[Tensor], device: torch.device) -> float:
+    """Seconds of a call that changes `state`, captured where training captures; eagerly where that fails."""
+    if capture not in CAPTURED:
+        return seconds(call, device)
+    try:
+        runner = make_runner(capture, [call], state, device, fall_back=False)
+    except CaptureError:
+        return seconds(call, device)
+    with closing(runner):
+        return seconds(runner.run, device)

@@ -45,15 +45,17 @@ def measured_layouts(
     live: bool,
     axis: str = "auto",
     accumulate: int = 1,
+    capture: str = "eager",
 ) -> list[Layout]:
     """How ranks divide stages, whose groups are `groupings`, best: by costs that all of them measure at the same time.
 
     Args:
         columns: what is cached of the teacher.
         live, axis, accumulate: as `best_layout` takes them.
+        capture: the mode in which steps will run, and in which they are timed.
     """
     device, batch = source.device, next(source.batches(0, 1))
-    costs = _measured_groups(paired, objectives, groupings, batch, columns, ranks, device)
+    costs = _measured_groups(paired, objectives, groupings, batch, columns, ranks, device, capture)
     how = {"live": live, "axis": axis, "accumulate": accumulate, "image_seconds": _measured_images(source, ranks)}
     reduce = _measured_reduce(ranks, device)
     return [best_layout(groups, ranks.size, source.batch_size, reduce, **how) for groups in costs]
@@ -67,6 +69,7 @@ def _measured_groups(
     columns: Mapping[int, Column],
     ranks: Ranks,
     device: torch.device,
+    capture: str = "eager",
 ) -> list[list[GroupCost]]:
     """Costs of each stage's groups, averaged over ranks."""
     count = len(batch.labels)
@@ -76,8 +79,9 @@ def _measured_groups(
         images = dataclasses.replace(
             batch, images=batch.pixels[:size], labels=batch.labels[:size], sample_ids=batch.sample_ids[:size]
         )
-        students.append(measure_students(paired, objectives, groupings, images, device))
-        teachers.append(measure_teacher(paired, images.pixels.to(device)) if paired.cuts else [0.0] * len(paired))
+        students.append(measure_students(paired, objectives, groupings, images, device, capture))
+        pixels = images.pixels.to(device)
+        teachers.append(measure_teacher(paired, pixels, capture) if paired.cuts else [0.0] * len(paired))
     told = ranks.all_gather((students, teachers, _measured_feeds(columns, device)))
 
     def cost(group: list[int]) -> GroupCost:

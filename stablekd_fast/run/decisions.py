@@ -51,7 +51,7 @@ def decide(materials: Materials) -> Decisions:
     stages = plan_stages(asked, len(paired), first, source.steps_per_epoch)
     for total_steps in later:
         stages = extended(stages, total_steps)
-    planner = Planner(paired, source, objectives, stages, materials.images.cache, materials.device)
+    planner = Planner(paired, source, objectives, stages, materials.images.cache, materials.device, materials.capture)
     facts = _facts(materials)
     if materials.ranks.size > 1:  # before any of them opens a column
         chosen = {"precision": paired.precision.name, "image_dtype": str(materials.image_dtype)}
@@ -127,4 +127,5 @@ def _layouts(
         live=isinstance(teacher, Relay),
         axis=materials.config.parallel,
         accumulate=materials.config.accumulate,
+        capture=materials.capture,
     )

@@ -144,9 +144,9 @@ def test_costs_of_groups_are_lines_through_a_part_and_the_whole_of_a_batch(monke
     paired = pair_blocks(nets[0].eval(), nets[1], torch.randn(2, 3, 8, 8), cuts=["0"])
     monkeypatch.setattr(
         ranks, "measure_students",
-        lambda paired, objectives, groupings, batch, device: {"1": 1 + 2 * len(batch.labels), "2": 0.5},
+        lambda paired, objectives, groupings, batch, device, capture: {"1": 1 + 2 * len(batch.labels), "2": 0.5},
     )  # fmt: skip
-    monkeypatch.setattr(ranks, "measure_teacher", lambda paired, images: [3 + 5 * len(images), 0.25])
+    monkeypatch.setattr(ranks, "measure_teacher", lambda paired, images, capture: [3 + 5 * len(images), 0.25])
     doubled = lambda told: (  # noqa: E731
         [{name: 2 * seconds for name, seconds in one.items()} for one in told[0]],
         [[2 * seconds for seconds in one] for one in told[1]],
