@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stablekd_fast.errors import first_line
 from stablekd_fast.kernels._checks import OperandError, describe
 from stablekd_fast.kernels._registry import define, serve_library
 from stablekd_fast.kernels.conv_act import reference
@@ -43,11 +45,23 @@ def _fake(x, weight, bias, residual, stride, padding, dilation):
     return F.conv2d(x, weight, bias, stride, padding, dilation)
 
 
+_refused: set[str] = set()
+"""What cuDNN said where it had no joined form; the reference has served since."""
+
+
 def _by_cudnn(x, weight, bias, residual, stride, padding, dilation):
     sizes = (stride, padding, dilation, 1)
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *sizes)
-    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *sizes)
+    if not _refused:
+        try:
+            if residual is None:
+                return torch.cudnn_convolution_relu(x, weight, bias, *sizes)
+            return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *sizes)
+        except RuntimeError as error:
+            if "cudnn" not in str(error).lower():
+                raise
+            _refused.add(first_line(error))
+            warnings.warn(f"conv_act: {first_line(error)}. The reference is used.", RuntimeWarning, stacklevel=2)
+    return reference.conv_act(x, weight, bias, residual, *sizes[:3])
 
 
 define(

@@ -1,12 +1,16 @@
 """`conv_act` against torch's convolution, addition and ReLU in float64."""
 
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from stablekd_fast import kernels
 from stablekd_fast.kernels._checks import OperandError
+from stablekd_fast.kernels.conv_act import reference
 
+conv_act = sys.modules["stablekd_fast.kernels.conv_act"]  # the name in `kernels` is that of the function
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASES = [
     # images, channels, outputs, side, kernel, stride, padding, dilation
@@ -45,6 +49,34 @@ def test_is_as_exact_as_three_operations_of_torch(case, dtype, added, device):
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
     error, allowed = ((y.double() - exact).abs().max() for y in (found, eager))
     assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_where_cudnn_has_no_joined_form_the_reference_serves_and_that_is_said_once(monkeypatch, added):
+    x, weight, bias, residual, sizes = operands(CASES[0], torch.float32, "cpu")
+    given, asked = (x, weight, bias, residual if added else None, *sizes.values()), []
+
+    def refuses(*_):
+        asked.append(1)
+        raise RuntimeError("GET was unable to find an engine to execute this computation (cuDNN)")
+
+    monkeypatch.setattr(conv_act, "_refused", set())
+    for name in ("cudnn_convolution_relu", "cudnn_convolution_add_relu"):
+        monkeypatch.setattr(torch, name, refuses)
+    with pytest.warns(RuntimeWarning, match="conv_act: GET was unable .* The reference is used"):
+        first = conv_act._by_cudnn(*given)
+    assert torch.equal(first, reference.conv_act(*given)) and torch.equal(conv_act._by_cudnn(*given), first)
+    assert asked == [1]
+
+
+def test_another_error_is_not_taken_for_it(monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    x, weight, bias, _, sizes = operands(CASES[0], torch.float32, "cpu")
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        conv_act._by_cudnn(x, weight, bias, None, *sizes.values())
 
 
 def test_opcheck():
