@@ -45,20 +45,24 @@ def copies(tensors):
     return [None if t is None else t.clone() for t in tensors]
 
 
-@pytest.fixture(params=["together", "apart"])
+@pytest.fixture
 def merging(request, monkeypatch):
     """Parts are put together by the second kernel, or by one of their own."""
     if request.param == "apart":
         monkeypatch.setattr(kernels, "_LARGE", 1)
-    return request.param
 
 
 FLAGS = cycle(product((True, False), (True, False), ("none", "kept", "counted")))
-CASES = [(shape, dtype, *next(FLAGS)) for shape, dtype in product(SHAPES, FLOATS)]
-"""Every shape and type, and of what else is asked for each combination twice."""
+MERGINGS = ("together", "apart")
+CASES = [
+    (shape, dtype, *next(FLAGS), MERGINGS[(n + n // 12) % 2])
+    for n, (shape, dtype) in enumerate(product(SHAPES, FLOATS))
+]
+"""Every shape and type; each shape, and each combination of what else is asked for, with both mergings."""
+BOTH = pytest.mark.parametrize("merging", MERGINGS, indirect=True)
 
 
-@pytest.mark.parametrize("shape, dtype, added, relu, kind", CASES)
+@pytest.mark.parametrize("shape, dtype, added, relu, kind, merging", CASES, indirect=["merging"])
 def test_forward_agrees_with_float64(device, merging, shape, dtype, added, relu, kind, monkeypatch):
     x, residual, _, weight, bias = operands(device, shape, dtype)
     residual, running = residual if added else None, running_of(shape[1], device, kind)
@@ -77,7 +81,9 @@ def test_forward_agrees_with_float64(device, merging, shape, dtype, added, relu,
             torch.testing.assert_close(mine.double(), truth.double(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape, dtype, added, relu", [case[:4] for case in CASES])
+@pytest.mark.parametrize(
+    "shape, dtype, added, relu, merging", [(*case[:4], case[5]) for case in CASES], indirect=["merging"]
+)
 def test_gradients_agree_with_float64(device, merging, shape, dtype, added, relu, monkeypatch):
     x, residual, gradient, weight, bias = operands(device, shape, dtype)
     none = (None, None, None)
@@ -95,6 +101,7 @@ def test_gradients_agree_with_float64(device, merging, shape, dtype, added, relu
             torch.testing.assert_close(mine.double(), truth, rtol=0.51 * eps, atol=atol)
 
 
+@BOTH
 @pytest.mark.parametrize("offset", [300.0, -4000.0])
 def test_a_map_far_from_zero(device, merging, offset):
     x, _, _, weight, bias = operands(device, (16, 24, 8, 8), torch.float32, offset=offset)
