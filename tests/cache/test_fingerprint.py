@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.cache.fingerprint import prefix_digests
@@ -105,3 +106,20 @@ def test_another_computation_has_another_digest(digests_of):
     before, after = (digests_of(f"times{factor}", SOURCE, factor) for factor in ("2", "3"))
     assert before[0] != after[0]
     assert before[1] != after[1]
+
+
+def test_rows_of_a_folded_teacher_are_those_of_another():
+    from stablekd_fast import models
+    from stablekd_fast.blocks import serve
+    from stablekd_fast.cache.fingerprint import teacher_fingerprint
+    from stablekd_fast.data import TrainSource, open_dataset
+
+    data, images = open_dataset("digits", image_size=16), torch.randn(4, 3, 16, 16)
+    source = TrainSource(data.train, data.augmentation, data.mean, data.std, batch_size=8, seed=0, views=1)
+    paired = pair_blocks(*(models.build("resnet20", 10, 16) for _ in range(2)), images)
+    nn.ModuleList([paired.teacher, *paired.teacher_blocks]).eval()
+    plain, off, on = (
+        teacher_fingerprint(pair, source, torch.device("cpu"))
+        for pair in (paired, serve(paired, images, "off"), serve(paired, images, "on"))
+    )
+    assert plain == off and all(one != other for one, other in zip(plain, on, strict=True))

@@ -107,6 +107,18 @@ def test_speed_and_waiting_are_the_device_s_own_times(gpu):
     assert loop.engine.progress.train_seconds == pytest.approx(0.015 * STEPS, rel=1e-6)
 
 
+def test_after_a_save_the_next_batch_waits_for_all_that_was_done_in_between(gpu):
+    """What is measured and saved asks the same teacher, whose outputs the next batch would overwrite."""
+    gpu.step_seconds = 0.01
+    loop, ahead = Loop(gpu, Ranks()), []
+    loop.engine.parts.intervals.checkpoint = 10
+    loop.engine._save = lambda stage: ahead.append(stage.side._taken)
+    before = loop.engine._after_step
+    loop.engine._after_step = lambda stage: (ahead.append(stage.side._taken), before(stage))
+    loop.train(25)
+    assert ahead == [True] * 10 + [False] + [True] * 10 + [False] + [True] * 5
+
+
 @pytest.fixture
 def two_ranks(monkeypatch):
     monkeypatch.setattr(ranks_module, "_SETTLING_SECONDS", 0.0)
