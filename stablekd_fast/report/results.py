@@ -75,6 +75,10 @@ def summarise(runs: list[dict]) -> list[dict]:
 
 
 def _check(run: dict, index: int) -> None:
+    if not isinstance(run, dict) or not hasattr(run.get("accuracy", 0.0), "__float__"):
+        raise StableKDError(
+            f"Run {index} is {run!s:.60}; a run in results.json has names, and its accuracy is a number."
+        )
     missing = [key for key in REQUIRED if key not in run]
     if missing:
         raise StableKDError(

@@ -149,3 +149,11 @@ def test_machine_and_versions_are_plain_json():
     assert machine()["memory_bytes"] > 2**28 and machine()["torch_threads"] == torch.get_num_threads()
     assert {"python", "torch", "torchvision", "numpy", "stablekd_fast"} <= versions().keys()
     assert all(isinstance(value, str) for value in versions().values())
+
+
+@pytest.mark.parametrize("run", [333333, None, [1], "run", {"accuracy": "high"}])
+def test_a_run_that_is_none_is_refused(tmp_path, run):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"runs": [run]}))
+    with pytest.raises(StableKDError, match="Run 0 is .*; a run in results.json has names"):
+        read_results(path)
