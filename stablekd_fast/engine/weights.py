@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from stablekd_fast.blocks.fuse import is_plain
 from stablekd_fast.blocks.trace import called_module
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -66,14 +67,10 @@ def _castable(block: nn.Module) -> dict[str, nn.Parameter]:
     users: dict[int, set[bool]] = {}
     for name, parameter in names.items():
         owner = callers.get(name.rpartition(".")[0])
-        users.setdefault(id(parameter), set()).add(type(owner) in _KINDS and not _hooked(owner))
+        users.setdefault(id(parameter), set()).add(owner is not None and is_plain(owner, _KINDS))
     read = {id(names[str(node.target)]) for node in block.graph.nodes if node.op == "get_attr" and node.target in names}
     return {
         name: parameter
         for name, parameter in names.items()
         if users[id(parameter)] == {True} and id(parameter) not in read and parameter.requires_grad
     }
-
-
-def _hooked(module: nn.Module | None) -> bool:
-    return module is None or bool(module._forward_hooks or module._forward_pre_hooks)

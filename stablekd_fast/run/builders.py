@@ -101,18 +101,18 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: 
         view_seed=config.view_seed,
         classes=len(dataset.classes),
         source="auto" if config.source == STREAM else config.source,
-        workers=decoding_threads(config),
+        workers=decoding_threads(config.workers, torch.device(device)),
         prefetch=config.prefetch,
         device=device,
     )
 
 
-def decoding_threads(config: DistillConfig) -> int:
+def decoding_threads(asked: int | None, device: torch.device) -> int:
     """The threads that decode: so many as are asked for, or one for each core that is this process's. Processes that
     torchrun starts on one machine share its cores, those that train on processors as `join` has divided them."""
-    if config.workers is not None:
-        return config.workers
-    together = 1 if pick_device(config.device).type == "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if asked is not None:
+        return asked
+    together = 1 if device.type == "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, (usable_cores() or 1) // together)
 
 
@@ -192,7 +192,7 @@ def eval_source(
         image_size=config.evaluation.crop,
         resize=config.evaluation.resize,
         interpolation=config.interpolation,
-        workers=decoding_threads(config),
+        workers=decoding_threads(config.workers, torch.device(device)),
         rank=rank,
         ranks=ranks,
         device=device,

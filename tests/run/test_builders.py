@@ -10,6 +10,8 @@ from stablekd_fast.report.progress import _data
 from stablekd_fast.run import builders
 from stablekd_fast.run.builders import decoding_threads
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def one_core():
@@ -20,25 +22,24 @@ def one_core():
 
 
 def test_a_thread_decodes_for_each_core_of_the_process():
-    assert decoding_threads(DistillConfig()) == len(os.sched_getaffinity(0))
+    assert decoding_threads(DistillConfig().workers, CPU) == len(os.sched_getaffinity(0))
 
 
 def test_cores_that_the_process_may_not_use_do_not_count(one_core):
-    assert decoding_threads(DistillConfig()) == 1
+    assert decoding_threads(DistillConfig().workers, CPU) == 1
 
 
 @pytest.mark.parametrize("asked", [0, 1, 7])
 def test_what_is_asked_for_is_taken(asked):
-    assert decoding_threads(DistillConfig(workers=asked)) == asked
+    assert decoding_threads(DistillConfig(workers=asked).workers, CPU) == asked
 
 
 @pytest.mark.parametrize("device, cores, threads", [("cuda", 16, 4), ("cuda", 2, 1), ("cpu", 16, 16)])
 def test_processes_with_a_gpu_each_share_the_cores_of_their_host(monkeypatch, device, cores, threads):
     """Those that train on processors have been given their own cores before."""
     monkeypatch.setattr(builders, "usable_cores", lambda: cores)
-    monkeypatch.setattr(builders, "pick_device", lambda name: torch.device(device))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert decoding_threads(DistillConfig()) == threads
+    assert decoding_threads(DistillConfig().workers, torch.device(device)) == threads
 
 
 def test_the_threads_are_told_where_images_are_decoded():

@@ -3,14 +3,13 @@
 What the host waits for, and what it ships, is listed here with its price. The list may only get shorter.
 """
 
-from concurrent.futures import Future
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stablekd_fast import models
 from stablekd_fast.bench.standin import Traffic
+from stablekd_fast.bench.standin.budget import AtOnce
 from stablekd_fast.bench.standin.fakes import as_cudnn_lays_out, on_fake_cuda, walk_backward
 from stablekd_fast.blocks import pair_blocks, serve
 from stablekd_fast.cache.columns import Column, row_format
@@ -111,18 +110,6 @@ def test_an_iteration_with_a_live_teacher_waits_for_nothing_and_grows_by_nothing
     assert 0.9 * operations < traffic.operations.total() <= operations
     assert 0.9 * moved < traffic.moved <= moved
     assert traffic.shipped <= 4096, "where each image is cropped; losses on their way back"
-
-
-class AtOnce:
-    """A thread that is this one: fake tensors are known to their own only."""
-
-    def __init__(self, *_):
-        pass
-
-    def submit(self, task, *given):
-        done = Future()
-        done.set_result(task(*given))
-        return done
 
 
 @pytest.mark.parametrize("tier", ["device", "host"])
