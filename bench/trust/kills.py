@@ -48,6 +48,6 @@ def _killed(runs: Runs, draw: random.Random, number: int, alone: Ended) -> Ended
 def _of_the_end(ended: Ended, number: int) -> list[str]:
     """A run that was asked to end says so; one that was killed says nothing wrong."""
     if number == signal.SIGKILL:
-        return [] if "Traceback" not in ended.said else [f"a traceback: {ended.said[-300:]}"]
+        return [] if "Traceback" not in ended.said else [f"a traceback: {ended.said[-3000:]}"]
     asked = all(code in (0, 128 + number, -number) for code in ended.codes)  # -number: before Python was there to hear
-    return [] if asked and "Traceback" not in ended.said else [f"ends with {ended.codes}: {ended.said[-300:]}"]
+    return [] if asked and "Traceback" not in ended.said else [f"ends with {ended.codes}: {ended.said[-3000:]}"]

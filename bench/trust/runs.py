@@ -116,7 +116,7 @@ class Runs:
     def faults(self, whole: dict[str, Tensor], ended: Ended) -> list[str]:
         """What is not as it should be after a run has come to its end."""
         if any(ended.codes):
-            return [f"the resumed run ends with {ended.codes}: {ended.said[-300:]}"]
+            return [f"the resumed run ends with {ended.codes}: {ended.said[-3000:]}"]
         found = self.weights_reached()
         other = [name for name in whole if name not in found or not torch.equal(found[name], whole[name])]
         faults = (
