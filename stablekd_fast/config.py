@@ -9,9 +9,9 @@ from typing import Any, Literal
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.data import BATCHES_AHEAD, SourceName
 from stablekd_fast.data.augmentation import AugmentSettings, CropSettings, EvaluationSettings, Interpolation
-from stablekd_fast.engine.schedule import METHODS, RECIPES, Optimizer, Stage
+from stablekd_fast.engine.schedule import RECIPES, Optimizer, Stage
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.objectives import Objectives, objective
+from stablekd_fast.objectives import Objectives, method_named, objective
 
 
 @dataclass
@@ -38,7 +38,7 @@ class DistillConfig:
     student_weights: str | None = None
     """Start the student from these weights instead of at random."""
     method: str = "stablekd"
-    """One of stablekd, kd, kd+features, blocks, ce."""
+    """stablekd, kd, kd+features, blocks, ce, or a method of the field by its name; docs/objectives.md lists them."""
     recipe: str = "default"
     """`default`, `progressive` for merging neighbours two by two, `paper` for the schedule of the authors' draft,
     `paper-end-to-end` for its extension."""
@@ -91,7 +91,7 @@ class DistillConfig:
     blocks: int | None = None
     """How many blocks to cut into; None makes one per spatial size, and the classifier."""
     bridge: str = "select"
-    """How the map between different widths is fitted: select, average or pca."""
+    """How the map between different widths is fitted: select, average or pca; none, where no loss needs it."""
     align: Literal["ends", "all"] = "all"
     """After a merge, align features at the group's end only, or at the cuts inside it too."""
     copy_classifier: bool = True
@@ -100,14 +100,18 @@ class DistillConfig:
     """The optimizer of the first stage, from which the recipe makes those of later ones; None takes the recipe's."""
     stages: list[Stage] | None = None
     """The stages themselves, in place of those of recipe and optimizer."""
-    feature: str = "mse"
-    """The loss at the cuts, by name."""
+    feature: str | None = None
+    """The loss at the cuts, by name; None takes the method's, `mse` for most."""
     feature_options: dict[str, Any] = field(default_factory=dict)
     """Options of the loss at the cuts."""
-    logits: str = "kd"
-    """The loss at the head, by name."""
+    logits: str | None = None
+    """The loss at the head, by name; None takes the method's, `kd` for most."""
     logits_options: dict[str, Any] = field(default_factory=dict)
     """Options of the loss at the head."""
+    auxiliary: str | None = None
+    """A further loss, by name; None takes the method's, most have none."""
+    auxiliary_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the further loss."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """The number format of forward passes, the teacher's too. `auto`: bf16 where the hardware has it, on CPUs where a
     trial shows that it pays."""
@@ -166,7 +170,7 @@ class DistillConfig:
     its own cycle of the learning rate; the bare option means true."""
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
+        method_named(self.method)
         _one_of("recipe", self.recipe, RECIPES)
         for name in ("epochs", "batch_size", "log_every", "prefetch", "accumulate", "timeout"):
             if getattr(self, name) <= 0:
@@ -176,6 +180,11 @@ class DistillConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must not be negative.")
         if self.teacher_image_size is not None and self.teacher_image_size < 1:
             raise ConfigError(f"teacher_image_size={self.teacher_image_size} was given; it must be at least 1 pixel.")
+        if self.bridge == "none" and self.feeds_blocks:
+            raise ConfigError(
+                "bridge=none was given, but blocks are to be fed by the teacher, whose widths must then fit the "
+                "student's; choose select, average or pca."
+            )
         if self.extend and not self.resume:
             raise ConfigError("extend was given without resume; give both, and the epochs that there are to be in all.")
         if self.batch_size % self.accumulate:
@@ -189,6 +198,18 @@ class DistillConfig:
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise ConfigError(f"checkpoint_every={self.checkpoint_every} was given; it must be at least 1.")
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the method needs a teacher."""
+        return method_named(self.method).needs_teacher
+
+    @property
+    def feeds_blocks(self) -> bool:
+        """Whether blocks train that are fed by the teacher."""
+        if self.stages is not None:
+            return any(len(stage.groups) > 1 for stage in self.stages)
+        return method_named(self.method).stages != "end to end"
+
 
 WITHOUT_EFFECT_ON_NUMBERS = (
     "out", "resume", "extend", "checkpoint_every", "log_every", "workers", "prefetch", "source", "cache", "capture",
@@ -200,7 +221,7 @@ are compiled, whether the teacher is folded, and the source that was chosen are 
 
 def identity(config: DistillConfig) -> dict[str, Any]:
     """The settings that a resumed run must share with the one it continues, as plain values."""
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(config) | losses_of(config)
     return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT_ON_NUMBERS}
 
 
@@ -209,12 +230,29 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} was given; choose one of {', '.join(choices)}.")
 
 
+def losses_of(config: DistillConfig) -> dict[str, Any]:
+    """The losses of a run and their options, by the names of the settings: the method's where the settings have none,
+    with the method's options."""
+    method, found = method_named(config.method), {}
+    for place in ("feature", "logits", "auxiliary"):
+        of_method, asked = getattr(method, place), getattr(config, place)
+        options = method.options.get(place, {}) if asked in (None, of_method) else {}
+        found[place] = asked or of_method
+        found[f"{place}_options"] = {**options, **getattr(config, f"{place}_options")}
+    return found
+
+
 def objectives_of(config: DistillConfig) -> Objectives:
     """What the student is trained towards. Raises ConfigError for an unknown objective or option."""
-    align = {"stablekd": config.align, "blocks": "ends", "kd+features": "all", "kd": "none", "ce": "none"}
+    method, losses = method_named(config.method), losses_of(config)
+    if losses["auxiliary"] is None and losses["auxiliary_options"]:
+        raise ConfigError("auxiliary_options were given without auxiliary; name the loss too.")
     return Objectives(
-        feature=objective("feature", config.feature, config.feature_options),
-        logits=objective("logits", config.logits, config.logits_options),
-        align=align[config.method],
-        use_teacher_logits=config.method != "ce",
+        feature=objective("feature", losses["feature"], losses["feature_options"]),
+        logits=objective("logits", losses["logits"], losses["logits_options"]),
+        align=method.align or config.align,
+        use_teacher_logits=method.needs_teacher,
+        auxiliary=objective("auxiliary", losses["auxiliary"], losses["auxiliary_options"])
+        if losses["auxiliary"]
+        else None,
     )

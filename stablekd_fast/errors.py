@@ -71,6 +71,19 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; the nearest is {near[0]!r} (all: {', '.join(known)})" if near else ""
 
 
+def check_range(
+    settings: object, *names: str, least: float | None = None, above: float | None = None, most: float | None = None
+) -> None:
+    """Raise ConfigError for the first of these attributes that is below `least`, not above `above`, or over `most`."""
+    limits = [("at least", least), ("greater than", above), ("at most", most)]
+    words = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
+    for name in names:
+        value = getattr(settings, name)
+        fits = (least is None or value >= least) and (above is None or value > above)
+        if not fits or (most is not None and value > most):
+            raise ConfigError(f"{name}={value} was given; it must be {words}.")
+
+
 def printable(text: object) -> str:
     """A text or path as it can be printed and written to any file: bytes of a name that are no UTF-8 stand as \\xNN."""
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

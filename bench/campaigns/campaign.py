@@ -131,7 +131,7 @@ class Campaign:
             "resume": (out / "checkpoint.safetensors").exists(),
         }
         config = DistillConfig(**{**task, **settings, **common})
-        if remember and "cache" not in settings and config.method != "ce":
+        if remember and "cache" not in settings and config.has_teacher:
             # Rows depend on the size of the teacher's batches.
             config.cache = CacheSettings(plan="all", directory=os.path.join(remember, f"batch-{config.batch_size}"))
         return config

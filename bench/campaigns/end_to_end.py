@@ -21,8 +21,8 @@ from pathlib import Path
 from stablekd_fast.bench.campaigns.campaign import Campaign, Task
 from stablekd_fast.bench.core import Measured, pinned, scratch
 from stablekd_fast.bench.runs.stages import CACHE, LIVE, PLAIN, TUNED, StageBench
-from stablekd_fast.engine.schedule import METHODS
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.objectives import METHODS
 from stablekd_fast.report import read_events
 
 EPOCHS = "epochs to the target accuracy, in percent"

@@ -20,9 +20,10 @@ from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.cache.columns import Columns, Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.data import Batch, Dataset, TrainSource, open_dataset
+from stablekd_fast.engine.inputs import output_key
 from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.engine.stage import stage_steps
-from stablekd_fast.engine.step import Rates, output_key
+from stablekd_fast.engine.step import Rates
 from stablekd_fast.errors import StableKDError
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.cached import CachedTeacher

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stablekd_fast.blocks.layout import Resampling
 from stablekd_fast.errors import ConfigError
 
-KINDS = ("select", "average", "pca")
+KINDS = ("select", "average", "pca", "none")
 
 
 class Bridge(nn.Module):
@@ -65,6 +65,7 @@ def fit_bridge(
     - `average`: every teacher channel joins the selected channel that it is most similar to, and each group is
       averaged. The values stay non-negative too.
     - `pca`: principal directions of the uncentred second moments. They keep most power, but have negative values.
+    - `none`: widths stay as they are, for losses that can do with any; nothing can be fed to the student.
 
     A student wider than its teacher gets the teacher's channels repeated, whatever the kind.
     Raises ConfigError for an unknown kind.
@@ -75,7 +76,7 @@ def fit_bridge(
     moments = samples.T @ samples / len(samples)
     teacher_width = len(moments)
     eye = torch.eye(teacher_width, dtype=torch.float64, device=moments.device)
-    if student_width == teacher_width:
+    if student_width == teacher_width or kind == "none":
         weight, kind = None, "layout"
     elif student_width > teacher_width:
         weight, kind = eye[torch.arange(student_width, device=eye.device) % teacher_width], "repeat"

@@ -171,7 +171,7 @@ def pair_blocks(
             compose to the models.
         teacher_input: what turns `example_input` into what the teacher wants, without parameters: another
             normalisation, say. It becomes a part of the teacher's first block.
-        bridge: how to map widths where they differ: `"select"`, `"average"` or `"pca"` (see `fit_bridge`).
+        bridge: how to map widths where they differ: `"select"`, `"average"`, `"pca"` or `"none"` (see `fit_bridge`).
 
     Raises:
         CutError: a cut does not exist or does not fit, or a model cannot be traced.
@@ -260,7 +260,7 @@ def _fit_bridges(paired: PairedBlocks, images: Tensor, kind: str) -> list[Bridge
     needed = [
         k
         for k, (t, s) in enumerate(layouts)
-        if (t.shape, t.channel_axis, t.places) != (s.shape, s.channel_axis, s.places)
+        if (t.channel_axis, t.places) != (s.channel_axis, s.places) or (t.shape != s.shape and kind != "none")
     ]
     with evaluation_mode(paired.teacher):
         activations = paired.teacher_outputs(images, needed)

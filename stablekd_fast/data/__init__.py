@@ -7,6 +7,7 @@ from stablekd_fast.data.dali_stream import StreamSource
 from stablekd_fast.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Dataset, open_dataset
 from stablekd_fast.data.decoders import STREAM, SourceName
 from stablekd_fast.data.evaluation import EvalSource
+from stablekd_fast.data.second import with_second
 from stablekd_fast.data.source import TrainSource
 from stablekd_fast.data.split import Split
 from stablekd_fast.data.views import (
@@ -36,4 +37,5 @@ __all__ = [
     "open_dataset",
     "resized_crop_boxes",
     "view_flips",
+    "with_second",
 ]

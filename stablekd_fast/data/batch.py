@@ -16,12 +16,14 @@ from stablekd_fast.kernels import augment_batch
 class Batch:
     """`sample_ids` int64 `[N]`; `view` (-1: unchanged images; None: crops that have no name); `images` `[N, 3, H, W]`,
     normalised, float32 unless asked for otherwise, and channels last in memory (None where nobody needs them);
-    `labels` int64 `[N]`, or probabilities float32 `[N, classes]` where images are mixed."""
+    `labels` int64 `[N]`, or probabilities float32 `[N, classes]` where images are mixed; `second` like `images`, in
+    another view, where a loss asks for it (see `second.py`)."""
 
     sample_ids: Tensor
     view: int | None
     images: Tensor | None
     labels: Tensor
+    second: Tensor | None = None
 
     @property
     def pixels(self) -> Tensor:

@@ -112,6 +112,12 @@ class TrainSource:
         decoded = self.batch_size // self.ranks * (2 if self.augmentation.mix else 1)
         return make_decoder(self.choice, self._crops, decoded, self.workers, self.prefetch, self.device)
 
+    def prepare_second(self) -> None:
+        """Decode apart from the source of which this is a copy, and store nothing."""
+        if self._crops is not None:
+            self._crops = Crops(self.split, self._crops.augmentation, self.view_seed)
+            self.decoder = self._make_decoder()
+
     def store_images(self, stored: StoredImages) -> None:
         """Keep decoded views by sample and view in `stored`, and take from there what it has. Only large images are
         decoded."""
@@ -145,18 +151,18 @@ class TrainSource:
         `DataError` at a bad image unless such images are skipped.
         """
         jobs = ((self.positions(step), self._view(step)) for step in range(start_step, stop_step))
-        return self._batches(jobs, dtype, None if self.augmentation.mix or self.split.replaces_bad else needed)
+        return self.made(jobs, dtype, None if self.augmentation.mix or self.split.replaces_bad else needed)
 
     def batch(self, positions: np.ndarray, view: int) -> Batch:
         """Return one view of the images at `positions` of the split, int64 `[N]`, in that order."""
-        return next(self._batches(iter([(positions, view)])))
+        return next(self.made(iter([(positions, view)])))
 
     def whole_view(self, view: int) -> Generator[Batch]:
         """Show every image in one view, in the order of the split. The last batch is filled up with images from the
         start."""
         full = -(-len(self.split) // self.batch_size)
         positions = np.resize(np.arange(len(self.split)), (full, self.batch_size))
-        return self._batches((self._own(chunk), view) for chunk in positions)
+        return self.made((self._own(chunk), view) for chunk in positions)
 
     def positions(self, step: int) -> np.ndarray:
         """Return which images make the batch of a step: positions in the split, int64 `[N]`."""
@@ -179,9 +185,10 @@ class TrainSource:
     def _ids(self, positions: np.ndarray) -> np.ndarray:
         return self.split.sample_ids.numpy()[positions]
 
-    def _batches(
+    def made(
         self, jobs: Iterator[Job], dtype: torch.dtype = torch.float32, needed: Needed | None = None
     ) -> Generator[Batch]:
+        """Make a batch of each job, positions in the split int64 `[N]` and a view; see `batches`."""
         make = self._resident_batches if self.split.resident else self._decoded_batches
         marked = ((*job, needed is None or needed(torch.from_numpy(self._ids(job[0])), job[1])) for job in jobs)
         return make(marked, dtype)

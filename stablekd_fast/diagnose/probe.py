@@ -13,9 +13,10 @@ from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.data import Batch
 from stablekd_fast.diagnose.measures import GradientNoise, cosine, curvature, difference, relative_change
+from stablekd_fast.engine.inputs import IMAGES, StageInputs, load_batch
 from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.engine.stage import stage_steps
-from stablekd_fast.engine.step import IMAGES, GroupStep, Rates, StageInputs, load_batch, named_parameters_of
+from stablekd_fast.engine.step import GroupStep, Rates, named_parameters_of
 from stablekd_fast.execution.precision import FP32
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.teacher.live import Relay

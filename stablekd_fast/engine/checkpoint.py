@@ -2,8 +2,8 @@
 
 A checkpoint holds, under these names: the student's own tensors (`student/NAME`), the moving average of its parameters
 (`average/NAME`), optimizer states (`optimizer/PARAMETER/KEY`), loss scales (`loss_scale/GROUP/KEY`), bridges
-(`bridge/CUT`) and the states of the random generators (`random/cpu`, `random/cuda`). Its metadata hold the progress,
-and what was decided for the run.
+(`bridge/CUT`), what an auxiliary loss learns and remembers (`auxiliary/NAME`) and the states of the random generators
+(`random/cpu`, `random/cuda`). Its metadata hold the progress, and what was decided for the run.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from stablekd_fast.files.sealed import check_tensors, sealed_file, text_of
 from stablekd_fast.models.weights import restore_state
 
 STUDENT, AVERAGE, OPTIMIZER, LOSS_SCALE, BRIDGE = "student", "average", "optimizer", "loss_scale", "bridge"
-RANDOM = "random"
+RANDOM, AUXILIARY = "random", "auxiliary"
 FORMAT = 1
 """The version of a checkpoint's names and metadata; files of earlier versions have none, and are alike."""
 
-_ADDED = {"deterministic": False, "folded_teacher": False}
+_ADDED = {"deterministic": False, "folded_teacher": False, "auxiliary": None, "auxiliary_options": {}}
 """Settings that checkpoints of earlier versions do not hold, and what was so then."""
 _MAY_CHANGE = ("data", "on_bad_image")
 """A resumed run may find the same images at another place, and may leave out bad ones from then on."""
@@ -184,6 +184,8 @@ def save_run(parts: Parts, state: RunState) -> None:
     tensors |= {f"{AVERAGE}/{name}": value for name, value in (state.average or {}).items()}
     tensors |= {f"{BRIDGE}/{cut}": weight for cut, weight in _bridge_weights(parts.paired)}
     tensors |= {f"{RANDOM}/{name}": value for name, value in random_states(parts.device).items()}
+    if parts.objectives.module is not None:
+        tensors |= {f"{AUXILIARY}/{name}": value for name, value in parts.objectives.module.state_dict().items()}
     metadata = {
         "format": FORMAT,
         "identity": parts.identity,
@@ -208,6 +210,8 @@ def resume_run(parts: Parts) -> RunState:
     merge = progress.pop("merge")
     state = RunState(Progress(**progress, merge=MergeRecord(**merge) if merge else None))
     restore_state(parts.paired.student, below(tensors, STUDENT))
+    if parts.objectives.module is not None:
+        restore_state(parts.objectives.module, below(tensors, AUXILIARY))
     kept = (f"{OPTIMIZER}/", f"{LOSS_SCALE}/")
     state.optimizer = {name: tensor for name, tensor in tensors.items() if name.startswith(kept)}
     if parts.execution.ema is not None:

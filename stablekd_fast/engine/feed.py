@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from torch import Tensor
 
 from stablekd_fast.data import Batch
-from stablekd_fast.engine.step import StageInputs, fill_inputs, served
+from stablekd_fast.engine.inputs import StageInputs, fill_inputs, served
 from stablekd_fast.execution.side import Side
 from stablekd_fast.teacher.live import Teacher
 

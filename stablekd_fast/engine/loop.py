@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from stablekd_fast.data import with_second
 from stablekd_fast.distributed import Layout
 from stablekd_fast.engine.checkpoint import RunState, save_run
 from stablekd_fast.engine.evaluate import Metrics, evaluate, not_finite, with_fresh_batch_norm
@@ -122,6 +123,8 @@ class Engine:
         first = max(self.progress.step, stage.planned.first)
         dtype = self.parts.execution.image_dtype
         batches = stage.source.batches(first, stage.planned.last, dtype, stage.needs_images)
+        if second := next((step.auxiliary.second for step in stage.own if step.auxiliary is not None), None):
+            batches = with_second(batches, stage.source, second, first, dtype)
         feed = Feed(stage.teacher, batches, stage.wanted, stage.side)
         while True:
             with self.clock.timing("waiting"):

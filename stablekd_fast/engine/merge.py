@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks, evaluation_mode
 from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.data import Batch
+from stablekd_fast.engine.inputs import IMAGES, StageInputs, load_batch
 from stablekd_fast.engine.parts import Parts
 from stablekd_fast.engine.progress import MergeRecord, Progress
-from stablekd_fast.engine.step import IMAGES, GroupStep, StageInputs, load_batch
+from stablekd_fast.engine.step import GroupStep
 from stablekd_fast.models.outputs import logits_of
 from stablekd_fast.teacher.live import Teacher
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.objectives import method_named
 
-METHODS = ("stablekd", "kd", "kd+features", "blocks", "ce")
 RECIPES = ("default", "progressive", "paper", "paper-end-to-end")
 DECOMPOSED_SHARE, MERGED_LR = 0.75, 0.1
 """The default recipe: the fraction of the steps in which every block trains alone, and the peak learning rate of the
@@ -201,8 +201,8 @@ def merge_neighbours(blocks: int) -> list[list[list[int]]]:
 def method_stages(method: str, blocks: int, recipe: str = "default", optimizer: Optimizer | None = None) -> list[Stage]:
     """The stages of a method for a network of `blocks` blocks.
 
-    `stablekd` decomposes and merges; `blocks` never merges; `kd`, `kd+features` and `ce` train end to end from the
-    start. Recipes of `stablekd`:
+    `stablekd` decomposes and merges; `blocks` never merges; all others train end to end from the start. Recipes of
+    `stablekd`:
 
     - `default`: every block alone for three quarters of the steps, then all at once end to end, gently.
     - `progressive`: neighbours merge two by two, in stages of one length whose peak learning rate halves.
@@ -212,12 +212,11 @@ def method_stages(method: str, blocks: int, recipe: str = "default", optimizer: 
 
     Raises ConfigError for an unknown method or recipe.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method {method!r} does not exist; choose one of {', '.join(METHODS)}.")
+    how = method_named(method).stages
     if recipe not in RECIPES:
         raise ConfigError(f"recipe {recipe!r} does not exist; choose one of {', '.join(RECIPES)}.")
-    if method != "stablekd":
-        groups = [[block] for block in range(blocks)] if method == "blocks" else [list(range(blocks))]
+    if how != "decomposed":
+        groups = [[block] for block in range(blocks)] if how == "apart" else [list(range(blocks))]
         return [Stage(groups, share=1.0, optimizer=optimizer or Optimizer())]
     if recipe == "default":
         blocks_lr, apart = optimizer or Optimizer(), merge_neighbours(blocks)[0]

@@ -14,8 +14,9 @@ from torch import Tensor
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.data import Batch, StreamSource, TrainSource
 from stablekd_fast.distributed import Layout, Ranks
+from stablekd_fast.engine.inputs import StageInputs, load_batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, StepOptions, load_batch
+from stablekd_fast.engine.step import GroupStep, Rates, StepOptions
 from stablekd_fast.engine.stops import Stops
 from stablekd_fast.execution.capture import Body, Runner, make_runner
 from stablekd_fast.execution.moments import HostCopy, Moment
@@ -288,4 +289,4 @@ class StageRun:
 
     def needs_images(self, sample_ids: Tensor, view: int) -> bool:
         """Whether a group that begins with the images, or the teacher, needs those of these samples in this view."""
-        return any(step.group[0] == 0 for step in self.own) or self.teacher.needs_images(self.wanted, sample_ids, view)
+        return any(step.needs_images for step in self.own) or self.teacher.needs_images(self.wanted, sample_ids, view)

@@ -6,67 +6,26 @@ data, reads nothing back to the host, and takes what changes from step to step f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, fuse_norms
-from stablekd_fast.data import Batch
 from stablekd_fast.distributed import Averaging
 from stablekd_fast.distributed import sync_norms as synced
+from stablekd_fast.engine.inputs import IDS, IMAGES, LABELS, SECOND, StageInputs, output_key
 from stablekd_fast.engine.optimizers import SGD, build_optimizer
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, group_name
 from stablekd_fast.engine.weights import CastWeights
-from stablekd_fast.errors import ConfigError, CutError, TrainingError
+from stablekd_fast.errors import ConfigError, CutError
 from stablekd_fast.execution.precision import LossScale
 from stablekd_fast.execution.process import fastest_algorithms
-from stablekd_fast.objectives.objectives import Objectives
-from stablekd_fast.teacher.live import Teacher
+from stablekd_fast.objectives import Auxiliary, Objectives, StepBatch
 
-IMAGES, LABELS = "images", "labels"
-
-
-def output_key(output: int) -> str:
-    """Return the name of the buffer that holds one of the teacher's outputs."""
-    return f"teacher{output}"
-
-
-class StageInputs:
-    """Static buffers on the device for one batch: images, labels, teacher activations at cuts, teacher logits.
-
-    The first `load` of a name lays its buffer out; from then on shape, dtype and strides must stay. A value is always
-    copied, never adopted: a captured step writes and reads these very buffers.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self._buffers: dict[str, Tensor] = {}
-
-    def load(self, name: str, value: Tensor) -> None:
-        """Copy `value` (from the host too) into the buffer `name`. Raises TrainingError if its metadata changed."""
-        buffer = self._buffers.get(name)
-        if buffer is None:
-            buffer = self._buffers[name] = torch.empty_like(value, device=self.device)
-        if value.shape != buffer.shape or value.dtype != buffer.dtype or value.stride() != buffer.stride():
-            got, expected = (_metadata(value), _metadata(buffer))
-            if got != expected:
-                raise TrainingError(
-                    f"The step's input {name!r} has changed: expected {expected}, got {got}. "
-                    "All batches of a run must have one size; drop or pad the last one."
-                )
-        buffer.copy_(value, non_blocking=True)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._buffers[name]
-
-
-def _metadata(tensor: Tensor) -> str:
-    """Describe a tensor's layout. Strides of dimensions of size one are left out: they say nothing."""
-    strides = [stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1]
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} with strides {strides}"
+AUXILIARY = "auxiliary."
+"""Stands before the names of an auxiliary loss's parameters among those of the student."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +111,17 @@ class GroupStep:
         else:
             self.blocks = [fuse_norms(block) for block in blocks] if paired.fuses_norms else blocks
         self.aligned = set(objectives.aligned_cuts(group, len(paired.cuts)))
-        self.parameters = named_parameters_of(paired, group)
-        if not self.parameters:
+        self.parameters = trained = named_parameters_of(paired, group)
+        if not trained:
             raise CutError(
                 f"Block {self.name} of the student has nothing to train: no parameter in it, or none that requires a "
                 "gradient. Move its cuts (`stablekd plan` shows the parameters of each block), or merge it with a "
                 "neighbour."
             )
+        self.auxiliary = objectives.module if objectives.helps(group, len(paired.cuts)) else None
+        if self.auxiliary is not None:
+            self.parameters = trained | {AUXILIARY + name: p for name, p in self.auxiliary.named_parameters()}
+            inputs.wants_ids |= self.auxiliary.reads_ids
         device = self.device = inputs.device
         self.rates = rates.table
         self.current = rates.table[:1].clone()
@@ -169,7 +132,8 @@ class GroupStep:
         self.loss_scale = LossScale(device) if paired.precision.scales_loss else None
         if self.loss_scale is not None:
             _let_skip(self.optimizer, self.loss_scale)
-        self.ema = None if ema is None else [ema[name] for name in self.parameters]
+        self.ema = None if ema is None else [ema[name] for name in trained]
+        self._averaged: list[Tensor] = list(trained.values())
         self.weights = None
         if paired.precision.dtype != torch.float32 and not compiled:  # what is compiled casts where it computes
             self.weights = CastWeights(self.blocks, paired.precision.dtype)
@@ -191,7 +155,7 @@ class GroupStep:
         be averaged over ranks, in place."""
         if self.micro_batches == 1 and self.averaging is None:
             return []
-        _, targets, _ = self._tensors()
+        targets = self._batch().targets
         found = {k: self.objectives.feature.whole_batch(targets[k]) for k in sorted(self.aligned)}
         self._whole = {k: value for k, value in found.items() if value is not None}
         return list(self._whole.values())
@@ -204,9 +168,12 @@ class GroupStep:
         upstream = None if self.loss_scale is None else self.loss_scale.scale / self.micro_batches
         total = []
         self.cast_weights()
-        for micro_batch in self._split_batch(*self._tensors()):
+        batch = self._batch()
+        if self.auxiliary is not None:
+            batch = self.auxiliary.prepare(batch)
+        for part in batch.parts(self.micro_batches):
             with self.paired.precision.applied(self.device):
-                outputs, gradients, losses = self._network(*micro_batch, self._whole, upstream)
+                outputs, gradients, losses = self._network(part, self._whole, upstream, self.auxiliary)
             if self.micro_batches > 1 and upstream is None:
                 gradients = [gradient / self.micro_batches for gradient in gradients]
             self.backward(outputs, gradients)
@@ -238,14 +205,14 @@ class GroupStep:
             torch.index_select(self.rates, 0, self.position.view(1), out=self.current)
 
     def forward(self, entry: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Student outputs that carry a loss, the gradient at each, and the losses.
+        """Student outputs that carry a loss at a cut or the head, the gradient at each, and the losses.
 
         `entry` replaces the teacher-fed input of the group (used to measure exposure).
         """
-        own_entry, targets, labels = self._tensors()
+        batch = self._batch()
         self.cast_weights()
         with self.paired.precision.applied(self.device):
-            return self._compute(own_entry if entry is None else entry, targets, labels, {}, None)
+            return self._compute(batch if entry is None else batch._replace(entry=entry), {}, None)
 
     def entry(self) -> Tensor:
         """What feeds the group: images, or the teacher's activation before it."""
@@ -278,7 +245,7 @@ class GroupStep:
         if self.ema is not None:
             with torch.no_grad():
                 torch._foreach_mul_(self.ema, self.ema_decay)
-                torch._foreach_add_(self.ema, torch._foreach_mul(list(self.parameters.values()), 1 - self.ema_decay))
+                torch._foreach_add_(self.ema, torch._foreach_mul(self._averaged, 1 - self.ema_decay))
 
     def note(self, loss: Tensor) -> None:
         """Keep the loss for reading later, as the last of `losses`."""
@@ -290,46 +257,58 @@ class GroupStep:
         own = [self.current, self.losses, self.position, *(self.ema or [])]
         if self.loss_scale is not None:
             own += [*self.loss_scale.state().values(), self.loss_scale.skipped]
-        networks = [tensor for block in self.blocks for tensor in (*block.parameters(), *block.buffers())]
+        modules = self.blocks if self.auxiliary is None else [*self.blocks, self.auxiliary]
+        networks = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         optimizer = [value for state in self.optimizer.state.values() for value in state.values()]
         return list({id(tensor): tensor for tensor in (*own, *networks, *optimizer)}.values())
 
-    def _tensors(self) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
-        """Return what the inputs hold: entry, teacher outputs to align to, labels."""
-        head = len(self.paired.cuts)
-        wanted = self.aligned | ({head} & set(self.group) if self.objectives.use_teacher_logits else set())
-        labels = self.inputs[LABELS] if self.objectives.use_labels and head in self.group else None
-        return self.entry(), {k: self.inputs[output_key(k)] for k in sorted(wanted)}, labels
+    @property
+    def needs_images(self) -> bool:
+        """Whether the step reads the images themselves."""
+        return self.group[0] == 0 or (self.auxiliary is not None and self.auxiliary.reads_images)
 
-    def _split_batch(
-        self, entry: Tensor, targets: dict[int, Tensor], labels: Tensor | None
-    ) -> Iterator[tuple[Tensor, dict[int, Tensor], Tensor | None]]:
-        size = len(entry) // self.micro_batches
-        for start in range(0, size * self.micro_batches, size):
-            cut = {k: target[start : start + size] for k, target in targets.items()}
-            yield entry[start : start + size], cut, None if labels is None else labels[start : start + size]
+    def _batch(self) -> StepBatch:
+        """Return what the inputs hold of all that this step reads."""
+        head, inputs, own = len(self.paired.cuts), self.inputs, self.auxiliary
+        wanted = self.aligned | ({head} & set(self.group) if self.objectives.use_teacher_logits else set())
+        if own is not None:
+            wanted = wanted | own.teacher_outputs(own.config, head)
+        labels = inputs[LABELS] if self.objectives.use_labels and (own is not None or head in self.group) else None
+        batch = StepBatch(self.entry(), {k: inputs[output_key(k)] for k in sorted(wanted)}, labels)
+        if own is None:
+            return batch
+        images, ids = inputs[IMAGES] if own.reads_images else None, inputs[IDS] if own.reads_ids else None
+        return batch._replace(images=images, ids=ids, second=inputs[SECOND] if own.second else None)
 
     def _compute(
         self,
-        x: Tensor,
-        targets: dict[int, Tensor],
-        labels: Tensor | None,
+        batch: StepBatch,
         whole: dict[int, Tensor],
         upstream: Tensor | None,
+        auxiliary: Auxiliary | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        outputs, gradients, losses = [], [], []
+        outputs, gradients, losses, found = [], [], [], {}
+        if auxiliary is not None and auxiliary.reads_input_gradient:
+            batch = batch._replace(entry=batch.entry.detach().requires_grad_(True))
+        x = batch.entry
         for number, k in enumerate(self.group):
-            x = self.blocks[number](x) if self.weights is None else self.weights.call(number, x)
+            x = found[k] = self.blocks[number](x) if self.weights is None else self.weights.call(number, x)
             if k in self.aligned:
                 axis = self.paired.cuts[k].student_channel_axis
-                loss, gradient = self.objectives.feature(x.detach(), targets[k], axis, whole.get(k), upstream)
+                loss, gradient = self.objectives.feature(x.detach(), batch.targets[k], axis, whole.get(k), upstream)
             elif k == len(self.paired.cuts):
-                loss, gradient = self.objectives.logits(x.detach(), targets.get(k), labels, upstream)
+                loss, gradient = self.objectives.logits(x.detach(), batch.targets.get(k), batch.labels, upstream)
             else:
                 continue
             outputs.append(x)
             gradients.append(gradient)
             losses.append(loss)
+        if auxiliary is not None:
+            with torch.autocast(self.device.type, enabled=False):
+                loss = auxiliary(batch, found)
+            outputs.append(loss)
+            gradients.append(torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
+            losses.append(loss.detach())
         return outputs, gradients, losses
 
 
@@ -341,30 +320,6 @@ def _let_skip(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> None:
             "asking the host; choose optimizer.implementation=auto, or precision=bf16."
         )
     optimizer.found_inf = loss_scale.skipped  # type: ignore[attr-defined]  # torch's fused ones and ours look for it
-
-
-def load_batch(inputs: StageInputs, teacher: Teacher, wanted: Collection[int], batch: Batch) -> None:
-    """Fill the stage's inputs with a batch, with its images where it has some, and the teacher's wanted outputs for
-    it."""
-    fill_inputs(inputs, *served(teacher, wanted, batch, inputs.device))
-
-
-def served(
-    teacher: Teacher, wanted: Collection[int], batch: Batch, device: torch.device
-) -> tuple[Batch, dict[int, Tensor]]:
-    """Return a batch with images and labels on `device`, and the teacher's wanted outputs for it."""
-    images = None if batch.images is None else batch.images.to(device, non_blocking=True)
-    there = replace(batch, images=images, labels=batch.labels.to(device, non_blocking=True))
-    return there, teacher.outputs(wanted, images, batch)
-
-
-def fill_inputs(inputs: StageInputs, batch: Batch, outputs: dict[int, Tensor]) -> None:
-    """Copy what was `served` into the stage's inputs."""
-    if batch.images is not None:
-        inputs.load(IMAGES, batch.images)
-    inputs.load(LABELS, batch.labels)
-    for k, output in outputs.items():
-        inputs.load(output_key(k), output)
 
 
 def named_parameters_of(paired: PairedBlocks, group: list[int]) -> dict[str, nn.Parameter]:

@@ -68,6 +68,16 @@ def logit_kd(
     )
 
 
+def with_cross_entropy(
+    divergence: tuple[Tensor, Tensor], student: Tensor, labels: Tensor | None, weight: float, upstream: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return a loss with gradient and, where there are labels, `weight` times the cross entropy added to it."""
+    if labels is None or weight == 0.0:
+        return divergence
+    loss, gradient = _cross_entropy(student, labels, weight, 0.0, upstream)
+    return divergence[0] + loss, divergence[1] + gradient
+
+
 def _cross_entropy(
     student: Tensor, labels: Tensor, weight: float, smoothing: float, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor]:

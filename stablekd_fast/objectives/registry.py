@@ -1,13 +1,15 @@
 """Losses by name. An objective is one file that registers a name, a config dataclass, and a function.
 
-Two places take objectives:
+Three places take objectives:
 
 - `feature`: `(config, student, target, channel_axis) -> (loss, gradient)` at a cut, both `[N, ...]` of one shape; one
   that divides by something of the whole batch registers how to find it, and takes it as a further argument;
-- `logits`: `(config, student, teacher or None, labels or None) -> (loss, gradient)` at the head, `[N, classes]`.
+- `logits`: `(config, student, teacher or None, labels or None) -> (loss, gradient)` at the head, `[N, classes]`;
+- `auxiliary`: a class, an `Auxiliary`, for all that needs more than one tensor of student and teacher each.
 
-Losses come already weighted, as 0-dim tensors, together with their gradient with respect to the student's tensor:
-a step starts backward from the gradients, so no further pass over the feature maps is made.
+Losses at the first two come already weighted, as 0-dim tensors, together with their gradient with respect to the
+student's tensor: a step starts backward from the gradients, so no further pass over the feature maps is made.
+`differentiated` makes such a function of one that gives the loss alone.
 
 A function may take a keyword `upstream`, a 0-dim tensor or None, by which loss and gradient are then to be multiplied
 before they are rounded to the student's type: the gradient of a mean over a large feature map is too small for float16,
@@ -22,12 +24,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
+import torch
 from torch import Tensor
 
 from stablekd_fast.errors import ConfigError, nearest
+from stablekd_fast.objectives.auxiliary import Auxiliary, Facts
 
 LossWithGradient = Callable[..., tuple[Tensor, Tensor]]
-Function = TypeVar("Function", bound=LossWithGradient)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,8 @@ class FeatureObjective:
     function: LossWithGradient
     takes_upstream: bool
     whole_batch_function: Callable[[Any, Tensor], Tensor | None]
+    any_width: bool = False
+    """Whether the target may have another number of channels than the student."""
 
     def __call__(
         self,
@@ -67,6 +73,11 @@ class LogitObjective:
     config: Any
     function: LossWithGradient
     takes_upstream: bool
+    name: str = "kd"
+    relates: bool = False
+    """Whether the loss compares the samples of a batch, so that it is no mean over them."""
+    needs_classes: bool = False
+    """Whether labels must be classes, and cannot be the probabilities of mixed images."""
 
     def __call__(
         self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, upstream: Tensor | None = None
@@ -75,6 +86,44 @@ class LogitObjective:
         logits are `[N, classes]`."""
         given = (self.config, student, teacher, labels)
         return _scaled_inside(self.function, given, upstream, self.takes_upstream)
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryObjective:
+    """An auxiliary loss with its options bound, to be made for a run."""
+
+    name: str
+    config: Any
+    kind: type[Auxiliary]
+
+    def build(self, facts: Facts, seed: int) -> Auxiliary:
+        """Make it for a run, on the run's device. Its first weights follow from `seed` alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.kind(self.config, facts).to(facts.device)
+
+
+def differentiated(function: Callable[..., Tensor]) -> LossWithGradient:
+    """Return a function for `register` made of one that gives the weighted loss alone, 0-dim.
+
+    The function gets its tensors in float32 at least, and products of them are taken so.
+    """
+
+    def with_gradient(config: Any, student: Tensor, *others: Any, upstream: Tensor | None = None) -> tuple:
+        with torch.enable_grad(), torch.autocast(student.device.type, enabled=False):
+            leaf = student.detach().requires_grad_(True)
+            loss = function(config, *(_wide(value) for value in (leaf, *others)))
+            loss = loss if upstream is None else loss * upstream
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), gradient
+
+    with_gradient.__name__, with_gradient.__doc__ = function.__name__, function.__doc__
+    return with_gradient
+
+
+def _wide(value: Any) -> Any:
+    is_narrow = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_narrow else value
 
 
 def _scaled_inside(
@@ -91,12 +140,14 @@ def _scaled_inside(
 
 class _Registered(NamedTuple):
     config: type[Any]
-    function: LossWithGradient
-    takes_upstream: bool
+    function: Any
     whole_batch: Callable[[Any, Tensor], Tensor | None]
+    any_width: bool
+    relates: bool
+    needs_classes: bool
 
 
-_REGISTRY: dict[str, dict[str, _Registered]] = {"feature": {}, "logits": {}}
+_REGISTRY: dict[str, dict[str, _Registered]] = {"feature": {}, "logits": {}, "auxiliary": {}}
 
 
 def _nothing(config: Any, target: Tensor) -> None:
@@ -104,20 +155,25 @@ def _nothing(config: Any, target: Tensor) -> None:
 
 
 def register(
-    place: Literal["feature", "logits"],
+    place: Literal["feature", "logits", "auxiliary"],
     name: str,
     config: type[Any],
     whole_batch: Callable[[Any, Tensor], Tensor | None] = _nothing,
+    *,
+    any_width: bool = False,
+    relates: bool = False,
+    needs_classes: bool = False,
 ) -> Callable[[Function], Function]:
-    """Return a decorator that makes a function known as objective `name` at `place`.
+    """Return a decorator that makes a function, or a class of `Auxiliary`, known as objective `name` at `place`.
 
     `whole_batch(config, target)`: a 0-dim tensor that the loss needs of all targets of a batch, whose mean over equal
-    parts is that of the whole; None where the loss of a batch is the mean of its parts' losses.
+    parts is that of the whole; None where the loss of a batch is the mean of its parts' losses. `any_width`: at a cut,
+    the target may have other channels than the student. At the head, `relates`: the loss compares samples;
+    `needs_classes`: labels must be classes int64 `[N]`, no probabilities.
     """
 
     def add(function: Function) -> Function:
-        takes_upstream = "upstream" in inspect.signature(function).parameters
-        _REGISTRY[place][name] = _Registered(config, function, takes_upstream, whole_batch)
+        _REGISTRY[place][name] = _Registered(config, function, whole_batch, any_width, relates, needs_classes)
         return function
 
     return add
@@ -127,9 +183,11 @@ def register(
 def objective(place: Literal["feature"], name: str, options: dict[str, Any] | None = None) -> FeatureObjective: ...
 @overload
 def objective(place: Literal["logits"], name: str, options: dict[str, Any] | None = None) -> LogitObjective: ...
+@overload
+def objective(place: Literal["auxiliary"], name: str, options: dict[str, Any] | None = None) -> AuxiliaryObjective: ...
 def objective(
-    place: Literal["feature", "logits"], name: str, options: dict[str, Any] | None = None
-) -> FeatureObjective | LogitObjective:
+    place: Literal["feature", "logits", "auxiliary"], name: str, options: dict[str, Any] | None = None
+) -> FeatureObjective | LogitObjective | AuxiliaryObjective:
     """Return the objective `name` with its options bound.
 
     Raises ConfigError for an unknown name or option, with the nearest valid one.
@@ -144,6 +202,9 @@ def objective(
         if key not in fields:
             raise ConfigError(f"The {place} objective {name!r} has no option {key!r}{nearest(key, fields)}.")
     config = entry.config(**options)
+    if place == "auxiliary":
+        return AuxiliaryObjective(name, config, entry.function)
+    takes_upstream = "upstream" in inspect.signature(entry.function).parameters
     if place == "feature":
-        return FeatureObjective(config, entry.function, entry.takes_upstream, entry.whole_batch)
-    return LogitObjective(config, entry.function, entry.takes_upstream)
+        return FeatureObjective(config, entry.function, takes_upstream, entry.whole_batch, entry.any_width)
+    return LogitObjective(config, entry.function, takes_upstream, name, entry.relates, entry.needs_classes)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.data import Batch
+from stablekd_fast.engine.inputs import StageInputs, load_batch
 from stablekd_fast.engine.schedule import Optimizer, group_name
 from stablekd_fast.engine.stage import stage_steps
-from stablekd_fast.engine.step import Rates, StageInputs, load_batch
+from stablekd_fast.engine.step import Rates
 from stablekd_fast.errors import CaptureError
 from stablekd_fast.execution.capture import CAPTURED, make_runner
 from stablekd_fast.execution.timing import seconds
@@ -48,8 +49,8 @@ def measure_students(
     device: torch.device,
     capture: str = "eager",
 ) -> dict[str, float]:
-    """Seconds per batch of each group's step, by the group's name, run by a mode of `pick_capture`. The student is left
-    as it was."""
+    """Seconds per batch of each group's step without an auxiliary loss, by the group's name, run by a mode of
+    `pick_capture`. The student is left as it was."""
     saved = {name: value.clone() for name, value in paired.student.state_dict().items()}
     modes = {module: module.training for module in paired.student.modules()}
     times: dict[str, float] = {}
@@ -61,7 +62,8 @@ def measure_students(
             for group in groups:
                 if group_name(group) not in times:  # one at a time: each has an optimizer's moments
                     rates = Rates.constant(0.0, device=device)
-                    stage = stage_steps(paired, [group], objectives, Optimizer(), rates=rates, inputs=inputs)
+                    others = objectives.without_auxiliary()  # whose memory these steps would change
+                    stage = stage_steps(paired, [group], others, Optimizer(), rates=rates, inputs=inputs)
                     times[group_name(group)] = _seconds(stage.run, capture, stage.state(), device)
     restore_state(paired.student, saved)
     for module, mode in modes.items():

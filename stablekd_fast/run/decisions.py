@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+
+from torch import nn
 
 from stablekd_fast.cache.columns import Plan
 from stablekd_fast.cache.fingerprint import image_fingerprint
@@ -10,7 +13,7 @@ from stablekd_fast.config import DistillConfig, identity, objectives_of
 from stablekd_fast.distributed import Layout
 from stablekd_fast.engine.checkpoint import ends_of
 from stablekd_fast.engine.schedule import PlannedStage, extended, method_stages, plan_stages
-from stablekd_fast.objectives import Objectives
+from stablekd_fast.objectives import Facts, Objectives
 from stablekd_fast.planning.costs import Planner
 from stablekd_fast.planning.ranks import measured_layouts
 from stablekd_fast.planning.rows import Costs
@@ -51,18 +54,40 @@ def decide(materials: Materials) -> Decisions:
     stages = plan_stages(asked, len(paired), first, source.steps_per_epoch)
     for total_steps in later:
         stages = extended(stages, total_steps)
+    groupings = [planned.stage.groups for planned in stages]
+    divided = {"accumulate": config.accumulate, "ranks": materials.ranks.size}
+    for note in objectives.check(groupings, len(paired.cuts), **divided, mix=config.mix):
+        warnings.warn(note, stacklevel=1)
     planner = Planner(paired, source, objectives, stages, materials.images.cache, materials.device, materials.capture)
     facts = _facts(materials)
     if materials.ranks.size > 1:  # before any of them opens a column
         chosen = {"precision": paired.precision.name, "image_dtype": str(materials.image_dtype)}
         materials.ranks.check_alike({**facts, **chosen, "images": image_fingerprint(source)})
     plan, costs, teacher = _teacher(materials, planner)
-    layouts = _layouts(materials, objectives, stages, teacher)
+    layouts = _layouts(materials, objectives, groupings, teacher)
     inexact = [[output, kept.codec] for output, kept in sorted(plan.kept.items()) if kept.codec != "fp32"]
     return Decisions(
-        objectives, stages, plan, costs, teacher, layouts,
+        objectives.made(_auxiliary_facts(materials), config.seed), stages, plan, costs, teacher, layouts,
         {**identity(config), **facts, "inexact": inexact, "epochs": ends[0] if len(ends) == 1 else ends},
     )  # fmt: skip
+
+
+def _auxiliary_facts(materials: Materials) -> Facts:
+    """What an auxiliary loss is made from."""
+    paired, classes = materials.paired, len(materials.images.dataset.classes)
+    bridged = [paired.bridge_after(k) is not None for k in range(len(paired.cuts))]
+    students = [cut.student_shape for cut in paired.cuts]
+    teachers = [s if b else cut.teacher_shape for cut, s, b in zip(paired.cuts, students, bridged)]
+    return Facts(
+        classes=classes,
+        samples=materials.source.split.total,
+        batch_size=materials.config.batch_size // materials.ranks.size,
+        student_shapes=[*students, (classes,)],
+        teacher_shapes=[*teachers, (classes,)],
+        channel_axes=[cut.student_channel_axis for cut in paired.cuts],
+        device=materials.device,
+        teacher=nn.Sequential(*paired.teacher_blocks),
+    )
 
 
 def _ends(config: DistillConfig, resumed: dict | None) -> list[float]:
@@ -94,7 +119,7 @@ def _facts(materials: Materials) -> dict:
     """What decides the numbers beside the settings: a resumed run must meet the same teacher and images."""
     config, images, paired = materials.config, materials.images, materials.paired
     return {
-        "teacher_fingerprint": fingerprint(paired.teacher) if config.method != "ce" else None,
+        "teacher_fingerprint": fingerprint(paired.teacher) if config.has_teacher else None,
         "source": images.stream.choice.name,
         "images": images.source.split.identity(),
         "training_images": images.source.steps_per_epoch * config.batch_size,
@@ -108,7 +133,7 @@ def _facts(materials: Materials) -> dict:
 
 
 def _layouts(
-    materials: Materials, objectives: Objectives, stages: list[PlannedStage], teacher: Teacher
+    materials: Materials, objectives: Objectives, groupings: list[list[list[int]]], teacher: Teacher
 ) -> list[Layout]:
     """How the ranks divide each stage; nothing for a process alone."""
     ranks, resumed = materials.ranks, materials.resumed or {}
@@ -120,7 +145,7 @@ def _layouts(
     return measured_layouts(
         materials.paired,
         objectives,
-        [planned.stage.groups for planned in stages],
+        groupings,
         materials.source,
         ranks,
         columns=teacher.columns if isinstance(teacher, CachedTeacher) else {},

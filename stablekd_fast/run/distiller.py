@@ -314,7 +314,7 @@ class Distiller:
     def _look_at_teacher(self, recorder: Recorder | NoRecorder) -> None:
         """Measure the teacher's accuracy once, if there are held-out images, and warn of one that knows little."""
         materials, source = self.materials, self.materials.images.validation
-        if source is None or self.config.method == "ce":
+        if source is None or not self.config.has_teacher:
             return
         last, paired = len(materials.paired) - 1, materials.paired
         batches = itertools.islice(source.batches(), math.ceil(TEACHER_IMAGES / source.batch_size))

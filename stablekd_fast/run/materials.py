@@ -16,7 +16,7 @@ from stablekd_fast.blocks.check import check_runs, check_separate
 from stablekd_fast.blocks.pair import copy_head
 from stablekd_fast.cache.image_column import ImageColumn
 from stablekd_fast.cache.settings import CacheSettings
-from stablekd_fast.config import DistillConfig
+from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import Dataset, EvalSource, Split, StreamSource, TrainSource, open_dataset
 from stablekd_fast.distributed import Ranks, join
 from stablekd_fast.engine.checkpoint import load_metadata
@@ -132,7 +132,7 @@ def gather(config: DistillConfig, given: Given) -> Materials:
         copy_head(paired)
     precision = _precision(config, resumed, ranks, paired.student, images, device)
     paired = dataclasses.replace(paired, precision=precision, fuses_norms=pick_fusion(config.fuse_norms, device))
-    if config.method != "ce":
+    if config.has_teacher:
         paired = serve(paired, images.first(device), config.fold_teacher)
     image_dtype = torch.float32
     if precision.dtype != torch.float32:
@@ -192,7 +192,7 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
     part = config.batch_size // config.accumulate
     if part == 1:  # norms over the batch alone find nothing to average
         check_runs(student, example[:1], training=True)
-    if config.method == "ce":
+    if not config.has_teacher:
         return PairedBlocks.without_teacher(student)
     card = {} if given.teacher is not None or not config.teacher_weights else _checked_card(config, images.dataset)
     teacher = given.teacher
@@ -202,15 +202,17 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
     own = _teacher_input(config, images.dataset, teacher, card, size)
     own = own if own is None else own.to(device)
     _check_classes(teacher, example if own is None else own(example), classes, images.dataset.name, "teacher")
+    objectives = objectives_of(config)
+    bridge = "none" if objectives.takes_any_width and not config.feeds_blocks else config.bridge
     try:
         return pair_blocks(
-            teacher, student, example, config.cuts or "auto", config.blocks, bridge=config.bridge, teacher_input=own
+            teacher, student, example, config.cuts or "auto", config.blocks, bridge=bridge, teacher_input=own
         )
     except CutError as error:
-        if config.method != "kd" or config.cuts is not None or config.blocks is not None:
+        if objectives.needs_cuts or config.feeds_blocks or config.cuts is not None or config.blocks is not None:
             raise
         check_separate(teacher, student)
-        warnings.warn(f"The networks are not cut, which the method kd does not need: {error}", stacklevel=1)
+        warnings.warn(f"The networks are not cut, which {config.method} does not need: {error}", stacklevel=1)
         return PairedBlocks.uncut(teacher, student, own)
 
 

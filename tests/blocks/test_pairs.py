@@ -7,8 +7,9 @@ from torch import nn
 from stablekd_fast import models
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
+from stablekd_fast.engine.inputs import StageInputs, load_batch
 from stablekd_fast.engine.schedule import Optimizer, merge_neighbours
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.live import Relay
 

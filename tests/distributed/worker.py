@@ -157,8 +157,9 @@ def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[flo
 
     from stablekd_fast.blocks import pair_blocks
     from stablekd_fast.distributed import Layout
+    from stablekd_fast.engine.inputs import StageInputs, load_batch
     from stablekd_fast.engine.schedule import Optimizer
-    from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+    from stablekd_fast.engine.step import GroupStep, Rates
     from stablekd_fast.objectives import Objectives, objective
     from stablekd_fast.teacher.live import Relay
 

@@ -82,7 +82,7 @@ def test_names_of_nothing_are_noticed():
         "stablekd_fast.distill", modules
     )
     assert not names_something("stablekd_fast.distiller", modules)
-    assert list(missing("`engine/schedule.py` (`Optimizer.lr_at`, `METHODS`, `no_such_name`)")) == [
+    assert list(missing("`engine/schedule.py` (`Optimizer.lr_at`, `RECIPES`, `no_such_name`)")) == [
         ("engine/schedule.py", "no_such_name")
     ]
 

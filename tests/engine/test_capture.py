@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from stablekd_fast.blocks import pair_blocks
+from stablekd_fast.engine.inputs import IMAGES, LABELS, StageInputs, load_batch, output_key
 from stablekd_fast.engine.schedule import Optimizer, Stage, merge_neighbours
-from stablekd_fast.engine.step import IMAGES, LABELS, GroupStep, Rates, StageInputs, load_batch, output_key
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.errors import CaptureError, ConfigError
 from stablekd_fast.execution.capture import EagerRunner, EmulatedRunner, make_runner, pick_capture, restored
 from stablekd_fast.execution.precision import Precision

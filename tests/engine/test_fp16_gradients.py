@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from stablekd_fast import kernels, losses
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
+from stablekd_fast.engine.inputs import StageInputs, load_batch
 from stablekd_fast.engine.schedule import Optimizer
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.execution.precision import FP32, Precision
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.objectives.registry import register

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from stablekd_fast.engine.checkpoint import load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors
+from stablekd_fast.engine.inputs import StageInputs, load_batch
 from stablekd_fast.engine.optimizers import build_optimizer
 from stablekd_fast.engine.schedule import Optimizer
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.live import Relay

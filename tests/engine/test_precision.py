@@ -13,8 +13,9 @@ from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.cache.fingerprint import teacher_fingerprint
 from stablekd_fast.engine.checkpoint import load_metadata, load_tensors
+from stablekd_fast.engine.inputs import StageInputs, load_batch
 from stablekd_fast.engine.schedule import Optimizer, Stage
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.execution import precision as precisions
 from stablekd_fast.execution.capture import make_runner

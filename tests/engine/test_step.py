@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 import torch
 
+from stablekd_fast.engine.inputs import StageInputs, load_batch
 from stablekd_fast.engine.schedule import Optimizer
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.errors import CutError
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.live import Relay

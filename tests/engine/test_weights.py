@@ -8,8 +8,9 @@ from stablekd_fast import models
 from stablekd_fast.blocks import fuse_norms, pair_blocks
 from stablekd_fast.data import Batch
 from stablekd_fast.engine import step as step_module
+from stablekd_fast.engine.inputs import StageInputs, load_batch
 from stablekd_fast.engine.schedule import Optimizer
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.engine.weights import CastWeights
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective

@@ -10,8 +10,9 @@ from torch import nn
 
 from stablekd_fast import pair_blocks
 from stablekd_fast.data import Batch
+from stablekd_fast.engine.inputs import StageInputs, load_batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage
-from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.live import Relay
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
+from stablekd_fast.engine.inputs import load_batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
 from stablekd_fast.engine.stage import stage_steps
-from stablekd_fast.engine.step import GroupStep, Rates, load_batch
+from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.execution import process
 from stablekd_fast.execution.capture import make_runner
 from stablekd_fast.execution.precision import Precision

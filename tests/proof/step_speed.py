@@ -22,7 +22,8 @@ from stablekd_fast.data import Batch
 from stablekd_fast.objectives import objective
 try:
     from stablekd_fast.engine.schedule import Optimizer
-    from stablekd_fast.engine.step import GroupStep, Rates, StageInputs, load_batch
+    from stablekd_fast.engine.inputs import StageInputs, load_batch
+from stablekd_fast.engine.step import GroupStep, Rates
     from stablekd_fast.execution.memory import keep_freed_memory
     from stablekd_fast.objectives import Objectives
     from stablekd_fast.teacher.live import Relay

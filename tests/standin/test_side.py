@@ -4,7 +4,7 @@ import torch
 
 from stablekd_fast.data import Batch
 from stablekd_fast.engine.feed import Feed
-from stablekd_fast.engine.step import StageInputs
+from stablekd_fast.engine.inputs import StageInputs
 from stablekd_fast.execution.side import Side
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")

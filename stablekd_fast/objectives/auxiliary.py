@@ -1,0 +1,128 @@
+"""Losses that need more than a cut or the head: relations of a batch, memories, further networks, input gradients.
+
+An auxiliary loss is an `nn.Module` beside the student. Its parameters are trained with the student and left out of the
+export; its buffers are its memory. Both are kept in checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stablekd_fast.errors import ConfigError
+
+
+class StepBatch(NamedTuple):
+    """What a step computes from. The teacher's output at cut `k` is `targets[k]`, its logits `targets[number of cuts]`.
+
+    `entry`: images `[N, C, H, W]`, or the teacher's activation before the group. `labels`: int64 `[N]`, or
+    probabilities `[N, classes]`. The rest is there for an auxiliary loss that asks for it: `images` `[N, C, H, W]`,
+    `ids` int64 `[N]`, and `second` `[N, C, H, W]`, images in another view.
+    """
+
+    entry: Tensor
+    targets: dict[int, Tensor]
+    labels: Tensor | None
+    images: Tensor | None = None
+    ids: Tensor | None = None
+    second: Tensor | None = None
+
+    def parts(self, count: int) -> Iterator[StepBatch]:
+        """Divide the batch into so many equal parts, one after the other."""
+        if count == 1:
+            yield self
+            return
+        size = len(self.entry) // count
+        for start in range(0, size * count, size):
+            own = slice(start, start + size)
+            targets = {k: target[own] for k, target in self.targets.items()}
+            rest = [None if value is None else value[own] for value in self[2:]]
+            yield StepBatch(self.entry[own], targets, *rest)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run when its auxiliary loss is made."""
+
+    classes: int
+    samples: int
+    """Sample ids are below it."""
+    batch_size: int
+    """Images of a batch of this process."""
+    student_shapes: list[tuple[int, ...]]
+    """Per image at each cut; the last one is that of the logits."""
+    teacher_shapes: list[tuple[int, ...]]
+    """The same, as the teacher's outputs come: with the student's width where a bridge maps them."""
+    channel_axes: list[int]
+    """In which dimension of the student's batch the channels lie, at each cut."""
+    device: torch.device
+    teacher: Callable[[Tensor], Tensor] | None = None
+    """The plain teacher in evaluation mode, differentiable with respect to images `[N, C, H, W]`; gives logits."""
+
+    @property
+    def cuts(self) -> int:
+        """The number of cuts, which is the head's number too."""
+        return len(self.student_shapes) - 1
+
+
+class Auxiliary(nn.Module):
+    """A loss that is added to those at the cuts and at the head of one group.
+
+    A subclass says by its attributes what it reads, and computes a loss that is differentiable with respect to what
+    the student gave. It must not ask the host for a number. Its `config` has the options.
+    """
+
+    reads_images: ClassVar[bool] = False
+    reads_ids: ClassVar[bool] = False
+    reads_input_gradient: ClassVar[bool] = False
+    """Whether the loss is differentiated with respect to the images too: then `batch.entry` requires a gradient."""
+    second: ClassVar[str | None] = None
+    """`same`: the same images come in another view too; `last`: those of the step before."""
+    relates: ClassVar[bool] = False
+    """Whether the loss compares samples of a batch, or remembers them, so that it is no mean over parts of a batch."""
+    needs_classes: ClassVar[bool] = False
+    """Whether labels must be classes, and cannot be the probabilities of mixed images."""
+    any_width: ClassVar[bool] = False
+    """Whether the teacher's outputs may have another width than the student's."""
+
+    def __init__(self, config: Any, facts: Facts) -> None:
+        super().__init__()
+        self.config, self.facts = config, facts
+
+    @classmethod
+    def student_outputs(cls, config: Any, cuts: int) -> set[int]:
+        """Return which outputs of the student it reads: numbers of cuts, and `cuts` for the logits."""
+        return {cuts}
+
+    @classmethod
+    def teacher_outputs(cls, config: Any, cuts: int) -> set[int]:
+        """Return which outputs of the teacher it reads, numbered alike."""
+        return set()
+
+    def prepare(self, batch: StepBatch) -> StepBatch:
+        """Return the batch that the step is to compute, where it is another than what was loaded."""
+        return batch
+
+    def forward(self, batch: StepBatch, student: dict[int, Tensor]) -> Tensor:
+        """Return the weighted loss, 0-dim. `student` has what `student_outputs` asked for, `[N, ...]`, as the step
+        computed it; products are those of float32."""
+        raise NotImplementedError
+
+
+def last_cut(name: str, cuts: int) -> int:
+    """Return the number of the last cut, where the embedding lies. Raises ConfigError for networks that are not cut."""
+    if cuts == 0:
+        raise ConfigError(f"{name} reads the embedding at the last cut, but the networks are not cut; give --cuts.")
+    return cuts - 1
+
+
+def embedding(features: Tensor, channel_axis: int = 1) -> Tensor:
+    """Return features `[N, C, ...]`, with channels at `channel_axis`, as their mean over all places, `[N, C]`."""
+    features = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+    if features.dim() == 2:
+        return features
+    return features.movedim(channel_axis, 1).flatten(2).mean(2)
