@@ -280,6 +280,17 @@ class GroupStep:
         images, ids = inputs[IMAGES] if own.reads_images else None, inputs[IDS] if own.reads_ids else None
         return batch._replace(images=images, ids=ids, second=inputs[SECOND] if own.second else None)
 
+    def _block(self, number: int, x: Tensor) -> Tensor:
+        return self.blocks[number](x) if self.weights is None else self.weights.call(number, x)
+
+    def _again(self, x: Tensor) -> dict[int, Tensor]:
+        """Go forward from another input of the group; return its outputs by number."""
+        found = {}
+        with self.paired.precision.applied(self.device):
+            for number, k in enumerate(self.group):
+                x = found[k] = self._block(number, x)
+        return found
+
     def _compute(
         self,
         batch: StepBatch,
@@ -292,7 +303,7 @@ class GroupStep:
             batch = batch._replace(entry=batch.entry.detach().requires_grad_(True))
         x = batch.entry
         for number, k in enumerate(self.group):
-            x = found[k] = self.blocks[number](x) if self.weights is None else self.weights.call(number, x)
+            x = found[k] = self._block(number, x)
             if k in self.aligned:
                 axis = self.paired.cuts[k].student_channel_axis
                 loss, gradient = self.objectives.feature(x.detach(), batch.targets[k], axis, whole.get(k), upstream)
@@ -305,9 +316,10 @@ class GroupStep:
             losses.append(loss)
         if auxiliary is not None:
             with torch.autocast(self.device.type, enabled=False):
-                loss = auxiliary(batch, found)
-            outputs.append(loss)
-            gradients.append(torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
+                loss = auxiliary(batch, found, self._again)
+            if loss.requires_grad:
+                outputs.append(loss)
+                gradients.append(torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
             losses.append(loss.detach())
         return outputs, gradients, losses
 

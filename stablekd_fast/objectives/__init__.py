@@ -1,6 +1,24 @@
 """Losses by name, thin layers over `stablekd_fast.kernels`."""
 
-from stablekd_fast.objectives import dkd, fitnet, kd, mse  # noqa: F401  (importing registers them)
+from stablekd_fast.objectives import (  # noqa: F401  (importing registers them)
+    at,
+    cckd,
+    ckd,
+    crd,
+    dist,
+    dkd,
+    dlb,
+    fitnet,
+    kd,
+    kdiga,
+    logit_std,
+    mix_kd,
+    mse,
+    multi_teacher,
+    none,
+    r2kd,
+    reviewkd,
+)
 from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, StepBatch
 from stablekd_fast.objectives.methods import METHODS, Method, add_method, method_named
 from stablekd_fast.objectives.objectives import Objectives

@@ -31,6 +31,14 @@ class StepBatch(NamedTuple):
     ids: Tensor | None = None
     second: Tensor | None = None
 
+    def of(self, places: Tensor) -> StepBatch:
+        """Return the samples at `places`, int64 `[M]`."""
+        return self._each(lambda value: value[places])
+
+    def _each(self, taken: Callable[[Tensor], Tensor]) -> StepBatch:
+        targets = {k: taken(target) for k, target in self.targets.items()}
+        return StepBatch(taken(self.entry), targets, *(None if value is None else taken(value) for value in self[2:]))
+
     def parts(self, count: int) -> Iterator[StepBatch]:
         """Divide the batch into so many equal parts, one after the other."""
         if count == 1:
@@ -39,9 +47,11 @@ class StepBatch(NamedTuple):
         size = len(self.entry) // count
         for start in range(0, size * count, size):
             own = slice(start, start + size)
-            targets = {k: target[own] for k, target in self.targets.items()}
-            rest = [None if value is None else value[own] for value in self[2:]]
-            yield StepBatch(self.entry[own], targets, *rest)
+            yield self._each(lambda value, own=own: value[own])
+
+
+Network = Callable[[Tensor], dict[int, Tensor]]
+"""The student's group as a function of what enters it; gives its outputs by number, as the step computes them."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class Facts:
     """Sample ids are below it."""
     batch_size: int
     """Images of a batch of this process."""
+    image_size: int
+    """The side of the student's images in pixels."""
     student_shapes: list[tuple[int, ...]]
     """Per image at each cut; the last one is that of the logits."""
     teacher_shapes: list[tuple[int, ...]]
@@ -84,6 +96,8 @@ class Auxiliary(nn.Module):
     """`same`: the same images come in another view too; `last`: those of the step before."""
     relates: ClassVar[bool] = False
     """Whether the loss compares samples of a batch, or remembers them, so that it is no mean over parts of a batch."""
+    needs_mix: ClassVar[bool] = False
+    """Whether images must be mixed."""
     needs_classes: ClassVar[bool] = False
     """Whether labels must be classes, and cannot be the probabilities of mixed images."""
     any_width: ClassVar[bool] = False
@@ -107,10 +121,18 @@ class Auxiliary(nn.Module):
         """Return the batch that the step is to compute, where it is another than what was loaded."""
         return batch
 
-    def forward(self, batch: StepBatch, student: dict[int, Tensor]) -> Tensor:
-        """Return the weighted loss, 0-dim. `student` has what `student_outputs` asked for, `[N, ...]`, as the step
-        computed it; products are those of float32."""
+    def forward(self, batch: StepBatch, student: dict[int, Tensor], network: Network) -> Tensor:
+        """Return the weighted loss, 0-dim; products are those of float32.
+
+        `student` has what `student_outputs` asked for, `[N, ...]`, as the step computed it. `network` computes the same
+        from another input.
+        """
         raise NotImplementedError
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, if it is in less."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def last_cut(name: str, cuts: int) -> int:
@@ -122,7 +144,7 @@ def last_cut(name: str, cuts: int) -> int:
 
 def embedding(features: Tensor, channel_axis: int = 1) -> Tensor:
     """Return features `[N, C, ...]`, with channels at `channel_axis`, as their mean over all places, `[N, C]`."""
-    features = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+    features = wide(features)
     if features.dim() == 2:
         return features
     return features.movedim(channel_axis, 1).flatten(2).mean(2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stablekd_fast import kernels
 from stablekd_fast.errors import ConfigError, check_range
-from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, StepBatch
+from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, Network, StepBatch, wide
 from stablekd_fast.objectives.methods import Method, add_method
 from stablekd_fast.objectives.registry import register
 
@@ -56,9 +56,9 @@ class Hint(Auxiliary):
     def student_outputs(cls, config: Any, cuts: int) -> set[int]:
         return cls.teacher_outputs(config, cuts)
 
-    def forward(self, batch: StepBatch, student: dict[int, Tensor]) -> Tensor:
+    def forward(self, batch: StepBatch, student: dict[int, Tensor], network: Network) -> Tensor:
         axis = self.facts.channel_axes[self.cut]
-        hint = self.regressor(student[self.cut].movedim(axis, -1).float()).movedim(-1, axis)
+        hint = self.regressor(wide(student[self.cut]).movedim(axis, -1)).movedim(-1, axis)
         normalize = "power" if self.config.normalize else None
         return self.config.weight * kernels.feature_mse(hint, batch.targets[self.cut], normalize=normalize)
 

@@ -86,6 +86,8 @@ class Objectives:
         classes += [self.auxiliary.name] if self.auxiliary is not None and self.auxiliary.kind.needs_classes else []
         if classes and mix:
             raise ConfigError(f"{classes[-1]} needs one class for each image, which mix={mix} does not leave.")
+        if self.auxiliary is not None and self.auxiliary.kind.needs_mix and not mix:
+            raise ConfigError(f"{self.auxiliary.name} learns from mixed images; give mix=cutmix, or mixup.")
         relating = [self.logits.name] if self.logits.relates else []
         relating += [self.auxiliary.name] if self.auxiliary is not None and self.auxiliary.kind.relates else []
         if relating and accumulate > 1:

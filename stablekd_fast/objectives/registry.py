@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast.errors import ConfigError, nearest
-from stablekd_fast.objectives.auxiliary import Auxiliary, Facts
+from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, wide
 
 LossWithGradient = Callable[..., tuple[Tensor, Tensor]]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -112,18 +112,13 @@ def differentiated(function: Callable[..., Tensor]) -> LossWithGradient:
     def with_gradient(config: Any, student: Tensor, *others: Any, upstream: Tensor | None = None) -> tuple:
         with torch.enable_grad(), torch.autocast(student.device.type, enabled=False):
             leaf = student.detach().requires_grad_(True)
-            loss = function(config, *(_wide(value) for value in (leaf, *others)))
+            loss = function(config, *(wide(x) if isinstance(x, Tensor) else x for x in (leaf, *others)))
             loss = loss if upstream is None else loss * upstream
             (gradient,) = torch.autograd.grad(loss, leaf)
         return loss.detach(), gradient
 
     with_gradient.__name__, with_gradient.__doc__ = function.__name__, function.__doc__
     return with_gradient
-
-
-def _wide(value: Any) -> Any:
-    is_narrow = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if is_narrow else value
 
 
 def _scaled_inside(

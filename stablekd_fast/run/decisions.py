@@ -82,11 +82,12 @@ def _auxiliary_facts(materials: Materials) -> Facts:
         classes=classes,
         samples=materials.source.split.total,
         batch_size=materials.config.batch_size // materials.ranks.size,
+        image_size=materials.images.first(materials.device).shape[-1],
         student_shapes=[*students, (classes,)],
         teacher_shapes=[*teachers, (classes,)],
         channel_axes=[cut.student_channel_axis for cut in paired.cuts],
         device=materials.device,
-        teacher=nn.Sequential(*paired.teacher_blocks),
+        teacher=nn.Sequential(*paired.teacher_blocks) if materials.config.has_teacher else None,
     )
 
 

@@ -131,13 +131,23 @@ def gather(config: DistillConfig, given: Given) -> Materials:
     if config.copy_classifier and not config.student_weights and given.student is None:
         copy_head(paired)
     precision = _precision(config, resumed, ranks, paired.student, images, device)
-    paired = dataclasses.replace(paired, precision=precision, fuses_norms=pick_fusion(config.fuse_norms, device))
+    paired = dataclasses.replace(paired, precision=precision, fuses_norms=_fuses(config, device))
     if config.has_teacher:
         paired = serve(paired, images.first(device), config.fold_teacher)
     image_dtype = torch.float32
     if precision.dtype != torch.float32:
         image_dtype = pick_image_dtype(paired, images.first(device)[:TRIAL_IMAGES])
     return Materials(config, device, ranks, resumed, images, capture, paired, image_dtype)
+
+
+def _fuses(config: DistillConfig, device: torch.device) -> bool:
+    """Whether the student's norms are fused. The fused operator cannot be differentiated twice."""
+    auxiliary = objectives_of(config).auxiliary
+    if auxiliary is None or not auxiliary.kind.reads_input_gradient:
+        return pick_fusion(config.fuse_norms, device)
+    if config.fuse_norms == "on":
+        raise ConfigError(f"{auxiliary.name} differentiates twice, which fused norms cannot; use fuse_norms=off.")
+    return False
 
 
 def _settings(config: DistillConfig) -> dict:

@@ -1,0 +1,89 @@
+"""Contrastive distillation of embeddings (Wu et al., DisCo / DistilCSE: arXiv 2112.05638).
+
+InfoNCE: the student's embedding of a sample is to lie nearer to the teacher's embedding of the same sample than to the
+teacher's embeddings of the other samples of the batch and of a queue of earlier ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stablekd_fast.errors import check_range
+from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, Network, StepBatch, embedding, last_cut
+from stablekd_fast.objectives.methods import Method, add_method
+from stablekd_fast.objectives.registry import register
+
+
+@dataclass(frozen=True)
+class CKD:
+    """`weight` * mean of -log(exp(s.t / T) / sum over teachers' embeddings of exp(s.t' / T)), of unit vectors s, t."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    temperature: float = 0.05
+    """What cosines are divided by."""
+    queue: int = 2048
+    """How many earlier embeddings of the teacher are kept; 0 for the batch alone."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "weight", "temperature", above=0)
+        check_range(self, "queue", least=0)
+
+
+@register("auxiliary", "ckd", CKD)
+class Contrast(Auxiliary):
+    """Embeddings are means over places at the last cut. Where widths differ, a learned linear map takes the student's
+    to the teacher's width; it is left out of the export."""
+
+    relates = True
+    any_width = True
+
+    def __init__(self, config: CKD, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.cut = last_cut("ckd", facts.cuts)
+        axis = facts.channel_axes[self.cut]
+        own, theirs = (
+            shapes[self.cut][axis - 1 if axis > 0 else axis] for shapes in (facts.student_shapes, facts.teacher_shapes)
+        )
+        self.map = nn.Identity() if own == theirs else nn.Linear(own, theirs, bias=False)
+        self.register_buffer("kept", torch.zeros(config.queue, theirs))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.kept: Tensor
+        self.count: Tensor
+
+    @classmethod
+    def teacher_outputs(cls, config: Any, cuts: int) -> set[int]:
+        return {last_cut("ckd", cuts)}
+
+    @classmethod
+    def student_outputs(cls, config: Any, cuts: int) -> set[int]:
+        return {last_cut("ckd", cuts)}
+
+    def forward(self, batch: StepBatch, student: dict[int, Tensor], network: Network) -> Tensor:
+        axis = self.facts.channel_axes[self.cut]
+        own = F.normalize(self.map(embedding(student[self.cut], axis)), dim=1)
+        theirs = F.normalize(embedding(batch.targets[self.cut], axis), dim=1)
+        cosines = torch.cat([own @ theirs.T, own @ self.kept.T.clone()], 1) / self.config.temperature
+        empty = torch.arange(len(self.kept), device=own.device) >= self.count
+        absent = torch.cat([torch.zeros(len(theirs), dtype=torch.bool, device=own.device), empty])
+        cosines = cosines.masked_fill(absent, -torch.inf)
+        loss = F.cross_entropy(cosines, torch.arange(len(own), device=own.device))
+        if len(self.kept):
+            self._keep(theirs.detach())
+        return self.config.weight * loss
+
+    @torch.no_grad()
+    def _keep(self, embeddings: Tensor) -> None:
+        """Let embeddings `[N, D]` take the places of the oldest in the queue."""
+        newest = embeddings[: len(self.kept)]
+        places = (self.count + torch.arange(len(newest), device=newest.device)) % len(self.kept)
+        self.kept.index_copy_(0, places, newest.to(self.kept.dtype))
+        self.count += len(newest)
+
+
+add_method("ckd", Method(auxiliary="ckd", options={"logits": {"kl_weight": 0.0}}))
