@@ -155,7 +155,7 @@ class GroupStep:
         be averaged over ranks, in place."""
         if self.micro_batches == 1 and self.averaging is None:
             return []
-        targets = self._batch().targets
+        targets = self._batch(None).targets
         found = {k: self.objectives.feature.whole_batch(targets[k]) for k in sorted(self.aligned)}
         self._whole = {k: value for k, value in found.items() if value is not None}
         return list(self._whole.values())
@@ -168,7 +168,7 @@ class GroupStep:
         upstream = None if self.loss_scale is None else self.loss_scale.scale / self.micro_batches
         total = []
         self.cast_weights()
-        batch = self._batch()
+        batch = self._batch(self.auxiliary)
         if self.auxiliary is not None:
             batch = self.auxiliary.prepare(batch)
         for part in batch.parts(self.micro_batches):
@@ -209,7 +209,7 @@ class GroupStep:
 
         `entry` replaces the teacher-fed input of the group (used to measure exposure).
         """
-        batch = self._batch()
+        batch = self._batch(None)
         self.cast_weights()
         with self.paired.precision.applied(self.device):
             return self._compute(batch if entry is None else batch._replace(entry=entry), {}, None)
@@ -267,9 +267,9 @@ class GroupStep:
         """Whether the step reads the images themselves."""
         return self.group[0] == 0 or (self.auxiliary is not None and self.auxiliary.reads_images)
 
-    def _batch(self) -> StepBatch:
-        """Return what the inputs hold of all that this step reads."""
-        head, inputs, own = len(self.paired.cuts), self.inputs, self.auxiliary
+    def _batch(self, own: Auxiliary | None) -> StepBatch:
+        """Return what the inputs hold of all that this step reads, with what an auxiliary loss reads."""
+        head, inputs = len(self.paired.cuts), self.inputs
         wanted = self.aligned | ({head} & set(self.group) if self.objectives.use_teacher_logits else set())
         if own is not None:
             wanted = wanted | own.teacher_outputs(own.config, head)

@@ -47,9 +47,9 @@ class InputGradients(Auxiliary):
     def forward(self, batch: StepBatch, student: dict[int, Tensor], network: Network) -> Tensor:
         assert batch.labels is not None and self.facts.teacher is not None
         own = self._gradient(student[self.facts.cuts], batch.entry, batch.labels, create_graph=True)
-        images = batch.entry.detach().float().requires_grad_(True)
+        images = wide(batch.entry.detach()).requires_grad_(True)
         theirs = self._gradient(self.facts.teacher(images), images, batch.labels, create_graph=False)
-        distance = (own.float() - theirs.detach()).square().sum()
+        distance = (wide(own) - theirs.detach()).square().sum()
         return self.config.weight / len(own) * (distance + 1e-20).sqrt()
 
     @staticmethod

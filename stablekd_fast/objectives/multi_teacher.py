@@ -55,7 +55,7 @@ class FurtherTeachers(Auxiliary):
     def forward(self, batch: StepBatch, student: dict[int, Tensor], network: Network) -> Tensor:
         config, head = self.config, self.facts.cuts
         assert batch.images is not None
-        images = batch.images.float()
+        images = wide(batch.images)
         answers = [wide(batch.targets[head]), *(teacher(images) for teacher in self.teachers)]
         mean = torch.stack([torch.softmax(logits / config.temperature, 1) for logits in answers]).mean(0)
         logits = config.temperature * mean.clamp_min(1e-30).log()

@@ -68,7 +68,7 @@ class RobustnessReinforced(Auxiliary):
         config, head = self.config, self.facts.cuts
         assert batch.images is not None
         own = config.teacher_weight * wide(batch.targets[head])
-        teacher = own + (1 - config.teacher_weight) * self.pruned(batch.images.float())
+        teacher = own + (1 - config.teacher_weight) * self.pruned(wide(batch.images))
         p, q = (torch.softmax(wide(logits) / config.temperature, 1) for logits in (teacher, student[head]))
         value = cosine_distance(q, p, 1) + cosine_distance(q, p, 0)
         rank = 1 - correlation(soft_ranks(q, config.softness), soft_ranks(p, config.softness)).mean()
