@@ -24,9 +24,11 @@ from stablekd_fast.diagnose.settings import Probing
 from stablekd_fast.engine.schedule import Optimizer, Stage
 from stablekd_fast.objectives.kd import LogitKD
 from stablekd_fast.objectives.mse import FeatureMSE
+from stablekd_fast.objectives.registry import options
 from stablekd_fast.planning.pair import PairPlan
 
 PAGE = Path(__file__).with_name("options.md")
+LOSSES = Path(__file__).with_name("objectives.md")
 TABLE = re.compile(r"(<!-- (\w+): ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 SETTINGS = {
@@ -45,6 +47,13 @@ SETTINGS = {
 """The classes whose fields are options, each with what a command has before an option's name. A stage has no option:
 it is written in a YAML file."""
 
+OF_LOSSES = {
+    config: f"--{place}-options."
+    for place, name, config in options()
+    if dataclasses.fields(config) and config not in SETTINGS
+}
+"""The same for the page of methods."""
+
 WORDS = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", dict: "mapping"}
 SECTIONS = {
     Optimizer: "optimizer",
@@ -57,17 +66,17 @@ SECTIONS = {
 """Settings that consist of settings, and the headings of the page under which theirs stand."""
 
 
-def filled(page: str) -> str:
-    """The page with its tables as they ought to be.
+def filled(page: str, shows: dict[type, str] = SETTINGS) -> str:
+    """The page with its tables as they ought to be; it shows each field of these classes.
 
     Raises ValueError if a field has no docstring, or does not stand in exactly one table.
     """
-    classes = {settings.__name__: settings for settings in SETTINGS}
+    classes = {settings.__name__: settings for settings in shows}
     shown = [(name, field) for _, name, fields, _ in TABLE.findall(page) for field in fields.split()]
     wanted = [(name, field.name) for name, settings in classes.items() for field in dataclasses.fields(settings)]
     wrong = sorted({pair for pair in (*shown, *wanted) if shown.count(pair) != 1 or pair not in wanted})
     if wrong:
-        raise ValueError(f"These fields do not stand in exactly one table of {PAGE.name}: {wrong}.")
+        raise ValueError(f"These fields do not stand in exactly one table of the page: {wrong}.")
     return TABLE.sub(lambda found: found[1] + table(classes[found[2]], found[3].split()) + found[4], page)
 
 
@@ -97,7 +106,7 @@ def docstrings(settings: type) -> dict[str, str]:
 
 def spelled(settings: type, name: str) -> str:
     """A field as a command takes it; without a command, as a YAML file does."""
-    prefix = SETTINGS[settings]
+    prefix = {**SETTINGS, **OF_LOSSES}[settings]
     return prefix + name.replace("_", "-") if prefix else name
 
 
@@ -132,3 +141,4 @@ def default(field: dataclasses.Field) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(filled(PAGE.read_text()))
+    LOSSES.write_text(filled(LOSSES.read_text(), OF_LOSSES))

@@ -35,7 +35,7 @@ class R2KD:
     rank_weight: float = 2.0
     """Weight of the distance in rank."""
     pruned: float = 0.1
-    """The fraction of the teacher's weights that the second teacher has not, those of the smallest magnitude."""
+    """The fraction of each layer's weights that the second teacher has not, those of the smallest magnitude."""
     teacher_weight: float = 0.7
     """The whole teacher's part of the mean of both teachers' logits."""
     softness: float = 0.01
@@ -76,14 +76,13 @@ class RobustnessReinforced(Auxiliary):
 
 
 def pruned(network: nn.Module, amount: float) -> nn.Module:
-    """Return a copy without the `amount` (0 to 1) of the weights of convolutions and linear layers that are
-    smallest."""
+    """Return a copy in which each convolution and linear layer lacks the `amount` (0 to 1) of its smallest weights."""
     copied = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # prune views weights as vectors
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    places = [(module, "weight") for module in copied.modules() if isinstance(module, kinds)]
-    prune.global_unstructured(places, prune.L1Unstructured, amount=amount)
-    for module, name in places:
-        prune.remove(module, name)
+    for module in copied.modules():
+        if isinstance(module, kinds):
+            prune.l1_unstructured(module, "weight", amount=amount)
+            prune.remove(module, "weight")
     return copied
 
 

@@ -174,6 +174,11 @@ def register(
     return add
 
 
+def options() -> list[tuple[str, str, type[Any]]]:
+    """Return place, name and dataclass of options of every objective."""
+    return [(place, name, entry.config) for place, names in _REGISTRY.items() for name, entry in names.items()]
+
+
 @overload
 def objective(place: Literal["feature"], name: str, options: dict[str, Any] | None = None) -> FeatureObjective: ...
 @overload

@@ -37,7 +37,7 @@ OTHER = {
     "accumulate": 3, "parallel": "data", "sync_norms": True, "timeout": 5.5, "device": "cpu", "source": "torchvision",
     "workers": 5, "prefetch": 6, "on_bad_image": "skip", "evaluate_every": 0.5, "checkpoint_every": 9, "log_every": 8,
     "out": "o", "resume": True, "extend": True, "feature_options": {"weight": 0.5},
-    "logits_options": {"temperature": 2.0},
+    "logits_options": {"temperature": 2.0}, "auxiliary": "fitnet", "auxiliary_options": {"cut": 2},
     "optimizer": Optimizer(name="sgd", lr=0.125, clip=1.5), "cache": CacheSettings(plan="all", directory="rows"),
     "stages": None,
 }  # fmt: skip

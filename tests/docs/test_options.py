@@ -23,6 +23,8 @@ def make_options():
 
 def test_the_page_is_up_to_date(make_options):
     assert make_options["filled"](PAGE.read_text()) == PAGE.read_text(), "Run `python docs/make_options.py`."
+    losses = PAGE.with_name("objectives.md").read_text()
+    assert make_options["filled"](losses, make_options["OF_LOSSES"]) == losses, "Run `python docs/make_options.py`."
 
 
 def test_a_stale_table_is_noticed(make_options):
