@@ -97,8 +97,8 @@ def pyramid_distance(student: Tensor, teacher: Tensor) -> Tensor:
         if size >= student.shape[2]:
             continue
         weight /= 2
-        pooled = (F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
-        loss = loss + weight * F.mse_loss(*pooled)
+        own, theirs = (F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
+        loss = loss + weight * F.mse_loss(own, theirs)
         total += weight
     return loss / total
 
