@@ -20,12 +20,10 @@ class FitNet:
     """`weight` times the mean squared error between the regressed features of the student and the teacher's, at one
     cut. The authors train hints first and the head later; here, as in most toolboxes, both train together."""
 
-    weight: float = 1.0
-    """Weight of the loss at the cut."""
+    weight: float = 100.0
+    """Weight of the loss at the cut; toolboxes give it 100."""
     cut: int | None = None
     """The number of the cut, from 1; None takes the one in the middle."""
-    normalize: bool = True
-    """Divide by the teacher's mean power at the cut."""
 
     def __post_init__(self) -> None:
         check_range(self, "weight", above=0)
@@ -59,8 +57,7 @@ class Hint(Auxiliary):
     def forward(self, batch: StepBatch, student: dict[int, Tensor], network: Network) -> Tensor:
         axis = self.facts.channel_axes[self.cut]
         hint = self.regressor(wide(student[self.cut]).movedim(axis, -1)).movedim(-1, axis)
-        normalize = "power" if self.config.normalize else None
-        return self.config.weight * kernels.feature_mse(hint, batch.targets[self.cut], normalize=normalize)
+        return self.config.weight * kernels.feature_mse(hint, batch.targets[self.cut], normalize=None)
 
 
 add_method("fitnet", Method(auxiliary="fitnet"))

@@ -160,11 +160,12 @@ def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[flo
     from stablekd_fast.engine.inputs import StageInputs, load_batch
     from stablekd_fast.engine.schedule import Optimizer
     from stablekd_fast.engine.step import GroupStep, Rates
-    from stablekd_fast.objectives import Objectives, objective
+    from stablekd_fast.objectives import Facts, Objectives, objective
     from stablekd_fast.teacher.live import Relay
 
     layout = Layout(1, ranks.size, (0,))
-    aims = Objectives(objective("feature", "mse", {}), objective("logits", "kd", {}), align="all")
+    hint = objective("auxiliary", "fitnet", {"weight": 1.0})  # whose regressor is averaged like the student
+    aims = Objectives(objective("feature", "mse", {}), objective("logits", "kd", {}), align="all", auxiliary=hint)
 
     def step_of(averaging):
         teacher, student = settled(small_net(3, 1)), settled(small_net(2, 2))
@@ -175,8 +176,12 @@ def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[flo
             torch.nn.ModuleList([student, *paired.student_blocks]).train()
         rates = Rates.constant(0.05)
         group = list(range(len(paired)))
+        shapes = [*(cut.student_shape for cut in paired.cuts), (10,)]
+        own = aims.made(Facts(10, 100, 16, 8, shapes, shapes, [1] * len(paired.cuts), CPU), seed=0)
+        assert own.module is not None
+        own.module.to(dtype)
         step = GroupStep(
-            paired, group, aims, Optimizer("sgd", weight_decay=0.0), StageInputs(CPU), rates=rates, averaging=averaging,
+            paired, group, own, Optimizer("sgd", weight_decay=0.0), StageInputs(CPU), rates=rates, averaging=averaging,
             sync_norms=norms == "synced",
         )  # fmt: skip
         return step, Relay(paired)
