@@ -177,7 +177,9 @@ class GroupStep:
         self.position = torch.full((), position, dtype=torch.int64, device=device)
         self._loss: Tensor | None = None
         self._whole: dict[int, Tensor] = {}
-        self._network = torch.compile(self._compute, dynamic=False) if compiled else self._compute
+        # Graphs of torch.compile's own would be captured in that of the stage, and keep gradients that are overwritten.
+        options = {"triton.cudagraphs": False}
+        self._network = torch.compile(self._compute, dynamic=False, options=options) if compiled else self._compute
 
     def run(self) -> None:
         """Train on the batch in the inputs. Reads nothing back to the host, and keeps no tensor that it made."""
