@@ -6,7 +6,7 @@ data, reads nothing back to the host, and takes what changes from step to step f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -177,9 +177,7 @@ class GroupStep:
         self.position = torch.full((), position, dtype=torch.int64, device=device)
         self._loss: Tensor | None = None
         self._whole: dict[int, Tensor] = {}
-        # Graphs of torch.compile's own would be captured in that of the stage, and keep gradients that are overwritten.
-        options = {"triton.cudagraphs": False}
-        self._network = torch.compile(self._compute, dynamic=False, options=options) if compiled else self._compute
+        self._network = _compiled(self._compute) if compiled else self._compute
 
     def run(self) -> None:
         """Train on the batch in the inputs. Reads nothing back to the host, and keeps no tensor that it made."""
@@ -333,6 +331,11 @@ class GroupStep:
             gradients.append(gradient)
             losses.append(loss)
         return outputs, gradients, losses
+
+
+def _compiled(compute: Callable) -> Callable:
+    """Have torch.compile make a function. Graphs of its own could not be captured in that of a stage."""
+    return torch.compile(compute, dynamic=False, options={"triton.cudagraphs": False})
 
 
 def _let_skip(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> None:

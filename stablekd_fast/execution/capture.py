@@ -127,12 +127,14 @@ def _compiling() -> Iterator[None]:
 
     All groups compile one and the same function, so torch's limit on its variants is raised.
     """
+    from torch._dynamo.exc import TorchDynamoException  # imported late: it takes a second
+
     settings = torch._dynamo.config
     limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # before torch 2.7
     with settings.patch({limit: _RECOMPILE_LIMIT}):
         try:
             yield
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             cause = getattr(error, "inner_exception", error)  # the compiler's own words
             raise CaptureError(f"torch.compile cannot compile the step: {first_line(cause)}") from error
 
