@@ -24,6 +24,9 @@ _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int
 
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {}
 
+_GIVEN_UP: dict[str, Callable[[], str | None]] = {}
+"""For operators that a library serves on CUDA, what says why it no longer does."""
+
 _OPERANDS: dict[str, type[NamedTuple]] = {}
 """For each operator whose implementations take their operands as one argument, the class of that argument."""
 
@@ -179,17 +182,18 @@ def serve_cuda(module: str, **references: Callable) -> None:
         _IMPLEMENTATIONS[name]["cuda"] = "Triton"
 
 
-def serve_library(name: str, device: str, library: str, implementation: Callable) -> None:
-    """Let a library that torch brings serve an operator on a kind of device."""
-    torch.library.impl(f"stablekd::{name}", device, implementation)
-    _IMPLEMENTATIONS[name][device] = library
+def serve_library(name: str, library: str, implementation: Callable, given_up: Callable[[], str | None]) -> None:
+    """Let a library that torch brings serve an operator on NVIDIA GPUs. `given_up` returns why the reference serves
+    there instead, and None while the library does."""
+    torch.library.impl(f"stablekd::{name}", "cuda", implementation)
+    _IMPLEMENTATIONS[name]["cuda"], _GIVEN_UP[name] = library, given_up
 
 
 def implementations() -> dict[str, dict[str, str]]:
     """Return for each operator the implementation on `cpu` and on `cuda`, and the `reason` for the choice."""
     table = {}
     for name, entry in sorted(_IMPLEMENTATIONS.items()):
-        failure = _triton.failure(name)
+        failure = _GIVEN_UP[name]() if name in _GIVEN_UP else _triton.failure(name)
         cuda = "reference" if failure else entry["cuda"]
         why = f"; on CUDA {failure or _triton.missing or 'it has no Triton kernel'}" if cuda == "reference" else ""
         table[name] = entry | {"cuda": cuda, "reason": entry["reason"] + why}

@@ -115,9 +115,10 @@ class DistillConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """The number format of forward passes, the teacher's too. `auto`: bf16 where the hardware has it, on CPUs where a
     trial shows that it pays."""
-    capture: Literal["auto", "eager", "cudagraph", "compile", "emulate"] = "auto"
+    capture: Literal["auto", "eager", "cudagraph", "compile", "cudagraph+compile", "emulate"] = "auto"
     """How steps run. `auto`: as CUDA graphs on a GPU, eagerly elsewhere and where capture fails; `compile`: by
-    torch.compile; `emulate`: recorded and replayed as a graph would be, to look for faults."""
+    torch.compile, which rounds otherwise; `cudagraph+compile`: the same, as CUDA graphs; `emulate`: recorded and
+    replayed as a graph would be, to look for faults."""
     deterministic: bool = False
     """Make a run on a GPU repeatable to the bit, on the same machine with the same versions: operations that add in any
     order are replaced by slower ones, and one that has no such form ends the run. The kernels of this package add in

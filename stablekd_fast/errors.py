@@ -61,7 +61,7 @@ class RankError(TrainingError):
 
 
 class CaptureError(TrainingError):
-    """A step cannot be captured: it reads device data on the host, or does what a graph cannot repeat."""
+    """A step cannot be captured or compiled: it reads device data on the host, or does what a graph cannot repeat."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -134,18 +134,24 @@ def _bytes(way: Way, found: Counted) -> dict:
 
 def predicted(found: Counted, device: Profile) -> dict:
     """Return milliseconds: of each limit alone; at least, the largest of them; one after the other, the sum over
-    operations of what limits each. Copies on the stream that computes are added to both."""
+    operations of what limits each. Copies on the stream that computes are added to both. The next batch is made ready
+    beside the step, its copies and its work one after the other: if that takes longer than the step with all that the
+    device has to do, it is what is returned."""
     launches, memory, products = _limits(found.work, device)
-    one_by_one = sum(max(_limits([work], device)) for work in found.work)
     link, ahead = _link(found, device)
+    least, summed = max(launches, memory, products) + link, _one_by_one(found.work, device) + link
     return {
         "launches": 1e3 * launches,
         "memory": 1e3 * memory,
         "arithmetic": 1e3 * products,
         "link": 1e3 * (link + ahead),
-        "at_least": 1e3 * max(max(launches, memory, products) + link, ahead),
-        "one_after_the_other": 1e3 * max(one_by_one + link, ahead),
+        "at_least": 1e3 * max(least, ahead + max(_limits(found.beside, device))),
+        "one_after_the_other": 1e3 * max(summed, ahead + _one_by_one(found.beside, device)),
     }
+
+
+def _one_by_one(work: list[Work], device: Profile) -> float:
+    return sum(max(_limits([one], device)) for one in work)
 
 
 def _limits(work: list[Work], device: Profile) -> tuple[float, float, float]:
@@ -180,7 +186,8 @@ def arithmetic(found: Counted, device: Profile) -> str:
         shipped = link * device.link_bandwidth / 1e6
         line += f" + {shipped:.2f} MB / {device.link_bandwidth / 1e9:.0f} GB/s = {1e3 * link:.2f} ms"
     if ahead:
-        line += f", or {1e3 * ahead:.2f} ms of copies beside it"
+        beside = 1e3 * max(_limits(found.beside, device))
+        line += f", or beside it {1e3 * ahead:.2f} ms of copies, then {beside:.2f} ms of work"
     return f"{line}: {limits['at_least']:.2f} ms, predicted, not measured"
 
 

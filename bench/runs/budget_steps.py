@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from unittest import mock
 
@@ -102,6 +102,8 @@ class Counted:
     """Operations that the host gives the device one by one, outside of captured graphs."""
     columns: int
     """Columns whose rows a step reads."""
+    beside: list[Work] = field(default_factory=list)
+    """The part of the work that makes the next batch ready, on another stream than that which trains."""
 
 
 def counted(steps: Steps, ways: list[Way]) -> list[Counted]:
@@ -113,7 +115,7 @@ def counted(steps: Steps, ways: list[Way]) -> list[Counted]:
             arm = steps.of(way, GPU)
             work = budget.of(arm.train)
             columns = len(arm.stage.wanted) if FED_BY[way.fed_by] else 0
-            found.append(Counted(work, budget.shipments.copy(), len(budget.work), columns))
+            found.append(Counted(work, budget.shipments.copy(), len(budget.work), columns, budget.beside.copy()))
             arm.teacher.close()
     return found
 

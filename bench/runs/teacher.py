@@ -25,6 +25,7 @@ from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.engine.stage import stage_steps
 from stablekd_fast.engine.step import Rates
 from stablekd_fast.errors import StableKDError
+from stablekd_fast.execution.capture import COMPILED
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.cached import CachedTeacher
 from stablekd_fast.teacher.live import Relay, Teacher
@@ -86,7 +87,7 @@ class Arm:
         self.paired, self.teacher, self.batches, self.turn = paired, teacher, batches, 0
         self.objectives = objectives or Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
         groups, device = groups or [[k] for k in range(len(paired))], batches[0].images.device
-        rates, compiled = Rates.constant(0.0, device=device), capture == "compile"
+        rates, compiled = Rates.constant(0.0, device=device), capture in COMPILED
         optimizer = optimizer or Optimizer("sgd")
         nn.ModuleList(paired.student_blocks).train()
         self.stage = stage_steps(paired, groups, self.objectives, optimizer, rates=rates, compiled=compiled)

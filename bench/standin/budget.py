@@ -32,17 +32,23 @@ class Budget(Traffic):
         self.work: list[Work] = []
         self.shipments: Counter[Shipment] = Counter()
         """Bytes by the way in which they were copied."""
+        self.beside: list[Work] = []
+        """What the last step gave the device on another stream than the one that computes."""
         self._captured: defaultdict[object, list[Work]] = defaultdict(list)
 
     def of(self, step: Callable[[], object]) -> list[Work]:
-        """Run a step; return what it gave the device: by itself, and by the graphs that it replayed. `shipments` are
-        those of this step."""
+        """Run a step; return what it gave the device: by itself, and by the graphs that it replayed. `shipments` and
+        `beside` are those of this step."""
         self.work.clear()
         self.shipments.clear()
+        self.beside.clear()
         before = len(self.stand.log)
         step()
-        replayed = [entry[2] for entry in self.stand.log[before:] if entry[0] == "replay"]
-        return self.work + [work for graph in replayed for work in self._captured[graph]]
+        replays = [entry[1:] for entry in self.stand.log[before:] if entry[0] == "replay"]
+        for stream, graph in replays:
+            if stream != self.stand.stream.number:
+                self.beside += self._captured[graph]
+        return self.work + [work for _, graph in replays for work in self._captured[graph]]
 
     def ship(self, shipment: Shipment, nbytes: int) -> None:
         self.shipments[shipment] += nbytes
@@ -59,6 +65,8 @@ class Budget(Traffic):
 
     def _keep(self, work: Work) -> None:
         (self.work if self.stand.graph is None else self._captured[self.stand.graph]).append(work)
+        if self.stand.graph is None and self.stand.stream is not self._stream:
+            self.beside.append(work)
 
     def _launches(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> None:
         """Run what serves an operator of ours on CUDA: its launches are kept, and torch's operations around them."""

@@ -148,17 +148,14 @@ def norm_gradient_sums(
     stop = tl.minimum(start + length, rows)
     lanes = tl.arange(0, ROWS)
     places, channel, known = tile(tl.program_id(0), lanes, channels, COLS)
-    mean = tl.load(mean_at + channel, mask=known, other=0.0)[None, :]
-    deviation = tl.rsqrt(tl.load(variance_at + channel, mask=known, other=1.0) + eps)
-    scale = (tl.load(weight_at + channel, mask=known, other=0.0) * deviation)[None, :]
-    bias = tl.load(bias_at + channel, mask=known, other=0.0)[None, :]
+    mean, deviation, scale, bias = normalisation(mean_at, variance_at, weight_at, bias_at, channel, known, eps)
     plain = tl.zeros([ROWS, COLS], tl.float32)
     weighted = tl.zeros([ROWS, COLS], tl.float32)
     for row in range(start, stop, ROWS):
         inside = (row + lanes < stop)[:, None] & known[None, :]
         here = row * channels + places
-        centred = tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32) - mean
-        passed = incoming(gradient_at, y_at, here, inside, centred, scale, bias, RELU)
+        centred = tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
+        passed = incoming(gradient_at, y_at, here, inside, centred, scale[None, :], bias[None, :], RELU)
         plain += passed
         weighted += passed * centred
     own = tl.program_id(1) * channels + channel
@@ -222,10 +219,7 @@ def norm_gradient(
         if tl.program_id(1) == 0:
             tl.store(bias_gradient_at + channel, plain, mask=known)
             tl.store(weight_gradient_at + channel, weighted, mask=known)
-    mean = tl.load(mean_at + channel, mask=known, other=0.0)
-    deviation = tl.rsqrt(tl.load(variance_at + channel, mask=known, other=1.0) + eps)
-    scale = tl.load(weight_at + channel, mask=known, other=0.0) * deviation
-    bias = tl.load(bias_at + channel, mask=known, other=0.0)
+    mean, deviation, scale, bias = normalisation(mean_at, variance_at, weight_at, bias_at, channel, known, eps)
     row = tl.program_id(1).to(tl.int64) * ROWS
     inside = (row + lanes < rows)[:, None] & known[None, :]
     here = row * channels + places
@@ -245,6 +239,15 @@ def tile(column, lanes, channels, COLS: tl.constexpr):
     channel = column * COLS + tl.arange(0, COLS)
     places = lanes[:, None] * channels.to(tl.int32) + channel[None, :]
     return places, channel, channel < channels
+
+
+@triton.jit
+def normalisation(mean_at, variance_at, weight_at, bias_at, channel, known, eps):
+    """Mean, 1 / deviation, scale and bias of channels: x becomes (x - mean) * scale + bias."""
+    mean = tl.load(mean_at + channel, mask=known, other=0.0)
+    deviation = tl.rsqrt(tl.load(variance_at + channel, mask=known, other=1.0) + eps)
+    scale = tl.load(weight_at + channel, mask=known, other=0.0) * deviation
+    return mean, deviation, scale, tl.load(bias_at + channel, mask=known, other=0.0)
 
 
 @triton.jit

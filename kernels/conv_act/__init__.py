@@ -35,10 +35,17 @@ def conv_act(
     for name, other in (("weight", weight), ("bias", bias), ("residual", residual)):
         if other is not None and other.dtype != x.dtype:
             raise OperandError(f"{name} is {describe(other)}; it must have the dtype of x, which is {describe(x)}.")
-    y = torch.ops.stablekd.conv_act(x, weight, bias, residual, list(stride), list(padding), list(dilation))
-    if residual is not None and residual.shape != y.shape:
-        raise OperandError(f"residual is {describe(residual)}; it must be like the result, {describe(y)}.")
-    return y
+    if residual is not None:
+        shape = [len(x), len(weight), *_sides(x.shape[2:], weight.shape[2:], stride, padding, dilation)]
+        if list(residual.shape) != shape:
+            raise OperandError(f"residual is {describe(residual)}; it must have the result's shape, {shape}.")
+    return torch.ops.stablekd.conv_act(x, weight, bias, residual, list(stride), list(padding), list(dilation))
+
+
+def _sides(sides, window, stride, padding, dilation) -> list[int]:
+    """Return height and width of a convolution's result."""
+    each = zip(sides, window, stride, padding, dilation)
+    return [(side + 2 * pad - apart * (own - 1) - 1) // step + 1 for side, own, step, pad, apart in each]
 
 
 def _fake(x, weight, bias, residual, stride, padding, dilation):
@@ -70,4 +77,4 @@ define(
     reference.conv_act,
     _fake,
 )
-serve_library("conv_act", "cuda", "cuDNN", _by_cudnn)
+serve_library("conv_act", "cuDNN", _by_cudnn, lambda: next(iter(_refused), None))

@@ -18,6 +18,7 @@ from stablekd_fast.cache.manifest import Manifest
 from stablekd_fast.cache.memory_rows import MemoryRows
 from stablekd_fast.cache.settings import CacheSettings
 from stablekd_fast.cache.store import RowStore
+from stablekd_fast.execution.process import spare_processors
 from stablekd_fast.execution.timing import REPEATS, seconds, timed
 
 _PROBE_BYTES = 48 << 20
@@ -109,7 +110,8 @@ def _disk(
     working_set: int,
     device: torch.device,
 ) -> TierCost:
-    """Reading costs the processor a copy, and the disk its time where the rows do not stay in main memory."""
+    """Reading costs the disk its time where the rows do not stay in main memory, and a CPU that trains a copy where it
+    has no processor to spare. What is written a GPU first hands over, and makes nothing ready meanwhile."""
     directory = settings.folder
     assert directory is not None
     probe, size = directory / f".probe-{os.getpid()}", len(rows) * form.row_bytes
@@ -129,13 +131,12 @@ def _disk(
     finally:
         shutil.rmtree(probe, ignore_errors=True)
     stays = working_set < _PAGE_CACHE_FRACTION * free_memory()
-    read = {"disk": cached if stays else cold}
+    read, budget = {"disk": cached if stays else cold}, _disk_budget(directory, settings.budget("disk"))
     if device.type == "cpu":
-        read["device"] = cached
-    else:
-        staged = torch.empty(8 << 20, pin_memory=True)
-        read["link"] = seconds(lambda: staged.to(device, non_blocking=True), device) / (staged.numel() * 4)
-    return TierCost(read, {"device": write}, _disk_budget(directory, settings.budget("disk")))
+        return TierCost(read if spare_processors() else {**read, "device": cached}, {"device": write}, budget)
+    staged = torch.empty(8 << 20, pin_memory=True)
+    link = seconds(lambda: staged.to(device, non_blocking=True), device) / (staged.numel() * 4)
+    return TierCost({**read, "link": link}, {"link": link + write}, budget)
 
 
 def _disk_budget(directory: Path, budget: int | None) -> float:

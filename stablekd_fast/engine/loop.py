@@ -25,7 +25,7 @@ from stablekd_fast.engine.stage import DividedSteps, LossReader, StageRun, bodie
 from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.engine.stops import Stops
 from stablekd_fast.errors import Interrupted, TrainingError
-from stablekd_fast.execution.capture import Runner, make_runner
+from stablekd_fast.execution.capture import COMPILED, Runner, make_runner
 from stablekd_fast.execution.memory import watched
 from stablekd_fast.execution.moments import Clock, Moment
 from stablekd_fast.execution.side import Side
@@ -266,7 +266,7 @@ class Engine:
             position=self.progress.step - planned.first,
             history=self.parts.intervals.log,
             ema=average,
-            compiled=execution.capture == "compile",
+            compiled=execution.capture in COMPILED,
             micro_batches=execution.micro_batches,
             averaging=layout.averaging(self.ranks, self.parts.device),
             sync_norms=execution.sync_norms,

@@ -6,6 +6,7 @@ data, reads nothing back to the host, and takes what changes from step to step f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -141,7 +142,7 @@ class GroupStep:
         self.position = torch.full((), position, dtype=torch.int64, device=device)
         self._loss: Tensor | None = None
         self._whole: dict[int, Tensor] = {}
-        self._network = torch.compile(self._compute, dynamic=False) if compiled else self._compute
+        self._network = _compiled(self._compute) if compiled else self._compute
 
     def run(self) -> None:
         """Train on the batch in the inputs. Reads nothing back to the host, and keeps no tensor that it made."""
@@ -322,6 +323,11 @@ class GroupStep:
                 gradients.append(torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
             losses.append(loss.detach())
         return outputs, gradients, losses
+
+
+def _compiled(compute: Callable) -> Callable:
+    """Have torch.compile make a function. Graphs of its own could not be captured in that of a stage."""
+    return torch.compile(compute, dynamic=False, options={"triton.cudagraphs": False})
 
 
 def _let_skip(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> None:

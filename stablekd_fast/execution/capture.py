@@ -1,4 +1,4 @@
-"""How a step runs: eagerly, as a CUDA graph, or as an emulated one. The engine's streams and graphs are here.
+"""How a step runs: eagerly, compiled, as a CUDA graph, or as an emulated one. The engine's streams and graphs are here.
 
 A *body* is a function without arguments that reads and writes tensors at fixed addresses only. Bodies of one *phase*
 must not depend on each other: in a CUDA graph they are branches that run side by side. A phase begins when all of the
@@ -22,9 +22,11 @@ from stablekd_fast.execution.emulator import Operation, Recording, Watch, replay
 from stablekd_fast.execution.memory import no_garbage_collection
 from stablekd_fast.execution.moments import given_up
 
-CAPTURES = ("auto", "eager", "cudagraph", "compile", "emulate")
-CAPTURED = ("cudagraph", "emulate")
+CAPTURES = ("auto", "eager", "cudagraph", "compile", "cudagraph+compile", "emulate")
+CAPTURED = ("cudagraph", "cudagraph+compile", "emulate")
 """Modes in which bodies run once, and from then on what they did is replayed."""
+COMPILED = ("compile", "cudagraph+compile")
+"""Modes whose bodies hold what torch.compile made."""
 _WARM_UP = 3
 _RECOMPILE_LIMIT = 1024
 
@@ -52,8 +54,8 @@ def pick_capture(name: str, device: torch.device) -> str:
     """
     if name not in CAPTURES:
         raise ConfigError(f"capture={name!r} was given; choose one of {', '.join(CAPTURES)}.")
-    if name == "cudagraph" and device.type != "cuda":
-        raise ConfigError(f"capture=cudagraph was given, but the device is {device}; choose eager, compile or auto.")
+    if "cudagraph" in name and device.type != "cuda":
+        raise ConfigError(f"capture={name} was given, but the device is {device}; choose eager, compile or auto.")
     if name == "auto":
         return "cudagraph" if device.type == "cuda" else "eager"
     return name
@@ -71,21 +73,24 @@ def make_runner(
     """A runner for bodies, by a mode that `pick_capture` gave: `bodies` are its first phase, `then` further ones.
 
     `state` holds all tensors that outlive a run and that the bodies change. Making a runner leaves them as they were,
-    and the device usable, also where that fails. With `fall_back`, bodies that cannot be captured run eagerly, after
-    one warning that names what broke capture; without it, CaptureError is raised.
+    and the device usable, also where that fails. With `fall_back`, bodies that cannot be captured run without a graph,
+    after one warning that names what broke capture; without it, CaptureError is raised.
     """
     phases = [bodies, *then]
+    uncaptured = CompiledRunner if mode in COMPILED else EagerRunner
     if mode not in CAPTURED:
-        return (CompiledRunner if mode == "compile" else EagerRunner)(phases)
+        return uncaptured(phases)
     try:
-        return {"cudagraph": GraphRunner, "emulate": EmulatedRunner}[mode](phases, state, device)
+        if mode == "emulate":
+            return EmulatedRunner(phases, state, device)
+        return GraphRunner(phases, state, device, compiled=mode in COMPILED)
     except CaptureError as error:
         if not fall_back:
             if isinstance(cause := error.__cause__, torch.OutOfMemoryError):
                 raise cause from None  # `watched` explains it
             raise
         warnings.warn(f"Training goes on without a captured graph: {error}", RuntimeWarning, stacklevel=2)
-        return EagerRunner(phases)
+        return uncaptured(phases)
 
 
 class EagerRunner:
@@ -103,22 +108,35 @@ class EagerRunner:
 
 
 class CompiledRunner(EagerRunner):
-    """Calls bodies that hold what torch.compile made; the first run compiles.
-
-    All groups compile one and the same function, so torch's limit on its variants is raised.
-    """
+    """Calls bodies that hold what torch.compile made; the first run compiles."""
 
     _started = False
 
     def run(self) -> list[Any]:
         if self._started:
             return super().run()
-        settings = torch._dynamo.config
-        limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # before torch 2.7
-        with settings.patch({limit: _RECOMPILE_LIMIT}):
+        with _compiling():
             results = super().run()
         self._started = True
         return results
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """A context in which bodies are compiled: what cannot be is a CaptureError.
+
+    All groups compile one and the same function, so torch's limit on its variants is raised.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # imported late: it takes a second
+
+    settings = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    with settings.patch({limit: _RECOMPILE_LIMIT}):
+        try:
+            yield
+        except TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", error)  # the compiler's own words
+            raise CaptureError(f"torch.compile cannot compile the step: {first_line(cause)}") from error
 
 
 class EmulatedRunner:
@@ -145,13 +163,20 @@ class GraphRunner:
 
     One graph has one memory pool in which blocks belong to streams, so branches that run at the same time never share
     memory; and one random generator, whose offsets the branches take in the order of capture.
+
+    `compiled` bodies hold what torch.compile made: it compiles while they warm up, and its kernels are what the graph
+    repeats. torch.compile steps aside wherever a dispatch mode watches, so a capture that breaks off does not know its
+    last operation. That the captured bodies are the compiled ones is shown by a stand-in of the device; that the
+    kernels which torch.compile makes for a GPU can be captured is not.
     """
 
-    def __init__(self, phases: Sequence[Sequence[Body]], state: Sequence[Tensor], device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self, phases: Sequence[Sequence[Body]], state: Sequence[Tensor], device: torch.device, *, compiled: bool = False
+    ) -> None:
+        self._device, self._compiled = device, compiled
         streams = [_stream(device, number) for number in range(max(map(len, phases)))]
         with torch.cuda.device(device):
-            with restored(state, device):
+            with restored(state, device), _compiling() if compiled else contextlib.nullcontext():
                 self._warm_up(phases, streams)
             self._graph = torch.cuda.CUDAGraph()
             self._capture(phases, streams, state)
@@ -166,7 +191,7 @@ class GraphRunner:
                 _own_gradients(state),
                 no_garbage_collection(),  # it might destroy another graph or wait for an event
                 torch.cuda.graph(self._graph, pool, streams[0], capture_error_mode="thread_local"),
-                last,
+                torch.compiler.set_stance("fail_on_recompile") if self._compiled else last,
             ):
                 self.results = _side_by_side(phases, streams)
         except BaseException as error:

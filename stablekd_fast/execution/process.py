@@ -1,4 +1,5 @@
-"""What a run sets for its whole process while it lasts: the current GPU, determinism, and the random states."""
+"""What a run sets for its whole process while it lasts: the current GPU, determinism, and the random states; and
+whether it has processors to spare."""
 
 from __future__ import annotations
 
@@ -20,6 +21,12 @@ _REPEATABLE = (":4096:8", ":16:8")
 def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context in which a GPU is torch's current one, for whatever asks for none by its number. Nothing on a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def spare_processors() -> bool:
+    """Whether there are more processors than torch computes with, on which threads read ahead and take nothing from
+    training. Known on Linux only; elsewhere there are none."""
+    return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > torch.get_num_threads()
 
 
 @contextlib.contextmanager

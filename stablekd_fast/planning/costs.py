@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from stablekd_fast.cache.speed import CodecCost, measure_codec, measure_tiers
 from stablekd_fast.data import Batch, TrainSource
 from stablekd_fast.engine.schedule import PlannedStage, group_name
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.execution.process import spare_processors
 from stablekd_fast.execution.timing import timed
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.planning.networks import measure_students, measure_teacher
@@ -79,7 +80,7 @@ class Planner:
         batches = self.source.batches(0, _TIMED_BATCHES + 1)
         batch = next(batches)
         made, taken = timed(lambda: sum(1 for _ in batches), self.device)
-        images = taken / max(made, 1)
+        images = {_makes_images(self.source): taken / max(made, 1)}
         columns, job = self.columns, self.job
 
         def stored(output: int, codec: str) -> float:
@@ -133,11 +134,12 @@ def measured_costs(
     batch: Batch,
     examples: dict[int, Tensor],
     device: torch.device,
-    images: float,
+    images: Mapping[str, float],
     stored: Callable[[int, str], float] = lambda output, codec: 0.0,
 ) -> Costs:
     """Costs on this machine, measured with one batch and the wanted outputs for it. `images`: seconds that making a
-    batch takes; `stored`: the fraction of the rows of an output in a codec that are on disk already."""
+    batch takes, by what makes it; `stored`: the fraction of the rows of an output in a codec that are on disk already.
+    """
     blocks = measure_teacher(job.paired, batch.pixels.to(device), job.capture)
     outputs = job.outputs(blocks, examples, lambda k, form: measure_codec(form, examples[k], stored(k, form.codec)))
     working_set = sum(job.rows * max((c.row_bytes for c in output.codecs.values()), default=0) for output in outputs)
@@ -148,14 +150,23 @@ def measured_costs(
         outputs,
         stage_costs(job.stages, job.objectives, len(job.paired.cuts), students, job.fill),
         measure_tiers(job.settings, largest, working_set, device),
-        {"device" if device.type == "cpu" else "loader": images},
+        images,
         job.rows,
         len(batch.labels),
     )
 
 
-def predicted_costs(job: Job, device: Profile, examples: dict[int, Tensor], batch_size: int) -> Costs:
-    """Costs on a device that is not at hand. `examples` `[N, ...]` of the outputs, for their shapes."""
+def _makes_images(source: TrainSource) -> str:
+    """Return the resource that images take: the device, but where threads decode them that take nothing from it."""
+    beside = not source.split.resident and (source.device.type != "cpu" or spare_processors())
+    return "loader" if beside else "device"
+
+
+def predicted_costs(
+    job: Job, device: Profile, examples: dict[int, Tensor], batch_size: int, image_bytes: int = 0
+) -> Costs:
+    """Costs on a device that is not at hand. `examples` `[N, ...]` of the outputs, for their shapes; `image_bytes`: of
+    a decoded image."""
     blocks, students = predicted_blocks(device, job.paired, batch_size)
     for planned in job.stages:
         for group in planned.stage.groups:
@@ -165,7 +176,7 @@ def predicted_costs(job: Job, device: Profile, examples: dict[int, Tensor], batc
         job.outputs(blocks, examples, lambda k, form: device.codec(form, batch_size)),
         stage_costs(job.stages, job.objectives, len(job.paired.cuts), students, job.fill),
         device.tiers(budgets),
-        {"loader": batch_size / device.images_per_second},
+        {"loader": batch_size / device.images_per_second, "link": batch_size * image_bytes / device.link_bandwidth},
         job.rows,
         batch_size,
     )

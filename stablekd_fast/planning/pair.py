@@ -210,10 +210,10 @@ def _costs(asked: PairPlan, paired: PairedBlocks, settings: CacheSettings) -> tu
         example = torch.randn(2, 3, asked.image_size, asked.image_size).to(memory_format=torch.channels_last)
         examples = paired.teacher_outputs(example, job.wanted)
         basis = f"predicted, not measured, for {device.name} ({device.source})"
-        return predicted_costs(job, device, examples, asked.batch_size), basis
+        return predicted_costs(job, device, examples, asked.batch_size, 3 * asked.image_size**2), basis
     batch = _random_batch(asked)
     basis = "from speeds measured on this machine's processor, without the loading of images"
-    return measured_costs(job, batch, paired.teacher_outputs(batch.pixels, job.wanted), torch.device("cpu"), 0.0), basis
+    return measured_costs(job, batch, paired.teacher_outputs(batch.pixels, job.wanted), torch.device("cpu"), {}), basis
 
 
 def _random_batch(asked: PairPlan) -> Batch:

@@ -19,6 +19,7 @@ from stablekd_fast.distributed import Layout, Ranks
 from stablekd_fast.engine.schedule import PlannedStage, group_name
 from stablekd_fast.engine.step import named_parameters_of
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.execution.process import spare_processors
 from stablekd_fast.execution.timing import REPEATS, seconds, timed
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.planning.assign import GroupCost, ReduceCost, best_layout, linear
@@ -103,11 +104,7 @@ def _measured_feeds(columns: Mapping[int, Column], device: torch.device) -> dict
 
     Empty where rows come beside it: to a GPU, or by cores that training leaves free. Measured on Linux only.
     """
-    if (
-        device.type != "cpu"
-        or not hasattr(os, "memfd_create")
-        or len(os.sched_getaffinity(0)) > torch.get_num_threads()
-    ):
+    if device.type != "cpu" or not hasattr(os, "memfd_create") or spare_processors():
         return {}
     forms = {output: column.format for output, column in columns.items() if column.on_disk}
     reading = {size: _seconds_of_reading(size) for size in {form.row_bytes for form in forms.values()}}

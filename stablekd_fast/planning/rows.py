@@ -1,10 +1,15 @@
 """Which teacher outputs to keep, where and how exactly, so that a run takes least time: a cost model and its minimum.
 
-A batch takes as long as the busiest of four resources, since they work side by side: the device that computes, the link
-to it, the disk, and the loader of images. In a stage a batch costs the device the students' steps, the teacher blocks
-that must run, and encoding or decoding of rows. An output that is not kept is computed in one pass (relay), which goes
-on from the nearest kept output before it where that one is exact and unbridged (recompute). In the first epochs of a
-run, until each view was seen once, rows that are not stored yet are computed and written.
+A batch takes as long as the busiest of four resources, since they work side by side: the device that computes, the feed
+that makes the next batch ready, the disk, and the loader of images. In a stage a batch costs the device the students'
+steps, the teacher blocks that must run, encoding or decoding of rows, and images where it makes them. The feed does all
+of that but the students' steps, and copies over the link, one after the other. Of these two the batch takes
+`max(students' steps, link) + the rest of the device`: beside the step copies are free, and work on the device is not.
+On a CPU nothing is copied over a link, and the device is the busier one.
+
+An output that is not kept is computed in one pass (relay), which goes on from the nearest kept output before it where
+that one is exact and unbridged (recompute). In the first epochs of a run, until each view was seen once, rows that are
+not stored yet are computed and written.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import numpy as np
 from stablekd_fast.cache.columns import Kept, Plan
 from stablekd_fast.cache.speed import CodecCost, TierCost
 
-RESOURCES = ("device", "link", "disk", "loader")
+RESOURCES = ("device", "feed", "disk", "loader")
 _MOST_LABELS, _FEW_LABELS = 1000, 10
 
 
@@ -47,7 +52,8 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """All that the decision depends on. `images`: seconds per batch on the device and in the loader."""
+    """All that the decision depends on. `images`: what making images costs a batch, in seconds on the device, the link
+    and in the loader."""
 
     outputs: tuple[OutputCost, ...]
     stages: tuple[StageCost, ...]
@@ -90,20 +96,18 @@ class _Walk:
         loads = np.zeros(len(RESOURCES))
         if output not in self.wanted:
             return at, loads
-        source, device = self.costs.outputs[output], RESOURCES.index("device")
+        source = self.costs.outputs[output]
+        computed = sum(one.block for one in self.costs.outputs[at + 1 : output + 1])
         if kept is None:
-            loads[device] += sum(one.block for one in self.costs.outputs[at + 1 : output + 1])
-            return output, loads
+            return output, _made_ready({"device": computed})
         codec, tier = source.codecs[kept.codec], self.costs.tiers[kept.tier]
         size = codec.row_bytes * self.costs.batch_size
         live = (1.0 - codec.stored if kept.tier == "disk" else 1.0) if self.filling else 0.0
         if live < 1.0:
-            loads[device] += (1 - live) * codec.decode
-            loads += (1 - live) * size * _vector(tier.read)
+            loads += (1 - live) * (_made_ready({"device": codec.decode}) + size * _made_ready(tier.read))
         if live > 0.0:
-            loads[device] += live * (sum(one.block for one in self.costs.outputs[at + 1 : output + 1]))
-            loads[device] += live * (codec.encode + codec.decode)
-            loads += live * size * _vector(tier.write)
+            loads += live * _made_ready({"device": computed + codec.encode + codec.decode})
+            loads += live * size * _made_ready(tier.write)
         goes_on = live > 0.0 or (codec.exact and not source.bridged)
         return (output if goes_on else at), loads
 
@@ -248,11 +252,16 @@ def _undominated(labels: _Labels) -> _Labels:
 
 def _constant(costs: Costs, stage: StageCost) -> np.ndarray:
     """Loads of a batch that no plan changes."""
-    return _vector({**costs.images, "device": costs.images.get("device", 0.0) + stage.student})
+    loads = _made_ready(costs.images)
+    loads[RESOURCES.index("device")] += stage.student
+    return loads
 
 
-def _vector(loads: Mapping[str, float]) -> np.ndarray:
-    return np.array([loads.get(name, 0.0) for name in RESOURCES])
+def _made_ready(costs: Mapping[str, float]) -> np.ndarray:
+    """Return by `RESOURCES` what a part of the next batch costs that takes so long on device, link, disk and in the
+    loader."""
+    device, link = (costs.get(name, 0.0) for name in ("device", "link"))
+    return np.array([device, device + link, costs.get("disk", 0.0), costs.get("loader", 0.0)])
 
 
 def decisions(costs: Costs, plan: Plan) -> list[dict]:
@@ -271,14 +280,14 @@ def decisions(costs: Costs, plan: Plan) -> list[dict]:
             kept or next(iter(costs.options(output)), None) or Kept(next(iter(costs.tiers)), next(iter(source.codecs)))
         )
         codec = source.codecs[shown.codec]
-        read = {k: codec.row_bytes * costs.batch_size * v for k, v in costs.tiers[shown.tier].read.items()}
-        read["device"] = read.get("device", 0.0) + codec.decode
+        read = codec.row_bytes * costs.batch_size * _made_ready(costs.tiers[shown.tier].read)
+        read += _made_ready({"device": codec.decode})
         rows.append(
             {
                 "output": source.name,
                 "decision": f"keep ({kept.tier}, {kept.codec})" if kept else _live(costs, plan, at),
                 "live_ms": 1e3 * sum(one.block for one in costs.outputs[at + 1 : output + 1]),
-                "kept_ms": 1e3 * max(read.values()),
+                "kept_ms": 1e3 * float(read.max()),
                 "row_bytes": codec.row_bytes,
                 "gigabytes": costs.rows * codec.row_bytes / 1e9,
             }

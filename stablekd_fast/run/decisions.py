@@ -13,6 +13,7 @@ from stablekd_fast.config import DistillConfig, identity, objectives_of
 from stablekd_fast.distributed import Layout
 from stablekd_fast.engine.checkpoint import ends_of
 from stablekd_fast.engine.schedule import PlannedStage, extended, method_stages, plan_stages
+from stablekd_fast.execution.capture import COMPILED
 from stablekd_fast.objectives import Facts, Objectives
 from stablekd_fast.planning.costs import Planner
 from stablekd_fast.planning.ranks import measured_layouts
@@ -127,7 +128,7 @@ def _facts(materials: Materials) -> dict:
         "classes": images.dataset.classes,
         "mean": list(images.dataset.mean),
         "std": list(images.dataset.std),
-        "compiled": materials.capture == "compile",
+        "compiled": materials.capture in COMPILED,
         "fused_norms": paired.fuses_norms,
         "folded_teacher": paired.folded,
     }

@@ -2,18 +2,29 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from statistics import median
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from stablekd_fast.bench.runs.budget import BYTES, KERNELS, Question, _beside, arithmetic, predicted, ways_of
+from stablekd_fast.bench.runs.budget import (
+    BYTES,
+    KERNELS,
+    Question,
+    _beside,
+    _one_by_one,
+    arithmetic,
+    predicted,
+    ways_of,
+)
 from stablekd_fast.bench.runs.budget_steps import (
     FED_BY,
     LIVE,
     Counted,
     Profiled,
+    Steps,
     Way,
     counted,
     host_seconds,
@@ -22,8 +33,11 @@ from stablekd_fast.bench.runs.budget_steps import (
 )
 from stablekd_fast.bench.standin import Shipment
 from stablekd_fast.bench.standin.kernel_table import KINDS, Work
+from stablekd_fast.cache.columns import Kept, Plan
+from stablekd_fast.cache.speed import CodecCost
 from stablekd_fast.cli import main
-from stablekd_fast.planning.profiles import Profile
+from stablekd_fast.planning.profiles import Profile, profile
+from stablekd_fast.planning.rows import Costs, OutputCost, StageCost, predict
 
 CPU = torch.device("cpu")
 APART = [[0], [1], [2], [3]]
@@ -78,6 +92,47 @@ def test_all_but_the_filling_of_inputs_is_captured(real):
     }
 
 
+class Mixed(Steps):
+    """Steps whose first two outputs are rows; the others the live teacher computes from there."""
+
+    def _teacher(self, way, batches, device):
+        teacher = super()._teacher(way, batches, device)
+        teacher.columns = {k: teacher.columns[k] for k in (0, 1)}
+        return teacher
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    steps = Question("resnet56", "resnet20", optimizer="sgd").steps(CPU)
+    return counted(Mixed(**vars(steps)), [Way(APART, "rows in main memory")])[0]
+
+
+@pytest.mark.parametrize("gigabytes", [50, 4])
+@pytest.mark.parametrize("fed_by", [LIVE, "rows in main memory", "mixed"])
+def test_the_planner_adds_up_what_streams_were_counted_to_do(real, mixed, fed_by, gigabytes):
+    """The link is fast enough to hide behind the step, and too slow for that."""
+    device = replace(profile("h100"), link_bandwidth=1e9 * gigabytes)
+    found = mixed if fed_by == "mixed" else real[fed_by]
+    ahead = _one_by_one(found.beside, device)
+    student = _one_by_one(found.work, device) - ahead
+    shipped = sum(size for way, size in found.shipments.items() if way.to_device and way.apart)
+    outputs = (
+        OutputCost("rows", 1.0, {"fp32": CodecCost(shipped // 128, 0.0, 0.0)}),
+        OutputCost("computed", ahead, {}),
+    )
+    wanted = frozenset({1} if fed_by == LIVE else {0, 1})
+    outputs = (replace(outputs[0], block=0.0), outputs[1]) if fed_by == LIVE else outputs
+    tiers = device.tiers({"device": 0, "host": 1e12, "disk": 0})
+    costs = Costs(outputs, (StageCost(student, wanted, 1, 0),), tiers, {}, 128, 128)
+    kept = Plan() if fed_by == LIVE else Plan({0: Kept("host", "fp32")})
+    expected = predicted(found, device)["one_after_the_other"]
+    assert 1e3 * predict(costs, kept).seconds == pytest.approx(expected, rel=1e-3)
+    kinds = Counter(work.kind for work in found.beside)
+    assert (kinds["convolutions"] > 10) == (fed_by != "rows in main memory"), "the teacher's pass is beside the step"
+    others = [_one_by_one(one.work, device) - _one_by_one(one.beside, device) for one in (*real.values(), mixed)]
+    assert max(others) < 1.05 * min(others), "and the step is the same, whatever feeds it"
+
+
 def test_what_a_step_takes_of_the_host_is_measured_with_copies_that_do_nothing(monkeypatch):
     from stablekd_fast.bench.runs import budget_steps
 
@@ -123,6 +178,19 @@ def test_predictions_are_limits_by_hand(apart, at_least, one_by_one):
     assert row["arithmetic"] == pytest.approx(1) and row["link"] == pytest.approx(5)
     assert row["at_least"] == pytest.approx(1e3 * at_least, rel=1e-3)
     assert row["one_after_the_other"] == pytest.approx(1e3 * one_by_one, rel=1e-3)
+
+
+def test_the_next_batch_is_copied_and_then_computed_beside_the_step():
+    """5 ms of copies and 1 ms of work make the next batch ready; the step has 3 ms of its own, the device 4 in all."""
+    ahead = [Work("products", 1, 0, 500_000_000)]
+    found = Counted(
+        [Work("copies", 1, 1_500_000_000), *ahead], Counter({Shipment(True, True, True): 5_000_000}), 0, 0, ahead
+    )
+    row = predicted(found, DEVICE)
+    assert row["at_least"] == pytest.approx(6, rel=1e-3) and row["one_after_the_other"] == pytest.approx(6, rel=1e-3)
+    assert "or beside it 5.00 ms of copies, then 1.00 ms of work: 6.00 ms" in arithmetic(found, DEVICE)
+    found.shipments.clear()
+    assert predicted(found, DEVICE)["one_after_the_other"] == pytest.approx(4, rel=1e-3)
 
 
 def test_the_line_shows_the_arithmetic():

@@ -11,7 +11,15 @@ from stablekd_fast.engine.inputs import IMAGES, LABELS, StageInputs, load_batch,
 from stablekd_fast.engine.schedule import Optimizer, Stage, merge_neighbours
 from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.errors import CaptureError, ConfigError
-from stablekd_fast.execution.capture import EagerRunner, EmulatedRunner, make_runner, pick_capture, restored
+from stablekd_fast.execution import capture as capture_module
+from stablekd_fast.execution.capture import (
+    CompiledRunner,
+    EagerRunner,
+    EmulatedRunner,
+    make_runner,
+    pick_capture,
+    restored,
+)
 from stablekd_fast.execution.precision import Precision
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.live import LiveTeacher, Relay
@@ -119,14 +127,32 @@ def test_a_run_gives_the_same_student_whichever_way_its_steps_run(make, settings
     assert all(torch.equal(a, b) for a, b in zip(students[0][1].values(), students[1][1].values()))
 
 
-def test_a_compiled_run_stays_close_to_an_eager_one(make):
-    losses = []
-    for capture in ("eager", "compile"):
+def test_a_compiled_run_stays_close_to_an_eager_one_and_says_so_captured_or_not(make, monkeypatch):
+    """Where there is no GPU its graph is left out: what it would hold is shown in tests/standin."""
+    monkeypatch.setattr("stablekd_fast.run.materials.pick_capture", lambda name, device: name)
+    monkeypatch.setattr(capture_module, "GraphRunner", lambda phases, *_, compiled: CompiledRunner(phases))
+    compiled, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda body, **how: (compiled.append(how), compile_(body, **how))[1])
+    weights = {}
+    for capture, count in (("eager", 0), ("compile", 4), ("cudagraph+compile", 8)):
         distiller = make(out=capture, capture=capture, method="blocks", epochs=1.0, optimizer=Optimizer(lr=1e-3))
+        assert distiller.decided.identity["compiled"] == ("compile" in capture)
         distiller.run(progress=False)
-        losses.append(distiller.paired.student.state_dict())
-    for one, other in zip(losses[0].values(), losses[1].values()):
+        assert len(compiled) == count, "one for each block"
+        weights[capture] = list(distiller.paired.student.state_dict().values())
+    for one, other in zip(weights["eager"], weights["compile"]):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+    assert all(torch.equal(*both) for both in zip(weights["compile"], weights["cudagraph+compile"], strict=True))
+    assert all(how["options"]["triton.cudagraphs"] is False for how in compiled)
+
+
+def test_what_cannot_be_compiled_is_named_in_a_sentence():
+    def unknown(graph, inputs):
+        raise ValueError("no assembler was found")
+
+    body = torch.compile(lambda: torch.ones(3) * 2, backend=unknown)
+    with pytest.raises(CaptureError, match="^torch.compile cannot compile the step: .*no assembler was found"):
+        make_runner("compile", [body], [], CPU, fall_back=False).run()
 
 
 # Capturing changes nothing.
@@ -307,6 +333,8 @@ def test_a_step_that_breaks_off_leaves_no_gradient_for_the_first_eager_step():
 def test_modes_that_a_device_does_not_have_are_refused():
     with pytest.raises(ConfigError, match="capture=cudagraph was given, but the device is cpu"):
         pick_capture("cudagraph", CPU)
+    with pytest.raises(ConfigError, match=r"capture=cudagraph\+compile was given, but the device is cpu; choose eager"):
+        pick_capture("cudagraph+compile", CPU)
     with pytest.raises(ConfigError, match="choose one of"):
         pick_capture("graph", CPU)
     assert pick_capture("auto", CPU) == "eager"

@@ -78,13 +78,16 @@ class Small:
         paired.precision = Precision(precision)
         return paired
 
-    def steps(self, paired, groups, optimizer=None, *, count=4, ema=None, average=None) -> list[GroupStep]:
+    def steps(
+        self, paired, groups, optimizer=None, *, count=4, ema=None, average=None, compiled=False
+    ) -> list[GroupStep]:
         """Steps of one stage over the same inputs, with the first batch loaded."""
         optimizer = optimizer or Optimizer()
         planned = PlannedStage(Stage(groups, steps=count, optimizer=optimizer), 0, count)
         rates = Rates.of_stage(planned, ema, self.device)
         nn.ModuleList(paired.student_blocks).train()
-        made = stage_steps(paired, groups, self.aims, optimizer, rates=rates, history=count, ema=average).steps
+        options = {"history": count, "ema": average, "compiled": compiled}
+        made = stage_steps(paired, groups, self.aims, optimizer, rates=rates, **options).steps
         self.load(made, 0)
         return made
 

@@ -136,32 +136,34 @@ def test_every_cost_is_counted_once_and_where_it_belongs():
         "host": TierCost({"link": 5e-8}, {"link": 7e-8}, 1e12),
     }
     stages = (StageCost(0.005, frozenset({0, 1, 2}), 100, 30), StageCost(0.003, frozenset({2}), 50, 10))
-    costs = Costs((a, b, c), stages, tiers, {"device": 0.001, "loader": 0.008}, 1000, 100)
+    costs = Costs((a, b, c), stages, tiers, {"device": 0.001, "link": 0.0002, "loader": 0.008}, 1000, 100)
     plan = Plan({0: Kept("disk", "fp32"), 1: Kept("host", "int8"), 2: Kept("host", "fp16")})
     own = predict(costs, plan)
 
-    def milliseconds(device, link, disk, loader=8.0):
-        return {"device": device / 1e3, "link": link / 1e3, "disk": disk / 1e3, "loader": loader / 1e3}
+    def milliseconds(student, link, ahead, disk, loader=8.0):
+        """What the device does `ahead` it does beside the `student`, and after the copies over the link."""
+        device, feed = student + ahead, link + ahead
+        return {"device": device / 1e3, "feed": feed / 1e3, "disk": disk / 1e3, "loader": loader / 1e3}
 
     # Filling. a: a quarter is on disk already, three quarters are computed, encoded, decoded and written. In memory
     # nothing is there yet: b and c are computed. The teacher goes on from each.
     of_a = 0.25 * 0.7 + 0.75 * (10 + 0.3 + 0.7) + 0.75 * 3.0
     of_b, of_c = 20 + 1.1 + 1.3, 40 + 1.7 + 1.9
-    first = milliseconds(1 + 5 + of_a + of_b + of_c, 0.25 * 2.0 + 2.1 + 4.9, 0.25 * 1.0 + 0.75 * 4.0)
-    second = milliseconds(1 + 3 + 70 + 1.7 + 1.9, 4.9, 0)  # c alone is wanted: all three blocks run for it
+    first = milliseconds(5, 0.2 + 0.25 * 2.0 + 2.1 + 4.9, 1 + of_a + of_b + of_c, 0.25 * 1.0 + 0.75 * 4.0)
+    second = milliseconds(3, 0.2 + 4.9, 1 + 70 + 1.7 + 1.9, 0)  # c alone is wanted: all three blocks run for it
     assert own.filling[0] == pytest.approx(first) and own.filling[1] == pytest.approx(second)
     # Filled. Everything is read and decoded.
-    assert own.filled[0] == pytest.approx(milliseconds(1 + 5 + 0.7 + 1.3 + 1.9, 2.0 + 1.5 + 3.5, 1.0))
-    assert own.filled[1] == pytest.approx(milliseconds(1 + 3 + 1.9, 3.5, 0))
-    busiest = 30 * first["device"] + 70 * 0.0099 + 10 * second["device"] + 40 * 0.008
-    assert own.seconds == pytest.approx(busiest)
-    assert own.images_per_second(costs) == pytest.approx([100 / 0.0099, 100 / 0.008])
+    assert own.filled[0] == pytest.approx(milliseconds(5, 0.2 + 2.0 + 1.5 + 3.5, 1 + 0.7 + 1.3 + 1.9, 1.0))
+    assert own.filled[1] == pytest.approx(milliseconds(3, 0.2 + 3.5, 1 + 1.9, 0))
+    busiest = 30 * first["feed"] + 70 * 0.0121 + 10 * second["feed"] + 40 * 0.008
+    assert own.seconds == pytest.approx(busiest), "copies take longer than the students' steps"
+    assert own.images_per_second(costs) == pytest.approx([100 / 0.0121, 100 / 0.008])
     # Without b: it is computed from a's row, which is exact; c from b's.
     part = predict(costs, Plan({0: Kept("disk", "fp32")}))
-    assert part.filled[0] == pytest.approx(milliseconds(1 + 5 + 0.7 + 20 + 40, 2.0, 1.0))
+    assert part.filled[0] == pytest.approx(milliseconds(5, 0.2 + 2.0, 1 + 0.7 + 20 + 40, 1.0))
     # Without a: no row to go on from before b, and none behind b, as it is not exact.
     part = predict(costs, Plan({1: Kept("host", "int8")}))
-    assert part.filled[0] == pytest.approx(milliseconds(1 + 5 + 10 + 1.3 + 60 - 0, 1.5, 0))
+    assert part.filled[0] == pytest.approx(milliseconds(5, 0.2 + 1.5, 1 + 10 + 1.3 + 60, 0))
     assert part.filled[0]["device"] == pytest.approx((1 + 5 + 10 + 1.3 + 20 + 40) / 1e3)
     shown = decisions(costs, plan)
     assert [(row["output"], row["decision"], row["row_bytes"]) for row in shown] == [
@@ -170,8 +172,22 @@ def test_every_cost_is_counted_once_and_where_it_belongs():
         ("c", "keep (host, fp16)", 700),
     ]
     assert [row["live_ms"] for row in shown] == pytest.approx([10, 20, 60])
-    assert [row["kept_ms"] for row in shown] == pytest.approx([2.0, 1.5, 3.5])
+    assert [row["kept_ms"] for row in shown] == pytest.approx([2.0 + 0.7, 1.5 + 1.3, 3.5 + 1.9])
     assert [row["gigabytes"] for row in shown] == pytest.approx([1e-3, 3e-4, 7e-4])
+
+
+@pytest.mark.parametrize("device, link, rest, seconds", [(5, 3, 4, 9), (5, 8, 4, 12), (5, 8, 0, 8), (5, 0, 4, 9)])
+def test_copies_hide_behind_the_step_and_the_teacher_behind_nothing(device, link, rest, seconds):
+    """One output is copied over the link, the next is computed; both beside the students' steps. Milliseconds."""
+    outputs = (
+        OutputCost("kept", 0.1, {"fp32": CodecCost(1, 0.0, 0.0)}),
+        OutputCost("computed", rest / 1e3, {"fp32": CodecCost(1, 0.0, 0.0)}),
+    )
+    stages, tiers = (StageCost(device / 1e3, frozenset({0, 1}), 1, 0),), {"host": TierCost({"link": link / 1e3}, {}, 9)}
+    costs = Costs(outputs, stages, tiers, {}, 1, 1)
+    prediction = predict(costs, Plan({0: Kept("host", "fp32")}))
+    assert prediction.seconds == pytest.approx(seconds / 1e3)
+    assert seconds == max(device, link) + rest
 
 
 def test_budgets_hold_all_rows_of_a_tier_together():

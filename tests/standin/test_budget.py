@@ -158,6 +158,23 @@ def test_what_is_shipped_is_told_by_memory_and_stream():
         }
 
 
+def test_what_is_done_on_another_stream_is_told_apart():
+    with counting() as budget:
+        x, side = on_gpu(*MAP), torch.cuda.Stream(GPU)
+        runners = [make_runner("cudagraph", [body], [x], GPU, fall_back=False) for body in (x.sin_, x.zero_)]
+
+        def step():
+            x.mul_(2)
+            runners[0].run()
+            with torch.cuda.stream(side):
+                torch.empty_like(x).copy_(x)
+                runners[1].run()
+
+        for _ in range(2):
+            assert total(budget.of(step)) == {"elementwise": 2, "copies": 2}
+            assert total(budget.beside) == {"copies": 2}
+
+
 def test_an_operator_of_ours_does_not_change_which_stream_computes():
     """Its launches are looked at on the stream of a capture."""
     with counting() as budget:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from stablekd_fast.bench.standin.device import Graph
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.data import Batch
 from stablekd_fast.distributed.layout import Averaging
@@ -12,7 +13,7 @@ from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.engine.stage import stage_steps
 from stablekd_fast.engine.step import Rates
 from stablekd_fast.errors import CaptureError
-from stablekd_fast.execution.capture import EagerRunner, make_runner
+from stablekd_fast.execution.capture import CompiledRunner, EagerRunner, make_runner
 from stablekd_fast.objectives import Objectives, objective
 from stablekd_fast.teacher.live import Relay
 
@@ -43,6 +44,29 @@ def only_when_captured(stand, what):
             what()
 
     return body
+
+
+def net(depth: int, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    parts, inside = [], 3
+    for width in (4, 8):
+        layers = [nn.Conv2d(inside, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(width, width, 3, 1, 1, bias=False)] * (depth - 1)
+        parts.append(nn.Sequential(*layers))
+        inside = width
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+def loaded_steps(groups, **options):
+    """The steps of a stage with a batch in their inputs, on the CPU; the same weights and batch every time."""
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 8, 8)
+    paired = pair_blocks(net(2, 1).eval(), net(1, 2), images, ["0", "1"])
+    aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
+    nn.ModuleList(paired.student_blocks).train()
+    steps = stage_steps(paired, groups, aims, Optimizer("sgd"), rates=Rates.constant(0.1), **options)
+    steps.load(Relay(paired), Batch(torch.arange(8), 0, images, torch.randint(0, 10, (8,))))
+    return steps
 
 
 @pytest.mark.parametrize("device", [FIRST, SECOND])
@@ -91,31 +115,76 @@ def test_memory_that_runs_out_in_a_capture_is_reported_as_such(gpu):
         make_runner("cudagraph", [only_when_captured(gpu, runs_out)], [], FIRST, fall_back=False)
 
 
+# Compiled steps in graphs.
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """torch.compile, which from its first use on knows torch's functions by what they are: not those of a stand-in."""
+    torch.compile(lambda x: torch.relu(x), backend="aot_eager")(torch.zeros(1))
+
+
+def says_how_it_runs():
+    """A body that returns 1 where it is what torch.compile made, and 0 where it runs as it was written."""
+
+    def write(x):
+        return x + (1 if torch.compiler.is_compiling() else 0)
+
+    written, x = torch.compile(write, backend="aot_eager"), torch.zeros(1)
+    return lambda: written(x)
+
+
+def test_what_is_captured_of_a_compiled_step_is_what_torch_compile_made(compiler, gpu):
+    """torch.compile steps aside where a dispatch mode watches: the graph would repeat the step as it was written."""
+    for mode, compiled in (("cudagraph", 0.0), ("cudagraph+compile", 1.0)):
+        runner = make_runner(mode, [says_how_it_runs()], [], FIRST, fall_back=False)
+        assert runner.results[0].item() == compiled
+        runner.close()
+    assert gpu.sound
+
+
+def test_a_compiled_step_that_cannot_be_captured_goes_on_compiled_or_is_refused(gpu):
+    body = only_when_captured(gpu, fails)
+    with pytest.raises(CaptureError, match="^the step cannot be captured: CUDA error: operation not permitted"):
+        make_runner("cudagraph+compile", [body], [], FIRST, fall_back=False)
+    with pytest.warns(RuntimeWarning, match="without a captured graph"):
+        assert isinstance(make_runner("cudagraph+compile", [body], [], FIRST, fall_back=True), CompiledRunner)
+    assert gpu.sound
+
+
+def test_a_step_is_not_compiled_anew_while_it_is_captured(compiler, gpu):
+    """Compiling waits for the device and allocates outside of the graph's pool."""
+    written = torch.compile(lambda x: x * 2, backend="aot_eager", dynamic=False)
+    body = only_when_captured(gpu, lambda: written(torch.zeros(5)))
+    written(torch.zeros(3))
+    with pytest.raises(CaptureError, match="the step cannot be captured: .*recompile"):
+        make_runner("cudagraph+compile", [body], [], FIRST, fall_back=False)
+    assert gpu.sound
+
+
+def test_captured_compiled_steps_have_the_bits_of_compiled_ones(compiler, gpu, monkeypatch):
+    """On the stand-in a captured step computes on the CPU, and a replay does again what was captured."""
+    states = {}
+    for mode in ("eager", "compile", "cudagraph+compile"):
+        steps = loaded_steps([[0], [1], [2]], compiled=mode != "eager")
+        monkeypatch.setattr(Graph, "replay", lambda graph, steps=steps: steps.run())
+        steps.inputs.device = FIRST
+        runner = steps.runner(mode)
+        for _ in range(4 if mode == "cudagraph+compile" else 5):  # capturing is the first one
+            runner.run()
+        runner.close()
+        states[mode] = [tensor.detach().clone() for tensor in steps.state()]
+    same = [torch.equal(*both) for both in zip(states["compile"], states["cudagraph+compile"], strict=True)]
+    assert all(same) and gpu.sound
+    assert not all(torch.equal(*both) for both in zip(states["compile"], states["eager"], strict=True))
+
+
 # Exchanges in graphs.
-
-
-def net(depth: int, seed: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    parts, inside = [], 3
-    for width in (4, 8):
-        layers = [nn.Conv2d(inside, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        layers += [nn.Conv2d(width, width, 3, 1, 1, bias=False)] * (depth - 1)
-        parts.append(nn.Sequential(*layers))
-        inside = width
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
 def captured_exchanges(gpu, groups, **options):
     """What one captured step of a stage exchanges, as (operation, stream, bytes), and the steps."""
-    images = torch.randn(8, 3, 8, 8)
-    paired = pair_blocks(net(2, 1).eval(), net(1, 2), images, ["0", "1"])
-    aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
-    averaging = Averaging(Ranks(0, 2), None, 2)
-    nn.ModuleList(paired.student_blocks).train()
-    steps = stage_steps(
-        paired, groups, aims, Optimizer("sgd"), rates=Rates.constant(0.1), averaging=averaging, **options
-    )
-    steps.load(Relay(paired), Batch(torch.arange(8), 0, images, torch.randint(0, 10, (8,))))
+    steps = loaded_steps(groups, averaging=Averaging(Ranks(0, 2), None, 2), **options)
     seen, note = [], gpu.note
 
     def noting(what, stream, *facts):
