@@ -184,18 +184,30 @@ class Ranks:
     def say_where(self) -> None:
         """Leave word where this rank is, for ranks that may wait for it in vain later."""
         if self._store is not None:
-            self._store.set(f"stablekd/at/{self.rank}", json.dumps([self.where(), time.time()]))
+            with self._leaving_word():
+                self._store.set(f"stablekd/at/{self.rank}", json.dumps([self.where(), time.time()]))
 
     def name_once(self, key: str, value: Any) -> None:
         """Name a value, of JSON types, under a key, unless a rank has named one before."""
         if self._store is not None:
-            self._store.compare_set(f"stablekd/named/{key}", "", json.dumps(value))
+            with self._leaving_word():
+                self._store.compare_set(f"stablekd/named/{key}", "", json.dumps(value))
 
     def named(self, key: str) -> Any:
         """What a rank has named under a key; None if none has. No exchange: ranks may see it at different times."""
-        if self._store is None or not self._store.check([f"stablekd/named/{key}"]):
+        if self._store is None:
             return None
-        return json.loads(self._store.get(f"stablekd/named/{key}"))
+        with self._leaving_word():
+            known = self._store.check([f"stablekd/named/{key}"])
+            return json.loads(self._store.get(f"stablekd/named/{key}")) if known else None
+
+    @contextlib.contextmanager
+    def _leaving_word(self) -> Iterator[None]:
+        """A context for words that ranks leave for each other. Raises RankError where who keeps them is gone."""
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            raise self._lost("ranks leave word for each other", error) from error
 
     @contextlib.contextmanager
     def meeting(self, what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Several real processes as one run, on Gloo."""
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -9,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from stablekd_fast.distributed import ranks as ranks_module
 from stablekd_fast.distributed.ranks import RESTARTS, Ranks
 from stablekd_fast.engine.checkpoint import load_tensors
+from stablekd_fast.errors import RankError
 
 
 def events(out: Path, kind: str) -> list[dict]:
@@ -277,3 +280,31 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(launch, whole, tmp_pa
     for name in ("checkpoint.safetensors", "student.safetensors"):
         a, b = load_tensors(whole / name)[0], load_tensors(out / name)[0]
         assert [key for key in a if not torch.equal(a[key], b[key])] == [], name
+
+
+@pytest.mark.parametrize("word", ["say_where", "name_once", "named"])
+def test_who_keeps_the_words_of_all_and_is_killed_is_missed_in_a_sentence(word):
+    """The first process holds the store: another finds the connection broken where it leaves or looks for a word."""
+    told, telling = multiprocessing.Pipe()
+    server = multiprocessing.get_context("fork").Process(target=keep_words, args=(telling,))
+    server.start()
+    store = dist.TCPStore("localhost", told.recv(), is_master=False)
+    ranks = Ranks(1, 2, timeout=1.0, _store=store)
+    ranks.name_once("stop", [3, 15])
+    assert ranks.named("stop") == [3, 15] and ranks.named("nothing") is None
+    os.kill(server.pid, signal.SIGKILL)
+    server.join()
+    said = {
+        "say_where": ranks.say_where,
+        "name_once": lambda: ranks.name_once("other", 1),
+        "named": lambda: ranks.named("other"),
+    }
+    with pytest.raises(RankError, match="Rank 1 waited in vain at .*, where ranks leave word for each other"):
+        for _ in range(3):  # the first word may still go out
+            said[word]()
+
+
+def keep_words(pipe):
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    time.sleep(60)
