@@ -95,6 +95,12 @@ def _bench_teacher(asked: Namespace, show: Show) -> Measured:
     return run_teacher(Path(asked.directory), Images(asked.small, asked.large), asked.rounds, show)
 
 
+def _bench_objectives(asked: Namespace, show: Show) -> Measured:
+    from stablekd_fast.bench.runs.objectives import run_objectives
+
+    return run_objectives(asked.data, asked.precision, asked.rounds, show)
+
+
 def _bench_step(asked: Namespace, show: Show) -> Measured:
     from stablekd_fast.bench.runs.profile import profile_steps
     from stablekd_fast.bench.runs.step import run_step
@@ -246,6 +252,14 @@ BENCHES = {
     "step": Bench(
         "whole training steps in every mode, against the usual loops",
         STEP, _bench_step, rounds=9, short=("--rounds", "1"),
+    ),
+    "objectives": Bench(
+        "what the losses of each method add to a step that learns from labels alone",
+        {
+            "--data": {"type": str, "required": True, "help": "data set of 32 px images, e.g. CIFAR-10"},
+            "--precision": {"type": str, "default": "fp32", "help": "fp32 or bf16"},
+        },
+        _bench_objectives, rounds=9, short=("--rounds", "1"),
     ),
     "budget": Bench(
         "kernels, bytes and predicted time of a step on a GPU, counted without one",

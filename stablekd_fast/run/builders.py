@@ -18,6 +18,7 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import STREAM, Augmentation, Dataset, EvalSource, Split, StreamSource, TrainSource
 from stablekd_fast.data.augmentation import altered
 from stablekd_fast.errors import ConfigError, DataError, first_line
+from stablekd_fast.objectives import Facts
 from stablekd_fast.report.machine import usable_cores
 
 
@@ -196,6 +197,34 @@ def eval_source(
         rank=rank,
         ranks=ranks,
         device=device,
+    )
+
+
+def auxiliary_facts(
+    paired: PairedBlocks,
+    classes: int,
+    samples: int,
+    batch_size: int,
+    image_size: int,
+    device: torch.device,
+    *,
+    has_teacher: bool = True,
+) -> Facts:
+    """What an auxiliary loss is made from. `samples`: sample ids are below it; `batch_size`: images of a process."""
+    students = [cut.student_shape for cut in paired.cuts]
+    teachers = [
+        cut.teacher_shape if paired.bridge_after(k) is None else cut.student_shape for k, cut in enumerate(paired.cuts)
+    ]
+    return Facts(
+        classes=classes,
+        samples=samples,
+        batch_size=batch_size,
+        image_size=image_size,
+        student_shapes=[*students, (classes,)],
+        teacher_shapes=[*teachers, (classes,)],
+        channel_axes=[cut.student_channel_axis for cut in paired.cuts],
+        device=device,
+        teacher=nn.Sequential(*paired.teacher_blocks) if has_teacher else None,
     )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-from torch import nn
-
 from stablekd_fast.cache.columns import Plan
 from stablekd_fast.cache.fingerprint import image_fingerprint
 from stablekd_fast.config import DistillConfig, identity, objectives_of
@@ -18,7 +16,7 @@ from stablekd_fast.objectives import Facts, Objectives
 from stablekd_fast.planning.costs import Planner
 from stablekd_fast.planning.ranks import measured_layouts
 from stablekd_fast.planning.rows import Costs
-from stablekd_fast.run.builders import fingerprint
+from stablekd_fast.run.builders import auxiliary_facts, fingerprint
 from stablekd_fast.run.materials import Materials
 from stablekd_fast.teacher.cached import CachedTeacher
 from stablekd_fast.teacher.live import LiveTeacher, Relay, Teacher
@@ -68,28 +66,16 @@ def decide(materials: Materials) -> Decisions:
     layouts = _layouts(materials, objectives, groupings, teacher)
     inexact = [[output, kept.codec] for output, kept in sorted(plan.kept.items()) if kept.codec != "fp32"]
     return Decisions(
-        objectives.made(_auxiliary_facts(materials), config.seed), stages, plan, costs, teacher, layouts,
+        objectives.made(_losses_facts(materials), config.seed), stages, plan, costs, teacher, layouts,
         {**identity(config), **facts, "inexact": inexact, "epochs": ends[0] if len(ends) == 1 else ends},
     )  # fmt: skip
 
 
-def _auxiliary_facts(materials: Materials) -> Facts:
-    """What an auxiliary loss is made from."""
-    paired, classes = materials.paired, len(materials.images.dataset.classes)
-    bridged = [paired.bridge_after(k) is not None for k in range(len(paired.cuts))]
-    students = [cut.student_shape for cut in paired.cuts]
-    teachers = [s if b else cut.teacher_shape for cut, s, b in zip(paired.cuts, students, bridged)]
-    return Facts(
-        classes=classes,
-        samples=materials.source.split.total,
-        batch_size=materials.config.batch_size // materials.ranks.size,
-        image_size=materials.images.first(materials.device).shape[-1],
-        student_shapes=[*students, (classes,)],
-        teacher_shapes=[*teachers, (classes,)],
-        channel_axes=[cut.student_channel_axis for cut in paired.cuts],
-        device=materials.device,
-        teacher=nn.Sequential(*paired.teacher_blocks) if materials.config.has_teacher else None,
-    )
+def _losses_facts(materials: Materials) -> Facts:
+    config, paired, device = materials.config, materials.paired, materials.device
+    classes, size = len(materials.images.dataset.classes), materials.images.first(device).shape[-1]
+    part, samples = config.batch_size // materials.ranks.size, materials.source.split.total
+    return auxiliary_facts(paired, classes, samples, part, size, device, has_teacher=config.has_teacher)
 
 
 def _ends(config: DistillConfig, resumed: dict | None) -> list[float]:
