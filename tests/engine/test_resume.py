@@ -18,6 +18,7 @@ from stablekd_fast.engine import loop
 from stablekd_fast.engine.checkpoint import load_tensors, save_tensors
 from stablekd_fast.errors import CheckpointError, ConfigError, ModelError, TrainingError
 from stablekd_fast.models.weights import load_weights
+from tests.processes import Forked
 
 RUN = """
 import sys, torch
@@ -51,15 +52,7 @@ def launch(tmp_path, digits_file, request):
     script = tmp_path / "run.py"
     script.write_text(RUN)
 
-    def start(out: Path, mode: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, str(script), str(out), mode, request.param, str(digits_file)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=tmp_path,
-        )
-
-    return start
+    return lambda out, mode: Forked(script, out, mode, request.param, digits_file, folder=tmp_path)
 
 
 def steps_logged(out: Path) -> int:
@@ -74,10 +67,10 @@ def steps_logged(out: Path) -> int:
     return steps[-1]
 
 
-def kill_after(process: subprocess.Popen, out: Path, step: int) -> None:
+def kill_after(process: Forked, out: Path, step: int) -> None:
     deadline = time.monotonic() + 90
     while steps_logged(out) < step:
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
@@ -93,7 +86,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bits(launch, tmp_path):
     kill_after(launch(broken, "resume"), broken, 52)  # end to end
     last = launch(broken, "resume")
     for process in (undisturbed, last):
-        assert process.wait(timeout=120) == 0, process.stderr.read().decode()
+        assert process.wait(timeout=120) == 0, process.said()
 
     for name in ("checkpoint.safetensors", "student.safetensors"):
         a, b = load_tensors(whole / name)[0], load_tensors(broken / name)[0]
