@@ -34,7 +34,8 @@ class Forked:
         context.set_forkserver_preload(LOADED)
         # The child imports nothing of these tests by name: pytest alone knows where they are.
         self._process = context.Process(target=runpy.run_path, args=(__file__, {"asked": asked}, WORK))
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # what the server finds when it is started
+        # What the server finds when it is started: one thread, and no word of measuring which lines it runs.
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", COVERAGE_PROCESS_START=""):
             self._process.start()
         self.pid = self._process.pid
 
@@ -80,6 +81,10 @@ def _work(words: list[str], environment: dict[str, str], folder: str, output: st
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if os.environ.get("COVERAGE_PROCESS_START"):
+        import coverage
+
+        coverage.process_startup()
     try:
         _run(words)
     finally:

@@ -74,7 +74,7 @@ for word; do
 done
 kept=$(dirname "$0")/$(echo "$@" | sed 's# [^ ]*/csrc# csrc#g; s#-I[^ ]*/csrc#-Icsrc#g' | md5sum | cut -c1-32)
 case " $* " in
-    *" -c "*csrc/*) [ -e "$kept" ] || REAL "$@" -O0 && { [ -e "$kept" ] || cp "$object" "$kept"; cp "$kept" "$object"; } ;;
+    *" -c "*csrc/*) [ -e "$kept" ] || { REAL "$@" -O0 && cp "$object" "$kept"; } && cp "$kept" "$object" ;;
     *) exec REAL "$@" -O0 ;;
 esac
 """
