@@ -71,6 +71,13 @@ class Forked:
         self._process.kill()  # which is nothing where it has ended
 
 
+def output_of(*words: object, timeout: float = 120) -> str:
+    """Return what a forked process said; fails if the process did."""
+    process = Forked(*words)
+    assert process.wait(timeout) == 0, process.said()
+    return process.said()
+
+
 def _work(words: list[str], environment: dict[str, str], folder: str, output: str) -> None:
     """Become what `python WORDS` would be, with the signals of a shell's process in the foreground."""
     file = os.open(output, os.O_WRONLY | os.O_APPEND)

@@ -17,7 +17,7 @@ from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 from stablekd_fast.execution.precision import cpu_has_bf16
 
-TINY = Pair("resnet14", "resnet8", 8, 16, batches=2)
+TINY = Pair("resnet32", "resnet20", 8, 16, batches=2)
 
 
 @pytest.fixture(scope="module")
