@@ -73,6 +73,7 @@ def test_running_the_prefix_again_runs_it_once_per_block(tmp_path, digits):
 
 def test_plans_are_compared_with_what_was_predicted(tmp_path, monkeypatch):
     monkeypatch.setattr("stablekd_fast.bench.runs.plan.TEACHER", "resnet14")
+    monkeypatch.setattr("stablekd_fast.bench.runs.plan.STUDENT", "resnet8")
     measured = run_plan(tmp_path, "digits", lambda rows: None, budgets=("0", "10MB"), images=256)
     none, some = measured.rows
     assert none["kept"] == "nothing" and none["ratio"] == 1.0 and some["baseline"] == none["contender"] == "budget 0"
