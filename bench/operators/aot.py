@@ -127,8 +127,10 @@ def compiled(jobs: Sequence[Job]) -> Iterator[Compiled]:
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ConfigError("TRITON_INTERPRET=1 is set, under which Triton compiles nothing; unset it.")
+    processes = get_context("forkserver")
+    processes.set_forkserver_preload(["stablekd_fast.bench.operators.aot"])
     with TemporaryDirectory() as folder:
-        with ProcessPoolExecutor(None, get_context("spawn"), _cache_in, (folder,)) as pool:
+        with ProcessPoolExecutor(None, processes, _cache_in, (folder,)) as pool:
             yield from pool.map(_compile, jobs, chunksize=4)
 
 

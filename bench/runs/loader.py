@@ -13,6 +13,7 @@ import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -288,13 +289,15 @@ def _consumer(work: Work, loader: str, workers: int) -> Callable[[], Tensor]:
 def _loader(
     images: torch.utils.data.Dataset, work: Work, order: list[np.ndarray], workers: int
 ) -> Callable[[], Tensor]:
+    # Processes as a user's are, not copies of this one with its allocator and threads; torch is imported once for all.
+    processes = get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
     loader = DataLoader(
         images,
         batch_sampler=[positions.tolist() for positions in order],
         num_workers=workers,
         persistent_workers=True,
-        # Processes as a user's are, not copies of this one with its allocator and threads.
-        multiprocessing_context="spawn",
+        multiprocessing_context=processes,
         collate_fn=_channels_last,
     )
     return lambda: _first_of(loader)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import torch
@@ -25,6 +27,9 @@ PACKAGES = (
     "torchdistill",
     "tensorboard",
 )
+
+version = functools.cache(importlib.metadata.version)
+"""Reads the version of a package once: a run asks for each several times, and its files take milliseconds."""
 
 
 def machine() -> dict:

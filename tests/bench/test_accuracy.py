@@ -15,9 +15,18 @@ def campaign(tmp_path_factory):
     """A whole campaign in small: two methods, one seed, the digits."""
     out = tmp_path_factory.mktemp("campaign")
     small = ["--validation", "32", "--subset", "128", "--batch-size", "32"]
-    teacher = ["distill", "--method", "ce", "--student", "resnet20", "--epochs", "1", *small]
+    teacher = ["distill", "--method", "ce", "--student", "resnet8", "--epochs", "1", *small]
     assert stablekd([*teacher, "--out", str(out / "teacher")]) == 0
-    words = ["--data", "digits", "--teacher", "resnet20", "--teacher-weights", str(out / "teacher/student.safetensors")]
+    words = [
+        "--data",
+        "digits",
+        "--teacher",
+        "resnet8",
+        "--student",
+        "resnet8",
+        "--teacher-weights",
+        str(out / "teacher/student.safetensors"),
+    ]
     words += [*small, "--epochs", "1", "--seeds", "1", "--threads", "1", "--methods", "kd", "blocks"]
     threads = torch.get_num_threads()
     main(["tune", *words, "--out", str(out / "live")])
@@ -64,7 +73,9 @@ def test_a_finished_run_with_other_settings_is_refused(campaign):
         "--data",
         "digits",
         "--teacher",
-        "resnet20",
+        "resnet8",
+        "--student",
+        "resnet8",
         "--teacher-weights",
         str(campaign / "teacher/student.safetensors"),
     ]
@@ -79,7 +90,9 @@ def test_a_curve_tests_each_number_of_images(campaign, tmp_path):
         "--data",
         "digits",
         "--teacher",
-        "resnet20",
+        "resnet8",
+        "--student",
+        "resnet8",
         "--teacher-weights",
         str(campaign / "teacher/student.safetensors"),
     ]

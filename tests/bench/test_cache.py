@@ -50,7 +50,7 @@ def test_wrong_bytes_from_disk_show_no_speed(tmp_path, monkeypatch):
 
 
 def test_every_way_to_feed_the_blocks_is_checked(tmp_path, digits):
-    case = feeding_case(Pair("resnet32", "resnet20", 8, 16, batches=2), digits, tmp_path)
+    case = feeding_case(Pair("resnet14", "resnet8", 8, 16, batches=2), digits, tmp_path)
     rows = {row["contender"]: row for row in measure(case, 2)}
     assert set(rows) == {"prefix run again", "relay", "cache", "cache, bf16", "cache, int8", "students alone"}
     arm = case.contenders[2].call.__self__
@@ -62,7 +62,7 @@ def test_every_way_to_feed_the_blocks_is_checked(tmp_path, digits):
 
 
 def test_running_the_prefix_again_runs_it_once_per_block(tmp_path, digits):
-    case = feeding_case(Pair("resnet32", "resnet20", 8, 16, batches=2), digits, tmp_path)
+    case = feeding_case(Pair("resnet14", "resnet8", 8, 16, batches=2), digits, tmp_path)
     arm, ran = case.contenders[0].call.__self__, []
     assert isinstance(arm.teacher, Rerun)
     for k, block in enumerate(arm.paired.teacher_blocks):
@@ -72,7 +72,8 @@ def test_running_the_prefix_again_runs_it_once_per_block(tmp_path, digits):
 
 
 def test_plans_are_compared_with_what_was_predicted(tmp_path, monkeypatch):
-    monkeypatch.setattr("stablekd_fast.bench.runs.plan.TEACHER", "resnet32")
+    monkeypatch.setattr("stablekd_fast.bench.runs.plan.TEACHER", "resnet14")
+    monkeypatch.setattr("stablekd_fast.bench.runs.plan.STUDENT", "resnet8")
     measured = run_plan(tmp_path, "digits", lambda rows: None, budgets=("0", "10MB"), images=256)
     none, some = measured.rows
     assert none["kept"] == "nothing" and none["ratio"] == 1.0 and some["baseline"] == none["contender"] == "budget 0"

@@ -11,7 +11,7 @@ from stablekd_fast.bench.runs.teacher import Images, Pair
 from stablekd_fast.cli import main
 from stablekd_fast.data import open_dataset
 
-TINY = Pair("resnet32", "resnet20", 8, 16, batches=2)
+TINY = Pair("resnet14", "resnet8", 8, 16, batches=2)
 CPU = torch.device("cpu")
 
 

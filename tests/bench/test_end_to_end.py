@@ -21,7 +21,7 @@ SMALL = ["--validation", "32", "--subset", "128", "--batch_size", "32"]
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    return StageBench("resnet32", "resnet20", open_dataset("digits"), "fp32", tmp_path_factory.mktemp("rows"))
+    return StageBench("resnet14", "resnet8", open_dataset("digits"), "fp32", tmp_path_factory.mktemp("rows"))
 
 
 @pytest.mark.parametrize("method, groups", [
@@ -52,7 +52,7 @@ def race(tmp_path_factory):
         "--method",
         "ce",
         "--student",
-        "resnet20",
+        "resnet8",
         "--epochs",
         "2",
         *SMALL,
@@ -61,10 +61,10 @@ def race(tmp_path_factory):
     ]
     assert main(teacher) == 0
     weights = str(folder / "teacher" / "student.safetensors")
-    words = ["bench", "end-to-end", "--data", "digits", "--teacher", "resnet20", "--teacher_weights", weights]
+    words = ["bench", "end-to-end", "--data", "digits", "--teacher", "resnet8", "--teacher_weights", weights]
     words += [
         "--student",
-        "resnet20",
+        "resnet8",
         *SMALL,
         "--goal",
         "kd:2",

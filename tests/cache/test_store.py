@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from stablekd_fast.cache.shard import Part
 from stablekd_fast.cache.store import RowStore
 from stablekd_fast.errors import CacheError, CacheFull
 from stablekd_fast.kernels._native import core
+from tests.processes import Forked
 
 
 def names(folder: Path) -> list[str]:
@@ -190,8 +189,8 @@ def test_a_disk_that_refuses_leaves_what_is_stored(tmp_path, make_rows):
     """The file-size limit of a real process stands for the full disk."""
     folder = tmp_path / "c" / "x"
     script = FILL_A_SMALL_DISK.format(tests=str(Path(__file__).parent), folder=str(folder))
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "CacheFull" in process.stderr and "were refused" in process.stderr, process.stderr
+    said = Forked("-c", script).communicate(120)[0]
+    assert "CacheFull" in said and "were refused" in said, said
     assert names(folder) == ["shard-00000.safetensors"]
     with RowStore(folder, write=True) as store:
         assert_rows(store, torch.arange(10), make_rows)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from stablekd_fast.cli import RUN, _parser, main
 from stablekd_fast.run.exported import evaluate_file
+from tests.processes import output_of
 
 SMALL = ["--subset", "128", "--validation", "32", "--epochs", "1", "--batch-size", "32", "--bn-images", "64"]
 
@@ -213,8 +214,7 @@ def test_options_may_be_typed_either_way(spelling, monkeypatch):
 
 def test_help_says_what_settings_mean():
     """A process of its own: what jsonargparse is told about descriptions outlasts a command."""
-    command = [sys.executable, "-m", "stablekd_fast", "distill", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    shown = output_of("-m", "stablekd_fast", "distill", "--help")
     assert "Training images to use, with the classes in the proportions of the whole" in " ".join(shown.split())
 
 

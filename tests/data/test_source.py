@@ -14,6 +14,7 @@ from stablekd_fast.data import Augmentation, TrainSource, open_dataset, views
 from stablekd_fast.data.records import FileRecords
 from stablekd_fast.errors import ConfigError, DataError
 from tests.data.reference import MEAN, STD, assert_within_a_level, normalised, scaled, small_split
+from tests.processes import output_of
 
 PAD_CROP = Augmentation("pad_crop", flip=True, padding=2)
 
@@ -195,7 +196,7 @@ print(hashed.hexdigest())
 
 
 def test_another_process_takes_the_same_subsets_and_batches(capsys):
-    there = subprocess.run([sys.executable, "-c", PRINT_A_HASH], capture_output=True, text=True, check=True).stdout
+    there = output_of("-c", PRINT_A_HASH)
     exec(PRINT_A_HASH, {})
     assert len(there) == 65 and capsys.readouterr().out == there
 

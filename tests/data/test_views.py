@@ -1,11 +1,10 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from stablekd_fast.data import views
+from tests.processes import output_of
 
 MASK = (1 << 64) - 1
 
@@ -150,7 +149,7 @@ drawn = [*views.crop_offsets_and_flips(9, ids, 4, 4), views.resized_crop_boxes(9
          views.epoch_order(9, 4, 200)]
 print(json.dumps([values.tolist() for values in drawn]))
 """
-    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    there = output_of("-c", script)
     ids = np.arange(200)
     here = [
         *views.crop_offsets_and_flips(9, ids, 4, 4),

@@ -1,4 +1,4 @@
-"""Several real processes as one run, on Gloo."""
+"""Several real processes as one run, on Gloo: forked, but for the one job that torchrun starts anew."""
 
 import json
 import multiprocessing
@@ -34,27 +34,24 @@ def assert_same_bits(first: Path, second: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(launch, tmp_path_factory):
     """Where one process trained the blocks, and nothing disturbed it."""
-    _, alone, _, finished = launch
     out = tmp_path_factory.mktemp("whole") / "out"
-    finished(alone("train", out, "blocks"))
+    launch.finished(launch.alone("train", out, "blocks"))
     return out
 
 
 @pytest.fixture(scope="module")
 def merged(launch, tmp_path_factory):
     """Where two ranks trained the blocks and merged them, and nothing disturbed them."""
-    torchrun, _, _, finished = launch
     out = tmp_path_factory.mktemp("merged") / "out"
-    finished(torchrun(2, "stablekd", out, "blocks"))
+    launch.finished(*launch.together(2, "stablekd", out, "blocks"))
     return out
 
 
 def test_blocks_on_several_ranks_train_to_the_bits_of_one_process(launch, whole, tmp_path):
     """The live teacher's activations are passed on from rank to rank."""
-    torchrun, _, _, finished = launch
     for ranks in (2, 4):
         out = tmp_path / f"on{ranks}"
-        finished(torchrun(ranks, "train", out, "blocks"))
+        launch.finished(*launch.together(ranks, "train", out, "blocks"))
         assert_same_bits(whole, out)
         (report,) = events(out, "ranks")
         assert report["mesh"] == {"blocks": ranks, "data": 1}
@@ -63,13 +60,12 @@ def test_blocks_on_several_ranks_train_to_the_bits_of_one_process(launch, whole,
 
 
 def test_ranks_fill_one_cache_that_any_number_of_ranks_can_use(launch, tmp_path):
-    torchrun, alone, _, finished = launch
     rows = tmp_path / "rows"
-    finished(torchrun(2, "cached", tmp_path / "on2", rows))
+    launch.finished(*launch.together(2, "cached", tmp_path / "on2", rows))
     stored = events(tmp_path / "on2", "cache")[0]["rows"]
     assert set(stored.values()) == {320 * 2}, "each column is whole, though each rank stored a part"
-    finished(torchrun(4, "cached", tmp_path / "on4", rows))
-    finished(alone("cached", tmp_path / "one", rows))
+    launch.finished(*launch.together(4, "cached", tmp_path / "on4", rows))
+    launch.finished(launch.alone("cached", tmp_path / "one", rows))
     for out in (tmp_path / "on4", tmp_path / "one"):
         assert events(out, "cache")[0]["live_batches"] == 0
         assert_same_bits(tmp_path / "on2", out)
@@ -78,11 +74,10 @@ def test_ranks_fill_one_cache_that_any_number_of_ranks_can_use(launch, tmp_path)
 @pytest.mark.parametrize("cached", [True, False])
 def test_images_are_made_where_they_are_needed(launch, tmp_path, cached):
     """The rank that trains the first block makes them; the teacher's outputs come from rows, or from that rank."""
-    torchrun, _, _, finished = launch
     rows = tmp_path / "rows" if cached else ""
     if cached:
-        finished(torchrun(2, "counted", tmp_path / "filling", rows))
-    output = finished(torchrun(2, "counted", tmp_path / "out", rows))
+        launch.finished(*launch.together(2, "counted", tmp_path / "filling", rows))
+    output = launch.finished(*launch.together(2, "counted", tmp_path / "out", rows))
     made = [int(line.split()[2]) for line in sorted(output.splitlines()) if line.startswith("MADE")]
     (report,) = events(tmp_path / "out", "ranks")
     first = ["1" in row["groups"] for row in report["ranks"]].index(True)
@@ -92,9 +87,8 @@ def test_images_are_made_where_they_are_needed(launch, tmp_path, cached):
 
 
 def test_ranks_divide_the_cores_that_they_share(launch):
-    _, _, by_hand, _ = launch
     found = {}
-    for line in "".join(process.communicate(timeout=120)[0] for process in by_hand(2, "cores")).splitlines():
+    for line in launch.finished(*launch.together(2, "cores")).splitlines():
         if line.startswith("CORES"):
             rank, *cores = line.split()[1:]
             found[int(rank)] = [set(side.split()) for side in " ".join(cores).split("->")]
@@ -108,8 +102,8 @@ def test_ranks_divide_the_cores_that_they_share(launch):
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks):
     """Batch norms are synchronised or frozen. In float32 trajectories part by themselves: one step is compared."""
-    torchrun, _, _, finished = launch
-    lines = [line.split()[1:] for line in finished(torchrun(ranks, "data")).splitlines() if line.startswith("APART")]
+    output = launch.finished(*launch.together(ranks, "data"))
+    lines = [line.split()[1:] for line in output.splitlines() if line.startswith("APART")]
     assert len(lines) == 4
     for dtype, norms, *numbers in lines:
         apart, moved, statistics, losses = map(float, numbers)
@@ -121,16 +115,10 @@ def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks):
 def test_a_run_goes_on_with_another_number_of_ranks(launch, whole, tmp_path):
     """Two ranks are lost, then one goes on and is lost as well, then four go on. Ranks divide blocks alone, so that the
     bits do not depend on them."""
-    torchrun, alone, _, finished = launch
-    job, lost = torchrun(2, "train", tmp_path / "broken", "blocks"), tmp_path / "broken" / "events.jsonl"
-    wait_for_steps(job, lost, 10)
-    job.terminate()  # torchrun ends its processes with itself
-    job.communicate()
-    job = alone("resume", tmp_path / "broken")
-    wait_for_steps(job, lost, 30)
-    job.kill()
-    job.communicate()
-    finished(torchrun(4, "resume", tmp_path / "broken"))
+    log = tmp_path / "broken" / "events.jsonl"
+    lose(launch.together(2, "train", tmp_path / "broken", "blocks"), log, 10)
+    lose([launch.alone("resume", tmp_path / "broken")], log, 30)
+    launch.finished(*launch.together(4, "resume", tmp_path / "broken"))
     assert_same_bits(whole, tmp_path / "broken")
 
 
@@ -148,8 +136,7 @@ def test_merged_stages_divide_images(merged):
 
 
 def test_a_rank_with_other_settings_is_refused_with_the_difference(launch, tmp_path):
-    _, _, by_hand, _ = launch
-    for process in by_hand(2, "different", tmp_path / "out"):
+    for process in launch.together(2, "different", tmp_path / "out"):
         output, _ = process.communicate(timeout=120)
         assert process.returncode != 0
         assert "Rank 0 and rank 1 differ" in output and "batch_size: 32 and 16" in output and "seed: 0 and 1" in output
@@ -157,8 +144,7 @@ def test_a_rank_with_other_settings_is_refused_with_the_difference(launch, tmp_p
 
 
 def test_a_rank_with_another_teacher_is_refused_before_rows_are_stored(launch, tmp_path):
-    _, _, by_hand, _ = launch
-    processes = by_hand(2, "other weights", tmp_path / "out", tmp_path / "rows")
+    processes = launch.together(2, "other weights", tmp_path / "out", tmp_path / "rows")
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert all(process.returncode for process in processes)
     assert all("Rank 0 and rank 1 differ (teacher_fingerprint: " in output for output in outputs), outputs
@@ -166,8 +152,7 @@ def test_a_rank_with_another_teacher_is_refused_before_rows_are_stored(launch, t
 
 
 def test_a_rank_that_hangs_is_named_within_the_timeout(launch, tmp_path):
-    _, _, by_hand, _ = launch
-    waiting, hanging = by_hand(2, "hanging", tmp_path / "out")
+    waiting, hanging = launch.together(2, "hanging", tmp_path / "out")
     try:
         output, _ = waiting.communicate(timeout=120)
     finally:
@@ -179,8 +164,7 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(launch, tmp_path):
 @pytest.mark.parametrize("how", ["between gradients", "in a norm"])
 def test_a_rank_that_hangs_in_a_group_of_the_mesh_is_named_within_the_timeout(launch, how):
     """The timeout is 6 seconds: groups of a mesh must have it too, and every exchange must name who is missing."""
-    _, _, by_hand, _ = launch
-    processes = by_hand(4, "parting", how)
+    processes = launch.together(4, "parting", how)
     try:
         output, _ = processes[2].communicate(timeout=60)
     finally:
@@ -194,11 +178,14 @@ def test_a_rank_that_hangs_in_a_group_of_the_mesh_is_named_within_the_timeout(la
     assert "timeout 6 s" in text
 
 
-def wait_for_steps(process, log: Path, step: int) -> None:
-    """Wait until the training of so many steps was logged."""
+def lose(processes, log: Path, step: int) -> None:
+    """SIGKILL them all once the training of so many steps was logged."""
     while last_step(log) < step:
-        assert process.poll() is None, process.communicate()[0]
+        assert not any(process.poll() is not None for process in processes), [one.said() for one in processes]
         time.sleep(0.02)
+    for process in processes:
+        process.kill()
+    assert [process.wait() for process in processes] == [-signal.SIGKILL] * len(processes)
 
 
 def last_step(log: Path) -> int:
@@ -227,12 +214,11 @@ def workers_of(agent: int) -> list[int]:
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_job_that_loses_ranks_ends_as_an_undisturbed_one(launch, merged, tmp_path, kills):
-    torchrun, _, _, finished = launch
-    job = torchrun(2, "stablekd", tmp_path / "killed", "blocks", restarts=kills)
+    job = launch.torchrun(2, "stablekd", tmp_path / "killed", "blocks", restarts=kills)
     generator = torch.Generator().manual_seed(kills)
     for _ in range(kills):
         kill_a_rank(job, 0.5 * torch.rand((), generator=generator).item(), tmp_path / "killed")
-    finished(job)
+    launch.finished(job)
     assert_same_bits(merged, tmp_path / "killed")
 
 
@@ -259,13 +245,11 @@ def test_cores_that_this_process_may_use_are_divided(monkeypatch, rank, cores):
 @pytest.mark.parametrize("parallel", ["blocks", pytest.param("data", marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(launch, whole, tmp_path, parallel):
     """Without an agent that would pass it on; ranks that train different blocks do not meet in every step."""
-    _, _, by_hand, finished = launch
     out = tmp_path / "out"
     if parallel == "data":
         whole = tmp_path / "whole"
-        for process in by_hand(2, "slow", whole, parallel):
-            finished(process)
-    first, second = by_hand(2, "slow", out, parallel)
+        launch.finished(*launch.together(2, "slow", whole, parallel))
+    first, second = launch.together(2, "slow", out, parallel)
     until = time.time() + 120
     while not (out / "events.jsonl").exists() or not events(out, "train"):
         assert time.time() < until
@@ -275,8 +259,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(launch, whole, tmp_pa
     assert [first.returncode, second.returncode] == [128 + signal.SIGTERM] * 2, said
     step = events(out, "checkpoint")[-1]["step"]
     assert all(f"Ended by SIGTERM after step {step} of" in words for words in said)
-    for process in by_hand(2, "slow", out, parallel, "resume"):
-        finished(process)
+    launch.finished(*launch.together(2, "slow", out, parallel, "resume"))
     for name in ("checkpoint.safetensors", "student.safetensors"):
         a, b = load_tensors(whole / name)[0], load_tensors(out / name)[0]
         assert [key for key in a if not torch.equal(a[key], b[key])] == [], name

@@ -69,7 +69,7 @@ def page_folder(tmp_path, monkeypatch, one_thread):
     """A folder as a checkout has it, as far as the pages need one; benches of networks use small ones."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench_teacher, "SMALL", bench_teacher.Pair("resnet32", "resnet20", 8, 16, batches=2))
+    monkeypatch.setattr(bench_teacher, "SMALL", bench_teacher.Pair("resnet14", "resnet8", 8, 16, batches=2))
     return tmp_path
 
 

@@ -1,13 +1,12 @@
 """What a run shares and sets for its processes: random states, and the tensor cores' settings, which come back."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from stablekd_fast.engine.stage import DividedSteps
+from tests.processes import output_of
 
 GPU = torch.device("cuda:1")
 
@@ -107,10 +106,7 @@ def test_tensor_cores_are_set_and_put_back_whatever_was_touched_before(touched):
     newer = hasattr(torch.backends.cuda.matmul, "fp32_precision")
     if "fp32_precision" in TOUCHED[touched] and not newer:
         pytest.skip("this torch has only the switches")
-    output = subprocess.run(
-        [sys.executable, "-c", PROGRAM, TOUCHED[touched]], capture_output=True, text=True, check=True
-    ).stdout
-    before, outer, inner, after, on_cpu = json.loads(output)
+    before, outer, inner, after, on_cpu = json.loads(output_of("-c", PROGRAM, TOUCHED[touched]))
     assert after == before and on_cpu == before
     for found, switch, setting in ((outer, True, "tf32"), (inner, False, "ieee")):
         assert found["b.cuda.matmul.allow_tf32"] is switch and found["b.cudnn.allow_tf32"] is switch

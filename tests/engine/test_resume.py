@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from stablekd_fast.engine import loop
 from stablekd_fast.engine.checkpoint import load_tensors, save_tensors
 from stablekd_fast.errors import CheckpointError, ConfigError, ModelError, TrainingError
 from stablekd_fast.models.weights import load_weights
+from tests.processes import Forked
 
 RUN = """
 import sys, torch
@@ -51,15 +50,7 @@ def launch(tmp_path, digits_file, request):
     script = tmp_path / "run.py"
     script.write_text(RUN)
 
-    def start(out: Path, mode: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, str(script), str(out), mode, request.param, str(digits_file)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=tmp_path,
-        )
-
-    return start
+    return lambda out, mode: Forked(script, out, mode, request.param, digits_file, folder=tmp_path)
 
 
 def steps_logged(out: Path) -> int:
@@ -74,10 +65,10 @@ def steps_logged(out: Path) -> int:
     return steps[-1]
 
 
-def kill_after(process: subprocess.Popen, out: Path, step: int) -> None:
+def kill_after(process: Forked, out: Path, step: int) -> None:
     deadline = time.monotonic() + 90
     while steps_logged(out) < step:
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
@@ -93,7 +84,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bits(launch, tmp_path):
     kill_after(launch(broken, "resume"), broken, 52)  # end to end
     last = launch(broken, "resume")
     for process in (undisturbed, last):
-        assert process.wait(timeout=120) == 0, process.stderr.read().decode()
+        assert process.wait(timeout=120) == 0, process.said()
 
     for name in ("checkpoint.safetensors", "student.safetensors"):
         a, b = load_tensors(whole / name)[0], load_tensors(broken / name)[0]
@@ -196,9 +187,10 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 save_tensors(Path({str(path)!r}), {{"a": torch.zeros(100_000)}}, {{}})
 """
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    process = Forked("-c", script)
+    said = process.communicate(120)[0]
     assert process.returncode != 0
-    assert "TrainingError" in process.stderr and "free some space" in process.stderr
+    assert "TrainingError" in said and "free some space" in said
     assert load_tensors(path)[0]["a"].eq(1).all()
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from stablekd_fast.errors import CacheFull, ConfigError, ModelError, TrainingErr
 from stablekd_fast.files import write_atomically
 from stablekd_fast.files.owned import RUN_LOCK, only_run_in
 from stablekd_fast.report import Recorder
+from tests.processes import Forked
 
 KILLED = """
 import os, signal, sys
@@ -39,7 +39,7 @@ SHORT = {"data": "digits", "method": "ce", "student": "resnet20", "epochs": 0.1,
 
 
 def killed_while_writing(path):
-    assert subprocess.run([sys.executable, "-c", KILLED, str(path)]).returncode == -signal.SIGKILL
+    assert Forked("-c", KILLED, path).wait(60) == -signal.SIGKILL
 
 
 def test_what_killed_processes_left_is_removed_by_the_next_writing_of_the_same_file(tmp_path):
@@ -61,7 +61,7 @@ def test_what_is_being_written_is_not_removed(tmp_path, monkeypatch):
     real = os.fsync
 
     def meanwhile(file):
-        subprocess.run([sys.executable, "-c", inner], check=True)
+        assert Forked("-c", inner).wait(60) == 0
         real(file)
 
     monkeypatch.setattr(os, "fsync", meanwhile)
@@ -130,12 +130,9 @@ def test_a_refused_run_leaves_no_directory(tmp_path):
 
 
 def test_of_two_runs_started_together_one_trains_and_one_is_refused(tmp_path):
-    words = [sys.executable, "-m", "stablekd_fast", "distill", "--out", str(tmp_path / "out")]
-    words += [word for key, value in SHORT.items() for word in (f"--{key}", str(value))]
-    runs = []
-    for _ in range(2):
-        runs.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        time.sleep(0.2)
+    words = ["-m", "stablekd_fast", "distill", "--out", tmp_path / "out"]
+    words += [word for key, value in SHORT.items() for word in (f"--{key}", value)]
+    runs = [Forked(*words) for _ in range(2)]
     said = [run.communicate(timeout=300)[0] for run in runs]
     assert sorted(run.returncode for run in runs) == [0, 2], said
     assert "already holds a run" in said[[run.returncode for run in runs].index(2)]

@@ -1,8 +1,5 @@
 """Networks as others wrap them."""
 
-import os
-import subprocess
-import sys
 import textwrap
 import warnings
 
@@ -15,6 +12,7 @@ from stablekd_fast import distill, models
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.errors import CutError, ModelError
 from stablekd_fast.models.wrappers import unwrapped
+from tests.processes import Forked
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -142,15 +140,8 @@ dist.destroy_process_group()
 
 
 def test_gradients_of_blocks_do_not_stay_on_their_rank_in_silence(tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(RANKS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meeting")], env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    code, environment = textwrap.dedent(RANKS), {"OMP_NUM_THREADS": "1"}
+    processes = [Forked("-c", code, rank, tmp_path / "meeting", environment=environment) for rank in range(2)]
     for process in processes:
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and "all is well" in output, output

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stablekd_fast.engine.checkpoint import load_metadata, load_tensors
+from tests.processes import Forked
 
 TRAINING = [
     "distill", "--data", "digits", "--method", "ce", "--student", "resnet20", "--epochs", "1.5", "--validation", "40",
@@ -18,20 +19,14 @@ TRAINING = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def signals_of_a_terminal():
-    """A shell has processes in the background ignore SIGINT, and nohup has them ignore SIGHUP; theirs inherit that."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def start(out, *more):
+    return Forked("-m", "stablekd_fast", *TRAINING, "--out", out, *more)
 
 
-def start(out, *more, before=(), **options):
-    command = [*before, sys.executable, "-m", "stablekd_fast", *TRAINING, "--out", str(out), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+def interpreter(out):
+    """Started as a user starts it."""
+    command = [sys.executable, "-m", "stablekd_fast", *TRAINING, "--out", out]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(out, kind, seconds=240):
@@ -60,7 +55,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_resumed_run_has_the_same_bits(tmp_path, whole, number):
     out = tmp_path / "out"
-    process = start(out)
+    process = interpreter(out) if number == signal.SIGTERM else start(out)
     wait_for(out, "train")
     process.send_signal(number)
     said = process.communicate(timeout=240)[0]
@@ -76,14 +71,10 @@ def test_a_signal_saves_and_the_resumed_run_has_the_same_bits(tmp_path, whole, n
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):
-    """As under nohup."""
-    out = tmp_path / "out"
-    ignore = [
-        sys.executable,
-        "-c",
-        "import os,signal,sys; signal.signal(1, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])",
-    ]
-    process = start(out, before=ignore)
+    """As under nohup, which hands it on to the interpreter that it starts."""
+    out, before = tmp_path / "out", signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    process = interpreter(out)
+    signal.signal(signal.SIGHUP, before)
     wait_for(out, "train")
     process.send_signal(signal.SIGHUP)
     assert process.wait(600) == 0
