@@ -13,9 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from stablekd_fast.blocks import PairedBlocks
 
 
-def on_fake_cuda(paired: PairedBlocks, mode: FakeTensorMode, device: str = "cuda") -> None:
-    """Replace every parameter and buffer of the blocks by a fake one on `cuda`."""
+def on_fake_cuda(
+    paired: PairedBlocks, mode: FakeTensorMode, device: str = "cuda", beside: Sequence[torch.nn.Module] = ()
+) -> None:
+    """Replace every parameter and buffer of the blocks, and of modules `beside` them, by a fake one on `cuda`."""
     holder = torch.nn.ModuleList([paired.teacher, paired.student, *paired.teacher_blocks, *paired.student_blocks])
+    holder.extend(beside)
     holder.extend(part for part in (*paired.bridges, *(paired.serving or ())) if part is not None)
     replaced: dict[int, Tensor] = {}
 

@@ -10,5 +10,5 @@ def test_a_step_of_every_method_is_timed_beside_one_without_a_teacher():
     pair = Pair("resnet8", "resnet8", 8, 16, batches=1)
     measured = run_objectives("digits", "fp32", 1, shown.extend, pair)
     assert not measured.refused
-    assert [row["contender"] for row in shown][0] == ALONE and {row["contender"] for row in shown} == set(methods())
+    assert shown[0]["contender"] == ALONE and {row["contender"] for row in shown} == set(methods())
     assert set(methods()) | set(NEEDS_MORE) >= {name for name, one in METHODS.items() if one.stages == "end to end"}

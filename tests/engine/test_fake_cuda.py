@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from stablekd_fast import models
 from stablekd_fast.bench.standin.fakes import on_fake_cuda, walk_backward
 from stablekd_fast.blocks import pair_blocks
+from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
 from stablekd_fast.engine.stage import stage_steps
@@ -20,7 +21,8 @@ from stablekd_fast.engine.step import Rates
 from stablekd_fast.errors import CaptureError
 from stablekd_fast.execution.emulator import Recording, Watch
 from stablekd_fast.execution.precision import Precision
-from stablekd_fast.objectives import Objectives, objective
+from stablekd_fast.objectives import METHODS, Objectives, objective
+from stablekd_fast.run.builders import auxiliary_facts
 from stablekd_fast.teacher.live import LiveTeacher, Relay
 
 CUDA = torch.device("cuda")
@@ -188,3 +190,35 @@ def test_the_check_would_catch_a_host_read():
 def test_the_check_would_catch_a_tensor_on_the_wrong_device():
     with FakeTensorMode(), pytest.raises(RuntimeError, match="device"):
         torch.ones(3, device="cuda") + torch.ones(3)
+
+
+NEIGHBOURS = [
+    name for name, method in METHODS.items() if (method.auxiliary, method.feature, method.logits) != (None, "mse", "kd")
+]
+
+
+@pytest.mark.parametrize("method", [name for name in NEIGHBOURS if name not in ("kdiga", "multi-teacher")])
+def test_losses_of_the_field_stay_on_the_device_and_never_ask_the_host(paired, lent, monkeypatch, method):
+    """kdiga differentiates twice, which the walk through the graph does not; multi-teacher reads a file."""
+
+    def grad(outputs, inputs):
+        walk_backward([outputs], [torch.ones_like(outputs)])
+        return (inputs.grad,)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    aims = objectives_of(DistillConfig(method=method))
+    facts = auxiliary_facts(paired, 10, 100, 8, 16, torch.device("cpu"))
+    aims, mode, steps = aims.made(facts, 0), FakeTensorMode(), FakeRecording()
+    on_fake_cuda(paired, mode, beside=[] if aims.module is None else [aims.module])
+    groups = [list(range(len(paired)))]
+    with mode:
+        images = torch.empty(8, 3, 16, 16)
+        batch = Batch(torch.empty(8, dtype=torch.int64), 0, images, torch.empty(8, dtype=torch.int64), images)
+        optimizer = Optimizer("sgd")
+        stage = stage_steps(paired, groups, aims, optimizer, rates=Rates.constant(0.1, device=CUDA))
+        stage.load(Relay(paired, LiveTeacher(paired)), batch)
+        with steps:
+            stage.run()
+    for operation in steps.operations:
+        devices = {t.device.type for t in (*operation.inputs, *operation.outputs) if t.dim() > 0}
+        assert devices <= {"cuda"}, operation
