@@ -22,9 +22,9 @@ def trained(method, capture, out):
     settings = {"auxiliary_options": {"negatives": 64}} if method == "crd" else {}
     settings |= {"mix": "cutmix"} if method == "mix-kd" else {}
     config = DistillConfig(
-        method=method, data="digits", teacher="resnet20", student="resnet20_half", epochs=1.0, subset=256, batch_size=32,
-        validation=0, bn_images=32, precision="fp32", device="cuda", capture=capture, deterministic=True, out=str(out),
-        **settings,
+        method=method, data="digits", teacher="resnet20", student="resnet20_half", epochs=1.0, subset=256,
+        batch_size=32, validation=0, bn_images=32, precision="fp32", device="cuda", capture=capture,
+        deterministic=True, out=str(out), **settings,
     )  # fmt: skip
     torch.manual_seed(0)
     teacher = models.build("resnet20", 10, 8) if config.has_teacher else None
