@@ -88,7 +88,7 @@ class Steps:
             columns[output] = Column(f"{output}", form, rows)
         teacher = CachedTeacher(self.paired, columns, count, device, live)
         if tier == "host" and device.type == "cpu":
-            teacher._reads_ahead = lambda store: True  # as on a GPU, whose rows are gathered ahead
+            teacher._lies_apart = lambda store: True  # as on a GPU, whose rows are gathered ahead
         return teacher
 
 

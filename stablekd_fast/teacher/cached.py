@@ -14,6 +14,7 @@ from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.columns import Column
 from stablekd_fast.cache.memory_rows import MemoryRows, Shipped
 from stablekd_fast.cache.store import RowStore
+from stablekd_fast.cache.writer import RowWriter, store_now
 from stablekd_fast.data import Batch
 from stablekd_fast.errors import CacheFull
 from stablekd_fast.teacher.live import LiveTeacher
@@ -49,6 +50,7 @@ class CachedTeacher:
         self._fills: Collection[int] = columns.keys()
         self._reading: _Reading | None = None
         self._shipped = Shipped()
+        self._writer = RowWriter(device)
 
     def row_numbers(self, sample_ids: Tensor, view: int | None) -> Tensor:
         """Return the numbers of the rows of these samples, int64 `[N]`, in a view, which must have a name."""
@@ -85,19 +87,23 @@ class CachedTeacher:
             self.live_batches += 1
             known = {k: value for k, value in found.items() if self.columns[k].continues}
             assert images is not None, "needs_images asked for them"
-            for k, value in self.live.outputs(images, missing, known).items():
-                found[k] = self._kept(k, rows, value) if k in self.columns else value
+            found |= self._kept(rows, self.live.outputs(images, missing, known))
         return found
 
     def fill(self, stored: Collection[int]) -> None:
         """Several processes fill columns on disk together; in memory each has rows of its own."""
+        self._writer.settle()
         self._fills = {k for k, column in self.columns.items() if k in stored or not column.on_disk}
         for column in self.columns.values():
             if isinstance(column.rows, RowStore):
                 column.rows.refresh()
 
+    def settle(self) -> None:
+        self._writer.settle()
+
     def seal(self) -> None:
         """Finish the files of the columns, once the run has stored what it keeps; a disk that refuses costs a line."""
+        self._writer.settle()
         for column in self.columns.values():
             if isinstance(column.rows, RowStore) and column.rows.write:
                 try:
@@ -107,29 +113,35 @@ class CachedTeacher:
 
     def report(self) -> dict:
         """For how many batches some teacher block ran, and how many rows each column holds."""
+        self._writer.settle()
         return {"live_batches": self.live_batches, "rows": {c.name: len(c.rows) for c in self.columns.values()}}
 
     def close(self) -> None:
-        self.live.close()
-        for column in self.columns.values():
-            column.rows.close()
+        try:
+            self._writer.close()
+        finally:
+            self.live.close()
+            for column in self.columns.values():
+                column.rows.close()
 
     def _begin(self, batch: Batch, wanted: Collection[int]) -> _Reading:
         rows, started = self.row_numbers(batch.sample_ids, batch.view), {}
         for k in wanted:
             store = self.columns[k].rows if k in self.columns else None
-            if store is not None and self._reads_ahead(store) and self._complete(k, rows):
+            if store is not None and self._lies_apart(store) and self._complete(k, rows):
                 out = store.empty(len(rows), pinned=self.pinned)
                 started[k] = (store.submit(rows, out), out)
         return _Reading(batch, started)
 
-    def _reads_ahead(self, store: RowStore | MemoryRows) -> bool:
-        """Whether rows are brought into memory of their own before they are wanted: those on disk, and those in main
-        memory where they go on to a GPU."""
+    def _lies_apart(self, store: RowStore | MemoryRows) -> bool:
+        """Whether rows lie elsewhere than what trains: those on disk, and those in main memory beside a GPU. They are
+        read into memory of their own before they are wanted, and stored by a thread."""
         return isinstance(store, RowStore) or (self.pinned and store.device.type == "cpu")
 
     def _complete(self, k: int, rows: Tensor) -> bool:
-        return self.columns[k].rows.complete(rows)
+        """Whether all rows of an output are stored, those among them that are handed over to be stored."""
+        store = self.columns[k].rows
+        return store.complete(rows) or (self._writer.await_rows(rows) and store.complete(rows))
 
     def _stored(self, k: int, rows: Tensor, reading: _Reading) -> Tensor:
         column = self.columns[k]
@@ -142,17 +154,19 @@ class CachedTeacher:
             parts = column.rows.gather(rows)
         return column.format.decode([part.to(self.device, non_blocking=True) for part in parts])
 
-    def _kept(self, k: int, rows: Tensor, value: Tensor) -> Tensor:
-        column = self.columns[k]
-        parts = column.format.encode(value)
-        if not column.closed and k in self._fills:
-            try:
-                column.rows.put(rows, [part.cpu() for part in parts] if column.on_disk else parts)
-            except CacheFull as error:
-                column.closed = True
-                warnings.warn(
-                    f"{column.name} is cached no further, the live teacher serves what is missing: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        return column.format.decode(parts)
+    def _kept(self, rows: Tensor, outputs: dict[int, Tensor]) -> dict[int, Tensor]:
+        """What the live teacher gave, as its rows will give it; those are stored that the plan keeps."""
+        found, apart = dict(outputs), []
+        for k in [k for k in outputs if k in self.columns]:
+            column = self.columns[k]
+            parts = column.format.encode(outputs[k])
+            found[k] = column.format.decode(parts)
+            if column.closed or k not in self._fills:
+                continue
+            if self._lies_apart(column.rows):
+                apart.append((column, parts))
+            else:
+                store_now(column, rows, parts)
+        if apart:
+            self._writer.put(rows, apart)
+        return found
