@@ -125,6 +125,24 @@ def test_an_iteration_with_stored_rows_ships_them_and_waits_for_nothing(tier, mo
     assert rows <= traffic.shipped <= rows + 8192
 
 
+class Filling(MemoryRows):
+    """Rows in main memory, which a thread is handed; here it does nothing with them."""
+
+    def put(self, rows, parts):
+        assert all(part.device.type == "cpu" for part in parts)
+
+
+def test_an_iteration_that_fills_a_cache_ships_its_rows_and_waits_for_nothing():
+    iteration = Iteration()
+    columns = {k: Column(f"{k}", form, Filling(form.parts, 0, torch.device("cpu"))) for k, form in iteration.formats.items()}
+    teacher = CachedTeacher(iteration.paired, columns, iteration.dataset.train.total, GPU)
+    traffic = iteration.run(teacher)
+    teacher.close()
+    assert listed(traffic) == set()
+    rows = BATCH * sum(form.row_bytes for form in iteration.formats.values())
+    assert rows <= traffic.shipped <= rows + 8192
+
+
 def test_an_evaluation_waits_for_what_is_listed():
     iteration, traffic = Iteration(), Traffic()
     data = iteration.dataset
