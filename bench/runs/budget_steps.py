@@ -94,10 +94,11 @@ class Steps:
 
 @dataclass(frozen=True)
 class Counted:
-    """What a step gives the device to do, and what it ships between host and device in bytes."""
+    """What a step gives the device to do, and what it ships between host and device: in bytes, and by how many copies."""
 
     work: list[Work]
     shipments: Counter[Shipment]
+    copies: Counter[Shipment]
     outside: int
     """Operations that the host gives the device one by one, outside of captured graphs."""
     columns: int
@@ -113,7 +114,7 @@ def counted(steps: Steps, ways: list[Way]) -> list[Counted]:
             arm = steps.of(way, GPU)
             work = budget.of(arm.train)
             columns = len(arm.stage.wanted) if FED_BY[way.fed_by] else 0
-            found.append(Counted(work, budget.shipments.copy(), len(budget.work), columns))
+            found.append(Counted(work, budget.shipments.copy(), budget.copies.copy(), len(budget.work), columns))
             arm.teacher.close()
     return found
 

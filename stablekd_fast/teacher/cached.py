@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.columns import Column
-from stablekd_fast.cache.memory_rows import MemoryRows, Shipped
-from stablekd_fast.cache.store import RowStore
+from stablekd_fast.cache.memory_rows import Gatherer, Gathering, MemoryRows, Shipped
+from stablekd_fast.cache.staging import Staging
+from stablekd_fast.cache.store import RowStore, Ticket
 from stablekd_fast.cache.writer import RowWriter, store_now
 from stablekd_fast.data import Batch
 from stablekd_fast.errors import CacheFull
@@ -22,10 +22,13 @@ from stablekd_fast.teacher.live import LiveTeacher
 
 @dataclass
 class _Reading:
-    """Rows of one batch that are being read ahead: by output the ticket, and the memory that is read into."""
+    """Rows of one batch that are being read ahead into memory of their own: those on disk by output, those in main
+    memory together."""
 
     batch: Batch
-    columns: dict[int, tuple[Any, list[Tensor]]]
+    staging: Staging
+    tickets: dict[int, Ticket]
+    gathering: Gathering | None
 
 
 class CachedTeacher:
@@ -49,6 +52,7 @@ class CachedTeacher:
         self.live_batches = 0
         self._fills: Collection[int] = columns.keys()
         self._reading: _Reading | None = None
+        self._gatherer: Gatherer | None = None
         self._shipped = Shipped()
         self._writer = RowWriter(device)
 
@@ -78,10 +82,12 @@ class CachedTeacher:
         reading, self._reading = self._reading, None
         if reading is None or reading.batch is not batch:
             reading = self._begin(batch, wanted)
-        rows, found = self.row_numbers(batch.sample_ids, batch.view), {}
+        rows, found, arrived = self.row_numbers(batch.sample_ids, batch.view), {}, self._arrived(reading)
         for k in wanted:
-            if k in self.columns and (k in reading.columns or self._complete(k, rows)):
-                found[k] = self._stored(k, rows, reading)
+            if k in arrived:
+                found[k] = self.columns[k].format.decode(arrived[k])
+            elif k in self.columns and self._complete(k, rows):
+                found[k] = self._stored(k, rows)
         missing = set(wanted) - found.keys()
         if missing:
             self.live_batches += 1
@@ -121,17 +127,41 @@ class CachedTeacher:
             self._writer.close()
         finally:
             self.live.close()
+            if self._gatherer is not None:
+                self._gatherer.close()
             for column in self.columns.values():
                 column.rows.close()
 
     def _begin(self, batch: Batch, wanted: Collection[int]) -> _Reading:
-        rows, started = self.row_numbers(batch.sample_ids, batch.view), {}
+        rows, read = self.row_numbers(batch.sample_ids, batch.view), []
         for k in wanted:
-            store = self.columns[k].rows if k in self.columns else None
-            if store is not None and self._lies_apart(store) and self._complete(k, rows):
-                out = store.empty(len(rows), pinned=self.pinned)
-                started[k] = (store.submit(rows, out), out)
-        return _Reading(batch, started)
+            if k in self.columns and self._lies_apart(self.columns[k].rows) and self._complete(k, rows):
+                read.append(k)
+        staging = Staging({k: self.columns[k].format.parts for k in read}, len(rows), pinned=self.pinned and bool(read))
+        tickets, in_memory = {}, []
+        for k in read:
+            store = self.columns[k].rows
+            if isinstance(store, RowStore):
+                tickets[k] = store.submit(rows, staging.parts[k])
+            else:
+                in_memory.append((store, rows, staging.parts[k]))
+        return _Reading(batch, staging, tickets, self._gather(in_memory))
+
+    def _gather(self, wanted: list[tuple[MemoryRows, Tensor, list[Tensor]]]) -> Gathering | None:
+        if not wanted:
+            return None
+        self._gatherer = self._gatherer or Gatherer()
+        return self._gatherer.submit(wanted)
+
+    def _arrived(self, reading: _Reading) -> dict[int, list[Tensor]]:
+        """What was read ahead, on the device: by output the parts of its rows."""
+        for k, ticket in reading.tickets.items():
+            store = self.columns[k].rows
+            assert isinstance(store, RowStore)
+            store.wait(ticket)
+        if reading.gathering is not None and self._gatherer is not None:
+            self._gatherer.wait(reading.gathering)
+        return reading.staging.on(self.device) if reading.staging.parts else {}
 
     def _lies_apart(self, store: RowStore | MemoryRows) -> bool:
         """Whether rows lie elsewhere than what trains: those on disk, and those in main memory beside a GPU. They are
@@ -143,12 +173,10 @@ class CachedTeacher:
         store = self.columns[k].rows
         return store.complete(rows) or (self._writer.await_rows(rows) and store.complete(rows))
 
-    def _stored(self, k: int, rows: Tensor, reading: _Reading) -> Tensor:
+    def _stored(self, k: int, rows: Tensor) -> Tensor:
+        """Rows of an output that were not read ahead."""
         column = self.columns[k]
-        if k in reading.columns:
-            ticket, parts = reading.columns[k]
-            column.rows.wait(ticket)
-        elif isinstance(column.rows, MemoryRows):
+        if isinstance(column.rows, MemoryRows):
             parts = column.rows.gather(rows, self._shipped)
         else:
             parts = column.rows.gather(rows)

@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stablekd_fast import models
 from stablekd_fast.bench.standin import Traffic
-from stablekd_fast.bench.standin.budget import AtOnce
 from stablekd_fast.bench.standin.fakes import as_cudnn_lays_out, on_fake_cuda, walk_backward
 from stablekd_fast.blocks import pair_blocks, serve
 from stablekd_fast.cache.columns import Column, row_format
@@ -114,7 +113,7 @@ def test_an_iteration_with_a_live_teacher_waits_for_nothing_and_grows_by_nothing
 
 @pytest.mark.parametrize("tier", ["device", "host"])
 def test_an_iteration_with_stored_rows_ships_them_and_waits_for_nothing(tier, monkeypatch):
-    monkeypatch.setattr("stablekd_fast.cache.memory_rows.ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr("stablekd_fast.cache.memory_rows.core", None)
     iteration = Iteration()
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher = iteration.cached(tier)
