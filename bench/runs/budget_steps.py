@@ -94,7 +94,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Counted:
-    """What a step gives the device to do, and what it ships between host and device: in bytes, and by how many copies."""
+    """What a step gives the device to do, and what it ships between host and device: bytes and copies."""
 
     work: list[Work]
     shipments: Counter[Shipment]

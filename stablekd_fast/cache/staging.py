@@ -26,8 +26,8 @@ class Staging:
         self.parts = self._divided(self._memory)
 
     def on(self, device: torch.device) -> dict[int, list[Tensor]]:
-        """What is there by now, on `device`: by output the tensors `[count, ...]` of its parts. They share memory, which
-        is this one's where `device` is a CPU."""
+        """What is there by now, on `device`: by output the tensors `[count, ...]` of its parts. They share memory; on a
+        CPU it is this one."""
         there = self._memory.to(device, non_blocking=True)
         return self.parts if there is self._memory else self._divided(there)
 

@@ -16,8 +16,7 @@ from torch import nn
 
 from stablekd_fast import distill
 from stablekd_fast.cache import CacheSettings
-from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, StreamSource, TrainSource, open_dataset
-from stablekd_fast.data import dali_stream
+from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, StreamSource, TrainSource, dali_stream, open_dataset
 from stablekd_fast.engine.checkpoint import load_tensors
 from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.schedule import Optimizer

@@ -133,7 +133,9 @@ class Filling(MemoryRows):
 
 def test_an_iteration_that_fills_a_cache_ships_its_rows_and_waits_for_nothing():
     iteration = Iteration()
-    columns = {k: Column(f"{k}", form, Filling(form.parts, 0, torch.device("cpu"))) for k, form in iteration.formats.items()}
+    columns = {
+        k: Column(f"{k}", form, Filling(form.parts, 0, torch.device("cpu"))) for k, form in iteration.formats.items()
+    }
     teacher = CachedTeacher(iteration.paired, columns, iteration.dataset.train.total, GPU)
     traffic = iteration.run(teacher)
     teacher.close()

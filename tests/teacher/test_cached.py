@@ -175,6 +175,27 @@ def test_a_row_that_was_stored_after_the_reading_began_is_read_all_the_same(digi
     teacher.close()
 
 
+def test_rows_on_disk_and_in_main_memory_arrive_together_as_each_is_read_alone(digits, tmp_path):
+    """As beside a GPU: rows of both are read ahead into one piece of memory, whatever a stage wants of them."""
+    bench, plain = Bench(digits), Bench(digits)
+    plan = {0: Kept("host", "fp32"), 1: Kept("disk", "int8"), 2: Kept("host", "int8"), 3: Kept("disk", "fp32")}
+    teacher, other = (b.teacher(plan, str(tmp_path / name)) for b, name in ((bench, "a"), (plain, "b")))
+    teacher._lies_apart = lambda store: True
+    batches = [bench.batch([4 * n, 4 * n + 1, 4 * n + 2, 4 * n + 3]) for n in range(3)]
+    for batch in batches:
+        for one in (teacher, other):
+            one.outputs(EVERYTHING, batch.images, batch)
+    for wanted in (EVERYTHING, {0, 1}, {2, 3}, {0}, {3}):
+        bench.ran[:] = [0] * 4
+        for batch in teacher.ahead(iter(batches), wanted):
+            found, alone = teacher.outputs(wanted, None, batch), other.outputs(wanted, None, batch)
+            assert found.keys() == alone.keys() == wanted
+            assert all(torch.equal(found[k], alone[k]) for k in wanted), wanted
+            assert len({found[k].untyped_storage().data_ptr() for k in wanted & {0, 3}}) == 1, "exact rows are views"
+        assert bench.ran == [0] * 4
+    teacher.close(), other.close()
+
+
 def test_a_damaged_row_is_an_error_where_it_is_read(digits, tmp_path):
     bench = Bench(digits)
     teacher = bench.teacher({1: Kept("disk", "fp32")}, str(tmp_path / "rows"))
