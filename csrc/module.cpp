@@ -148,6 +148,17 @@ std::int64_t submit_rows(RowReader& reader, Address rows, std::int64_t count, Ad
     return reader.submit(at<std::int64_t>(rows), count, tables, parts_of(parts), always);
 }
 
+// Address of slot 0, bytes from one slot to the next, bytes, addresses of the slots and of the output, for each part.
+using LyingNumbers = std::vector<std::tuple<Address, std::int64_t, std::int64_t, Address, Address>>;
+
+std::int64_t gather_rows(RowReader& reader, std::int64_t count, const LyingNumbers& numbers) {
+    std::vector<Lying> parts;
+    for (const auto& [first, stride, bytes, slots, to] : numbers) {
+        parts.push_back({at<std::uint8_t>(first), stride, bytes, at<std::int64_t>(slots), at<std::uint8_t>(to)});
+    }
+    return reader.gather(count, std::move(parts));
+}
+
 // A number of `Fault`, the row at fault, errno.
 std::tuple<int, std::int64_t, int> wait_rows(RowReader& reader, std::int64_t ticket) {
     const Outcome outcome = reader.wait(ticket);
@@ -187,6 +198,7 @@ PYBIND11_MODULE(_C, module) {
     py::class_<RowReader>(module, "RowReader")
         .def(py::init<int>())
         .def("submit", &submit_rows)
+        .def("gather", &gather_rows)
         .def("wait", &wait_rows, no_gil)
         .def("checksum", &checksum_rows, no_gil);
 }

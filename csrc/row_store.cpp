@@ -171,6 +171,19 @@ std::int64_t RowReader::submit(const std::int64_t* rows, std::int64_t count, con
     });
 }
 
+std::int64_t RowReader::gather(std::int64_t count, std::vector<Lying> parts) {
+    std::int64_t bytes = 0;
+    for (const Lying& part : parts) bytes += part.bytes;
+    return start(count, bytes, [parts = std::move(parts)](std::int64_t place) {
+        for (const Lying& part : parts) {
+            if (part.slots[place] < 0) return Outcome{Fault::absent, place, 0};
+            std::memcpy(part.to + place * part.bytes, part.first + part.slots[place] * part.stride,
+                        static_cast<std::size_t>(part.bytes));
+        }
+        return Outcome{};
+    });
+}
+
 void RowReader::checksum(const std::int64_t* rows, std::int64_t count, std::vector<Part> parts, std::uint32_t* out) {
     const std::int64_t bytes = bytes_of(parts);
     wait(start(count, bytes, [rows, parts = std::move(parts), out](std::int64_t place) {

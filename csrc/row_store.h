@@ -11,7 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
-// Rows of fixed size in open files, read in any order into the caller's memory and checked. The files' format,
+// Rows of fixed size in open files or in memory, read in any order into the caller's memory and checked. The files' format,
 // who writes them and which row lies where is decided in stablekd_fast/cache/store.py.
 
 namespace stablekd {
@@ -26,6 +26,15 @@ std::uint32_t crc32c_by_tables(std::uint32_t crc, const void* data, std::int64_t
 struct Part {
     std::int64_t bytes;
     std::uint8_t* memory;
+};
+
+// One of the parts of rows that lie in memory, and where it goes, packed [rows, bytes].
+struct Lying {
+    const std::uint8_t* first;  // the part in slot 0
+    std::int64_t stride;        // bytes from one slot to the next
+    std::int64_t bytes;
+    const std::int64_t* slots;  // the slot of each row wanted
+    std::uint8_t* to;
 };
 
 // Tables over all row numbers, and over shards. They outlive the reading.
@@ -56,6 +65,8 @@ class RowReader {
     // Begins to read `rows` into `parts`; `always` checks rows that were checked before, too. Gives a ticket.
     std::int64_t submit(const std::int64_t* rows, std::int64_t count, const Rows& tables, std::vector<Part> parts,
                         bool always);
+    // Begins to gather `count` rows in memory; a negative slot is a row that is absent. Gives a ticket.
+    std::int64_t gather(std::int64_t count, std::vector<Lying> parts);
     // Helps with the job and waits for its end. Throws std::invalid_argument for a ticket that was waited for before.
     Outcome wait(std::int64_t ticket);
 

@@ -129,6 +129,7 @@ def _bytes(way: Way, found: Counted) -> dict:
     }
     row = _named(way) | {"moved_MB": sum(work.moved for work in found.work) / 1e6}
     row |= {f"shipped_MB, {kind}": size / 1e6 for kind, size in shipped.items()}
+    row["copies to the device"] = sum(count for way, count in found.copies.items() if way.to_device)
     return row | {"gflop": sum(work.flops for work in found.work) / 1e9}
 
 

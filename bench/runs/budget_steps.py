@@ -88,16 +88,17 @@ class Steps:
             columns[output] = Column(f"{output}", form, rows)
         teacher = CachedTeacher(self.paired, columns, count, device, live)
         if tier == "host" and device.type == "cpu":
-            teacher._reads_ahead = lambda store: True  # as on a GPU, whose rows are gathered ahead
+            teacher._lies_apart = lambda store: True  # as on a GPU, whose rows are gathered ahead
         return teacher
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What a step gives the device to do, and what it ships between host and device in bytes."""
+    """What a step gives the device to do, and what it ships between host and device: bytes and copies."""
 
     work: list[Work]
     shipments: Counter[Shipment]
+    copies: Counter[Shipment]
     outside: int
     """Operations that the host gives the device one by one, outside of captured graphs."""
     columns: int
@@ -115,7 +116,8 @@ def counted(steps: Steps, ways: list[Way]) -> list[Counted]:
             arm = steps.of(way, GPU)
             work = budget.of(arm.train)
             columns = len(arm.stage.wanted) if FED_BY[way.fed_by] else 0
-            found.append(Counted(work, budget.shipments.copy(), len(budget.work), columns, budget.beside.copy()))
+            shipped, copies, beside = budget.shipments.copy(), budget.copies.copy(), budget.beside.copy()
+            found.append(Counted(work, shipped, copies, len(budget.work), columns, beside))
             arm.teacher.close()
     return found
 

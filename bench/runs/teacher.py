@@ -1,12 +1,13 @@
 """`stablekd bench teacher`: decomposed steps that the teacher feeds in several ways.
 
 Its prefix is run again for each block, it runs once and hands on its activations, or its rows come out of the cache.
-The limit is students that have their inputs already.
+The limit is students that have their inputs already. Filling that cache is timed as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from stablekd_fast import models
 from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned, scratch
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
-from stablekd_fast.cache.columns import Columns, Kept, Plan
+from stablekd_fast.cache.columns import Column, Columns, Kept, Plan
 from stablekd_fast.cache.settings import CacheSettings
+from stablekd_fast.cache.writer import RowWriter, store_now
 from stablekd_fast.data import Batch, Dataset, TrainSource, open_dataset
 from stablekd_fast.engine.inputs import output_key
 from stablekd_fast.engine.schedule import Optimizer
@@ -33,6 +35,7 @@ from stablekd_fast.teacher.live import Relay, Teacher
 CPU = torch.device("cpu")
 LOGITS = "fp32"
 RERUN, ALONE = "prefix run again", "students alone"
+BETWEEN, BESIDE, UNSTORED = "stored between passes", "stored beside the next pass", "teacher alone"
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,30 @@ def make_pair(
     return paired, source, batches
 
 
+class BetweenPasses(RowWriter):
+    """Rows are stored before the teacher goes on, by the thread in which it runs."""
+
+    def put(self, rows: Tensor, kept: Sequence[tuple[Column, Sequence[Tensor]]]) -> None:
+        for column, parts in kept:
+            store_now(column, rows, [part.cpu() for part in parts])
+
+
+class Filling:
+    """The teacher runs and its rows are stored on disk, in another view each time, so that none is there."""
+
+    def __init__(self, teacher: CachedTeacher, batches: list[Batch]) -> None:
+        self.teacher, self.batches, self.view = teacher, batches, 0
+
+    def fill(self) -> list[Tensor]:
+        """Fill a view with all batches, and wait until the last row is stored; return the outputs of the last."""
+        self.view += 1
+        for batch in self.batches:
+            shown = dataclasses.replace(batch, view=self.view)
+            found = self.teacher.outputs(self.teacher.columns.keys(), shown.images, shown)
+        self.teacher.settle()
+        return [found[k] for k in sorted(found)]
+
+
 def cached(
     paired: PairedBlocks,
     source: TrainSource,
@@ -190,6 +217,33 @@ def feeding_case(pair: Pair, dataset: Dataset, folder: Path) -> Case:
     return Case("teacher", pair.name, contenders, RERUN, limit.expected, 0.0, {"images": pair.batch}, ALONE)
 
 
+def filling_case(dataset: Dataset, folder: Path, codec: str) -> Case:
+    """Fill a cache on disk. The limit is the teacher alone."""
+    pair = dataclasses.replace(SMALL, batches=8)
+    paired, source, batches = make_pair(pair, dataset)
+    fillings = []
+    for name in (BETWEEN, BESIDE):
+        place = folder / "filling" / codec / name
+        fillings.append(Filling(cached(paired, source, batches, place, codec), batches))
+    fillings[0].teacher._writer = BetweenPasses(CPU)
+    last, outputs = batches[-1], sorted(fillings[0].teacher.columns)
+
+    def alone() -> list[Tensor]:
+        for batch in batches:
+            found = paired.teacher_outputs(batch.images, outputs)
+        return [found[k] for k in outputs]
+
+    def expected() -> list[Tensor]:
+        found = paired.teacher_outputs(last.images, outputs)
+        return [found[k].double() for k in outputs]
+
+    contenders = [Contender(BETWEEN, fillings[0].fill), Contender(BESIDE, fillings[1].fill, role="ours")]
+    contenders.append(Contender(UNSTORED, alone, role="limit"))
+    name = f"filling {codec} rows, {pair.name}"
+    extras = {"images": pair.batches * pair.batch}
+    return Case("teacher", name, contenders, BETWEEN, expected, 0.0 if codec == "fp32" else 4e-3, extras, UNSTORED)
+
+
 def size_case(dataset: Dataset, folder: Path) -> Case:
     """Feed the same student from the caches of a large and of a small teacher."""
     contenders = []
@@ -230,6 +284,8 @@ def cases(folder: Path, images: Images) -> Iterator[Case]:
         yield feeding_case(pair, dataset, folder)
         if pair is SMALL:
             yield size_case(dataset, folder)
+            for codec in ("fp32", "int8"):
+                yield filling_case(dataset, folder, codec)
 
 
 def run_teacher(folder: Path, images: Images, rounds: int, show: Callable[[list[dict]], None]) -> Measured:

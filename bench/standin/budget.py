@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any
 from unittest import mock
 
@@ -34,13 +33,16 @@ class Budget(Traffic):
         """Bytes by the way in which they were copied."""
         self.beside: list[Work] = []
         """What the last step gave the device on another stream than the one that computes."""
+        self.copies: Counter[Shipment] = Counter()
+        """How many copies those were."""
         self._captured: defaultdict[object, list[Work]] = defaultdict(list)
 
     def of(self, step: Callable[[], object]) -> list[Work]:
-        """Run a step; return what it gave the device: by itself, and by the graphs that it replayed. `shipments` and
-        `beside` are those of this step."""
+        """Run a step; return what it gave the device: by itself, and by the graphs that it replayed. `shipments`,
+        `copies` and `beside` are those of this step."""
         self.work.clear()
         self.shipments.clear()
+        self.copies.clear()
         self.beside.clear()
         before = len(self.stand.log)
         step()
@@ -52,6 +54,7 @@ class Budget(Traffic):
 
     def ship(self, shipment: Shipment, nbytes: int) -> None:
         self.shipments[shipment] += nbytes
+        self.copies[shipment] += 1
 
     def note(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict, result: Any) -> None:
         if function.is_view or function.overloadpacket.__name__ == "unbind":
@@ -98,22 +101,6 @@ def _triton_tells(launch: Callable[[dict], None]) -> Iterator[None]:
         yield
 
 
-class AtOnce:
-    """A thread that is this one: fake tensors are known to their own only."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def submit(self, task: Callable[..., Any], *given: Any) -> Future:
-        """Run the task before returning."""
-        done: Future = Future()
-        done.set_result(task(*given))
-        return done
-
-    def shutdown(self) -> None:
-        """There is nothing to end."""
-
-
 @contextlib.contextmanager
 def counting() -> Iterator[Budget]:
     """A context in which tensors that are made are fake ones, the engine believes in a GPU that computes in bf16, and
@@ -124,7 +111,7 @@ def counting() -> Iterator[Budget]:
         mock.patch.object(torch.autograd, "backward", walk_backward),
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
-        mock.patch("stablekd_fast.cache.memory_rows.ThreadPoolExecutor", AtOnce),
+        mock.patch("stablekd_fast.cache.memory_rows.core", None),  # its threads would read what fakes do not have
         mock.patch.object(torch._C, "_conv_determine_backend_memory_format", as_cudnn_lays_out),
     ]
     with standin() as stand, contextlib.ExitStack() as stack:

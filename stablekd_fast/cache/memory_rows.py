@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stablekd_fast.cache.shard import Part
 from stablekd_fast.cache.tables import has_entry, have_entries, indexable
-from stablekd_fast.errors import CacheFull
+from stablekd_fast.errors import CacheError, CacheFull
+from stablekd_fast.kernels._native import core
 
 _THREADS = min(8, max(1, (os.cpu_count() or 1) // 2))
-"""Threads that gather rows in main memory, of each column."""
-_BYTES_OF_A_THREAD = 1 << 20
-"""The fewest bytes that a further thread is worth."""
+"""Threads that gather rows in main memory."""
 
 
 class Shipped:
@@ -46,7 +46,6 @@ class MemoryRows:
                 f"{size} bytes for {capacity} rows were refused by {device}; lower the budget of this memory."
             ) from error
         self._slots = torch.empty(0, dtype=torch.int64)
-        self._threads: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         """Rows that are stored."""
@@ -84,31 +83,71 @@ class MemoryRows:
         slots = slots.to(self.device, non_blocking=True) if shipped is None else shipped.there(slots, self.device)
         return [indexable(part).index_select(0, slots).view(part.dtype) for part in self._parts]
 
-    def empty(self, count: int, *, pinned: bool = False) -> list[Tensor]:
-        """Main memory for `count` rows, one tensor `[count, ...]` per part."""
-        return [torch.empty((count, *part.shape[1:]), dtype=part.dtype, pin_memory=pinned) for part in self._parts]
-
-    def submit(self, rows: Tensor, out: Sequence[Tensor]) -> list[Future[None]]:
-        """Begin to gather rows, which are stored, from main memory into `out`, which is filled once `wait` returns."""
-        slots = self._slots[rows]
-        size = sum(part[0].nbytes for part in self._parts) if len(slots) else 0
-        each = max(len(slots) // _THREADS, _BYTES_OF_A_THREAD // max(size, 1), 1)
-
-        def gather(own: slice) -> None:
-            for part, values in zip(self._parts, out):
-                torch.index_select(indexable(part), 0, slots[own], out=indexable(values)[own])
-
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_THREADS, "rows in main memory")
-        return [self._threads.submit(gather, slice(at, at + each)) for at in range(0, len(slots), each)]
-
-    def wait(self, ticket: list[Future[None]]) -> None:
-        """Wait until a gathering is over."""
-        for piece in ticket:
-            piece.result()
+    def lying(self, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Where rows lie: their slots, int64 `[N]`, negative for one that is not stored, in each part's memory
+        `[capacity, ...]`. Raises IndexError for a row number beyond all that are stored."""
+        return self._slots[rows], self._parts
 
     def close(self) -> None:
         """Let go of the memory."""
-        if self._threads is not None:
-            self._threads.shutdown()
         self._parts, self._slots = [], torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """A gathering under way. It keeps alive what is read and what is written."""
+
+    number: int | None
+    tensors: tuple[Tensor, ...]
+
+
+class Gatherer:
+    """Threads that gather rows in main memory, those of all columns of a batch at once. Without the C++ core they are
+    gathered at once, by torch."""
+
+    def __init__(self) -> None:
+        self._reader = None if core is None else core.RowReader(_THREADS)
+        self._waiting: dict[int, Gathering] = {}
+
+    def submit(self, wanted: Sequence[tuple[MemoryRows, Tensor, Sequence[Tensor]]]) -> Gathering:
+        """Begin to gather, for each column, its rows with the numbers int64 `[N]`, as many of each, into tensors
+        `[N, ...]`, one per part, contiguous, which are filled once `wait` returns."""
+        numbers, alive = [], []
+        for store, rows, out in wanted:
+            slots, parts = store.lying(rows)
+            for part, values in zip(parts, out, strict=True):
+                _check_fits(part, len(rows), values)
+                if self._reader is None:
+                    torch.index_select(indexable(part), 0, slots, out=indexable(values))
+                    continue
+                size = part.stride(0) * part.itemsize
+                numbers.append((part.data_ptr(), size, size, slots.data_ptr(), values.data_ptr()))
+                alive += [part, slots, values]
+        if self._reader is None:
+            return Gathering(None, ())
+        number = self._reader.gather(len(wanted[0][1]) if wanted else 0, numbers)
+        gathering = self._waiting[number] = Gathering(number, tuple(alive))
+        return gathering
+
+    def wait(self, gathering: Gathering) -> None:
+        """Wait until a gathering is over. Raises CacheError if a row is not stored."""
+        if self._reader is None or gathering.number is None:
+            return
+        fault, place, _ = self._reader.wait(gathering.number)
+        del self._waiting[gathering.number]
+        if fault:
+            raise CacheError(f"Row {place} of a batch is not stored in main memory; ask for rows that are complete.")
+
+    def close(self) -> None:
+        """Wait for the gatherings under way."""
+        for gathering in list(self._waiting.values()):
+            with contextlib.suppress(CacheError):
+                self.wait(gathering)
+
+
+def _check_fits(part: Tensor, count: int, out: Tensor) -> None:
+    if out.shape != (count, *part.shape[1:]) or out.dtype != part.dtype or not out.is_contiguous():
+        raise CacheError(
+            f"{count} rows of {tuple(part.shape[1:])} in {part.dtype} were to be gathered into {tuple(out.shape)} in "
+            f"{out.dtype}; give contiguous room for as many rows of the same kind."
+        )

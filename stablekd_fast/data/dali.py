@@ -92,10 +92,12 @@ class _Batch:
     """The crops that were stored, by place in the batch."""
     encoded: dict[int, Encoded | None]
     """The others by place; None for bad ones."""
-    images: Tensor
-    """The crops of the batch, uint8 `[N, S, S, 3]`, to be filled."""
     cuts: dict[int, Tensor] = field(default_factory=dict)
     """What DALI decoded, by place: the boxes, on a GPU scaled already."""
+    images: Tensor = field(default_factory=lambda: torch.empty(0))
+    """The crops of the batch, uint8 `[N, S, S, 3]`: those that DALI made, if it made all; else to be filled."""
+    whole: bool = False
+    """Whether DALI made all of `images`."""
 
     @property
     def plain(self) -> dict[int, Encoded]:
@@ -143,9 +145,7 @@ class DaliDecoder:
         kept = {place: crop for place, crop in stored.items() if crop is not None}
         missing = [place for place in range(len(positions)) if place not in kept]
         encoded = self.crops.encoded([int(positions[place]) for place in missing], view)
-        size = self.crops.size
-        images = torch.empty(len(positions), size, size, 3, dtype=torch.uint8, device=self.device)
-        return _Batch(positions.copy(), view, kept, dict(zip(missing, encoded)), images)
+        return _Batch(positions.copy(), view, kept, dict(zip(missing, encoded)))
 
     def _through_pipeline(self, batches: Iterator[_Batch]) -> Generator[_Batch]:
         """Have DALI decode the batches, `depth` of them in its hands at a time."""
@@ -154,13 +154,20 @@ class DaliDecoder:
             for batch in batches:
                 flight.start(batch)
                 if len(flight) >= self.depth:
-                    yield flight.take()
+                    yield self._with_room(flight.take())
             while len(flight):
-                yield flight.take()
+                yield self._with_room(flight.take())
         finally:
             pipeline = flight.end()
             if pipeline is not None and len(self._idle) < _IDLE:
                 self._idle.append(pipeline)
+
+    def _with_room(self, batch: _Batch) -> _Batch:
+        """Give a batch memory for its crops, unless DALI has made all of them."""
+        if not batch.whole:
+            size = self.crops.size
+            batch.images = torch.empty(len(batch.positions), size, size, 3, dtype=torch.uint8, device=self.device)
+        return batch
 
     def _pipeline(self) -> _Pipeline:
         """Return a pipeline that nobody uses."""
@@ -170,15 +177,19 @@ class DaliDecoder:
             return _Pipeline(self.batch_size, self.threads, self.crops.augmentation, self.device, self.depth)
 
     def _finish(self, task: tuple[_Batch, int]) -> _Batch:
-        """Fill in every `_PARTS`-th image of a batch: what was stored, what DALI decoded, and what it was not given."""
+        """Fill in every `_PARTS`-th image of a batch: what was stored, what DALI decoded, and what it was not given.
+        Where DALI made all of them, they are stored, if anywhere."""
         batch, first = task
+        if batch.whole and self.crops.stored is None:
+            return batch
         for place in range(first, len(batch.images), _PARTS):
             if place in batch.kept:
                 batch.images[place] = batch.kept[place]
                 continue
             cut = batch.cuts.get(place)
             crop = self._decode_alone(batch, place) if cut is None else self._scaled(cut)
-            batch.images[place] = crop
+            if not batch.whole:
+                batch.images[place] = crop
             self.crops.keep(int(batch.positions[place]), batch.view, crop)
         return batch
 
@@ -216,7 +227,10 @@ class _Flight:
         if places:
             assert self._pipeline is not None
             try:
-                batch.cuts = dict(zip(places, self._pipeline.take(len(places))))
+                cuts = self._pipeline.take(len(places))
+                batch.cuts = dict(zip(places, cuts))
+                if isinstance(cuts, Tensor) and len(places) == len(batch.positions):
+                    batch.images, batch.whole = cuts, True
             except RuntimeError:  # one damaged image spoils its batch, and the pipeline with it
                 self._pipeline = None
                 for other in self._batches:
@@ -288,12 +302,13 @@ class _Pipeline:
         if self._to_fill == 0:
             self._dali.schedule_run()
 
-    def take(self, count: int) -> list[Tensor]:
-        """Return the boxes of the oldest batch, of `count` images. Raises RuntimeError for a damaged image, and loses
-        all that was begun."""
+    def take(self, count: int) -> Tensor | list[Tensor]:
+        """Return the boxes of the oldest batch, of `count` images; on a GPU scaled, uint8 `[count, size, size, 3]`.
+        Raises RuntimeError for a damaged image, and loses all that was begun."""
         output = self._next()
+        # The one copy that is needed: from here on DALI makes a later batch in the memory of this one.
         if self.device.type == "cuda":
-            cuts = list(copied_to_gpu(output, count, self.size, self.device))
+            cuts = copied_to_gpu(output, count, self.size, self.device)
         else:
             cuts = [torch.from_numpy(np.array(output.at(place))) for place in range(count)]
         self._dali.release_outputs()

@@ -148,14 +148,14 @@ class ReaderPipeline:
 
     def take(self) -> tuple[np.ndarray, Tensor, Tensor]:
         """Return the next batch: places in `samples` int64 `[N]`, crops uint8 `[N, S, S, 3]` on the device, and a fair
-        coin for each, bool `[N]`."""
+        coin for each, bool `[N]`. On a CPU the crops are those of DALI, which overwrites them at the next call."""
         with _explained():
             crops, names, coins = self._dali.run()
         places = np.array([_place(names.at(k)) for k in range(self.batch_size)])
         if self.device.type == "cuda":
             images = copied_to_gpu(crops, self.batch_size, self.size, self.device)
         else:
-            images = torch.from_numpy(np.array(crops.as_array()))
+            images = torch.from_numpy(np.asarray(crops.as_tensor()))  # `as_array` would copy
         return places, images, torch.from_numpy(np.array(coins.as_array()))
 
 

@@ -373,6 +373,7 @@ class Engine:
             if name := not_finite(kept):
                 raise self._diverged(f"student's {name} is", at)
         self.state.take_optimizers(stage.steps)
+        self.parts.teacher.settle()  # a run that goes on from here finds the rows of all steps before
         if self.ranks.is_first:
             save_run(self.parts, self.state)
         self.recorder.emit("checkpoint", step=self.progress.step)

@@ -36,6 +36,10 @@ class Teacher(Protocol):
         have stored since."""
         ...
 
+    def settle(self) -> None:
+        """Wait until all is stored that was served and is kept."""
+        ...
+
     def close(self) -> None:
         """Let go of files and graphs."""
         ...
@@ -107,6 +111,9 @@ class Relay:
         return iter(batches)
 
     def fill(self, stored: Collection[int]) -> None:
+        """Nothing is stored."""
+
+    def settle(self) -> None:
         """Nothing is stored."""
 
     def close(self) -> None:

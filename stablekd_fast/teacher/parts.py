@@ -62,6 +62,9 @@ class TeacherPart:
     def fill(self, stored: Collection[int]) -> None:
         """Nothing is stored here."""
 
+    def settle(self) -> None:
+        """Nothing is stored here."""
+
     def close(self) -> None:
         """Wait until all that was sent has arrived."""
         while self._sent:

@@ -73,9 +73,11 @@ def test_rows_are_shipped_from_where_they_lie(real):
         return sum(size for way, size in real[fed_by].shipments.items() if way.to_device)
 
     maps = 2 * (16 * 32 * 32 + 32 * 16 * 16 + 64 * 8 * 8)
-    assert shipped("rows in main memory") == 128 * (maps + 2 * 10)
+    assert shipped("rows in main memory") == 128 * (maps + 2 * 10)  # all of them fill whole pieces of 512 bytes
     assert shipped("rows on the device") < 8192 and shipped(LIVE) == 0
     assert [real[fed_by].columns for fed_by in FED_BY] == [0, 4, 4]
+    to_device = [sum(count for way, count in real[fed_by].copies.items() if way.to_device) for fed_by in FED_BY]
+    assert dict(zip(FED_BY, to_device))["rows in main memory"] == 1, "four columns in one copy"
 
 
 def test_a_cache_spares_the_teacher_s_arithmetic(real):
@@ -84,11 +86,11 @@ def test_a_cache_spares_the_teacher_s_arithmetic(real):
 
 
 def test_all_but_the_filling_of_inputs_is_captured(real):
-    """Rows, images, labels; with the live teacher its images too."""
+    """Rows, images, labels; with the live teacher its images too. Rows in main memory are shipped as one."""
     assert {fed_by: found.outside for fed_by, found in real.items()} == {
         LIVE: 1 + 2 + 4,
         "rows on the device": 4 + 4 + 2,
-        "rows in main memory": 4 + 4 + 2,
+        "rows in main memory": 1 + 4 + 2,
     }
 
 
@@ -172,7 +174,7 @@ DEVICE = Profile("one", "made up", **SPEEDS, **SHARES, kernel_seconds=1e-6)
 )
 def test_predictions_are_limits_by_hand(apart, at_least, one_by_one):
     work = [Work("copies", 1000, 1_000), Work("copies", 1, 1_000_000_000), Work("products", 1, 0, 500_000_000)]
-    found = Counted(work, Counter({Shipment(True, True, apart): 5_000_000}), 0, 0)
+    found = Counted(work, Counter({Shipment(True, True, apart): 5_000_000}), Counter(), 0, 0)
     row = predicted(found, DEVICE)
     assert row["launches"] == pytest.approx(1.002) and row["memory"] == pytest.approx(2, rel=1e-3)
     assert row["arithmetic"] == pytest.approx(1) and row["link"] == pytest.approx(5)
@@ -194,7 +196,7 @@ def test_the_next_batch_is_copied_and_then_computed_beside_the_step():
 
 
 def test_the_line_shows_the_arithmetic():
-    found = Counted([Work("copies", 3, 500_000_000, 1_000_000_000)], Counter(), 0, 0)
+    found = Counted([Work("copies", 3, 500_000_000, 1_000_000_000)], Counter(), Counter(), 0, 0)
     assert arithmetic(found, DEVICE) == (
         "max(3 kernels x 1 us = 0.00 ms, 500 MB / 500 GB/s = 1.00 ms, 1.0 GFLOP / 0 TFLOP/s = 2.00 ms): 2.00 ms, "
         "predicted, not measured"
@@ -214,7 +216,7 @@ def test_what_people_named_is_no_kernel():
 
 
 def test_what_a_gpu_did_stands_beside_what_was_counted():
-    found = Counted([Work("copies", 90, 0), Work("norms", 9, 0)], Counter(), 0, 0)
+    found = Counted([Work("copies", 90, 0), Work("norms", 9, 0)], Counter(), Counter(), 0, 0)
     row = _beside(Way(APART, LIVE), found, Profiled(kernels=110.0, busy_seconds=2e-3, step_seconds=3e-3))
     assert (row["stage"], row["fed_by"]) == ("1|2|3|4", LIVE)
     assert (row["counted"], row["measured"], row["device_ms"], row["step_ms"]) == (99, 110.0, 2.0, 3.0)

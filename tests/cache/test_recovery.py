@@ -255,29 +255,3 @@ def test_the_core_itself_knows_a_row_that_is_not_stored(filled, wanted):
         parts = [(part.bytes, tensor.data_ptr()) for part, tensor in zip(wanted.parts, out)]
         ticket = store.reader.submit(rows.data_ptr(), 2, *(table.data_ptr() for table in tables), parts, False)
         assert store.reader.wait(ticket)[:2] == (absent, 7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
-def test_rows_in_memory_are_gathered_ahead_into_memory_of_their_own(dtype):
-    """While further rows are stored."""
-    values = torch.arange(40).view(10, 4).to(dtype)
-    rows = MemoryRows([Part("rows", dtype, (4,)), Part("scale", torch.float32, ())], 10, torch.device("cpu"))
-    rows.put(torch.tensor([7, 3, 5]), [values[:3], torch.tensor([0.5, 1.5, 2.5])])
-    wanted = torch.tensor([5, 7, 7, 3])
-    out = rows.empty(4)
-    ticket = rows.submit(wanted, out)
-    rows.put(torch.tensor([1]), [values[9:], torch.tensor([9.0])])
-    rows.wait(ticket)
-    expected = rows.gather(wanted)
-    assert all(torch.equal(one.float(), other.float()) for one, other in zip(out, expected, strict=True))
-    assert torch.equal(out[0].float(), values.float()[[2, 0, 0, 1]]) and out[1].tolist() == [2.5, 0.5, 0.5, 1.5]
-    rows.close()
-
-
-def test_a_gathering_that_fails_is_an_error_where_it_is_waited_for():
-    rows = MemoryRows([Part("rows", torch.float32, (4,))], 10, torch.device("cpu"))
-    rows.put(torch.tensor([0]), [torch.ones(1, 4)])
-    ticket = rows.submit(torch.tensor([0]), [torch.empty(1, 4, dtype=torch.float64)])
-    with pytest.raises(RuntimeError):
-        rows.wait(ticket)
-    rows.close()

@@ -31,9 +31,13 @@ SCRIPT = """
 import ctypes, sys
 from pathlib import Path
 import torch
+from stablekd_fast.cache.codecs import RowFormat
+from stablekd_fast.cache.columns import Column
 from stablekd_fast.cache.manifest import Manifest
+from stablekd_fast.cache.memory_rows import MemoryRows
 from stablekd_fast.cache.shard import Part
 from stablekd_fast.cache.store import READING_THREADS, RowStore
+from stablekd_fast.cache.writer import RowWriter
 from stablekd_fast.errors import CacheError
 
 refuse = ctypes.CDLL(None).refuse_thread_after
@@ -59,6 +63,16 @@ refuse(READING_THREADS)
 with RowStore(folder, wanted) as store:
     assert count() == threads + READING_THREADS
     assert torch.equal(store.gather(rows)[0], values)
+writer = RowWriter(torch.device("cpu"))
+form = RowFormat("fp32", (3,))
+column = Column("one", form, MemoryRows(form.parts, 5, torch.device("cpu")))
+refuse(0)
+try:
+    writer.put(rows, [(column, [values.float()])])
+    raise SystemExit("the thread that stores rows was not refused")
+except CacheError as error:
+    assert str(error).startswith("The system refused the thread that stores rows (can't start new thread)"), error
+writer.close()
 print("all refused")
 """
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from torch.nn import functional as F
 
 from stablekd_fast.cache.columns import Columns
 from stablekd_fast.cache.settings import CacheSettings
+from stablekd_fast.cache.store import RowStore
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import open_dataset
 from stablekd_fast.data.crops import BATCHES_AHEAD
 from stablekd_fast.data.records import FileRecords
-from stablekd_fast.engine.checkpoint import load_tensors
+from stablekd_fast.engine import loop
+from stablekd_fast.engine.checkpoint import load_tensors, save_run
 from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.errors import CacheError, CheckpointError, ConfigError
 from stablekd_fast.run.distiller import Distiller
@@ -129,6 +132,25 @@ def test_filling_and_finding_a_cache_give_the_same_bits(run, disk, codecs):
     with pytest.warns(RuntimeWarning, match="is not cached, the live teacher serves instead"):
         no_room, _ = run("no room", cache=CacheSettings(plan="all", host_budget="100kB", **codecs), epochs=6.0)
     assert same(filling, no_room)
+
+
+def test_a_checkpoint_finds_the_rows_of_all_steps_before_it(run, disk, monkeypatch):
+    """Here disks are slow, and every step is saved: what a run that is killed has saved, its resume finds stored."""
+    put, saved, stored = RowStore.put, [], []
+
+    def slow(self, rows, parts):
+        time.sleep(0.05)
+        put(self, rows, parts)
+        stored.append(len(rows))
+
+    def seen(parts, state):
+        saved.append((state.progress.step, len(stored) // len(parts.teacher.columns)))
+        save_run(parts, state)
+
+    monkeypatch.setattr(RowStore, "put", slow)
+    monkeypatch.setattr(loop, "save_run", seen)
+    run("saving", cache=disk(), epochs=2.0, views=None, checkpoint_every=1)
+    assert len(saved) > 3 and [step for step, batches in saved if batches < step] == []
 
 
 def test_what_no_longer_fits_is_relayed_and_said(run, disk):

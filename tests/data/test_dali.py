@@ -11,6 +11,7 @@ import torch
 from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, TrainSource, open_dataset
 from stablekd_fast.data.dali import dali_missing, load_dali
 from stablekd_fast.data.decoders import pick_source
+from stablekd_fast.data.pixels import resize
 from stablekd_fast.errors import ConfigError, DataError
 
 
@@ -90,6 +91,58 @@ def test_dalis_own_failure_on_a_damaged_image_is_survived(strange_tree, monkeypa
     for one, other in zip(*(source.batches(0, 9) for source in sources), strict=True):
         assert torch.equal(one.sample_ids, other.sample_ids) and psnr(one.images, other.images) >= 35
     assert sources[0].split.skipped == sources[1].split.skipped
+
+
+@pytest.fixture
+def scaled_by_the_pipeline(monkeypatch):
+    """A pipeline that gives whole batches, as it does on a GPU; here its boxes are scaled as others scale them. Returns
+    what it gave."""
+    from stablekd_fast.data import dali
+
+    take, given = dali._Pipeline.take, []
+
+    def scaled(self, count):
+        given.append(torch.stack([resize(cut, self.size, self.size) for cut in take(self, count)]))
+        return given[-1]
+
+    monkeypatch.setattr(dali._Pipeline, "take", scaled)
+    return given
+
+
+def decoded(source, steps=4):
+    return list(source.decoder.decode((source.positions(step), 0) for step in range(steps)))
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_batch_that_is_wholly_dalis_is_handed_on_as_it_is(write_large_tree, scaled_by_the_pipeline, stored):
+    class Stored(dict):
+        def get(self, sample, view):
+            return None
+
+        def put(self, sample, view, image):
+            self[sample, view] = image.clone()
+
+    source, kept = source_of(write_large_tree(), "dali", batch_size=4), Stored()
+    if stored:
+        source.store_images(kept)
+    found = decoded(source, 2)
+    assert [images.data_ptr() for _, images in found] == [given.data_ptr() for given in scaled_by_the_pipeline]
+    if stored:
+        assert len(kept) == 8
+        for positions, images in found:
+            for position, image in zip(positions.tolist(), images):
+                assert torch.equal(kept[int(source.split.sample_ids[position]), 0], image)
+
+
+@pytest.mark.dali
+def test_a_batch_that_is_dalis_in_part_is_put_together(strange_tree, scaled_by_the_pipeline, monkeypatch):
+    found = decoded(source_of(strange_tree[0], "dali"))
+    whole = {given.data_ptr() for given in scaled_by_the_pipeline}
+    assert not any(images.data_ptr() in whole for _, images in found)
+    monkeypatch.undo()
+    for (positions, images), (expected, others) in zip(found, decoded(source_of(strange_tree[0], "dali")), strict=True):
+        assert positions.tolist() == expected.tolist() and torch.equal(images, others)
 
 
 @pytest.mark.dali

@@ -16,7 +16,7 @@ from torch import nn
 
 from stablekd_fast import distill
 from stablekd_fast.cache import CacheSettings
-from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, StreamSource, TrainSource, open_dataset
+from stablekd_fast.data import IMAGENET_MEAN, IMAGENET_STD, StreamSource, TrainSource, dali_stream, open_dataset
 from stablekd_fast.engine.checkpoint import load_tensors
 from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.schedule import Optimizer
@@ -128,6 +128,29 @@ def test_jitter_changes_brightness_within_its_strength(ramps):
 
 
 @pytest.mark.dali
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+def test_crops_are_dalis_own_memory_and_batches_are_not(ramps, monkeypatch, jitter):
+    """What DALI made is normalised where it lies; what it makes there later changes no batch."""
+    taken, lying = [], []
+    take = dali_stream.ReaderPipeline.take
+
+    def seen(self):
+        run = self._dali.run
+        self._dali.run = lambda: (lambda out: (lying.append(out[0].as_tensor().data_ptr()), out)[1])(run())
+        places, images, coins = take(self)
+        self._dali.run = run
+        taken.append(images.data_ptr())
+        return places, images, coins
+
+    monkeypatch.setattr(dali_stream.ReaderPipeline, "take", seen)
+    batches, copies = [], []
+    for batch in stream_of(ramps, alter={"jitter": jitter}).batches(0, 8):
+        batches.append(batch.images)
+        copies.append(batch.images.clone())
+    assert taken == lying and len(set(taken)) < 8, "the memory is used again"
+    assert all(map(torch.equal, batches, copies))
+
+
 def test_every_pass_shows_every_image_once_and_no_batch_is_short(ramps):
     """21 images in batches of 4: the sixth batch holds the last of one pass and the first of the next."""
     ids = ids_of(stream_of(ramps).batches(0, 21)).view(4, 21)

@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stablekd_fast import models
 from stablekd_fast.bench.standin import Traffic
-from stablekd_fast.bench.standin.budget import AtOnce
 from stablekd_fast.bench.standin.fakes import as_cudnn_lays_out, on_fake_cuda, walk_backward
 from stablekd_fast.blocks import pair_blocks, serve
 from stablekd_fast.cache.columns import Column, row_format
@@ -114,7 +113,7 @@ def test_an_iteration_with_a_live_teacher_waits_for_nothing_and_grows_by_nothing
 
 @pytest.mark.parametrize("tier", ["device", "host"])
 def test_an_iteration_with_stored_rows_ships_them_and_waits_for_nothing(tier, monkeypatch):
-    monkeypatch.setattr("stablekd_fast.cache.memory_rows.ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr("stablekd_fast.cache.memory_rows.core", None)
     iteration = Iteration()
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher = iteration.cached(tier)
@@ -122,6 +121,26 @@ def test_an_iteration_with_stored_rows_ships_them_and_waits_for_nothing(tier, mo
     row_bytes = sum(part.bytes for form in iteration.formats.values() for part in form.parts)
     assert listed(traffic) == set()
     rows = BATCH * row_bytes if tier == "host" else 0
+    assert rows <= traffic.shipped <= rows + 8192
+
+
+class Filling(MemoryRows):
+    """Rows in main memory, which a thread is handed; here it does nothing with them."""
+
+    def put(self, rows, parts):
+        assert all(part.device.type == "cpu" for part in parts)
+
+
+def test_an_iteration_that_fills_a_cache_ships_its_rows_and_waits_for_nothing():
+    iteration = Iteration()
+    columns = {
+        k: Column(f"{k}", form, Filling(form.parts, 0, torch.device("cpu"))) for k, form in iteration.formats.items()
+    }
+    teacher = CachedTeacher(iteration.paired, columns, iteration.dataset.train.total, GPU)
+    traffic = iteration.run(teacher)
+    teacher.close()
+    assert listed(traffic) == set()
+    rows = BATCH * sum(form.row_bytes for form in iteration.formats.values())
     assert rows <= traffic.shipped <= rows + 8192
 
 

@@ -1,5 +1,7 @@
 """The teacher behind a cache hands out what the live one does, and runs no block that it need not run."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -173,11 +175,33 @@ def test_a_row_that_was_stored_after_the_reading_began_is_read_all_the_same(digi
     teacher.close()
 
 
+def test_rows_on_disk_and_in_main_memory_arrive_together_as_each_is_read_alone(digits, tmp_path):
+    """As beside a GPU: rows of both are read ahead into one piece of memory, whatever a stage wants of them."""
+    bench, plain = Bench(digits), Bench(digits)
+    plan = {0: Kept("host", "fp32"), 1: Kept("disk", "int8"), 2: Kept("host", "int8"), 3: Kept("disk", "fp32")}
+    teacher, other = (b.teacher(plan, str(tmp_path / name)) for b, name in ((bench, "a"), (plain, "b")))
+    teacher._lies_apart = lambda store: True
+    batches = [bench.batch([4 * n, 4 * n + 1, 4 * n + 2, 4 * n + 3]) for n in range(3)]
+    for batch in batches:
+        for one in (teacher, other):
+            one.outputs(EVERYTHING, batch.images, batch)
+    for wanted in (EVERYTHING, {0, 1}, {2, 3}, {0}, {3}):
+        bench.ran[:] = [0] * 4
+        for batch in teacher.ahead(iter(batches), wanted):
+            found, alone = teacher.outputs(wanted, None, batch), other.outputs(wanted, None, batch)
+            assert found.keys() == alone.keys() == wanted
+            assert all(torch.equal(found[k], alone[k]) for k in wanted), wanted
+            assert len({found[k].untyped_storage().data_ptr() for k in wanted & {0, 3}}) == 1, "exact rows are views"
+        assert bench.ran == [0] * 4
+    teacher.close(), other.close()
+
+
 def test_a_damaged_row_is_an_error_where_it_is_read(digits, tmp_path):
     bench = Bench(digits)
     teacher = bench.teacher({1: Kept("disk", "fp32")}, str(tmp_path / "rows"))
     batch = bench.batch([0, 1, 2, 3])
     bench.check(teacher, batch, {1}, [1, 1, 0, 0])
+    teacher.settle()
     [shard] = (tmp_path / "rows").rglob("*shard-*")
     with open(shard, "r+b") as file:
         file.seek(4096 + 100)
@@ -186,6 +210,52 @@ def test_a_damaged_row_is_an_error_where_it_is_read(digits, tmp_path):
     with pytest.raises(CacheError, match="checksum"):
         teacher.outputs({1}, again.images, again)
     teacher.close()
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A disk that takes its time for each batch."""
+    put = RowStore.put
+    monkeypatch.setattr(RowStore, "put", lambda self, rows, parts: (time.sleep(0.2), put(self, rows, parts))[1])
+
+
+def test_the_teacher_goes_on_while_its_rows_are_stored(digits, tmp_path, slow_disk):
+    bench = Bench(digits)
+    teacher = bench.teacher({1: Kept("disk", "int8")}, str(tmp_path / "rows"))
+    store = teacher.columns[1].rows
+    for ids in ([0, 1, 2, 3], [4, 5, 6, 7]):
+        batch = bench.batch(ids)
+        teacher.outputs({1}, batch.images, batch)
+        assert not store.complete(batch.sample_ids), "the step has its outputs before they are stored"
+    assert teacher.needs_images({1}, torch.tensor([3, 5]), 0) is False, "what is under way is waited for"
+    teacher.close()
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [CachedTeacher.settle, CachedTeacher.seal, CachedTeacher.report, lambda teacher: teacher.fill({0, 1})],
+    ids=["settle", "seal", "report", "fill"],
+)
+def test_who_must_find_all_rows_waits_for_them(digits, tmp_path, slow_disk, wait):
+    bench = Bench(digits)
+    teacher = bench.teacher({1: Kept("disk", "fp32")}, str(tmp_path / "rows"))
+    for ids in ([0, 1, 2, 3], [4, 5, 6, 7]):
+        batch = bench.batch(ids)
+        teacher.outputs({1}, batch.images, batch)
+    wait(teacher)
+    assert len(teacher.columns[1].rows) == 8
+    teacher.close()
+
+
+def test_files_are_closed_behind_the_last_rows(digits, tmp_path, slow_disk):
+    bench = Bench(digits)
+    teacher = bench.teacher({1: Kept("disk", "fp32")}, str(tmp_path / "rows"))
+    batch = bench.batch([0, 1, 2, 3])
+    teacher.outputs({1}, batch.images, batch)
+    teacher.close()
+    again = bench.teacher({1: Kept("disk", "fp32")}, str(tmp_path / "rows"))
+    bench.check(again, batch, {1}, [0] * 4)
+    again.close()
 
 
 @pytest.mark.parametrize(
@@ -197,6 +267,7 @@ def test_several_processes_fill_their_own_part_of_the_disk_and_all_of_their_memo
     teacher = bench.teacher(plan, str(tmp_path / "rows"))
     teacher.fill(stored)
     bench.check(teacher, bench.batch([0, 1, 2, 3]), {0, 1, 2}, [1, 1, 1, 0])
+    teacher.settle()
     assert {k: len(column.rows) for k, column in teacher.columns.items()} == rows
     teacher.close()
 
