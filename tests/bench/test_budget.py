@@ -186,8 +186,9 @@ def test_the_next_batch_is_copied_and_then_computed_beside_the_step():
     """5 ms of copies and 1 ms of work make the next batch ready; the step has 3 ms of its own, the device 4 in all."""
     ahead = [Work("products", 1, 0, 500_000_000)]
     found = Counted(
-        [Work("copies", 1, 1_500_000_000), *ahead], Counter({Shipment(True, True, True): 5_000_000}), 0, 0, ahead
-    )
+        [Work("copies", 1, 1_500_000_000), *ahead], Counter({Shipment(True, True, True): 5_000_000}), Counter(), 0, 0,
+        ahead,
+    )  # fmt: skip
     row = predicted(found, DEVICE)
     assert row["at_least"] == pytest.approx(6, rel=1e-3) and row["one_after_the_other"] == pytest.approx(6, rel=1e-3)
     assert "or beside it 5.00 ms of copies, then 1.00 ms of work: 6.00 ms" in arithmetic(found, DEVICE)
