@@ -61,7 +61,8 @@ class Loop:
         )  # fmt: skip
         self.engine = Engine(parts, RunState(), self.log)
         step = SimpleNamespace(
-            name="1", auxiliary=None, inputs=SimpleNamespace(load=lambda name, value: None, device=torch.device("cpu")),
+            name="1", auxiliary=None,
+            inputs=SimpleNamespace(load=lambda name, value: None, device=torch.device("cpu"), wants_ids=False),
             losses=losses or torch.zeros(10),
             group=[1], state=lambda: [],
         )  # fmt: skip
