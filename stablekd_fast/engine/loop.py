@@ -127,6 +127,9 @@ class Engine:
             batches = with_second(batches, stage.source, second, first, dtype)
         feed = Feed(stage.teacher, batches, stage.wanted, stage.side)
         while True:
+            if self.parts.synthesised is not None and self.progress.step < stage.planned.last:
+                with self._training(stage, "its images"):
+                    self.parts.synthesised.before_step(self.progress.step)
             with self.clock.timing("waiting"):
                 batch = feed.fetch()
             if batch is None:
@@ -211,7 +214,7 @@ class Engine:
             wanted=self.parts.objectives.teacher_outputs(own, len(paired.cuts)),
             source=self.parts.stream.part(layout.part_of(self.ranks.rank), layout.data),
             teacher=self._teacher(layout, settings.groups),
-            side=Side(self.parts.device, used=not layout.hands_on),  # ranks exchange all that they do on one stream
+            side=Side(self.parts.device, used=not layout.hands_on and self.parts.synthesised is None),
             losses=LossReader(divided.steps),
             stops=self._stops(layout),
             entered_at=self.progress.step,

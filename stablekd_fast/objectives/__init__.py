@@ -1,6 +1,6 @@
 """Losses by name, thin layers over `stablekd_fast.kernels`."""
 
-from stablekd_fast.objectives import dkd, fitnet, kd, mse  # noqa: F401  (importing registers them)
+from stablekd_fast.objectives import dkd, fast_dfkd, fitnet, kd, mse  # noqa: F401  (importing registers them)
 from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, StepBatch
 from stablekd_fast.objectives.methods import METHODS, Method, add_method, method_named
 from stablekd_fast.objectives.objectives import Objectives
@@ -12,6 +12,7 @@ from stablekd_fast.objectives.registry import (
     objective,
     register,
 )
+from stablekd_fast.objectives.synthesis import Synthesis, SynthesisFacts, SynthesisObjective
 
 __all__ = [
     "METHODS",
@@ -23,6 +24,9 @@ __all__ = [
     "Method",
     "Objectives",
     "StepBatch",
+    "Synthesis",
+    "SynthesisFacts",
+    "SynthesisObjective",
     "add_method",
     "differentiated",
     "method_named",

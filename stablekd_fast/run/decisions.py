@@ -10,15 +10,18 @@ from torch import nn
 from stablekd_fast.cache.columns import Plan
 from stablekd_fast.cache.fingerprint import image_fingerprint
 from stablekd_fast.config import DistillConfig, identity, objectives_of
+from stablekd_fast.data.bank import BankSource
 from stablekd_fast.distributed import Layout
 from stablekd_fast.engine.checkpoint import ends_of
 from stablekd_fast.engine.schedule import PlannedStage, extended, method_stages, plan_stages
+from stablekd_fast.engine.synthesised import SynthesisedImages
 from stablekd_fast.objectives import Facts, Objectives
 from stablekd_fast.planning.costs import Planner
 from stablekd_fast.planning.ranks import measured_layouts
 from stablekd_fast.planning.rows import Costs
 from stablekd_fast.run.builders import fingerprint
 from stablekd_fast.run.materials import Materials
+from stablekd_fast.run.synthesised import synthesised_images
 from stablekd_fast.teacher.cached import CachedTeacher
 from stablekd_fast.teacher.live import LiveTeacher, Relay, Teacher
 
@@ -36,6 +39,8 @@ class Decisions:
     layouts: list[Layout]
     identity: dict
     """What a resumed run must share with this one."""
+    synthesised: SynthesisedImages | None = None
+    """What makes the training images, where they are not read."""
 
 
 def decide(materials: Materials) -> Decisions:
@@ -69,6 +74,7 @@ def decide(materials: Materials) -> Decisions:
     return Decisions(
         objectives.made(_auxiliary_facts(materials), config.seed), stages, plan, costs, teacher, layouts,
         {**identity(config), **facts, "inexact": inexact, "epochs": ends[0] if len(ends) == 1 else ends},
+        synthesised_images(config, source, len(facts["classes"]), paired) if isinstance(source, BankSource) else None,
     )  # fmt: skip
 
 

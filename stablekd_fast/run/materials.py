@@ -16,7 +16,7 @@ from stablekd_fast.blocks.check import check_runs, check_separate
 from stablekd_fast.blocks.pair import copy_head
 from stablekd_fast.cache.image_column import ImageColumn
 from stablekd_fast.cache.settings import CacheSettings
-from stablekd_fast.config import DistillConfig, objectives_of
+from stablekd_fast.config import DistillConfig, objectives_of, synthesis_of
 from stablekd_fast.data import Dataset, EvalSource, Split, StreamSource, TrainSource, open_dataset
 from stablekd_fast.distributed import Ranks, join
 from stablekd_fast.engine.checkpoint import load_metadata
@@ -39,6 +39,7 @@ from stablekd_fast.run.builders import (
     train_source,
     training_stream,
 )
+from stablekd_fast.run.synthesised import bank_source, check_synthesis, held_out_images
 
 CALIBRATION_BATCHES = 2
 """Training batches to which bridges are fitted."""
@@ -157,23 +158,28 @@ def _resumed(config: DistillConfig, ranks: Ranks) -> dict | None:
 def _open_images(config: DistillConfig, dataset: Dataset | None, device: torch.device, ranks: Ranks) -> Images:
     if dataset is None:
         dataset = open_dataset(config.data, image_size=config.image_size, on_bad_image=config.on_bad_image)
-    elif config.image_size is not None and dataset.train.size != config.image_size:
+    elif config.image_size is not None and dataset.test.size != config.image_size:
         raise ConfigError(
             f"image_size={config.image_size} was given, but the data set was opened with images of "
-            f"{dataset.train.size} pixels; give the image size to open_dataset."
+            f"{dataset.test.size} pixels; give the image size to open_dataset."
         )
     dataset = normalised_by_settings(dataset, config)
-    train, held_out = split_training_images(dataset, config)
-    source = train_source(dataset, train, config, device)
-    stream = training_stream(source, config)
-    cache = cache_settings(config)
-    if config.cache.images and not train.resident:
-        source.store_images(ImageColumn(source, config.cache, views_shown(config.views, config.epochs)))
+    if synthesis := synthesis_of(config):
+        check_synthesis(config, synthesis, ranks.size)
+        source = stream = bank_source(config, synthesis, dataset, device)
+        held_out, cache = held_out_images(dataset, config), config.cache
+    else:
+        train, held_out = split_training_images(dataset, config)
+        source = train_source(dataset, train, config, device)
+        stream = training_stream(source, config)
+        cache = cache_settings(config)
+        if config.cache.images and not train.resident:
+            source.store_images(ImageColumn(source, config.cache, views_shown(config.views, config.epochs)))
     validation = (
         eval_source(dataset, held_out, config, ranks.rank, ranks.size, device) if held_out is not None else None
     )
     test = dataset.test.skipping()
-    splits = [split for split in (train, held_out, test) if split is not None]
+    splits = [split for split in (source.split, held_out, test) if split is not None]
     return Images(dataset, splits, source, stream, validation, test, cache)
 
 
