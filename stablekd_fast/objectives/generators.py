@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -59,3 +61,35 @@ class Normalise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
+
+
+class Discriminator(nn.Module):
+    """Maps images `[N, 3, H, W]`, normalised, to the logits `[N]` that they are real."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, width, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.LeakyReLU(0.2),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(16 * 2 * width, 1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).squeeze(1)
+
+
+Kept = TypeVar("Kept", bound=nn.Module)
+
+
+def frozen(network: Kept) -> Kept:
+    """Make buffers of the parameters of a network, in place, and return it."""
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            del module._parameters[name]
+            module.register_buffer(name, parameter.detach())
+    return network

@@ -15,6 +15,7 @@ from stablekd_fast.distributed import Layout
 from stablekd_fast.engine.checkpoint import ends_of
 from stablekd_fast.engine.schedule import PlannedStage, extended, method_stages, plan_stages
 from stablekd_fast.engine.synthesised import SynthesisedImages
+from stablekd_fast.models.black_box import BlackBox
 from stablekd_fast.objectives import Facts, Objectives
 from stablekd_fast.planning.costs import Planner
 from stablekd_fast.planning.ranks import measured_layouts
@@ -71,8 +72,10 @@ def decide(materials: Materials) -> Decisions:
     plan, costs, teacher = _teacher(materials, planner)
     layouts = _layouts(materials, objectives, groupings, teacher)
     inexact = [[output, kept.codec] for output, kept in sorted(plan.kept.items()) if kept.codec != "fp32"]
+    if objectives.auxiliary is not None:
+        objectives = objectives.made(_auxiliary_facts(materials), config.seed)
     return Decisions(
-        objectives.made(_auxiliary_facts(materials), config.seed), stages, plan, costs, teacher, layouts,
+        objectives, stages, plan, costs, teacher, layouts,
         {**identity(config), **facts, "inexact": inexact, "epochs": ends[0] if len(ends) == 1 else ends},
         synthesised_images(config, source, len(facts["classes"]), paired) if isinstance(source, BankSource) else None,
     )  # fmt: skip
@@ -80,19 +83,23 @@ def decide(materials: Materials) -> Decisions:
 
 def _auxiliary_facts(materials: Materials) -> Facts:
     """What an auxiliary loss is made from."""
-    paired, classes = materials.paired, len(materials.images.dataset.classes)
+    paired, classes, source = materials.paired, len(materials.images.dataset.classes), materials.source
+    height, width = materials.images.first(materials.device).shape[2:]
     bridged = [paired.bridge_after(k) is not None for k in range(len(paired.cuts))]
     students = [cut.student_shape for cut in paired.cuts]
     teachers = [s if b else cut.teacher_shape for cut, s, b in zip(paired.cuts, students, bridged)]
     return Facts(
         classes=classes,
-        samples=materials.source.split.total,
+        samples=source.split.total,
         batch_size=materials.config.batch_size // materials.ranks.size,
         student_shapes=[*students, (classes,)],
         teacher_shapes=[*teachers, (classes,)],
         channel_axes=[cut.student_channel_axis for cut in paired.cuts],
         device=materials.device,
         teacher=nn.Sequential(*paired.teacher_blocks),
+        size=(height, width),
+        mean=source.mean,
+        std=source.std,
     )
 
 
@@ -113,7 +120,8 @@ def _teacher(materials: Materials, planner: Planner) -> tuple[Plan, Costs | None
         plan, costs = Plan.from_plain(materials.resumed.get("plan", [])), None
     else:
         plan, costs = materials.ranks.from_first(lambda: planner.plan(examples))
-    live = LiveTeacher(materials.paired, materials.capture, fall_back=materials.config.capture == "auto")
+    capture = "eager" if isinstance(materials.paired.teacher, BlackBox) else materials.capture
+    live = LiveTeacher(materials.paired, capture, fall_back=materials.config.capture == "auto")
     if not plan.kept:
         return plan, costs, Relay(materials.paired, live)
     columns = planner.columns.open(plan, examples or planner.examples())

@@ -24,9 +24,11 @@ from stablekd_fast.errors import ConfigError, CutError, ModelError
 from stablekd_fast.execution.capture import pick_capture
 from stablekd_fast.execution.memory import placed, watched
 from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
+from stablekd_fast.models.black_box import BlackBox
 from stablekd_fast.models.inputs import Adapted, ImageInput, input_of
 from stablekd_fast.models.weights import card_of
 from stablekd_fast.models.wrappers import unwrapped
+from stablekd_fast.objectives import Objectives
 from stablekd_fast.planning.costs import views_shown
 from stablekd_fast.report import versions
 from stablekd_fast.run.builders import (
@@ -133,7 +135,7 @@ def gather(config: DistillConfig, given: Given) -> Materials:
         copy_head(paired)
     precision = _precision(config, resumed, ranks, paired.student, images, device)
     paired = dataclasses.replace(paired, precision=precision, fuses_norms=pick_fusion(config.fuse_norms, device))
-    if config.has_teacher:
+    if config.has_teacher and not isinstance(paired.teacher, BlackBox):
         paired = serve(paired, images.first(device), config.fold_teacher)
     image_dtype = torch.float32
     if precision.dtype != torch.float32:
@@ -209,6 +211,9 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
     own = own if own is None else own.to(device)
     _check_classes(teacher, example if own is None else own(example), classes, images.dataset.name, "teacher")
     objectives = objectives_of(config)
+    if isinstance(teacher, BlackBox):
+        _check_black_box(config, objectives)
+        return PairedBlocks.uncut(teacher, student, own)
     bridge = "none" if objectives.takes_any_width and not config.feeds_blocks else config.bridge
     try:
         return pair_blocks(
@@ -220,6 +225,18 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
         check_separate(teacher, student)
         warnings.warn(f"The networks are not cut, which {config.method} does not need: {error}", stacklevel=1)
         return PairedBlocks.uncut(teacher, student, own)
+
+
+def _check_black_box(config: DistillConfig, objectives: Objectives) -> None:
+    """Raise ConfigError for a method that needs more of the teacher than its answers."""
+    auxiliary = objectives.auxiliary
+    steep = synthesis_of(config) is not None or (auxiliary is not None and auxiliary.kind.reads_input_gradient)
+    if steep or objectives.needs_cuts or config.feeds_blocks or config.cuts is not None or config.blocks is not None:
+        needed = "gradients" if steep else "outputs at cuts"
+        raise ConfigError(
+            f"The method {config.method} needs the teacher's {needed}, as it is set, but the teacher is a black box, "
+            "which only answers; use kd, dkd or mekd, without --cuts and --blocks."
+        )
 
 
 def _checked_card(config: DistillConfig, dataset: Dataset) -> dict:
