@@ -94,6 +94,7 @@ class MappingEmulation(Auxiliary):
             weights = [self.generator.get_buffer(name).requires_grad_() for name in self.learnable]
             ours, theirs = (torch.optim.Adam(p, config.lr, (0.5, 0.999)) for p in (weights, judge.parameters()))
             self.generator.train()
+            loss = torch.zeros(())
             for _ in range(config.steps):
                 loss = self._learn_from(next(batches), judge, teacher, ours, theirs)
             self.generator.eval()
