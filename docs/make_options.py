@@ -22,7 +22,9 @@ from stablekd_fast.config import DistillConfig
 from stablekd_fast.data.augmentation import AugmentSettings, CropSettings, EvaluationSettings
 from stablekd_fast.diagnose.settings import Probing
 from stablekd_fast.engine.schedule import Optimizer, Stage
+from stablekd_fast.objectives.fast_dfkd import FastDFKD
 from stablekd_fast.objectives.kd import LogitKD
+from stablekd_fast.objectives.mekd import MEKD
 from stablekd_fast.objectives.mse import FeatureMSE
 from stablekd_fast.objectives.registry import options
 from stablekd_fast.planning.pair import PairPlan
@@ -40,6 +42,8 @@ SETTINGS = {
     EvaluationSettings: "--evaluation.",
     LogitKD: "--logits-options.",
     FeatureMSE: "--feature-options.",
+    FastDFKD: "--synthesis-options.",
+    MEKD: "--auxiliary-options.",
     PairPlan: "--",
     Probing: "--",
     Stage: "",
@@ -95,10 +99,12 @@ def table(settings: type, fields: list[str]) -> str:
 
 
 def docstrings(settings: type) -> dict[str, str]:
-    """The string behind each field of a dataclass, on one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0].body
+    """The string behind each field of a dataclass and of those that it is made from, on one line."""
+    kinds = [kind for kind in reversed(settings.__mro__) if dataclasses.is_dataclass(kind)]
+    bodies = [ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body for kind in kinds]
     return {
         field.target.id: " ".join(text.value.value.split())
+        for body in bodies
         for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     }

@@ -1,7 +1,7 @@
 """Blockwise knowledge distillation after StableKD (arXiv 2312.13223).
 
-Public names: `pair_blocks`, `distill`, `Distiller`, `DistillConfig`, `open_dataset`, `evaluate_file`, the operators in
-`stablekd_fast.kernels` and the losses in `stablekd_fast.losses`.
+Public names: `pair_blocks`, `distill`, `Distiller`, `DistillConfig`, `open_dataset`, `evaluate_file`, `black_box`, the
+operators in `stablekd_fast.kernels` and the losses in `stablekd_fast.losses`.
 """
 
 # pyright: reportUnsupportedDunderAll=false
@@ -11,6 +11,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 _HOMES = {
+    "black_box": "stablekd_fast.models.black_box",
     "pair_blocks": "stablekd_fast.blocks",
     "distill": "stablekd_fast.run.distiller",
     "Distiller": "stablekd_fast.run.distiller",
@@ -24,6 +25,7 @@ __all__ = [
     "DistillConfig",
     "Distiller",
     "__version__",
+    "black_box",
     "distill",
     "evaluate_file",
     "open_dataset",

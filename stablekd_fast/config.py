@@ -11,7 +11,7 @@ from stablekd_fast.data import BATCHES_AHEAD, SourceName
 from stablekd_fast.data.augmentation import AugmentSettings, CropSettings, EvaluationSettings, Interpolation
 from stablekd_fast.engine.schedule import RECIPES, Optimizer, Stage
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.objectives import Objectives, method_named, objective
+from stablekd_fast.objectives import Objectives, SynthesisObjective, method_named, objective
 
 
 @dataclass
@@ -112,6 +112,10 @@ class DistillConfig:
     """A further loss, by name; None takes the method's, most have none."""
     auxiliary_options: dict[str, Any] = field(default_factory=dict)
     """Options of the further loss."""
+    synthesis: str | None = None
+    """What makes the training images in place of the data set's, by name; None takes the method's, most have none."""
+    synthesis_options: dict[str, Any] = field(default_factory=dict)
+    """Options of what makes the training images."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """The number format of forward passes, the teacher's too. `auto`: bf16 where the hardware has it, on CPUs where a
     trial shows that it pays."""
@@ -232,10 +236,10 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def losses_of(config: DistillConfig) -> dict[str, Any]:
-    """The losses of a run and their options, by the names of the settings: the method's where the settings have none,
-    with the method's options."""
+    """The losses of a run, what makes its images, and their options, by the names of the settings: the method's where
+    the settings have none, with the method's options."""
     method, found = method_named(config.method), {}
-    for place in ("feature", "logits", "auxiliary"):
+    for place in ("feature", "logits", "auxiliary", "synthesis"):
         of_method, asked = getattr(method, place), getattr(config, place)
         options = method.options.get(place, {}) if asked in (None, of_method) else {}
         found[place] = asked or of_method
@@ -257,3 +261,13 @@ def objectives_of(config: DistillConfig) -> Objectives:
         if losses["auxiliary"]
         else None,
     )
+
+
+def synthesis_of(config: DistillConfig) -> SynthesisObjective | None:
+    """What makes the training images; None where they are the data set's. Raises ConfigError for an unknown one."""
+    losses = losses_of(config)
+    if losses["synthesis"] is None:
+        if losses["synthesis_options"]:
+            raise ConfigError("synthesis_options were given without synthesis; name what makes the images too.")
+        return None
+    return objective("synthesis", losses["synthesis"], losses["synthesis_options"])

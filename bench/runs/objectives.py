@@ -44,7 +44,7 @@ def arm_of(name: str, pair: Pair, data: str, precision: str) -> Arm:
     own, device = objectives.auxiliary, torch.device("cpu")
     twice = own is not None and own.kind.reads_input_gradient  # which fused norms cannot
     paired.fuses_norms = pick_fusion("off" if twice else "auto", device)
-    facts = auxiliary_facts(paired, classes, source.split.total, pair.batch, pair.size, device)
+    facts = auxiliary_facts(paired, classes, source.split.total, pair.batch, (pair.size, pair.size), device)
     objectives = objectives.made(facts, SEED)
     groups = [list(range(len(paired)))]
     return Arm(paired, Relay(paired), batches, groups=groups, objectives=objectives, optimizer=Optimizer("sgd"))

@@ -37,6 +37,8 @@ def check_runs(model: nn.Module, images: Tensor, training: bool = False) -> Tens
         with untouched(model), evaluation_mode(model):
             model.train(training)
             logits = logits_of(model(images[:2].clone()))
+    except ModelError:  # it has said why itself
+        raise
     except Exception as error:
         reason = first_line(error)
         what = f"{count} image(s) of the shape {list(images.shape[1:])} in {_MODES[training]} mode"

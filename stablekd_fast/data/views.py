@@ -56,6 +56,7 @@ class Stream(IntEnum):
     ERASED_RATIO = 23
     ERASED_TOP = 24
     ERASED_LEFT = 25
+    SYNTHESIS = 26
 
 
 def counter_hash(*fields) -> np.ndarray:

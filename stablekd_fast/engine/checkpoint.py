@@ -2,7 +2,8 @@
 
 A checkpoint holds, under these names: the student's own tensors (`student/NAME`), the moving average of its parameters
 (`average/NAME`), optimizer states (`optimizer/PARAMETER/KEY`), loss scales (`loss_scale/GROUP/KEY`), bridges
-(`bridge/CUT`), what an auxiliary loss learns and remembers (`auxiliary/NAME`) and the states of the random generators
+(`bridge/CUT`), what an auxiliary loss learns and remembers (`auxiliary/NAME`), made images and what makes them
+(`synthesis/NAME`), and the states of the random generators
 (`random/cpu`, `random/cuda`). Its metadata hold the progress, and what was decided for the run.
 """
 
@@ -32,11 +33,14 @@ from stablekd_fast.files.sealed import check_tensors, sealed_file, text_of
 from stablekd_fast.models.weights import restore_state
 
 STUDENT, AVERAGE, OPTIMIZER, LOSS_SCALE, BRIDGE = "student", "average", "optimizer", "loss_scale", "bridge"
-RANDOM, AUXILIARY = "random", "auxiliary"
+RANDOM, AUXILIARY, SYNTHESIS = "random", "auxiliary", "synthesis"
 FORMAT = 1
 """The version of a checkpoint's names and metadata; files of earlier versions have none, and are alike."""
 
-_ADDED = {"deterministic": False, "folded_teacher": False, "auxiliary": None, "auxiliary_options": {}}
+_ADDED = {
+    "deterministic": False, "folded_teacher": False, "auxiliary": None, "auxiliary_options": {}, "synthesis": None,
+    "synthesis_options": {},
+}  # fmt: skip
 """Settings that checkpoints of earlier versions do not hold, and what was so then."""
 _MAY_CHANGE = ("data", "on_bad_image")
 """A resumed run may find the same images at another place, and may leave out bad ones from then on."""
@@ -186,6 +190,8 @@ def save_run(parts: Parts, state: RunState) -> None:
     tensors |= {f"{RANDOM}/{name}": value for name, value in random_states(parts.device).items()}
     if parts.objectives.module is not None:
         tensors |= {f"{AUXILIARY}/{name}": value for name, value in parts.objectives.module.state_dict().items()}
+    if parts.synthesised is not None:
+        tensors |= {f"{SYNTHESIS}/{name}": value for name, value in parts.synthesised.state().items()}
     metadata = {
         "format": FORMAT,
         "identity": parts.identity,
@@ -212,6 +218,8 @@ def resume_run(parts: Parts) -> RunState:
     restore_state(parts.paired.student, below(tensors, STUDENT))
     if parts.objectives.module is not None:
         restore_state(parts.objectives.module, below(tensors, AUXILIARY))
+    if parts.synthesised is not None:
+        parts.synthesised.restore(below(tensors, SYNTHESIS))
     kept = (f"{OPTIMIZER}/", f"{LOSS_SCALE}/")
     state.optimizer = {name: tensor for name, tensor in tensors.items() if name.startswith(kept)}
     if parts.execution.ema is not None:

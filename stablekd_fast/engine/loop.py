@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import signal
+import sys
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -61,6 +62,7 @@ class Engine:
 
         Raises Interrupted, with all saved, after the step in which a signal asked for an end.
         """
+        self._learn()
         for index, planned in enumerate(self.parts.stages):
             if self.progress.step >= planned.last:
                 continue
@@ -81,6 +83,17 @@ class Engine:
             self._leave(stage)
             if stage.stopped_by is not None and planned is not self.parts.stages[-1]:
                 self._stop(stage.stopped_by)
+
+    def _learn(self) -> None:
+        """Let the auxiliary loss learn what it needs before the first step. A run that ends meanwhile begins anew."""
+        module, paired = self.parts.objectives.module, self.parts.paired
+        if module is None or not module.learns or self.progress.step:
+            return
+        head = len(paired.cuts)
+        with self.clock.timing("training"), closing(self.parts.source.batches(0, sys.maxsize)) as batches:
+            images = (self.to_device(batch.pixels) for batch in batches)
+            module.learn(images, lambda images: paired.teacher_outputs(images, [head])[head])
+        self._take_times(wait=True)
 
     def _stop(self, number: int) -> NoReturn:
         """End the run, whose state is saved, as a signal has asked."""
@@ -127,6 +140,9 @@ class Engine:
             batches = with_second(batches, stage.source, second, first, dtype)
         feed = Feed(stage.teacher, batches, stage.wanted, stage.side)
         while True:
+            if self.parts.synthesised is not None and self.progress.step < stage.planned.last:
+                with self._training(stage, "its images"):
+                    self.parts.synthesised.before_step(self.progress.step)
             with self.clock.timing("waiting"):
                 batch = feed.fetch()
             if batch is None:
@@ -211,7 +227,7 @@ class Engine:
             wanted=self.parts.objectives.teacher_outputs(own, len(paired.cuts)),
             source=self.parts.stream.part(layout.part_of(self.ranks.rank), layout.data),
             teacher=self._teacher(layout, settings.groups),
-            side=Side(self.parts.device, used=not layout.hands_on),  # ranks exchange all that they do on one stream
+            side=Side(self.parts.device, used=not layout.hands_on and self.parts.synthesised is None),
             losses=LossReader(divided.steps),
             stops=self._stops(layout),
             entered_at=self.progress.step,

@@ -12,6 +12,7 @@ from stablekd_fast.cache.columns import Plan
 from stablekd_fast.data import EvalSource, StreamSource, TrainSource
 from stablekd_fast.distributed import Layout, Ranks
 from stablekd_fast.engine.schedule import PlannedStage
+from stablekd_fast.engine.synthesised import SynthesisedImages
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.teacher.live import Teacher
 
@@ -70,6 +71,8 @@ class Parts:
     checkpoint: Path
     identity: dict
     """The settings and facts that decide the run's numbers; a resumed run must share them."""
+    synthesised: SynthesisedImages | None = None
+    """Makes the training images between steps, where they are not read; `source` shows them."""
 
     def __enter__(self) -> Parts:
         return self

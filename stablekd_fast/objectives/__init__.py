@@ -8,10 +8,12 @@ from stablekd_fast.objectives import (  # noqa: F401  (importing registers them)
     dist,
     dkd,
     dlb,
+    fast_dfkd,
     fitnet,
     kd,
     kdiga,
     logit_std,
+    mekd,
     mix_kd,
     mse,
     multi_teacher,
@@ -30,6 +32,7 @@ from stablekd_fast.objectives.registry import (
     objective,
     register,
 )
+from stablekd_fast.objectives.synthesis import Synthesis, SynthesisFacts, SynthesisObjective
 
 __all__ = [
     "METHODS",
@@ -41,6 +44,9 @@ __all__ = [
     "Method",
     "Objectives",
     "StepBatch",
+    "Synthesis",
+    "SynthesisFacts",
+    "SynthesisObjective",
     "add_method",
     "differentiated",
     "method_named",

@@ -63,8 +63,8 @@ class Facts:
     """Sample ids are below it."""
     batch_size: int
     """Images of a batch of this process."""
-    image_size: int
-    """The side of the student's images in pixels."""
+    size: tuple[int, int]
+    """Height and width of the student's images in pixels."""
     student_shapes: list[tuple[int, ...]]
     """Per image at each cut; the last one is that of the logits."""
     teacher_shapes: list[tuple[int, ...]]
@@ -74,6 +74,9 @@ class Facts:
     device: torch.device
     teacher: Callable[[Tensor], Tensor] | None = None
     """The plain teacher in evaluation mode, differentiable with respect to images `[N, C, H, W]`; gives logits."""
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    """By which the student's images are normalised, per channel of 0 to 1."""
 
     @property
     def cuts(self) -> int:
@@ -102,6 +105,8 @@ class Auxiliary(nn.Module):
     """Whether labels must be classes, and cannot be the probabilities of mixed images."""
     any_width: ClassVar[bool] = False
     """Whether the teacher's outputs may have another width than the student's."""
+    learns: ClassVar[bool] = False
+    """Whether it learns something before the first step; see `learn`."""
 
     def __init__(self, config: Any, facts: Facts) -> None:
         super().__init__()
@@ -116,6 +121,13 @@ class Auxiliary(nn.Module):
     def teacher_outputs(cls, config: Any, cuts: int) -> set[int]:
         """Return which outputs of the teacher it reads, numbered alike."""
         return set()
+
+    def learn(self, batches: Iterator[Tensor], teacher: Callable[[Tensor], Tensor]) -> None:
+        """Learn what the loss needs before the first step of a run, and keep it in buffers.
+
+        `batches` are images `[N, C, H, W]` as training shows them, without end; `teacher` gives logits for such ones,
+        without gradients. It is called again where a run is resumed before its first step, with what it learned.
+        """
 
     def prepare(self, batch: StepBatch) -> StepBatch:
         """Return the batch that the step is to compute, where it is another than what was loaded."""

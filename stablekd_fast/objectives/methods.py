@@ -19,8 +19,11 @@ class Method:
     feature: str = "mse"
     logits: str = "kd"
     auxiliary: str | None = None
+    synthesis: str | None = None
+    """What makes the images of a run without data."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Options other than the losses' own defaults: by place, `feature`, `logits` or `auxiliary`."""
+    """Options other than the losses' own defaults: by place, `feature`, `logits`, `auxiliary` or
+    `synthesis`."""
     needs_teacher: bool = True
     stages: Literal["decomposed", "apart", "end to end"] = "end to end"
     """Whether blocks train alone and are merged, train alone throughout, or train as one from the start."""

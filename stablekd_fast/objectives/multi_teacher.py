@@ -64,7 +64,7 @@ class FurtherTeachers(Auxiliary):
 
 def _loaded(entry: str, facts: Facts) -> nn.Module:
     name, _, weights = entry.partition(":")
-    teacher = models.build(name, facts.classes, facts.image_size)
+    teacher = models.build(name, facts.classes, facts.size[0])
     models.load_weights(teacher, weights)
     return LogitsOf(teacher)
 

@@ -101,6 +101,11 @@ class Objectives:
             )
         if self.auxiliary is None:
             return []
+        if self.auxiliary.kind.learns and ranks > 1:
+            raise ConfigError(
+                f"{self.auxiliary.name} learns before the first step, which {ranks} processes would each "
+                "do in their own way; use one."
+            )
         rests = [not any(self.helps(group, cut_count) for group in groups) for groups in stages]
         if all(rests):
             raise ConfigError(

@@ -1,11 +1,12 @@
 """Losses by name. An objective is one file that registers a name, a config dataclass, and a function.
 
-Three places take objectives:
+Four places take objectives:
 
 - `feature`: `(config, student, target, channel_axis) -> (loss, gradient)` at a cut, both `[N, ...]` of one shape; one
   that divides by something of the whole batch registers how to find it, and takes it as a further argument;
 - `logits`: `(config, student, teacher or None, labels or None) -> (loss, gradient)` at the head, `[N, classes]`;
-- `auxiliary`: a class, an `Auxiliary`, for all that needs more than one tensor of student and teacher each.
+- `auxiliary`: a class, an `Auxiliary`, for all that needs more than one tensor of student and teacher each;
+- `synthesis`: a class, a `Synthesis`, no loss of the student but what makes its images.
 
 Losses at the first two come already weighted, as 0-dim tensors, together with their gradient with respect to the
 student's tensor: a step starts backward from the gradients, so no further pass over the feature maps is made.
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from stablekd_fast.errors import ConfigError, nearest
 from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, wide
+from stablekd_fast.objectives.synthesis import SynthesisObjective
 
 LossWithGradient = Callable[..., tuple[Tensor, Tensor]]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -142,7 +144,7 @@ class _Registered(NamedTuple):
     needs_classes: bool
 
 
-_REGISTRY: dict[str, dict[str, _Registered]] = {"feature": {}, "logits": {}, "auxiliary": {}}
+_REGISTRY: dict[str, dict[str, _Registered]] = {"feature": {}, "logits": {}, "auxiliary": {}, "synthesis": {}}
 
 
 def _nothing(config: Any, target: Tensor) -> None:
@@ -150,7 +152,7 @@ def _nothing(config: Any, target: Tensor) -> None:
 
 
 def register(
-    place: Literal["feature", "logits", "auxiliary"],
+    place: Literal["feature", "logits", "auxiliary", "synthesis"],
     name: str,
     config: type[Any],
     whole_batch: Callable[[Any, Tensor], Tensor | None] = _nothing,
@@ -159,7 +161,8 @@ def register(
     relates: bool = False,
     needs_classes: bool = False,
 ) -> Callable[[Function], Function]:
-    """Return a decorator that makes a function, or a class of `Auxiliary`, known as objective `name` at `place`.
+    """Return a decorator that makes a function, or a class of `Auxiliary` or `Synthesis`, known as objective `name` at
+    `place`.
 
     `whole_batch(config, target)`: a 0-dim tensor that the loss needs of all targets of a batch, whose mean over equal
     parts is that of the whole; None where the loss of a batch is the mean of its parts' losses. `any_width`: at a cut,
@@ -185,9 +188,11 @@ def objective(place: Literal["feature"], name: str, options: dict[str, Any] | No
 def objective(place: Literal["logits"], name: str, options: dict[str, Any] | None = None) -> LogitObjective: ...
 @overload
 def objective(place: Literal["auxiliary"], name: str, options: dict[str, Any] | None = None) -> AuxiliaryObjective: ...
+@overload
+def objective(place: Literal["synthesis"], name: str, options: dict[str, Any] | None = None) -> SynthesisObjective: ...
 def objective(
-    place: Literal["feature", "logits", "auxiliary"], name: str, options: dict[str, Any] | None = None
-) -> FeatureObjective | LogitObjective | AuxiliaryObjective:
+    place: Literal["feature", "logits", "auxiliary", "synthesis"], name: str, options: dict[str, Any] | None = None
+) -> FeatureObjective | LogitObjective | AuxiliaryObjective | SynthesisObjective:
     """Return the objective `name` with its options bound.
 
     Raises ConfigError for an unknown name or option, with the nearest valid one.
@@ -204,6 +209,8 @@ def objective(
     config = entry.config(**options)
     if place == "auxiliary":
         return AuxiliaryObjective(name, config, entry.function)
+    if place == "synthesis":
+        return SynthesisObjective(name, config, entry.function)
     takes_upstream = "upstream" in inspect.signature(entry.function).parameters
     if place == "feature":
         return FeatureObjective(config, entry.function, takes_upstream, entry.whole_batch, entry.any_width)

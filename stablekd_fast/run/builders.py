@@ -17,6 +17,7 @@ from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import STREAM, Augmentation, Dataset, EvalSource, Split, StreamSource, TrainSource
 from stablekd_fast.data.augmentation import altered
+from stablekd_fast.data.dataset import Channels
 from stablekd_fast.errors import ConfigError, DataError, first_line
 from stablekd_fast.objectives import Facts
 from stablekd_fast.report.machine import usable_cores
@@ -205,10 +206,12 @@ def auxiliary_facts(
     classes: int,
     samples: int,
     batch_size: int,
-    image_size: int,
+    size: tuple[int, int],
     device: torch.device,
     *,
     has_teacher: bool = True,
+    mean: Channels = (0.0, 0.0, 0.0),
+    std: Channels = (1.0, 1.0, 1.0),
 ) -> Facts:
     """What an auxiliary loss is made from. `samples`: sample ids are below it; `batch_size`: images of a process."""
     students = [cut.student_shape for cut in paired.cuts]
@@ -219,12 +222,14 @@ def auxiliary_facts(
         classes=classes,
         samples=samples,
         batch_size=batch_size,
-        image_size=image_size,
+        size=size,
         student_shapes=[*students, (classes,)],
         teacher_shapes=[*teachers, (classes,)],
         channel_axes=[cut.student_channel_axis for cut in paired.cuts],
         device=device,
         teacher=nn.Sequential(*paired.teacher_blocks) if has_teacher else None,
+        mean=mean,
+        std=std,
     )
 
 

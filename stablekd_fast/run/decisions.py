@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from stablekd_fast.cache.columns import Plan
 from stablekd_fast.cache.fingerprint import image_fingerprint
 from stablekd_fast.config import DistillConfig, identity, objectives_of
+from stablekd_fast.data.bank import BankSource
 from stablekd_fast.distributed import Layout
 from stablekd_fast.engine.checkpoint import ends_of
 from stablekd_fast.engine.schedule import PlannedStage, extended, method_stages, plan_stages
+from stablekd_fast.engine.synthesised import SynthesisedImages
 from stablekd_fast.execution.capture import COMPILED
+from stablekd_fast.models.black_box import BlackBox
 from stablekd_fast.objectives import Facts, Objectives
 from stablekd_fast.planning.costs import Planner
 from stablekd_fast.planning.ranks import measured_layouts
 from stablekd_fast.planning.rows import Costs
 from stablekd_fast.run.builders import auxiliary_facts, fingerprint
 from stablekd_fast.run.materials import Materials
+from stablekd_fast.run.synthesised import synthesised_images
 from stablekd_fast.teacher.cached import CachedTeacher
 from stablekd_fast.teacher.live import LiveTeacher, Relay, Teacher
 
@@ -35,6 +39,8 @@ class Decisions:
     layouts: list[Layout]
     identity: dict
     """What a resumed run must share with this one."""
+    synthesised: SynthesisedImages | None = None
+    """What makes the training images, where they are not read."""
 
 
 def decide(materials: Materials) -> Decisions:
@@ -65,17 +71,29 @@ def decide(materials: Materials) -> Decisions:
     plan, costs, teacher = _teacher(materials, planner)
     layouts = _layouts(materials, objectives, groupings, teacher)
     inexact = [[output, kept.codec] for output, kept in sorted(plan.kept.items()) if kept.codec != "fp32"]
+    if objectives.auxiliary is not None:
+        objectives = objectives.made(_losses_facts(materials), config.seed)
     return Decisions(
-        objectives.made(_losses_facts(materials), config.seed), stages, plan, costs, teacher, layouts,
+        objectives, stages, plan, costs, teacher, layouts,
         {**identity(config), **facts, "inexact": inexact, "epochs": ends[0] if len(ends) == 1 else ends},
+        synthesised_images(config, source, len(facts["classes"]), paired) if isinstance(source, BankSource) else None,
     )  # fmt: skip
 
 
 def _losses_facts(materials: Materials) -> Facts:
-    config, paired, device = materials.config, materials.paired, materials.device
-    classes, size = len(materials.images.dataset.classes), materials.images.first(device).shape[-1]
-    part, samples = config.batch_size // materials.ranks.size, materials.source.split.total
-    return auxiliary_facts(paired, classes, samples, part, size, device, has_teacher=config.has_teacher)
+    config, paired, device, source = materials.config, materials.paired, materials.device, materials.source
+    height, width = materials.images.first(device).shape[2:]
+    return auxiliary_facts(
+        paired,
+        len(materials.images.dataset.classes),
+        source.split.total,
+        config.batch_size // materials.ranks.size,
+        (height, width),
+        device,
+        has_teacher=config.has_teacher,
+        mean=source.mean,
+        std=source.std,
+    )
 
 
 def _ends(config: DistillConfig, resumed: dict | None) -> list[float]:
@@ -95,7 +113,8 @@ def _teacher(materials: Materials, planner: Planner) -> tuple[Plan, Costs | None
         plan, costs = Plan.from_plain(materials.resumed.get("plan", [])), None
     else:
         plan, costs = materials.ranks.from_first(lambda: planner.plan(examples))
-    live = LiveTeacher(materials.paired, materials.capture, fall_back=materials.config.capture == "auto")
+    capture = "eager" if isinstance(materials.paired.teacher, BlackBox) else materials.capture
+    live = LiveTeacher(materials.paired, capture, fall_back=materials.config.capture == "auto")
     if not plan.kept:
         return plan, costs, Relay(materials.paired, live)
     columns = planner.columns.open(plan, examples or planner.examples())

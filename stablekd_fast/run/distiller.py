@@ -143,6 +143,7 @@ class Distiller:
             bn_batches=bn_batches(config, materials.source),
             checkpoint=self.checkpoint,
             identity=decided.identity,
+            synthesised=decided.synthesised,
         )
 
     @contextlib.contextmanager
@@ -165,7 +166,7 @@ class Distiller:
 
     @property
     def source(self) -> TrainSource:
-        """Named views of the training images."""
+        """Views of the training images."""
         return self.materials.source
 
     def run(self, *, progress: bool = True) -> RunResult:
@@ -394,7 +395,6 @@ def distill(config: DistillConfig | None = None, *, progress: bool = True, **set
     if config is not None and settings:
         raise ConfigError(f"Both a config and the settings {sorted(settings)} were given; give one of the two.")
     fields = [field.name for field in dataclasses.fields(DistillConfig)]
-    for name in settings:
-        if name not in fields:
-            raise ConfigError(f"There is no setting {name!r}{nearest(name, fields)}.")
+    for name in (name for name in settings if name not in fields):
+        raise ConfigError(f"There is no setting {name!r}{nearest(name, fields)}.")
     return Distiller(config or DistillConfig(**settings), **parts).run(progress=progress)

@@ -16,7 +16,7 @@ from stablekd_fast.blocks.check import check_runs, check_separate
 from stablekd_fast.blocks.pair import copy_head
 from stablekd_fast.cache.image_column import ImageColumn
 from stablekd_fast.cache.settings import CacheSettings
-from stablekd_fast.config import DistillConfig, objectives_of
+from stablekd_fast.config import DistillConfig, objectives_of, synthesis_of
 from stablekd_fast.data import Dataset, EvalSource, Split, StreamSource, TrainSource, open_dataset
 from stablekd_fast.distributed import Ranks, join
 from stablekd_fast.engine.checkpoint import load_metadata
@@ -24,9 +24,11 @@ from stablekd_fast.errors import ConfigError, CutError, ModelError
 from stablekd_fast.execution.capture import pick_capture
 from stablekd_fast.execution.memory import placed, watched
 from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
+from stablekd_fast.models.black_box import BlackBox
 from stablekd_fast.models.inputs import Adapted, ImageInput, input_of
 from stablekd_fast.models.weights import card_of
 from stablekd_fast.models.wrappers import unwrapped
+from stablekd_fast.objectives import Objectives
 from stablekd_fast.planning.costs import views_shown
 from stablekd_fast.report import versions
 from stablekd_fast.run.builders import (
@@ -39,6 +41,7 @@ from stablekd_fast.run.builders import (
     train_source,
     training_stream,
 )
+from stablekd_fast.run.synthesised import bank_source, check_synthesis, held_out_images
 
 CALIBRATION_BATCHES = 2
 """Training batches to which bridges are fitted."""
@@ -132,7 +135,7 @@ def gather(config: DistillConfig, given: Given) -> Materials:
         copy_head(paired)
     precision = _precision(config, resumed, ranks, paired.student, images, device)
     paired = dataclasses.replace(paired, precision=precision, fuses_norms=_fuses(config, device))
-    if config.has_teacher:
+    if config.has_teacher and not isinstance(paired.teacher, BlackBox):
         paired = serve(paired, images.first(device), config.fold_teacher)
     image_dtype = torch.float32
     if precision.dtype != torch.float32:
@@ -167,23 +170,28 @@ def _resumed(config: DistillConfig, ranks: Ranks) -> dict | None:
 def _open_images(config: DistillConfig, dataset: Dataset | None, device: torch.device, ranks: Ranks) -> Images:
     if dataset is None:
         dataset = open_dataset(config.data, image_size=config.image_size, on_bad_image=config.on_bad_image)
-    elif config.image_size is not None and dataset.train.size != config.image_size:
+    elif config.image_size is not None and dataset.test.size != config.image_size:
         raise ConfigError(
             f"image_size={config.image_size} was given, but the data set was opened with images of "
-            f"{dataset.train.size} pixels; give the image size to open_dataset."
+            f"{dataset.test.size} pixels; give the image size to open_dataset."
         )
     dataset = normalised_by_settings(dataset, config)
-    train, held_out = split_training_images(dataset, config)
-    source = train_source(dataset, train, config, device)
-    stream = training_stream(source, config)
-    cache = cache_settings(config)
-    if config.cache.images and not train.resident:
-        source.store_images(ImageColumn(source, config.cache, views_shown(config.views, config.epochs)))
+    if synthesis := synthesis_of(config):
+        check_synthesis(config, synthesis, ranks.size)
+        source = stream = bank_source(config, synthesis, dataset, device)
+        held_out, cache = held_out_images(dataset, config), config.cache
+    else:
+        train, held_out = split_training_images(dataset, config)
+        source = train_source(dataset, train, config, device)
+        stream = training_stream(source, config)
+        cache = cache_settings(config)
+        if config.cache.images and not train.resident:
+            source.store_images(ImageColumn(source, config.cache, views_shown(config.views, config.epochs)))
     validation = (
         eval_source(dataset, held_out, config, ranks.rank, ranks.size, device) if held_out is not None else None
     )
     test = dataset.test.skipping()
-    splits = [split for split in (train, held_out, test) if split is not None]
+    splits = [split for split in (source.split, held_out, test) if split is not None]
     return Images(dataset, splits, source, stream, validation, test, cache)
 
 
@@ -213,6 +221,9 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
     own = own if own is None else own.to(device)
     _check_classes(teacher, example if own is None else own(example), classes, images.dataset.name, "teacher")
     objectives = objectives_of(config)
+    if isinstance(teacher, BlackBox):
+        _check_black_box(config, objectives)
+        return PairedBlocks.uncut(teacher, student, own)
     bridge = "none" if objectives.takes_any_width and not config.feeds_blocks else config.bridge
     try:
         return pair_blocks(
@@ -224,6 +235,18 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
         check_separate(teacher, student)
         warnings.warn(f"The networks are not cut, which {config.method} does not need: {error}", stacklevel=1)
         return PairedBlocks.uncut(teacher, student, own)
+
+
+def _check_black_box(config: DistillConfig, objectives: Objectives) -> None:
+    """Raise ConfigError for a method that needs more of the teacher than its answers."""
+    auxiliary = objectives.auxiliary
+    steep = synthesis_of(config) is not None or (auxiliary is not None and auxiliary.kind.reads_input_gradient)
+    if steep or objectives.needs_cuts or config.feeds_blocks or config.cuts is not None or config.blocks is not None:
+        needed = "gradients" if steep else "outputs at cuts"
+        raise ConfigError(
+            f"The method {config.method} needs the teacher's {needed}, as it is set, but the teacher is a black box, "
+            "which only answers; use kd, dkd or mekd, without --cuts and --blocks."
+        )
 
 
 def _checked_card(config: DistillConfig, dataset: Dataset) -> dict:

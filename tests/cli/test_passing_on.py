@@ -39,7 +39,7 @@ OTHER = {
     "out": "o", "resume": True, "extend": True, "feature_options": {"weight": 0.5},
     "logits_options": {"temperature": 2.0}, "auxiliary": "fitnet", "auxiliary_options": {"cut": 2},
     "optimizer": Optimizer(name="sgd", lr=0.125, clip=1.5), "cache": CacheSettings(plan="all", directory="rows"),
-    "stages": None,
+    "stages": None, "synthesis": "fast-dfkd", "synthesis_options": {"steps": 2},
 }  # fmt: skip
 """A value of each setting of a run; `stages` are typed in YAML only (`test_stages_can_be_given_in_yaml`)."""
 

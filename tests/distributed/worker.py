@@ -177,7 +177,7 @@ def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[flo
         rates = Rates.constant(0.05)
         group = list(range(len(paired)))
         shapes = [*(cut.student_shape for cut in paired.cuts), (10,)]
-        own = aims.made(Facts(10, 100, 16, 8, shapes, shapes, [1] * len(paired.cuts), CPU), seed=0)
+        own = aims.made(Facts(10, 100, 16, (8, 8), shapes, shapes, [1] * len(paired.cuts), CPU), seed=0)
         assert own.module is not None
         own.module.to(dtype)
         step = GroupStep(

@@ -207,7 +207,7 @@ def test_losses_of_the_field_stay_on_the_device_and_never_ask_the_host(paired, l
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
     aims = objectives_of(DistillConfig(method=method))
-    facts = auxiliary_facts(paired, 10, 100, 8, 16, torch.device("cpu"))
+    facts = auxiliary_facts(paired, 10, 100, 8, (16, 16), torch.device("cpu"))
     aims, mode, steps = aims.made(facts, 0), FakeTensorMode(), FakeRecording()
     on_fake_cuda(paired, mode, beside=[] if aims.module is None else [aims.module])
     groups = [list(range(len(paired)))]

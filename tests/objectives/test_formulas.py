@@ -30,7 +30,7 @@ def float64():
 
 def facts(**changed):
     made = Facts(
-        classes=C, samples=20, batch_size=N, image_size=4, student_shapes=[(3, 4, 4), (4, 2, 2), (C,)],
+        classes=C, samples=20, batch_size=N, size=(4, 4), student_shapes=[(3, 4, 4), (4, 2, 2), (C,)],
         teacher_shapes=[(5, 4, 4), (6, 2, 2), (C,)], channel_axes=[1, 1], device=torch.device("cpu"), teacher=None,
     )  # fmt: skip
     return dataclasses.replace(made, **changed)
