@@ -1,6 +1,6 @@
 """Losses by name, thin layers over `stablekd_fast.kernels`."""
 
-from stablekd_fast.objectives import dkd, fitnet, kd, mse  # noqa: F401  (importing registers them)
+from stablekd_fast.objectives import bpr, dkd, fitnet, gkd, kd, mse, unkd  # noqa: F401  (importing registers them)
 from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, StepBatch
 from stablekd_fast.objectives.methods import METHODS, Method, add_method, method_named
 from stablekd_fast.objectives.objectives import Objectives

@@ -62,6 +62,8 @@ class Facts:
     device: torch.device
     teacher: Callable[[Tensor], Tensor] | None = None
     """The plain teacher in evaluation mode, differentiable with respect to images `[N, C, H, W]`; gives logits."""
+    popularity: Tensor | None = None
+    """Where the classes are items: how many training interactions each has, int64 `[classes]`."""
 
     @property
     def cuts(self) -> int:

@@ -87,6 +87,7 @@ def _auxiliary_facts(materials: Materials) -> Facts:
         channel_axes=[cut.student_channel_axis for cut in paired.cuts],
         device=materials.device,
         teacher=nn.Sequential(*paired.teacher_blocks),
+        popularity=materials.images.dataset.popularity,
     )
 
 
