@@ -99,6 +99,8 @@ struct Kernels {
     // `bad_row` is set to the first row whose label or index is out of range, and left alone if there is none.
     double (*kd_loss)(const Logits&, double alpha, double smoothing, double factor, std::int64_t* bad_row, int threads);
     double (*decoupled_kl)(const Logits&, double alpha, double beta, double factor, std::int64_t* bad_row, int threads);
+    // `threshold`: the teacher's probability that the primary group reaches; `primary`, `binary`: weights.
+    double (*grouped_kl)(const Logits&, double threshold, double primary, double binary, double factor, int threads);
 
     double (*feature_mse)(const Features&, Normalize, const double* power, double factor, int threads);
     double (*feature_cosine)(const Features&, bool per_position, double factor, int threads);

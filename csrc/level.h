@@ -9,6 +9,7 @@ namespace STABLEKD_LEVEL {
 
 double kd_loss(const Logits&, double alpha, double smoothing, double factor, std::int64_t* bad_row, int threads);
 double decoupled_kl(const Logits&, double alpha, double beta, double factor, std::int64_t* bad_row, int threads);
+double grouped_kl(const Logits&, double threshold, double primary, double binary, double factor, int threads);
 double feature_mse(const Features&, Normalize, const double* power, double factor, int threads);
 double feature_cosine(const Features&, bool per_position, double factor, int threads);
 void batch_norm(const BatchNorm&, int threads);

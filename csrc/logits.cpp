@@ -1,83 +1,10 @@
 // Losses on logits: a row is read once from memory, its exponentials stay in the nearest cache until the gradient
 // has been written from them.
 
-#include <cmath>
-#include <limits>
-
-#include "level.h"
-#include "simd.h"
+#include "logits.h"
 
 namespace stablekd {
 namespace {
-
-constexpr double kLn2 = 0.693147180559945309417;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// The classes of a row that take part.
-struct All {
-    STABLEKD_INLINE Vec operator()(Vec x, std::int64_t, int) const { return x; }
-};
-struct AllBut {
-    std::int64_t label;
-
-    STABLEKD_INLINE Vec operator()(Vec x, std::int64_t i, int count) const {
-        if (label >= i && label < i + count) x[label - i] = -kInfinity;
-        return x;
-    }
-};
-
-template <class Classes = All, class T>
-float largest(const T* row, std::int64_t n, const Classes& classes = {}) {
-    const auto at = [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-        return classes(load(row + i, count, -kInfinity), i, count);
-    };
-    Vec a = splat(-kInfinity), b = a, c = a, d = a;
-    std::int64_t i = 0;
-    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-        a = vmax(at(i, kWidth), a);
-        b = vmax(at(i + kWidth, kWidth), b);
-        c = vmax(at(i + 2 * kWidth, kWidth), c);
-        d = vmax(at(i + 3 * kWidth, kWidth), d);
-    }
-    over(n - i, [&](std::int64_t j, int count) STABLEKD_LAMBDA { a = vmax(at(i + j, count), a); });
-    return largest(vmax(vmax(a, b), vmax(c, d)));
-}
-
-// One thread's memory for a row: exponentials of the student's logits at the temperature and at 1, those of the
-// teacher's (or its probabilities), and the kept probabilities of a cached teacher. The first vector of a row has `head`
-// elements where that is not 0: the gradient's others are then aligned, and so are those of the scratch.
-struct RowScratch {
-    float *student, *plain, *teacher, *kept;
-    int head = 0;
-    bool past_caches = false;
-
-    template <class S>
-    RowScratch for_gradient(const S* gradient, bool past) const {
-        if (!past) return *this;
-        const int before = before_aligned(gradient), skipped = before == 0 ? 0 : kWidth - before;
-        return {student + skipped, plain + skipped, teacher + skipped, kept, before, true};
-    }
-};
-
-// Elements of one line of scratch: room for whole vectors of any level, and for one that is not.
-std::int64_t row_width(std::int64_t classes) { return (classes + 15) / 16 * 16 + 32; }
-
-struct Softmax {
-    float top;     // largest logit
-    double total;  // sum of exp((logit - top) / temperature)
-};
-
-template <class T>
-Softmax exponentials(const T* row, std::int64_t n, float temperature, float* out) {
-    const float top = largest(row, n);
-    const Exp2 exp(kLog2E / temperature);
-    const double total = sum_over(n, [&](std::int64_t i, int count) STABLEKD_LAMBDA {
-        const Vec e = exp(load(row + i, count, -kInfinity) - top);
-        store(out + i, e, count);
-        return e;
-    });
-    return {top, total};
-}
 
 template <class Number>
 struct PairSums {
@@ -207,11 +134,6 @@ Divergence from_kept(const S* student, std::int64_t n, double temperature, const
     return {sum_p_log_p - sum_p_a + mass * std::log(q.total), q.total, 1, mass};
 }
 
-template <class S>
-bool gradient_past_caches(const Logits& job) {
-    return job.gradient != nullptr && too_large_for_caches<S>(job.samples * job.classes);
-}
-
 struct KdSettings {
     double alpha, smoothing, gradient_factor;
 };
@@ -277,20 +199,6 @@ double kd_row(const Logits& job, const KdSettings& settings, std::int64_t row, c
     return weight * loss;
 }
 
-// The label's probability, that of all other classes, and their logarithms.
-struct LabelShare {
-    double label, rest, log_label, log_rest;
-};
-
-// From the label's logit and the softmax over all other classes.
-LabelShare label_share(float label_logit, const Softmax& others, double temperature) {
-    const double own = label_logit / temperature, rest = others.top / temperature + std::log(others.total);
-    const bool ahead = own > rest;
-    const double odds = std::exp(ahead ? rest - own : own - rest), total = std::log1p(odds), larger = 1 / (1 + odds);
-    if (ahead) return {larger, odds * larger, -total, rest - own - total};
-    return {odds * larger, larger, own - rest - total, -total};
-}
-
 struct DkdSettings {
     double alpha, beta, gradient_factor;
 };
@@ -305,13 +213,12 @@ double decoupled_row(const Logits& job, const DkdSettings& settings, std::int64_
 
     const RowScratch scratch = memory.for_gradient(gradient, gradient_past_caches<S>(job));
     const Pair others = compare<Plain::none>(student, teacher, n, job.temperature, scratch, AllBut{label});
-    const LabelShare q = label_share(load_one(student + label), others.student, temperature);
-    const LabelShare p = label_share(load_one(teacher + label), others.teacher, temperature);
-    const double target = (p.label > 0 ? p.label * (p.log_label - q.log_label) : 0) +
-                          (p.rest > 0 ? p.rest * (p.log_rest - q.log_rest) : 0);
+    const Halves q = halves(load_one(student + label) / temperature, log_mass(others.student, temperature));
+    const Halves p = halves(load_one(teacher + label) / temperature, log_mass(others.teacher, temperature));
+    const double target = between(p, q);
 
     if (gradient != nullptr) {
-        const double factor = settings.gradient_factor * temperature, ahead = q.label - p.label;
+        const double factor = settings.gradient_factor * temperature, ahead = q.first - p.first;
         const float from_student = factor * (settings.beta - settings.alpha * ahead) / others.student.total;
         const float from_teacher = factor * settings.beta / others.teacher.total;
         const float at_label = factor * settings.alpha * ahead;
@@ -322,46 +229,6 @@ double decoupled_row(const Logits& job, const DkdSettings& settings, std::int64_
         });
     }
     return temperature * temperature * (settings.alpha * target + settings.beta * others.divergence);
-}
-
-bool in_range(const Logits& job, std::int64_t row) {
-    const auto exists = [&](std::int64_t index) { return index >= 0 && index < job.classes; };
-    if (job.labels != nullptr && !exists(job.labels[row])) return false;
-    for (std::int64_t k = 0; job.indices != nullptr && k < job.kept; ++k) {
-        if (!exists(job.indices[row * job.kept + k])) return false;
-    }
-    return true;
-}
-
-// The mean of per_row(row, scratch) over the rows, added up in their order whatever the number of threads.
-template <class PerRow>
-double mean_over_rows(const Logits& job, std::int64_t* bad_row, int threads, PerRow&& per_row) {
-    for (std::int64_t row = 0; row < job.samples; ++row) {
-        if (!in_range(job, row)) {
-            *bad_row = row;
-            return 0;
-        }
-    }
-    const std::int64_t width = row_width(job.classes);
-    Scratch<float> memory(threads * 4 * width);
-    Scratch<double> losses(job.samples);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int thread = 0; thread < threads; ++thread) {
-        float* own = memory.get() + thread * 4 * width;
-        const RowScratch scratch{own, own + width, own + 2 * width, own + 3 * width, 0, false};
-        const std::int64_t end = job.samples * (thread + 1) / threads;
-        for (std::int64_t row = job.samples * thread / threads; row < end; ++row) {
-            losses.get()[row] = per_row(row, scratch);
-        }
-    }
-    double total = 0;
-    for (std::int64_t row = 0; row < job.samples; ++row) total += losses.get()[row];
-    return total / job.samples;
-}
-
-template <class S>
-S* gradient_row(const Logits& job, std::int64_t row) {
-    return job.gradient == nullptr ? nullptr : static_cast<S*>(job.gradient) + row * job.classes;
 }
 
 }  // namespace

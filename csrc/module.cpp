@@ -70,6 +70,13 @@ LogitsResult decoupled_kl(const Matrix& student, const Matrix& teacher, Address 
     return {loss, bad_row};
 }
 
+double grouped_kl(const Matrix& student, const Matrix& teacher, Address gradient, std::int64_t samples,
+                  std::int64_t classes, float temperature, double threshold, double primary, double binary,
+                  double factor, int threads) {
+    const Logits job = logits_of(student, teacher, 0, 0, 0, 0, gradient, samples, classes, temperature);
+    return kernels().grouped_kl(job, threshold, primary, binary, factor, threads);
+}
+
 Features features_of(Address student, int student_type, Address target, int target_type, Address scales,
                      std::int64_t scales_sample_stride, Address gradient, const LayoutNumbers& layout) {
     return {at<void>(student),  static_cast<Type>(student_type), at<void>(target),  static_cast<Type>(target_type),
@@ -180,6 +187,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("use_level", &use_level);
     module.def("kd_loss", &kd_loss, no_gil);
     module.def("decoupled_kl", &decoupled_kl, no_gil);
+    module.def("grouped_kl", &grouped_kl, no_gil);
     module.def("feature_mse", &feature_mse, no_gil);
     module.def("feature_cosine", &feature_cosine, no_gil);
     module.def("batch_norm", &batch_norm, no_gil);

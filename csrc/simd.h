@@ -321,12 +321,15 @@ STABLEKD_INLINE auto sum_over_costly(std::int64_t n, int head, Term&& term) {
     return total;
 }
 
-// True in the first `count` lanes.
-inline IntVec lanes_below(int count) {
+// 0, 1, 2, ...
+inline IntVec lane_numbers() {
     IntVec lane;
     for (int i = 0; i < kWidth; ++i) lane[i] = i;
-    return lane < count;
+    return lane;
 }
+
+// True in the first `count` lanes.
+inline IntVec lanes_below(int count) { return lane_numbers() < count; }
 
 // Copies the first `count` elements of a vector, none of which lies beyond them in memory: to registers, where the others
 // become 0, or from them.

@@ -127,3 +127,26 @@ def raised(top, values):
 def finite(top):
     """A maximum that may be subtracted even from excluded classes alone."""
     return tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
+def two_way(odds_of_q, odds_of_p):
+    """Divergence between the distributions over two halves of the classes, of teacher and student, then q - p and p of
+    the first half; `[ROWS]` all. They come as log2 of a half's probability over that of the other."""
+    log_q, log_q_rest, q, q_rest = of_odds(odds_of_q)
+    log_p, log_p_rest, p, p_rest = of_odds(odds_of_p)
+    # Of two numbers near 1 the difference is less exact than that of what they lack.
+    gap = tl.where(p > 0.5, p_rest - q_rest, q - p)
+    # A half that is impossible for the teacher adds nothing, whatever the student says.
+    first = tl.where(p > 0, p * (log_p - log_q), 0.0)
+    return first + tl.where(p_rest > 0, p_rest * (log_p_rest - log_q_rest), 0.0), gap, p
+
+
+@triton.jit
+def of_odds(odds):
+    """log p, log(1 - p), p and 1 - p `[ROWS]` from log2 of p / (1 - p)."""
+    less = tl.exp2(-tl.abs(odds))
+    log_more = -tl.log(1 + less)
+    likely = odds > 0
+    p, rest = tl.where(likely, 1.0, less) / (1 + less), tl.where(likely, less, 1.0) / (1 + less)
+    return tl.minimum(odds, 0.0) * LN2 + log_more, tl.minimum(-odds, 0.0) * LN2 + log_more, p, rest

@@ -8,6 +8,7 @@ from torch import Tensor
 
 TEMPERATURE, ALPHA = 4.0, 0.9
 DECOUPLED_ALPHA, DECOUPLED_BETA = 1.0, 8.0
+THRESHOLD = 0.9
 
 
 def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -30,6 +31,18 @@ def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 def _label_or_not(probabilities: Tensor, labels: Tensor) -> Tensor:
     label = probabilities.gather(1, labels[:, None])
     return torch.cat([label, 1 - label], dim=1)
+
+
+def grouped_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    q, p = F.softmax(student / TEMPERATURE, dim=1), F.softmax(teacher / TEMPERATURE, dim=1)
+    ordered, classes = p.sort(dim=1, descending=True)
+    primary = torch.zeros_like(p).scatter(1, classes, (ordered.cumsum(1) - ordered < THRESHOLD).to(p.dtype)).bool()
+    masses = [torch.stack([(x * primary).sum(1), (x * ~primary).sum(1)], 1) for x in (q, p)]
+    binary = F.kl_div(masses[0].log(), masses[1], reduction="batchmean")
+    log_q = F.log_softmax((student / TEMPERATURE).masked_fill(~primary, -1000.0), dim=1)
+    inner = F.softmax((teacher / TEMPERATURE).masked_fill(~primary, -1000.0), dim=1)
+    within = (masses[1][:, 0] * F.kl_div(log_q, inner, reduction="none").sum(1)).mean()
+    return TEMPERATURE**2 * (binary + within)
 
 
 def kd_term(student: Tensor, teacher: Tensor) -> Tensor:

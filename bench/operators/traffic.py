@@ -28,6 +28,7 @@ from stablekd_fast.kernels._features import FeatureOperands
 from stablekd_fast.kernels.decoupled_kl import reference as decoupled_kl
 from stablekd_fast.kernels.feature_cosine import reference as feature_cosine
 from stablekd_fast.kernels.feature_mse import reference as feature_mse
+from stablekd_fast.kernels.grouped_kl import reference as grouped_kl
 from stablekd_fast.kernels.kd_loss import reference as kd_loss
 
 LIMIT = 1.02
@@ -122,6 +123,10 @@ def _logits_cases() -> Iterator[Case]:
             of_decoupled = decoupled_kl.Operands(student, teacher, labels, 4.0, 1.0, 8.0)
             yield Case("kd_loss", name, (of_kd, 1.0, None), tensors, words)
             yield Case("decoupled_kl", name, (of_decoupled, 1.0, None), tensors, words)
+            if passes == 1:
+                of_grouped = grouped_kl.Operands(student, teacher, 4.0, 0.9, 1.0, 1.0)
+                without_labels = [(student, 2), (teacher, 1)]
+                yield Case("grouped_kl", name, (of_grouped, 1.0, None), without_labels, words)
 
 
 def _feature_cases() -> Iterator[Case]:

@@ -19,7 +19,6 @@ from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._launch import Listed, launch, packed, variant
 from stablekd_fast.kernels._logits import in_single_precision, row_by_row
 from stablekd_fast.kernels._logits_triton import (
-    LN2,
     WIDE,
     alignment,
     as_rows,
@@ -29,6 +28,7 @@ from stablekd_fast.kernels._logits_triton import (
     rounded_rate,
     tiling,
     tilings,
+    two_way,
 )
 from stablekd_fast.kernels.decoupled_kl import reference
 from stablekd_fast.kernels.decoupled_kl.reference import Operands
@@ -76,7 +76,8 @@ def decoupled_rows(
     others_student = tl.where(is_label, -float("inf"), student)
     others_teacher = tl.where(is_label, -float("inf"), teacher)
     q, q_sum, student_top, p, p_sum, teacher_top, nckd = compare(others_student, others_teacher, rate)
-    tckd, gap = two_way(own_student, student_top, q_sum, own_teacher, teacher_top, p_sum, rate)
+    odds_of_q = (own_student - student_top) * rate - tl.log2(q_sum)
+    tckd, gap, _ = two_way(odds_of_q, (own_teacher - teacher_top) * rate - tl.log2(p_sum))
     valid = (label >= 0) & (label < classes)
     factor = tl.where(valid, 1.0, float("nan"))
     tl.store(losses_at + rows, factor * loss_scale * (alpha * tckd + beta * nckd), mask=present)
@@ -135,7 +136,8 @@ def decoupled_wide_rows(
         q_sum, student_top, p_sum, teacher_top, cross, _ = compare_chunk(
             student, teacher, rate, q_sum, student_top, p_sum, teacher_top, cross
         )
-    tckd, gap = two_way(own_student, student_top, q_sum, own_teacher, teacher_top, p_sum, rate)
+    odds_of_q = (own_student - student_top) * rate - tl.log2(q_sum)
+    tckd, gap, _ = two_way(odds_of_q, (own_teacher - teacher_top) * rate - tl.log2(p_sum))
     factor = tl.where(valid, 1.0, float("nan"))
     nckd = divergence(cross, q_sum, p_sum)
     tl.store(losses_at + rows, factor * loss_scale * (alpha * tckd + beta * nckd))
@@ -154,29 +156,6 @@ def decoupled_wide_rows(
             gradient = q * ((beta - alpha * gap) / q_sum)[:, None] - p * (beta / p_sum)[:, None]
             gradient = factor[:, None] * tl.where(cols == label[:, None], (alpha * gap)[:, None], gradient)
             tl.store(gradient_rows + cols, gradient.to(gradient_at.dtype.element_ty), mask=cols < classes)
-
-
-@triton.jit
-def two_way(own_student, student_top, q_sum, own_teacher, teacher_top, p_sum, rate):
-    """Divergence between (label, all other classes) of teacher and student, and q - p of the label; `[ROWS]` both.
-
-    `_top` and `_sum` are the other classes' maximum and their exponentials' sum relative to it.
-    """
-    log_q, log_q_rest, q, q_rest = of_odds((own_student - student_top) * rate - tl.log2(q_sum))
-    log_p, log_p_rest, p, p_rest = of_odds((own_teacher - teacher_top) * rate - tl.log2(p_sum))
-    # Of two numbers near 1 the difference is less exact than that of what they lack.
-    gap = tl.where(p > 0.5, p_rest - q_rest, q - p)
-    return p * (log_p - log_q) + p_rest * (log_p_rest - log_q_rest), gap
-
-
-@triton.jit
-def of_odds(odds):
-    """log p, log(1 - p), p and 1 - p `[ROWS]` from log2 of p / (1 - p)."""
-    less = tl.exp2(-tl.abs(odds))
-    log_more = -tl.log(1 + less)
-    likely = odds > 0
-    p, rest = tl.where(likely, 1.0, less) / (1 + less), tl.where(likely, less, 1.0) / (1 + less)
-    return tl.minimum(odds, 0.0) * LN2 + log_more, tl.minimum(-odds, 0.0) * LN2 + log_more, p, rest
 
 
 def decoupled_kl(given: Operands) -> Tensor:

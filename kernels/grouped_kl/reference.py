@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stablekd_fast.kernels._checks import accumulator
+from stablekd_fast.kernels._checks import accumulator, laid_out_like, scaled
 
 
 class Operands(NamedTuple):
-    """The operands of `grouped_kl`."""
+    """The operands of `grouped_kl`, in the order of its schema."""
 
     student: Tensor  # [N, C]
     teacher: Tensor  # [N, C]
@@ -21,38 +21,73 @@ class Operands(NamedTuple):
     binary_weight: float
 
 
+class Groups(NamedTuple):
+    """A row's classes in two groups, and logarithms of the masses of all, of the primary and of the secondary group,
+    `[N]` each."""
+
+    student: Tensor  # logits over the temperature, [N, C]
+    teacher: Tensor
+    inside: Tensor  # the primary group, bool [N, C]
+    outside: Tensor  # the secondary group; a class that is -inf in both is in neither
+    log_q: list[Tensor]
+    log_p: list[Tensor]
+
+
 def grouped_kl(given: Operands) -> Tensor:
+    """See `stablekd_fast.kernels.grouped_kl`. Differentiable, to any order."""
     binary, primary, _, mass = split(given.student, given.teacher, given.temperature, given.threshold)
     return (given.temperature**2 * (given.binary_weight * binary + given.primary_weight * mass * primary)).mean()
+
+
+def grouped_kl_with_grad(given: Operands, factor: float, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The scaled loss and its gradient with respect to the student's logits, in closed form."""
+    groups = _groups(given.student, given.teacher, given.temperature, given.threshold)
+    q = [
+        torch.exp(groups.student - log_q[:, None]).where(group, 0.0)
+        for log_q, group in zip(groups.log_q[1:], (groups.inside, groups.outside))
+    ]
+    p = torch.exp(groups.teacher - groups.log_p[0][:, None]).where(groups.inside, 0.0)
+    p_in, q_in = (log[1] - log[0] for log in (groups.log_p, groups.log_q))
+    # With the softmaxes q' inside the groups: d KL_binary/ds is (Q - P) q' in the primary group, (P - Q) q' outside;
+    # d (P KL_primary)/ds is P q' - p.
+    ahead, mass = (q_in.exp() - p_in.exp())[:, None], p_in.exp()[:, None]
+    gradient = given.binary_weight * ahead * (q[0] - q[1]) + given.primary_weight * (mass * q[0] - p)
+    gradient = gradient * (factor * given.temperature / max(len(gradient), 1))
+    return scaled(factor * grouped_kl(given), upstream), laid_out_like(scaled(gradient, upstream), given.student)
 
 
 def split(
     student: Tensor, teacher: Tensor, temperature: float, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """KL_binary, KL_primary, KL_secondary, and the teacher's mass of the primary group, each `[N]`."""
+    groups = _groups(student, teacher, temperature, threshold)
+    inner = [
+        _divergence(groups.student, groups.teacher, groups.log_q[place], groups.log_p[place], group)
+        for place, group in ((1, groups.inside), (2, groups.outside))
+    ]
+    masses = [(groups.log_p[place] - groups.log_p[0], groups.log_q[place] - groups.log_q[0]) for place in (1, 2)]
+    binary = _weighted(*masses[0]) + _weighted(*masses[1])
+    return binary, inner[0], inner[1], masses[0][0].exp()
+
+
+def _groups(student: Tensor, teacher: Tensor, temperature: float, threshold: float) -> Groups:
     dtype = accumulator(student.dtype)
     # A class that is -inf in both has p = q = 0; any finite logit so low leaves the sums as they are.
     masked = torch.isneginf(student) & torch.isneginf(teacher)
+    primary = _primary(teacher.to(dtype), temperature, threshold)
     student, teacher = (tensor.to(dtype).masked_fill(masked, 0.0) / temperature for tensor in (student, teacher))
-    open_ = ~masked
-    inside = _primary(torch.softmax(teacher.masked_fill(masked, -torch.inf), dim=1), threshold)
-    log_q, log_p = (
-        [_log_mass(logits, group & open_) for group in (open_, inside, ~inside)] for logits in (student, teacher)
-    )
-    groups = [
-        _divergence(student, teacher, log_q[place], log_p[place], group & open_)
-        for place, group in ((1, inside), (2, ~inside))
-    ]
-    masses = [(log_p[place] - log_p[0], log_q[place] - log_q[0]) for place in (1, 2)]
-    binary = _weighted(*masses[0]) + _weighted(*masses[1])
-    return binary, groups[0], groups[1], masses[0][0].exp()
+    inside, outside = primary & ~masked, ~primary & ~masked
+    log_q, log_p = ([_log_mass(logits, group) for group in (~masked, inside, outside)] for logits in (student, teacher))
+    return Groups(student, teacher, inside, outside, log_q, log_p)
 
 
-def _primary(p: Tensor, threshold: float) -> Tensor:
-    """The smallest set of most probable classes whose mass reaches the threshold, `[N, C]`, never empty."""
-    ordered, classes = p.sort(dim=1, descending=True)
+def _primary(teacher: Tensor, temperature: float, threshold: float) -> Tensor:
+    """The smallest set of most probable classes whose mass reaches the threshold, `[N, C]`, never empty. Of classes
+    with equal logits the first ones are taken."""
+    classes = teacher.argsort(dim=1, descending=True, stable=True)
+    ordered = torch.softmax(teacher / temperature, dim=1).gather(1, classes)
     before = ordered.cumsum(dim=1) - ordered
-    return torch.zeros_like(p, dtype=torch.bool).scatter(1, classes, before < threshold)
+    return torch.zeros_like(teacher, dtype=torch.bool).scatter(1, classes, before < threshold)
 
 
 def _log_mass(logits: Tensor, group: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def _distill(options: jsonargparse.Namespace) -> int:
     result = distiller.run()
     if not distiller.ranks.is_first:
         return 0
-    print_rows(f"{result.method}, seed {result.seed}", [asdict(result)])
+    _print_reached(f"{result.method}, seed {result.seed}", asdict(result))
     console.print(f"Results, report and student: {config.out}", highlight=False)
     return 0
 
@@ -104,8 +104,16 @@ def _evaluate(options: jsonargparse.Namespace) -> int:
     metrics = evaluate_file(
         Path(options.weights), model=options.model, data=options.data, split=options.split, device=options.device
     )
-    print_rows(f"{options.weights} on the {options.split} split", [asdict(metrics)])
+    _print_reached(f"{options.weights} on the {options.split} split", asdict(metrics))
     return 0
+
+
+def _print_reached(title: str, found: dict) -> None:
+    """Print what a network reaches; how well it ranks items has a table of its own."""
+    ranking = found.pop("ranking")
+    print_rows(title, [found])
+    if ranking is not None:
+        print_rows("Lists of 20 items for each user", [ranking])
 
 
 def _plan(options: jsonargparse.Namespace) -> int:

@@ -10,6 +10,8 @@ from stablekd_fast.data.evaluation import EvalSource
 from stablekd_fast.data.second import with_second
 from stablekd_fast.data.source import TrainSource
 from stablekd_fast.data.split import Split
+from stablekd_fast.data.user_source import UserEvalSource, UserSource
+from stablekd_fast.data.users import UserSplit
 from stablekd_fast.data.views import (
     VIEW_VERSION,
     crop_offsets_and_flips,
@@ -32,6 +34,9 @@ __all__ = [
     "Split",
     "StreamSource",
     "TrainSource",
+    "UserEvalSource",
+    "UserSource",
+    "UserSplit",
     "crop_offsets_and_flips",
     "epoch_order",
     "open_dataset",

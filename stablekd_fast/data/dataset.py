@@ -16,6 +16,7 @@ from stablekd_fast.data.formats.arrays import find_idx, read_digits, read_idx, r
 from stablekd_fast.data.formats.cifar import read_cifar
 from stablekd_fast.data.formats.encoded import SMALL_SIDE, encoded_splits
 from stablekd_fast.data.formats.folder import find_tree, list_tree
+from stablekd_fast.data.formats.interactions import Interactions, divided, made_up, read_interactions
 from stablekd_fast.data.formats.presets import PRESETS, class_names, preset_folder
 from stablekd_fast.data.pixels import resize
 from stablekd_fast.data.records import Records
@@ -23,7 +24,7 @@ from stablekd_fast.data.split import OnBadImage, Split
 from stablekd_fast.errors import ConfigError, DataError
 from stablekd_fast.files.reading import foreign
 
-EMBEDDED = ("digits", "fashion-mnist-small")
+EMBEDDED = ("digits", "fashion-mnist-small", "interactions")
 FASHION = Path(__file__).with_name("embedded") / "fashion_mnist_small.npz"
 """5,000 training and 2,000 test images of Fashion-MNIST; the folder's README.md says whose, and how they were taken."""
 
@@ -54,7 +55,8 @@ _FASHION_CLASSES = [
 _KINDS = (
     f"give {', '.join(EMBEDDED)}, {', '.join(PRESETS)}, a folder with train/CLASS/* and test/CLASS/* (or val), one "
     "with train*.tar and val*.tar (WebDataset) or with train-*-of-* and validation-*-of-* (TFRecord), a CIFAR-10 or "
-    "CIFAR-100 archive or its folder, a folder with MNIST's four idx files, or an .npz file"
+    "CIFAR-100 archive or its folder, a folder with MNIST's four idx files, an .npz file, or an .inter file of what "
+    "users had to do with items"
 )
 
 
@@ -79,6 +81,13 @@ class Dataset:
     """What was decided about the files, and what of them is not used, in sentences."""
     left_out: dict[str, int] = field(default_factory=dict)
     """How many files and folders are not used, by reason."""
+    popularity: torch.Tensor | None = None
+    """Where samples are users and classes are items: the training interactions of each item, int64 `[classes]`."""
+
+    def model_size(self, example: torch.Tensor) -> int:
+        """Return what a model by name is made for: the side in pixels of images `[N, 3, H, W]`, or the number of
+        users."""
+        return example.shape[-1] if self.popularity is None else self.train.total
 
 
 def open_dataset(
@@ -86,11 +95,12 @@ def open_dataset(
 ) -> Dataset:
     """Open the data set at a path, or by its name. Raises `DataError`.
 
-    Names: "digits" and "fashion-mnist-small" (embedded), and those of `PRESETS`, which are fetched where they are not
-    there yet. Kinds: a folder with `train/CLASS/*` and `test/CLASS/*` (or `val`, or both), itself or one level below; a
-    folder with WebDataset tars or TFRecords, named `train*` and `val*` or `test*`; the archives of CIFAR-10 and
-    CIFAR-100 (Python or binary version, packed or not); a folder with the four idx files of MNIST or Fashion-MNIST;
-    `.npz` with x_train, y_train, x_test, y_test.
+    Names: "digits" and "fashion-mnist-small" (embedded), "interactions" (users and items, made up), and those of
+    `PRESETS`, which are fetched where they are not there yet. Kinds: a folder with `train/CLASS/*` and `test/CLASS/*`
+    (or `val`, or both), itself or one level below; a folder with WebDataset tars or TFRecords, named `train*` and
+    `val*` or `test*`; the archives of CIFAR-10 and CIFAR-100 (Python or binary version, packed or not); a folder with
+    the four idx files of MNIST or Fashion-MNIST; `.npz` with x_train, y_train, x_test, y_test; `.inter` with users and
+    items (see `read_interactions`).
 
     `image_size` is the side in pixels to which all images are brought; by default small ones (up to 64 pixels) keep
     their size and large ones are trained on at 224. What was decided about the files, and what of them is not used, is
@@ -116,6 +126,8 @@ def open_dataset(
 
 
 def _open_embedded(name: str, image_size: int | None) -> Dataset:
+    if name == "interactions":
+        return _interactions_dataset(name, made_up(), image_size)
     if name == "digits":
         return _array_dataset(name, *read_digits(), Augmentation("pad_crop", flip=False, padding=1), image_size)
     _, train, test = read_npz(FASHION)
@@ -158,6 +170,8 @@ def _open_file(path: Path, image_size: int | None) -> Dataset:
     augmentation = Augmentation("pad_crop", flip=True, padding=4)
     if path.suffix == ".npz":
         return _array_dataset(path.stem, *read_npz(path), augmentation, image_size)
+    if path.suffix == ".inter":
+        return _interactions_dataset(path.stem, read_interactions(path), image_size)
     if path.name.endswith((".tar.gz", ".tgz")):
         cifar = read_cifar(path)
         if cifar is not None:
@@ -204,6 +218,16 @@ def _array_dataset(
     if image_size is not None:
         train, test = (_resized(split, image_size) for split in (train, test))
     return Dataset(name, classes, train, test, mean, std, augmentation)
+
+
+def _interactions_dataset(name: str, found: Interactions, image_size: int | None) -> Dataset:
+    if image_size is not None:
+        raise DataError(f"image_size={image_size} was given, but {name} has users and items; leave it out.")
+    parts, unchanged = divided(found), Augmentation("pad_crop", flip=False)
+    black = _gray(0.0), _gray(1.0)
+    return Dataset(
+        name, found.names, parts.train, parts.test, *black, unchanged, parts.validation, popularity=parts.popularity
+    )
 
 
 def _resized(split: Split, size: int) -> Split:

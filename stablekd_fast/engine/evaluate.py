@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.data import Batch
+from stablekd_fast.engine.ranking import SUMS, Ranking, ranking_of, ranking_sums
 from stablekd_fast.errors import DataError
 from stablekd_fast.models.outputs import logits_of
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a network reaches on a split."""
+    """What a network reaches on a split. Where users are ranked items for, recall stands for `accuracy` and NDCG for
+    `top5`."""
 
     accuracy: float
     """Top-1, 0 to 1."""
@@ -26,6 +28,9 @@ class Metrics:
     loss: float
     """Mean cross entropy."""
     images: int
+    """How many there are, or users."""
+    ranking: Ranking | None = None
+    """How well items are ranked, of users."""
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -71,16 +76,25 @@ def evaluate(
 
     `total` adds up sums over processes, each of which has other batches.
     """
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    sums = torch.zeros(SUMS, dtype=torch.float64)
+    ranks_items = False
     for batch in batches:
         images, labels = to_device(batch.pixels), to_device(batch.labels)
-        logits = logits_of(model(images)).float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        own = torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), loss]).double()
-        sums, count = sums.to(own.device) + own, count + len(labels)  # the host reads them once, at the end
-    found = torch.cat([sums.cpu(), torch.tensor([count], dtype=torch.float64)])
-    correct, correct5, loss, count = total(found).tolist()
+        logits, ranks_items = logits_of(model(images)).float(), labels.dim() == 2
+        own = ranking_sums(logits, labels) if ranks_items else _right_ones(logits, labels)
+        sums = sums.to(own.device) + own  # the host reads them once, at the end
+    found = total(sums.cpu()).tolist()
+    correct, correct5, loss, count = found[:4]
     if not count:
         raise DataError("None of the images to evaluate on can be read.")
-    return Metrics(correct / count, correct5 / count, loss / count, int(count))
+    ranking = ranking_of(found) if ranks_items else None
+    return Metrics(correct / count, correct5 / count, loss / count, int(count), ranking)
+
+
+def _right_ones(logits: Tensor, labels: Tensor) -> Tensor:
+    """Add up over images: right at once, right among five, cross entropy, the number of images; then zeros, where
+    `ranking_sums` has more. The result is float64 `[SUMS]`."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    own = torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), loss]).double()
+    return torch.cat([own, own.new_full((1,), len(labels)), own.new_zeros(SUMS - 4)])

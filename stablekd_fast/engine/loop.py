@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from typing import NoReturn
 
 import torch
@@ -370,6 +371,7 @@ class Engine:
             top5=metrics.top5,
             loss=metrics.loss,
             seconds=self.progress.seconds,
+            **({} if metrics.ranking is None else {"ranking": asdict(metrics.ranking)}),
         )
 
     def _diverged(self, what: str, step: int) -> TrainingError:

@@ -16,6 +16,7 @@ from stablekd_fast.models import (
     mobilenet_v1,
     torchvision_models,
 )
+from stablekd_fast.models.score_models import build_score_model
 from stablekd_fast.models.timm_models import build_timm
 from stablekd_fast.models.torchvision_models import build_torchvision, torchvision_names
 
@@ -53,9 +54,10 @@ ALIASES = {
 def build(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
     """A model with random weights (global generator): images `[N, 3, H, W]` → logits `[N, num_classes]`.
 
-    `name` is one of `names()`, or `timm/NAME` where timm is installed. Where one of our own models and one of
-    torchvision's share a name, the plain name is ours and `torchvision/NAME` is theirs. `image_size` (pixels,
-    square) matters only to models that are tied to one, such as vision transformers.
+    `name` is one of `names()`, or `timm/NAME` where timm is installed; or `mf/WIDTH`, which maps numbers of users
+    int64 `[N]` to scores `[N, num_classes]`, and for which `image_size` is the number of users. Where one of our own
+    models and one of torchvision's share a name, the plain name is ours and `torchvision/NAME` is theirs. `image_size`
+    (pixels, square) matters only to models that are tied to one, such as vision transformers.
 
     Raises ModelError for an unknown name (with the nearest ones) or a size that the model cannot be made for.
     """
@@ -66,6 +68,8 @@ def build(name: str, num_classes: int, image_size: int | None = None) -> nn.Modu
     name = ALIASES.get(name, name)
     if name in OWN_MODELS:
         return OWN_MODELS[name](num_classes, image_size)
+    if name.startswith("mf/"):
+        return build_score_model(name, num_classes, image_size)
     if name.startswith("timm/"):
         return build_timm(name.removeprefix("timm/"), num_classes, image_size)
     plain = name.removeprefix("torchvision/")

@@ -2,6 +2,7 @@
 
 from stablekd_fast.objectives import (  # noqa: F401  (importing registers them)
     at,
+    bpr,
     cckd,
     ckd,
     crd,
@@ -10,6 +11,7 @@ from stablekd_fast.objectives import (  # noqa: F401  (importing registers them)
     dlb,
     fast_dfkd,
     fitnet,
+    gkd,
     kd,
     kdiga,
     logit_std,
@@ -20,6 +22,7 @@ from stablekd_fast.objectives import (  # noqa: F401  (importing registers them)
     none,
     r2kd,
     reviewkd,
+    unkd,
 )
 from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, StepBatch
 from stablekd_fast.objectives.methods import METHODS, Method, add_method, method_named

@@ -77,6 +77,8 @@ class Facts:
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     """By which the student's images are normalised, per channel of 0 to 1."""
+    popularity: Tensor | None = None
+    """Where the classes are items: how many training interactions each has, int64 `[classes]`."""
 
     @property
     def cuts(self) -> int:

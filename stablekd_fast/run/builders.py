@@ -15,7 +15,17 @@ from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.data import STREAM, Augmentation, Dataset, EvalSource, Split, StreamSource, TrainSource
+from stablekd_fast.data import (
+    STREAM,
+    Augmentation,
+    Dataset,
+    EvalSource,
+    Split,
+    StreamSource,
+    TrainSource,
+    UserEvalSource,
+    UserSource,
+)
 from stablekd_fast.data.augmentation import altered
 from stablekd_fast.data.dataset import Channels
 from stablekd_fast.errors import ConfigError, DataError, first_line
@@ -92,7 +102,8 @@ def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: 
             f"A batch of {config.batch_size} does not fit {len(split)} training images{said}; give a batch size of at "
             f"most {len(split)}, or more images."
         )
-    return TrainSource(
+    kind = TrainSource if dataset.popularity is None else UserSource
+    return kind(
         split,
         altered(dataset.augmentation, config.crop, config.augment, config.flip, **asked_for),
         dataset.mean,
@@ -186,7 +197,8 @@ def eval_source(
     device: torch.device | str = "cpu",
 ) -> EvalSource:
     """Batches of unchanged images of a split, on each rank its own ones, normalised on a device."""
-    return EvalSource(
+    kind = EvalSource if dataset.popularity is None else UserEvalSource
+    return kind(
         split,
         dataset.mean,
         dataset.std,
@@ -210,6 +222,7 @@ def auxiliary_facts(
     device: torch.device,
     *,
     has_teacher: bool = True,
+    popularity: Tensor | None = None,
     mean: Channels = (0.0, 0.0, 0.0),
     std: Channels = (1.0, 1.0, 1.0),
 ) -> Facts:
@@ -230,6 +243,7 @@ def auxiliary_facts(
         teacher=nn.Sequential(*paired.teacher_blocks) if has_teacher else None,
         mean=mean,
         std=std,
+        popularity=popularity,
     )
 
 

@@ -82,15 +82,16 @@ def decide(materials: Materials) -> Decisions:
 
 def _losses_facts(materials: Materials) -> Facts:
     config, paired, device, source = materials.config, materials.paired, materials.device, materials.source
-    height, width = materials.images.first(device).shape[2:]
+    shape = materials.images.first(device).shape
     return auxiliary_facts(
         paired,
         len(materials.images.dataset.classes),
         source.split.total,
         config.batch_size // materials.ranks.size,
-        (height, width),
+        (shape[2], shape[3]) if len(shape) == 4 else (1, 1),  # users have no size
         device,
         has_teacher=config.has_teacher,
+        popularity=materials.images.dataset.popularity,
         mean=source.mean,
         std=source.std,
     )

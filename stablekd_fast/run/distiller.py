@@ -26,6 +26,7 @@ from stablekd_fast.engine.checkpoint import RunState, resume_run, save_tensors
 from stablekd_fast.engine.evaluate import Metrics, evaluate
 from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.parts import Execution, Intervals, Parts
+from stablekd_fast.engine.ranking import Ranking
 from stablekd_fast.errors import ConfigError, DataError, TrainingError, first_line, nearest, printable
 from stablekd_fast.execution.process import current_device, deterministic
 from stablekd_fast.execution.signals import Signals, watched_signals
@@ -57,6 +58,8 @@ class RunResult:
     """The fraction of `wall_seconds` that was spent on waiting for the next batch."""
     skipped_images: int = 0
     """Unreadable images left out (with `on_bad_image="skip"`); the event log names them."""
+    ranking: Ranking | None = None
+    """Of users: how well items are ranked. Recall then stands for `accuracy`, and NDCG for `top5`."""
 
 
 STUDENT_FILE = "student.safetensors"
@@ -263,6 +266,7 @@ class Distiller:
             wall_seconds=progress.seconds,
             data_wait_share=progress.wait_seconds / progress.seconds,
             skipped_images=len(skipped),
+            ranking=metrics.ranking,
         )
 
     def _tested(self, engine: Engine, student: nn.Module, out: Path) -> Metrics:
@@ -328,7 +332,8 @@ class Distiller:
 
         metrics = materials.ranks.from_first(measure)
         recorder.emit("teacher", step=0, accuracy=metrics.accuracy, images=metrics.images, split="held-out")
-        said = None if self.given.teacher is not None else card_of(self.config.teacher_weights).get("accuracy")
+        unlike = self.given.teacher is not None or metrics.ranking is not None
+        said = None if unlike else card_of(self.config.teacher_weights).get("accuracy")
         what = f"The teacher tells {metrics.accuracy:.1%} of {metrics.images} held-out images right"
         chance = 1 / len(materials.images.dataset.classes)
         advice = "Look at its weights, at the order of classes, and at --teacher_mean and --teacher_std."
@@ -360,13 +365,8 @@ class Distiller:
         recorder.emit("data", step=0, **materials.images.facts())
         if decided.costs is not None:
             predicted = [predict(decided.costs, plan).seconds for plan in (decided.plan, Plan())]
-            recorder.emit(
-                "cache_plan",
-                step=0,
-                outputs=decisions(decided.costs, decided.plan),
-                predicted_seconds=predicted[0],
-                predicted_seconds_relay=predicted[1],
-            )
+            times = {"predicted_seconds": predicted[0], "predicted_seconds_relay": predicted[1]}
+            recorder.emit("cache_plan", step=0, outputs=decisions(decided.costs, decided.plan), **times)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def evaluate_file(
     if "mean" in said and "std" in said:
         dataset.mean, dataset.std = tuple(said["mean"]), tuple(said["std"])
     images = eval_source(dataset, getattr(dataset, split), config, device=target)
-    size = next(iter(images.batches())).pixels.shape[-1]
+    size = dataset.model_size(next(iter(images.batches())).pixels)
     network = models.build(model, len(dataset.classes), size)
     if run:
         # What a run evaluates and exports is the average, where it keeps one.

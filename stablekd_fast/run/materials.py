@@ -138,7 +138,7 @@ def gather(config: DistillConfig, given: Given) -> Materials:
     if config.has_teacher and not isinstance(paired.teacher, BlackBox):
         paired = serve(paired, images.first(device), config.fold_teacher)
     image_dtype = torch.float32
-    if precision.dtype != torch.float32:
+    if precision.dtype != torch.float32 and images.dataset.popularity is None:  # numbers of users are not rounded
         image_dtype = pick_image_dtype(paired, images.first(device)[:TRIAL_IMAGES])
     return Materials(config, device, ranks, resumed, images, capture, paired, image_dtype)
 
@@ -199,7 +199,7 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
     """Build what the settings name, load the weights, and cut."""
     classes = len(images.dataset.classes)
     example = torch.cat([batch.pixels for batch in images.source.batches(0, CALIBRATION_BATCHES)])
-    size = example.shape[-1]
+    size = images.dataset.model_size(example)
     student = unwrapped(given.student) if given.student is not None else None
     if student is None:
         student = models.build(config.student, classes, size)

@@ -14,6 +14,7 @@ from stablekd_fast.kernels.dequantize_rows import reference as values_by
 from stablekd_fast.kernels.feature_cosine import reference as cosine_by
 from stablekd_fast.kernels.feature_mse import Normalize
 from stablekd_fast.kernels.feature_mse import reference as mse_by
+from stablekd_fast.kernels.grouped_kl import reference as grouped_by
 from stablekd_fast.kernels.kd_loss import reference as kd_by
 from stablekd_fast.kernels.quantize_rows import reference as codes_by
 from stablekd_fast.selftest.claim import Broken, Claim, NotHere, difference
@@ -75,6 +76,13 @@ def _decoupled_kl(device: torch.device) -> str:
         return decoupled_by.decoupled_kl_with_grad(decoupled_by.Operands(s, t, labels, 4.0, 1.0, 8.0), 1.0, None)
 
     return _loss_agrees(device, lambda *x: kernels.decoupled_kl_with_grad(*x), exact, _logits)
+
+
+def _grouped_kl(device: torch.device) -> str:
+    def exact(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return grouped_by.grouped_kl_with_grad(grouped_by.Operands(s, t, 4.0, 0.9, 1.0, 1.0), 1.0, None)
+
+    return _loss_agrees(device, lambda *x: kernels.grouped_kl_with_grad(*x), exact, lambda: _logits()[:2])
 
 
 def _feature_mse(normalize: Normalize) -> Callable[[torch.device], str]:
@@ -183,6 +191,7 @@ _EXACT = "on the CPU in float64, same operands"
 OPERATORS = [
     Claim("kd_loss agrees with float64", _kd_loss, _EXACT),
     Claim("decoupled_kl agrees with float64", _decoupled_kl, _EXACT),
+    Claim("grouped_kl agrees with float64", _grouped_kl, _EXACT),
     *(Claim(f"feature_mse, normalize={n}, agrees with float64", _feature_mse(n), _EXACT) for n in _NORMALIZES),
     Claim("feature_cosine agrees with float64", _feature_cosine, _EXACT),
     Claim("batch_norm_act agrees with float64", _batch_norm_act, _EXACT),

@@ -47,7 +47,14 @@ def test_the_command_says_so(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "operator", ["kd_loss_with_grad", "decoupled_kl_with_grad", "feature_mse_with_grad", "feature_cosine_with_grad"]
+    "operator",
+    [
+        "kd_loss_with_grad",
+        "decoupled_kl_with_grad",
+        "grouped_kl_with_grad",
+        "feature_mse_with_grad",
+        "feature_cosine_with_grad",
+    ],
 )
 @pytest.mark.parametrize("place", [0, 1], ids=["loss", "gradient"])
 def test_a_loss_that_is_wrong_by_a_thousandth_fails(monkeypatch, operator, place):

@@ -12,6 +12,7 @@ LOSSES = {
     "cosine": lambda student, target: kernels.feature_cosine(student, target),
     "kd": lambda student, target: kernels.kd_loss(student, target),
     "dkd": lambda student, target: kernels.decoupled_kl(student, target, torch.arange(len(student))),
+    "gkd": lambda student, target: kernels.grouped_kl(student, target),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

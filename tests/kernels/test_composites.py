@@ -1,11 +1,10 @@
-"""attention_transfer, grouped_kl and correlation against numpy-like formulas in float64."""
+"""attention_transfer and correlation against numpy-like formulas in float64."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from stablekd_fast import kernels
-from stablekd_fast.kernels.grouped_kl.reference import split
 from tests.kernels.precision import assert_as_exact_as_pytorch
 
 pytestmark = pytest.mark.parametrize("level", ["baseline"], indirect=True)  # they do not use the core
@@ -14,24 +13,6 @@ pytestmark = pytest.mark.parametrize("level", ["baseline"], indirect=True)  # th
 def attention(student, target):
     maps = [F.normalize(x.pow(2).mean(1).flatten(1), dim=1) for x in (student, target)]
     return (maps[0] - maps[1]).pow(2).mean()
-
-
-def grouped(student, teacher, temperature=4.0, threshold=0.9):
-    """Row by row, by adding up probabilities."""
-    rows = []
-    for s, t in zip(student, teacher):
-        q, p = torch.softmax(s / temperature, 0), torch.softmax(t / temperature, 0)
-        order = p.argsort(descending=True)
-        count = int((p[order].cumsum(0) < threshold).sum()) + 1
-        inside, outside = order[:count], order[count:]
-        big_p, big_q = p[inside].sum(), q[inside].sum()
-        primary = (p[inside] * ((p[inside] / big_p).log() - (q[inside] / big_q).log())).sum()
-        binary = big_p * (big_p / big_q).log()
-        if len(outside):
-            small_p, small_q = p[outside].sum(), q[outside].sum()
-            binary = binary + small_p * (small_p / small_q).log()
-        rows.append(temperature**2 * (binary + primary))
-    return torch.stack(rows).mean()
 
 
 def pearson(student, teacher, temperature=1.0):
@@ -54,7 +35,6 @@ def logits(seed=0, dtype=torch.float32):
 
 CASES = {
     "attention_transfer": (attention, maps),
-    "grouped_kl": (grouped, logits),
     "correlation": (pearson, logits),
 }
 each = pytest.mark.parametrize("name", list(CASES))
@@ -152,15 +132,6 @@ def test_extremes_stay_finite(name):
             assert value.isfinite() and grad.isfinite().all()
 
 
-def test_the_split_is_exact():
-    student, teacher = logits(dtype=torch.float64)
-    student[0, 0] = teacher[0, 0] = -torch.inf
-    for threshold in (0.1, 0.5, 0.9, 0.999999):
-        binary, primary, secondary, mass = split(student, teacher, 4.0, threshold)
-        whole = 16 * (binary + mass * primary + (1 - mass) * secondary).mean()
-        torch.testing.assert_close(whole, kernels.kd_loss(student, teacher))
-
-
 @each
 def test_never_waits_for_the_device(name):
     operands = tuple(x.to("meta") for x in CASES[name][1]())
@@ -177,8 +148,6 @@ def test_never_waits_for_the_device(name):
             "height and width must agree",
         ),
         (lambda: kernels.attention_transfer(*maps(), power=0.5), "power=0.5"),
-        (lambda: kernels.grouped_kl(torch.zeros(2, 3), torch.zeros(2, 4)), "same batch and classes"),
-        (lambda: kernels.grouped_kl(*logits(), threshold=1.0), "threshold=1.0"),
         (lambda: kernels.correlation(*logits(), temperature=0.0), "temperature=0.0"),
         (lambda: kernels.correlation_with_grad(*logits(), upstream=torch.ones(1)), "0-dim"),
     ],

@@ -135,6 +135,7 @@ def test_nothing_is_written_beside_an_output(width, dtype, monkeypatch):
     kernels.kd_loss_with_grad(student, teacher, labels, temperature=2.0, alpha=0.5)
     if width > 1:
         kernels.decoupled_kl_with_grad(student, teacher, labels)
+    kernels.grouped_kl_with_grad(student, teacher)
     for one, other in zip(features[:6], features[6:]):
         for normalize in (None, "power", "channel", "l2"):
             kernels.feature_mse_with_grad(one, other, normalize=normalize)
@@ -194,11 +195,14 @@ def test_codes_reach_from_minus_127_to_127():
     assert codes.flatten().tolist() == [-127, -127, -3, 0, 127, 127]
 
 
-@pytest.mark.parametrize("loss", [kernels.kd_loss, kernels.decoupled_kl, kernels.feature_mse, kernels.feature_cosine])
+ON_LOGITS = [kernels.kd_loss, kernels.decoupled_kl, kernels.grouped_kl]
+
+
+@pytest.mark.parametrize("loss", [*ON_LOGITS, kernels.feature_mse, kernels.feature_cosine])
 def test_a_float16_gradient_is_scaled_before_it_is_rounded(loss):
     """A mean over many has gradients around 1e-6, where float16 has few digits left. A loss scale comes in time."""
     generator = torch.Generator().manual_seed(0)
-    shape = (8192, 32) if loss in (kernels.kd_loss, kernels.decoupled_kl) else (4, 32, 32, 32)
+    shape = (8192, 32) if loss in ON_LOGITS else (4, 32, 32, 32)
     student, teacher = (torch.randn(shape, generator=generator).half() for _ in range(2))
     more = {kernels.decoupled_kl: (torch.arange(8192) % 32,)}.get(loss, ())
     exact = student.float().requires_grad_()
