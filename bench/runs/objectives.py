@@ -24,7 +24,7 @@ from stablekd_fast.run.builders import auxiliary_facts
 from stablekd_fast.teacher.live import Relay
 
 ALONE = "ce"
-NEEDS_MORE = ("multi-teacher", "mekd", "fast-dfkd", "unkd")
+NEEDS_MORE = ("multi-teacher", "mekd", "fast-dfkd", "bpr", "unkd")
 """Methods that need further teachers, a teacher that is a function, images that are made, or no images."""
 
 

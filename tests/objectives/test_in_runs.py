@@ -16,7 +16,8 @@ from stablekd_fast.objectives import METHODS
 from stablekd_fast.run.distiller import Distiller
 
 STAGED = ("stablekd", "blocks", "kd", "kd+features", "ce")  # tests/engine looks at them
-NEIGHBOURS = [name for name in METHODS if name not in STAGED]
+ELSEWHERE = ("fast-dfkd", "mekd", "bpr", "unkd")  # images that are made, teachers that only answer, no images
+NEIGHBOURS = [name for name in METHODS if name not in (*STAGED, *ELSEWHERE)]
 SETTINGS = {
     "data": "digits", "teacher": "resnet20", "student": "resnet20_half", "epochs": 2.0, "subset": 64, "batch_size": 16,
     "validation": 0, "bn_images": 16, "views": 1, "precision": "fp32", "device": "cpu", "evaluate_every": 0.0,

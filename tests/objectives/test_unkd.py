@@ -49,7 +49,7 @@ def test_bpr_says_what_it_needs():
 def made(popularity=None, **options):
     popularity = torch.arange(ITEMS, 0, -1) if popularity is None else popularity
     device = torch.device("cpu")
-    facts = Facts(ITEMS, USERS, USERS, [(ITEMS,)], [(ITEMS,)], [], device, popularity=popularity)
+    facts = Facts(ITEMS, USERS, USERS, (1, 1), [(ITEMS,)], [(ITEMS,)], [], device, popularity=popularity)
     return objective("auxiliary", "unkd", options).build(facts, 0)
 
 
@@ -62,7 +62,7 @@ def drawn_gradient(options, times=60, seed=0):
     loss, batch = made(**options), StepBatch(torch.arange(USERS), {0: teacher}, labels)
     torch.manual_seed(seed)
     for _ in range(times):
-        loss(batch, {0: scores}).backward()
+        loss(batch, {0: scores}, None).backward()
     return scores.grad, teacher, labels
 
 
@@ -96,7 +96,7 @@ def test_the_loss_of_one_pair_that_is_certain():
     labels[0, [7, 20]] = 0
     teacher, scores = torch.zeros(1, ITEMS), torch.zeros(1, ITEMS)
     teacher[0, 7], scores[0, 7], scores[0, 20] = 1.0, -0.5, 0.75
-    loss = made(groups=1, pairs=64, weight=3.0)(StepBatch(torch.zeros(1), {0: teacher}, labels), {0: scores})
+    loss = made(groups=1, pairs=64, weight=3.0)(StepBatch(torch.zeros(1), {0: teacher}, labels), {0: scores}, None)
     torch.testing.assert_close(loss, 3 * F.softplus(torch.tensor(1.25)))
 
 
@@ -118,6 +118,6 @@ def test_what_cannot_be_is_said(options, message):
 
 
 def test_a_data_set_of_classes_is_refused():
-    facts = Facts(10, 5, 5, [(10,)], [(10,)], [], torch.device("cpu"))
+    facts = Facts(10, 5, 5, (1, 1), [(10,)], [(10,)], [], torch.device("cpu"))
     with pytest.raises(ConfigError, match="this data set has classes and no items"):
         objective("auxiliary", "unkd").build(facts, 0)
