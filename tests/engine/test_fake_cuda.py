@@ -200,8 +200,8 @@ NEIGHBOURS = [
 
 @pytest.mark.parametrize("method", [name for name in NEIGHBOURS if name not in WITHOUT])
 def test_losses_of_the_field_stay_on_the_device_and_never_ask_the_host(paired, lent, monkeypatch, method):
-    """kdiga differentiates twice, which the walk through the graph does not; multi-teacher reads a file; the others left
-    out have no images, or a teacher that is a function."""
+    """Left out are kdiga, which differentiates twice, as the walk through the graph does not; multi-teacher, which
+    reads a file; and what has no images, or a teacher that is a function."""
 
     def grad(outputs, inputs):
         walk_backward([outputs], [torch.ones_like(outputs)])
