@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, task_of
 from stablekd_fast.bench.output import write_document
-from stablekd_fast.blocks.bridge import KINDS
+from stablekd_fast.blocks.bridge import FITTED
 from stablekd_fast.report import read_events
 
 
@@ -36,7 +36,7 @@ def main(words: list[str] | None = None) -> None:
     add_task_arguments(parser, student="resnet20_half", subset=5_000, epochs=6, seeds=2)
     arguments = parser.parse_args(words)
     campaign, out = Campaign(task_of(arguments)), Path(arguments.out)
-    runs = [(kind, seed) for seed in range(arguments.seeds) for kind in KINDS]
+    runs = [(kind, seed) for seed in range(arguments.seeds) for kind in FITTED]
     rows = [row for kind, seed in runs if (row := measure(campaign, out / f"{kind}-{seed}", kind, seed))]
     write_document(out / "bridges.json", {"rows": rows}, {})
     for row in rows:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stablekd_fast.blocks.layout import Resampling
 from stablekd_fast.errors import ConfigError
 
-KINDS = ("select", "average", "pca", "none")
+FITTED = ("select", "average", "pca")
+KINDS = (*FITTED, "none")
 
 
 class Bridge(nn.Module):

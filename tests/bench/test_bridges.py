@@ -1,6 +1,6 @@
 import json
 
-from stablekd_fast.bench.campaigns.bridges import KINDS, main
+from stablekd_fast.bench.campaigns.bridges import FITTED, main
 from stablekd_fast.cli import main as stablekd
 
 
@@ -12,7 +12,7 @@ def test_every_kind_is_measured(tmp_path):
     words = ["--data", "digits", "--teacher", "resnet8", "--student", "resnet8", "--teacher-weights", weights, *small]
     main([*words, "--epochs", "1", "--seeds", "1", "--threads", "1", "--out", str(tmp_path / "out")])
     rows = json.loads((tmp_path / "out" / "bridges.json").read_text())["rows"]
-    assert [row["bridge"] for row in rows] == list(KINDS)
+    assert [row["bridge"] for row in rows] == list(FITTED)
     for row in rows:
         assert [merge["max_output_difference"] for merge in row["merges"]] == [0.0]
         assert all(gap > 0 for merge in row["merges"] for gap in merge["exposure_gap"].values())
