@@ -1,7 +1,7 @@
 """`grouped_kl` by Triton: reads each logit once and writes each gradient once.
 
 The primary group ends at a logit that is found by halving: 32 sums over the row, which stays in registers, decide the
-32 bits of its number. Rows of more than 8192 classes do not fit there and are left to the reference, which sorts them.
+32 bits of its number. Rows of more than 4096 classes do not fit there and are left to the reference, which sorts them.
 Per row 4 bytes of loss are written and read again.
 """
 
@@ -20,7 +20,6 @@ from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._launch import Listed, launch, packed, variant
 from stablekd_fast.kernels._logits import in_single_precision, row_by_row
 from stablekd_fast.kernels._logits_triton import (
-    BLOCKS,
     LN2,
     WIDE,
     alignment,
@@ -33,6 +32,9 @@ from stablekd_fast.kernels._logits_triton import (
 )
 from stablekd_fast.kernels.grouped_kl import reference
 from stablekd_fast.kernels.grouped_kl.reference import Operands
+
+WIDEST = 4096
+"""Classes of a row; with 8192 some variants need more registers than there are."""
 
 _INTEGERS = ("samples", "classes", "student_stride", "teacher_stride")
 _NUMBERS = ("rate", "threshold", "primary_weight", "binary_weight", "loss_scale", "slope")
@@ -145,7 +147,7 @@ def specialisations() -> Iterator[Listed]:
     for (tile, align), student, teacher, (has_gradient, upstream) in product(
         tilings(), FLOATS, FLOATS, ((False, None), (True, None), (True, torch.float32))
     ):
-        if tile is WIDE:
+        if tile is WIDE or tile.constants["BLOCK"] > WIDEST:
             continue
         gradient = student if has_gradient else None
         tensors = (student, teacher, upstream, gradient, torch.float32)
@@ -160,7 +162,7 @@ def specialisations() -> Iterator[Listed]:
 
 
 def _fits(given: Operands) -> bool:
-    return in_single_precision(given.student, given.teacher) and given.student.shape[1] <= BLOCKS[-1]
+    return in_single_precision(given.student, given.teacher) and given.student.shape[1] <= WIDEST
 
 
 def _run(given: Operands, factor: float, upstream: Tensor | None, gradient: Tensor | None) -> Tensor:
