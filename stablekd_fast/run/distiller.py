@@ -59,7 +59,7 @@ class RunResult:
     skipped_images: int = 0
     """Unreadable images left out (with `on_bad_image="skip"`); the event log names them."""
     ranking: Ranking | None = None
-    """Of users: how well items are ranked. Recall then stands for `accuracy`, and NDCG for `top5`."""
+    """How well items are ranked for users; `accuracy` is then recall, and `top5` NDCG."""
 
 
 STUDENT_FILE = "student.safetensors"

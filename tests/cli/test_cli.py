@@ -132,7 +132,7 @@ def test_stages_can_be_given_in_yaml(teacher, tmp_path):
         (["distill", "--batch_size"], "argument --batch-size: expected one argument"),
         (["plan", "--teacher", "resnet56"], "are required: --student"),
         (["evaluate"], "are required: weights"),
-        (["distill", "--method", "hinton"], "choose one of stablekd, kd"),
+        (["distill", "--method", "stablekt"], "does not exist; the nearest is 'stablekd' (all: at, "),
         (["distill", "--method", "kd"], "needs a trained teacher"),
         (["distill", "--data", "/does/not/exist", "--method", "ce"], "no data set at /does/not/exist"),
         (["distill", "--method", "ce", "--student", "resnet21"], "resnet20"),

@@ -129,7 +129,8 @@ def test_a_layout_comes_back_from_a_checkpoint():
 
 @pytest.mark.parametrize("on_disk", [True, False], ids=["disk", "memory"])
 def test_rows_in_memory_are_filled_by_each_process_and_rows_on_disk_by_the_one_that_stores_them(on_disk):
-    teacher = SimpleNamespace(columns={k: SimpleNamespace(on_disk=on_disk, rows=None) for k in range(3)})
+    columns = {k: SimpleNamespace(on_disk=on_disk, rows=None) for k in range(3)}
+    teacher = SimpleNamespace(columns=columns, _writer=SimpleNamespace(settle=lambda: None))
     CachedTeacher.fill(teacher, {1})
     assert teacher._fills == ({1} if on_disk else {0, 1, 2})
 

@@ -182,7 +182,7 @@ def test_a_script_teaches_without_being_cut(tmp_path):
     teacher = torch.jit.trace(network(2).eval(), torch.randn(2, 3, 8, 8))
     with pytest.raises(CutError, match="the teacher has none.*kd and ce need no cuts"):
         pair_blocks(teacher, network(1), IMAGES[..., :8, :8])
-    with pytest.warns(UserWarning, match="networks are not cut, which the method kd does not need"):
+    with pytest.warns(UserWarning, match="networks are not cut, which kd does not need"):
         distill(
             data="digits", teacher=teacher, student=network(1), method="kd", subset=64, epochs=2, batch_size=32,
             validation=0.0, out=tmp_path / "run", progress=False,

@@ -58,6 +58,7 @@ class Loop:
         parts = SimpleNamespace(
             device=GPU, ranks=ranks, source=source, intervals=every,
             execution=SimpleNamespace(image_dtype=torch.float32), stages=[SimpleNamespace(last=1000)], bn_batches=0,
+            synthesised=None,
         )  # fmt: skip
         self.engine = Engine(parts, RunState(), self.log)
         step = SimpleNamespace(

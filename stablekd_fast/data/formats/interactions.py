@@ -15,7 +15,7 @@ from stablekd_fast.errors import DataError
 from stablekd_fast.objectives.popularity import popularity_groups
 
 LEAST_RATING = 4.0
-"""Of ratings from 1 to 5 those that count as an interaction."""
+"""Ratings from 1 to 5 count as an interaction from this one on."""
 LEAST_ITEMS = 5
 """Users with fewer items are left out: too little would be left to train on, or to be found."""
 VALIDATION, TEST = 0.1, 0.2
