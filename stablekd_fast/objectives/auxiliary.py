@@ -85,6 +85,12 @@ class Facts:
         """The number of cuts, which is the head's number too."""
         return len(self.student_shapes) - 1
 
+    def widths(self, cut: int) -> tuple[int, int]:
+        """The channels of the student's and of the teacher's output at a cut."""
+        axis = self.channel_axes[cut]
+        place = axis - 1 if axis > 0 else axis  # shapes are per image
+        return self.student_shapes[cut][place], self.teacher_shapes[cut][place]
+
 
 class Auxiliary(nn.Module):
     """A loss that is added to those at the cuts and at the head of one group.

@@ -46,10 +46,7 @@ class Contrast(Auxiliary):
     def __init__(self, config: CKD, facts: Facts) -> None:
         super().__init__(config, facts)
         self.cut = last_cut("ckd", facts.cuts)
-        axis = facts.channel_axes[self.cut]
-        own, theirs = (
-            shapes[self.cut][axis - 1 if axis > 0 else axis] for shapes in (facts.student_shapes, facts.teacher_shapes)
-        )
+        own, theirs = facts.widths(self.cut)
         self.map = nn.Identity() if own == theirs else nn.Linear(own, theirs, bias=False)
         self.register_buffer("kept", torch.zeros(config.queue, theirs))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))

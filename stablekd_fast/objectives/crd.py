@@ -56,11 +56,7 @@ class ContrastiveRepresentation(Auxiliary):
     def __init__(self, config: CRD, facts: Facts) -> None:
         super().__init__(config, facts)
         self.cut = last_cut("crd", facts.cuts)
-        axis = facts.channel_axes[self.cut]
-        widths = [
-            shapes[self.cut][axis - 1 if axis > 0 else axis] for shapes in (facts.student_shapes, facts.teacher_shapes)
-        ]
-        self.student, self.teacher = (nn.Linear(width, config.dimensions) for width in widths)
+        self.student, self.teacher = (nn.Linear(width, config.dimensions) for width in facts.widths(self.cut))
         reach = 1 / math.sqrt(config.dimensions / 3)
         for name in ("students", "teachers"):
             self.register_buffer(name, torch.rand(facts.samples, config.dimensions) * 2 * reach - reach)

@@ -38,9 +38,7 @@ class Hint(Auxiliary):
     def __init__(self, config: FitNet, facts: Facts) -> None:
         super().__init__(config, facts)
         (self.cut,) = self.teacher_outputs(config, facts.cuts)
-        self.axis = facts.channel_axes[self.cut] - (facts.channel_axes[self.cut] > 0)
-        widths = [shapes[self.cut][self.axis] for shapes in (facts.student_shapes, facts.teacher_shapes)]
-        self.regressor = nn.Linear(*widths, bias=False)
+        self.regressor = nn.Linear(*facts.widths(self.cut), bias=False)
 
     @classmethod
     def teacher_outputs(cls, config: Any, cuts: int) -> set[int]:

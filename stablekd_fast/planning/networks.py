@@ -54,6 +54,7 @@ def measure_students(
     saved = {name: value.clone() for name, value in paired.student.state_dict().items()}
     modes = {module: module.training for module in paired.student.modules()}
     times: dict[str, float] = {}
+    others = objectives.without_auxiliary()  # whose memory these steps would change
     with untouched(paired.student), torch.enable_grad():
         nn.ModuleList([paired.student, *paired.student_blocks]).train()
         for groups in groupings:
@@ -62,7 +63,6 @@ def measure_students(
             for group in groups:
                 if group_name(group) not in times:  # one at a time: each has an optimizer's moments
                     rates = Rates.constant(0.0, device=device)
-                    others = objectives.without_auxiliary()  # whose memory these steps would change
                     stage = stage_steps(paired, [group], others, Optimizer(), rates=rates, inputs=inputs)
                     times[group_name(group)] = _seconds(stage.run, capture, stage.state(), device)
     restore_state(paired.student, saved)

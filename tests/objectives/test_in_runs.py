@@ -118,13 +118,9 @@ def test_a_neighbours_losses_inside_the_blocks_of_stablekd(make, method):
     waits = module is not None and not any(distiller.parts.objectives.helps(group, cuts) for group in first)
     assert bool(rests) == waits
     if module is not None and [p for p in module.parameters() if p.requires_grad]:
-        changed = finished_state(distiller)
+        changed = load_tensors(distiller.checkpoint)[0]
         fresh = distiller.parts.objectives.made(module.facts, distiller.config.seed).module.state_dict()
         assert any(not torch.equal(changed[f"auxiliary/{name}"], value) for name, value in fresh.items())
-
-
-def finished_state(distiller):
-    return load_tensors(distiller.checkpoint)[0]
 
 
 REFUSED = [
