@@ -80,13 +80,18 @@ def split_training_images(dataset: Dataset, config: DistillConfig) -> tuple[Spli
     first, so that it is the same for every subset.
     """
     train, held_out = dataset.train, dataset.validation if config.validation else None
-    count = round(config.validation * len(train)) if config.validation < 1 else round(config.validation)
+    count = held_out_count(config, train)
     if count and held_out is None:
         train, held_out = train.holdout(count, config.subset_seed)
     if config.subset is not None:
         size = config.subset if config.subset <= 1 else int(config.subset)
         train = train.subset(size, config.subset_seed)
     return train, held_out
+
+
+def held_out_count(config: DistillConfig, train: Split) -> int:
+    """How many of the training images the settings hold out."""
+    return round(config.validation * len(train)) if config.validation < 1 else round(config.validation)
 
 
 def train_source(dataset: Dataset, split: Split, config: DistillConfig, device: torch.device) -> TrainSource:

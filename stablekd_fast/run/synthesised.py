@@ -15,6 +15,7 @@ from stablekd_fast.data.bank import Bank, BankSource
 from stablekd_fast.engine.synthesised import SynthesisedImages
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.objectives import SynthesisFacts, SynthesisObjective
+from stablekd_fast.run.builders import held_out_count
 
 ALONE = ("auto", "resident")
 """Sources that read no image."""
@@ -87,8 +88,7 @@ def held_out_images(dataset: Dataset, config: DistillConfig) -> Split | None:
             stacklevel=1,
         )
         return None
-    count = round(config.validation * len(dataset.train)) if config.validation < 1 else round(config.validation)
-    return dataset.train.holdout(count, config.subset_seed)[1]
+    return dataset.train.holdout(held_out_count(config, dataset.train), config.subset_seed)[1]
 
 
 def synthesised_images(
