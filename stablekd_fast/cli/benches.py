@@ -97,8 +97,10 @@ def _bench_teacher(asked: Namespace, show: Show) -> Measured:
 
 def _bench_objectives(asked: Namespace, show: Show) -> Measured:
     from stablekd_fast.bench.runs.objectives import run_objectives
+    from stablekd_fast.run.builders import pick_device
 
-    return run_objectives(asked.data, asked.precision, asked.rounds, show)
+    device = pick_device(asked.device)
+    return run_objectives(asked.data, asked.precision, asked.rounds, show, device=device)
 
 
 def _bench_step(asked: Namespace, show: Show) -> Measured:
@@ -258,6 +260,7 @@ BENCHES = {
         {
             "--data": {"type": str, "required": True, "help": "data set of 32 px images, e.g. CIFAR-10"},
             "--precision": {"type": str, "default": "fp32", "help": "fp32 or bf16"},
+            "--device": {"type": str, "default": "cpu", "help": "cpu or cuda"},
         },
         _bench_objectives, rounds=9, short=("--rounds", "1"),
     ),
