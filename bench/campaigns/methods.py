@@ -21,7 +21,9 @@ LIVE = {"cache": CacheSettings(plan="none")}
 MIXED = {"mix": "cutmix", **LIVE}
 
 ARMS: dict[str, dict] = {
-    **{name: {"method": name} for name in ("ce", "kd", "dkd", "dist", "gkd", "logit-std", "at", "fitnet", "crd", "ckd")},
+    **{
+        name: {"method": name} for name in ("ce", "kd", "dkd", "dist", "gkd", "logit-std", "at", "fitnet", "crd", "ckd")
+    },
     **{name: {"method": name} for name in ("reviewkd", "cckd", "r2kd", "dlb", "stablekd")},
     "kdiga": {"method": "kdiga", **LIVE},
     "kd, mixed images": {"method": "kd", **MIXED},

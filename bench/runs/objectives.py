@@ -49,7 +49,9 @@ def arm_of(name: str, pair: Pair, data: str, precision: str, device: torch.devic
     objectives = objectives.made(facts, SEED)
     groups = [list(range(len(paired)))]
     capture = "cudagraph" if device.type == "cuda" else "eager"
-    return Arm(paired, Relay(paired), batches, capture, groups=groups, objectives=objectives, optimizer=Optimizer("sgd"))
+    return Arm(
+        paired, Relay(paired), batches, capture, groups=groups, objectives=objectives, optimizer=Optimizer("sgd")
+    )
 
 
 def run_objectives(

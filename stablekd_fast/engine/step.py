@@ -21,6 +21,7 @@ from stablekd_fast.engine.optimizers import SGD, build_optimizer
 from stablekd_fast.engine.schedule import Optimizer, PlannedStage, group_name
 from stablekd_fast.engine.weights import CastWeights
 from stablekd_fast.errors import ConfigError, CutError
+from stablekd_fast.execution.capture import WARM_UP
 from stablekd_fast.execution.precision import LossScale
 from stablekd_fast.execution.process import fastest_algorithms
 from stablekd_fast.objectives import Auxiliary, Objectives, StepBatch
@@ -31,8 +32,9 @@ AUXILIARY = "auxiliary."
 
 @dataclass(frozen=True)
 class Rates:
-    """What changes from step to step of a stage, on the device: `table` `[steps, 3]`, or `[1, 3]` for all steps, holds
-    learning rate, momentum and EMA decay."""
+    """What changes from step to step of a stage, on the device: `table` `[rows, 3]`, or `[1, 3]` for all steps, holds
+    learning rate, momentum and EMA decay. A capture warms up by steps that do not count, from wherever the stage is: so
+    as many rows follow that of the last step, else the device would read beyond the table."""
 
     table: Tensor
 
@@ -45,7 +47,7 @@ class Rates:
             progress = planned.progress(step)
             decay = min(ema or 0.0, (1 + step) / (10 + step))
             rows.append((settings.lr_at(progress), settings.momentum_at(progress), decay))
-        return cls(torch.tensor(rows, device=device))
+        return cls(torch.tensor(rows + rows[-1:] * WARM_UP, device=device))
 
     @classmethod
     def constant(cls, lr: float, momentum: float = 0.9, device: torch.device | str = "cpu") -> Rates:

@@ -27,7 +27,8 @@ CAPTURED = ("cudagraph", "cudagraph+compile", "emulate")
 """Modes in which bodies run once, and from then on what they did is replayed."""
 COMPILED = ("compile", "cudagraph+compile")
 """Modes whose bodies hold what torch.compile made."""
-_WARM_UP = 3
+WARM_UP = 3
+"""Runs of all bodies before they are captured. They leave no trace."""
 _RECOMPILE_LIMIT = 1024
 
 Body = Callable[[], Any]
@@ -140,11 +141,14 @@ def _compiling() -> Iterator[None]:
 
 
 class EmulatedRunner:
-    """Records the bodies once and replays the records: what a CUDA graph would compute, on any device."""
+    """Warms the bodies up, records them once and replays the records: what a CUDA graph would compute, on any device."""
 
     def __init__(self, phases: Sequence[Sequence[Body]], state: Sequence[Tensor], device: torch.device) -> None:
         self._operations: list[Operation] = []
         with restored(state, device):
+            for _ in range(WARM_UP):
+                for body in (body for bodies in phases for body in bodies):
+                    body()
             recording = Recording()
             with recording:
                 self.results = [body() for bodies in phases for body in bodies]
@@ -207,7 +211,7 @@ class GraphRunner:
         """Run on the streams of the capture, so that libraries have set up their handles and workspaces there."""
         current = torch.cuda.current_stream()
         try:
-            for number in range(_WARM_UP):
+            for number in range(WARM_UP):
                 for body, stream in ((body, stream) for bodies in phases for body, stream in zip(bodies, streams)):
                     stream.wait_stream(current)
                     with torch.cuda.stream(stream), Watch() if number == 0 else contextlib.nullcontext():

@@ -97,10 +97,19 @@ def pyramid_distance(student: Tensor, teacher: Tensor) -> Tensor:
         if size >= student.shape[2]:
             continue
         weight /= 2
-        own, theirs = (F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
+        own, theirs = (_pooled(x, size) for x in (student, teacher))
         loss = loss + weight * F.mse_loss(own, theirs)
         total += weight
     return loss / total
+
+
+def _pooled(x: Tensor, size: int) -> Tensor:
+    """Return maps `[N, C, H, W]` pooled to `size` places a side. Only where these do not divide H and W torch's
+    adaptive pooling does it, whose gradients a GPU adds up in any order."""
+    (rows, odd), (columns, odd_too) = (divmod(side, size) for side in x.shape[2:])
+    if odd or odd_too:
+        return F.adaptive_avg_pool2d(x, size)
+    return F.avg_pool2d(x, (rows, columns))
 
 
 add_method("reviewkd", Method(auxiliary="reviewkd", options={"logits": {"kl_weight": 0.0}}))

@@ -8,7 +8,7 @@ from torch import nn
 
 from stablekd_fast.blocks import pair_blocks
 from stablekd_fast.engine.inputs import IMAGES, LABELS, StageInputs, load_batch, output_key
-from stablekd_fast.engine.schedule import Optimizer, Stage, merge_neighbours
+from stablekd_fast.engine.schedule import Optimizer, PlannedStage, Stage, merge_neighbours
 from stablekd_fast.engine.step import GroupStep, Rates
 from stablekd_fast.errors import CaptureError, ConfigError
 from stablekd_fast.execution import capture as capture_module
@@ -170,6 +170,30 @@ def test_making_a_runner_leaves_weights_statistics_moments_and_random_state_alon
     assert torch.equal(random, torch.get_rng_state())
     runner.run()
     assert not all(torch.equal(a, b) for a, b in zip(before, step.state()))
+    runner.close()
+
+
+def test_stages_shorter_than_the_warm_up_are_captured_from_any_of_their_steps(
+    pair, random_batch, train_stages, same_bits
+):
+    """The warm-up goes on behind the step that comes next; the rates that it reads there must be in the table."""
+    aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
+    batches = [random_batch(seed) for seed in range(4)]
+    stages = [Stage(groups, steps=steps, optimizer=OPTIMIZERS["sgd cycled"])
+              for steps, groups in ((1, [[0], [1], [2], [3]]), (2, [[0, 1], [2, 3]]), (3, [[0, 1, 2, 3]]))]  # fmt: skip
+    assert same_bits(*(train_stages(mode, pair(), aims, stages, batches) for mode in ("eager", "emulate")))
+
+
+def test_a_runner_made_before_a_stage_s_last_step_warms_up_behind_it(pair, random_batch):
+    paired, inputs = pair(), StageInputs()
+    aims = Objectives(objective("feature", "mse"), objective("logits", "kd"), "all")
+    load_batch(inputs, Relay(paired), aims.teacher_outputs([[0, 1, 2, 3]], 3), random_batch(0))
+    nn.ModuleList(paired.student_blocks).train()
+    rates = Rates.of_stage(PlannedStage(Stage([[0, 1, 2, 3]], steps=5), 0, 5), None, CPU)
+    step = GroupStep(paired, [0, 1, 2, 3], aims, Optimizer(), inputs, rates=rates, position=4)
+    runner = EmulatedRunner([[step.run]], step.state(), CPU)
+    runner.run()
+    assert step.position == 5 and torch.equal(step.current, rates.table[4:5])
     runner.close()
 
 

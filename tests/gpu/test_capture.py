@@ -102,6 +102,19 @@ def test_a_captured_teacher_gives_the_live_teacher_s_bits(small, deterministic):
     live.close()
 
 
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_stage_of_two_steps_is_captured_before_each_of_them(small, done):
+    """The warm-up goes on behind the stage's end."""
+    steps = small.steps(small.pair(), APART, count=2)
+    for _ in range(done):
+        for step in steps:
+            step.run()
+    with small.runner(steps) as runner:
+        runner.run()
+    assert [int(step.position) for step in steps] == 4 * [done + 1]
+    assert all(torch.isfinite(step.losses).all() for step in steps)
+
+
 @real
 def test_a_run_gives_the_same_student_captured_and_eagerly(tmp_path, deterministic):
     words = ["--subset", "192", "--validation", "32", "--batch-size", "32", "--bn-images", "64", "--device", "cuda"]
