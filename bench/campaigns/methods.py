@@ -54,13 +54,14 @@ def table(found: dict[str, dict[int, float]]) -> list[dict]:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--views", type=int, default=4, help="views of each image that are shown in turn")
     add_task_arguments(parser, subset=4_000, validation=200, epochs=12, batch_size=64)
     arguments = parser.parse_args(words)
     campaign, out = Campaign(task_of(arguments)), Path(arguments.out)
     found: dict[str, dict[int, float]] = {}
     for seed in range(arguments.seeds):
         for name in arguments.methods:
-            settings = {"evaluate_every": 0, **ARMS[name]}
+            settings = {"evaluate_every": 0, "views": arguments.views, **ARMS[name]}
             if name == "mix-kd":
                 settings["batch_size"] = 2 * arguments.batch_size
             row = campaign.run(out / f"{name}-{seed}".replace(",", "").replace(" ", "-"), settings, seed)

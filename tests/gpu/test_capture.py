@@ -183,7 +183,7 @@ def test_the_check_of_waiting_can_fail(small):
 
 @real
 def test_replays_allocate_nothing(small):
-    steps = small.steps(small.pair("bf16", dropout=0.1), APART)
+    steps = small.steps(small.pair("bf16", dropout=0.1), APART, count=24)
     with small.runner(steps) as runner:
         runner.run()
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
