@@ -60,6 +60,14 @@ def feature_cosine_cases(setting: Setting) -> Iterator[Case]:
             yield loss_case(Loss("feature_cosine", name, student, (target,), plain, (target,), {"per": per}), setting)
 
 
+def attention_transfer_cases(setting: Setting) -> Iterator[Case]:
+    """Maps of one width: `docs/results` compares steps with others."""
+    for features in QUICK_MAPS if setting.quick else ALL_MAPS:
+        student, target = (features.draw(seed, setting.device) for seed in (0, 1))
+        loss = Loss("attention_transfer", str(features), student, (target,), rivals.attention_transfer, (target,))
+        yield loss_case(loss, setting)
+
+
 def quantize_rows_cases(setting: Setting) -> Iterator[Case]:
     for features, code in _coded(setting):
         yield _quantize_case(features, code, setting)

@@ -9,6 +9,7 @@ import torch
 from stablekd_fast.bench.core import Case, Measured, measure_cases, pinned
 from stablekd_fast.bench.operators.augmentation import augment_batch_cases
 from stablekd_fast.bench.operators.features import (
+    attention_transfer_cases,
     dequantize_rows_cases,
     feature_cosine_cases,
     feature_mse_cases,
@@ -25,6 +26,7 @@ CASES: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "grouped_kl": grouped_kl_cases,
     "feature_mse": feature_mse_cases,
     "feature_cosine": feature_cosine_cases,
+    "attention_transfer": attention_transfer_cases,
     "quantize_rows": quantize_rows_cases,
     "dequantize_rows": dequantize_rows_cases,
     "augment_batch": augment_batch_cases,

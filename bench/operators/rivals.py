@@ -101,6 +101,12 @@ def sample_cosine(student: Tensor, target: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(rows(student), rows(target), dim=1)).mean()
 
 
+def attention_transfer(student: Tensor, target: Tensor) -> Tensor:
+    """Return the loss with the operations of the authors' code."""
+    maps = [F.normalize(x.pow(2).mean(1).flatten(1)) for x in (student, target)]
+    return (maps[0] - maps[1]).pow(2).mean()
+
+
 def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     largest = 127.0 if dtype == torch.int8 else 448.0
     scales = values.abs().amax(dim=(2, 3)).float() / largest

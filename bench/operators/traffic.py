@@ -25,6 +25,7 @@ from torch import Tensor
 
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.kernels._features import FeatureOperands
+from stablekd_fast.kernels.attention_transfer import reference as attention_transfer
 from stablekd_fast.kernels.decoupled_kl import reference as decoupled_kl
 from stablekd_fast.kernels.feature_cosine import reference as feature_cosine
 from stablekd_fast.kernels.feature_mse import reference as feature_mse
@@ -150,6 +151,17 @@ def _feature_cases() -> Iterator[Case]:
             given = feature_cosine.Operands(student, target, scales, per, 1)
             lookups = passes if codes else 0
             yield _feature_case("feature_cosine", f"per {per}: {name}", given, passes, passes, lookups)
+        if not codes:
+            yield _attention_case(name, student, target)
+
+
+def _attention_case(name: str, student: Tensor, target: Tensor) -> Case:
+    """Maps of one float32 per place are written once and read three times, pulls are written and read once."""
+    given = attention_transfer.Operands(student, target, 2.0)
+    maps, pulls = (torch.empty(count, *student.shape[2:]) for count in (2 * len(student), len(student)))
+    tensors = [(student, 2), (target, 1), (student, 1), (maps, 4), (pulls, 2)]
+    words = "student twice, target once, gradient once, and what places say"
+    return Case("attention_transfer", name, (given, 1.0, None), tensors, words)
 
 
 def _feature_case(op: str, name: str, given: FeatureOperands, reads: int, rereads: int, lookups: int) -> Case:

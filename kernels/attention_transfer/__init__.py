@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from stablekd_fast.kernels._checks import OperandError, describe
-from stablekd_fast.kernels._composite import loss_with_grad
+from stablekd_fast.kernels._registry import define_loss, serve_cuda
 from stablekd_fast.kernels.attention_transfer import reference
 from stablekd_fast.kernels.attention_transfer.reference import Operands
 
@@ -20,7 +20,7 @@ def attention_transfer(student: Tensor, target: Tensor, *, power: float = 2.0) -
     Returns a 0-dim tensor, float64 for a float64 student and float32 otherwise, differentiable to any order where
     |x|^power is. Raises OperandError for shapes or settings that do not fit.
     """
-    return reference.attention_transfer(_checked(Operands(student, target, power)))
+    return _loss(_checked(Operands(student, target, float(power))))
 
 
 def attention_transfer_with_grad(
@@ -31,8 +31,7 @@ def attention_transfer_with_grad(
     `upstream` is a 0-dim tensor. The gradient has the student's shape, dtype and memory format. Nothing is recorded
     for autograd and the host never waits.
     """
-    given = _checked(Operands(student, target, power))
-    return loss_with_grad(reference.attention_transfer, given, weight, upstream)
+    return _loss_with_grad(_checked(Operands(student, target, float(power))), weight, upstream)
 
 
 def _checked(given: Operands) -> Operands:
@@ -48,3 +47,17 @@ def _checked(given: Operands) -> Operands:
     if not power >= 1:
         raise OperandError(f"power={power} was given; it must be at least 1.")
     return given
+
+
+_loss, _loss_with_grad = define_loss(
+    "attention_transfer",
+    Operands,
+    reference.attention_transfer,
+    reference.attention_transfer_with_grad,
+    differentiable=("student", "target"),
+)
+serve_cuda(
+    __name__,
+    attention_transfer=reference.attention_transfer,
+    attention_transfer_with_grad=reference.attention_transfer_with_grad,
+)

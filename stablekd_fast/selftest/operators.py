@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stablekd_fast import kernels
+from stablekd_fast.kernels.attention_transfer import reference as attention_by
 from stablekd_fast.kernels.augment_batch import reference as images_by
 from stablekd_fast.kernels.decoupled_kl import reference as decoupled_by
 from stablekd_fast.kernels.dequantize_rows import reference as values_by
@@ -102,6 +103,13 @@ def _feature_cosine(device: torch.device) -> str:
     return _loss_agrees(device, lambda *x: kernels.feature_cosine_with_grad(*x), exact, _features)
 
 
+def _attention_transfer(device: torch.device) -> str:
+    def exact(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return attention_by.attention_transfer_with_grad(attention_by.Operands(s, t, 2.0), 1.0, None)
+
+    return _loss_agrees(device, lambda *x: kernels.attention_transfer_with_grad(*x), exact, _features)
+
+
 def _batch_norm_act(device: torch.device) -> str:
     """Check the output and the gradient with respect to x. A large bias keeps all elements off the ReLU's kink."""
     x, residual = _features()
@@ -194,6 +202,7 @@ OPERATORS = [
     Claim("grouped_kl agrees with float64", _grouped_kl, _EXACT),
     *(Claim(f"feature_mse, normalize={n}, agrees with float64", _feature_mse(n), _EXACT) for n in _NORMALIZES),
     Claim("feature_cosine agrees with float64", _feature_cosine, _EXACT),
+    Claim("attention_transfer agrees with float64", _attention_transfer, _EXACT),
     Claim("batch_norm_act agrees with float64", _batch_norm_act, _EXACT),
     Claim("quantize_rows, dequantize_rows give the reference's bits", _rows, "with the reference on the CPU"),
     Claim("augment_batch gives the reference's bits", _augment_batch, "with the reference on the CPU"),

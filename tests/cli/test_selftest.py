@@ -54,6 +54,7 @@ def test_the_command_says_so(monkeypatch, capsys):
         "grouped_kl_with_grad",
         "feature_mse_with_grad",
         "feature_cosine_with_grad",
+        "attention_transfer_with_grad",
     ],
 )
 @pytest.mark.parametrize("place", [0, 1], ids=["loss", "gradient"])

@@ -10,10 +10,18 @@ LOSSES = {
     "mse": lambda student, target: kernels.feature_mse(student, target),
     "power": lambda student, target: kernels.feature_mse(student, target, normalize="power"),
     "cosine": lambda student, target: kernels.feature_cosine(student, target),
+    "at": lambda student, target: kernels.attention_transfer(as_maps(student), as_maps(target)),
     "kd": lambda student, target: kernels.kd_loss(student, target),
     "dkd": lambda student, target: kernels.decoupled_kl(student, target, torch.arange(len(student))),
     "gkd": lambda student, target: kernels.grouped_kl(student, target),
 }
+
+
+def as_maps(features):
+    """`[6, 40]` as maps of 4 channels at 2 times 5 places."""
+    return features.view(6, 4, 2, 5)
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -141,6 +141,7 @@ def test_nothing_is_written_beside_an_output(width, dtype, monkeypatch):
             kernels.feature_mse_with_grad(one, other, normalize=normalize)
         for per in ("position", "sample"):
             kernels.feature_cosine_with_grad(one, other, per=per)
+        kernels.attention_transfer_with_grad(one, other)
     for channels_last in (True, False):
         kernels.augment_batch(
             images, chosen, offsets, flips, padding=2, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), dtype=dtype,
@@ -198,7 +199,7 @@ def test_codes_reach_from_minus_127_to_127():
 ON_LOGITS = [kernels.kd_loss, kernels.decoupled_kl, kernels.grouped_kl]
 
 
-@pytest.mark.parametrize("loss", [*ON_LOGITS, kernels.feature_mse, kernels.feature_cosine])
+@pytest.mark.parametrize("loss", [*ON_LOGITS, kernels.feature_mse, kernels.feature_cosine, kernels.attention_transfer])
 def test_a_float16_gradient_is_scaled_before_it_is_rounded(loss):
     """A mean over many has gradients around 1e-6, where float16 has few digits left. A loss scale comes in time."""
     generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ def test_top_level_import_is_refused():
 
 def test_implementations_say_what_runs_and_why():
     table = kernels.implementations()
-    plain = {"attention_transfer", "correlation"}
+    plain = {"correlation"}
     named = {name for name in kernels.__all__ if name.removesuffix("_with_grad") not in plain}
     assert {name.removesuffix("_backward") for name in table} == named - {"implementations"}
     assert all(entry["reason"] for entry in table.values())

@@ -27,6 +27,7 @@ def calls():
         for normalize in (None, "power", "channel", "l2"):
             yield "feature_mse", (*pair, None, normalize, None, 1), upstream
         yield "feature_cosine", (*pair, None, "position", 1), upstream
+        yield "attention_transfer", (*pair, 2.0), upstream
     yield "kd_loss", (logits(), logits(), None, labels, 4.0, 0.9, 0.0, None), upstream
     yield "decoupled_kl", (logits(), logits(), labels, 4.0, 1.0, 8.0), upstream
     yield "grouped_kl", (logits(), logits(), 4.0, 0.9, 1.0, 1.0), upstream
