@@ -2,8 +2,8 @@
 
 Each operator lives in a folder of its own: the public function with its schema, `reference.py`, which says readably
 what is computed, `cpu_impl.py`, which calls the C++ core, and `triton_impl.py` for NVIDIA GPUs. They are registered
-with `torch.library` in the namespace `stablekd`, and torch's dispatcher chooses the implementation by device. Three
-(`attention_transfer`, `correlation`, `grouped_kl`) are compositions of torch's own operators instead.
+with `torch.library` in the namespace `stablekd`, and torch's dispatcher chooses the implementation by device. One
+(`attention_transfer`) is a composition of torch's own operators instead.
 """
 
 if __name__ == "kernels":

@@ -83,6 +83,16 @@ def grouped_kl_cases(setting: Setting) -> Iterator[Case]:
     yield loss_case(Loss("grouped_kl", name, student, (teacher,), rivals.grouped_kl, (teacher,), options), setting)
 
 
+def correlation_cases(setting: Setting) -> Iterator[Case]:
+    for samples, classes in ((128, 10), (128 if setting.quick else 16384, 1000)):
+        generator = torch.Generator().manual_seed(0)
+        student, teacher = (
+            (3 * torch.randn(samples, classes, generator=generator)).to(setting.device) for _ in range(2)
+        )
+        name = f"{samples}x{classes} float32"
+        yield loss_case(Loss("correlation", name, student, (teacher,), rivals.correlation, (teacher,)), setting)
+
+
 def loss_case(loss: Loss, setting: Setting, extra: tuple[Contender, ...] = ()) -> Case:
     """Set `eager`, `compiled`, `stablekd` (loss and gradient at once) and `stablekd-autograd` against the floor."""
     op, fused = getattr(kernels, loss.op), getattr(kernels, f"{loss.op}_with_grad")

@@ -45,6 +45,16 @@ def grouped_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return TEMPERATURE**2 * (binary + within)
 
 
+def correlation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the loss of DIST, with the operations that its authors' code takes."""
+    q, p = F.softmax(student, dim=1), F.softmax(teacher, dim=1)
+    apart = [
+        1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1, eps=1e-8).mean()
+        for a, b in ((q, p), (q.t(), p.t()))
+    ]
+    return apart[0] + apart[1]
+
+
 def kd_term(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the divergence, with the operations that mdistiller's KD takes for it."""
     log_q, p = F.log_softmax(student / TEMPERATURE, dim=1), F.softmax(teacher / TEMPERATURE, dim=1)
