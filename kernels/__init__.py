@@ -25,6 +25,7 @@ from stablekd_fast.kernels.feature_mse import feature_mse, feature_mse_with_grad
 from stablekd_fast.kernels.grouped_kl import grouped_kl, grouped_kl_with_grad
 from stablekd_fast.kernels.kd_loss import kd_loss, kd_loss_with_grad
 from stablekd_fast.kernels.quantize_rows import quantize_rows
+from stablekd_fast.kernels.standardised_kd_loss import standardised_kd_loss, standardised_kd_loss_with_grad
 
 __all__ = [
     "attention_transfer",
@@ -47,4 +48,6 @@ __all__ = [
     "kd_loss",
     "kd_loss_with_grad",
     "quantize_rows",
+    "standardised_kd_loss",
+    "standardised_kd_loss_with_grad",
 ]

@@ -20,6 +20,7 @@ from stablekd_fast.bench.operators.losses import (
     decoupled_kl_cases,
     grouped_kl_cases,
     kd_loss_cases,
+    standardised_kd_loss_cases,
 )
 from stablekd_fast.bench.operators.norms import batch_norm_act_cases
 from stablekd_fast.errors import ConfigError, nearest
@@ -30,6 +31,7 @@ CASES: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "decoupled_kl": decoupled_kl_cases,
     "grouped_kl": grouped_kl_cases,
     "correlation": correlation_cases,
+    "standardised_kd_loss": standardised_kd_loss_cases,
     "feature_mse": feature_mse_cases,
     "feature_cosine": feature_cosine_cases,
     "quantize_rows": quantize_rows_cases,

@@ -93,6 +93,14 @@ def correlation_cases(setting: Setting) -> Iterator[Case]:
         yield loss_case(Loss("correlation", name, student, (teacher,), rivals.correlation, (teacher,)), setting)
 
 
+def standardised_kd_loss_cases(setting: Setting) -> Iterator[Case]:
+    options = {"temperature": rivals.TEMPERATURE, "kl_weight": rivals.STANDARDISED_WEIGHT}
+    for samples, classes in ((128, 10), (128 if setting.quick else 16384, 1000)):
+        plain = rivals.standardised_kd_loss
+        loss = _logits_loss("standardised_kd_loss", plain, options, samples, classes, torch.float32, setting)
+        yield loss_case(loss, setting)
+
+
 def loss_case(loss: Loss, setting: Setting, extra: tuple[Contender, ...] = ()) -> Case:
     """Set `eager`, `compiled`, `stablekd` (loss and gradient at once) and `stablekd-autograd` against the floor."""
     op, fused = getattr(kernels, loss.op), getattr(kernels, f"{loss.op}_with_grad")

@@ -9,6 +9,7 @@ from torch import Tensor
 TEMPERATURE, ALPHA = 4.0, 0.9
 DECOUPLED_ALPHA, DECOUPLED_BETA = 1.0, 8.0
 THRESHOLD = 0.9
+STANDARDISED_WEIGHT = 9.0
 
 
 def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -53,6 +54,12 @@ def correlation(student: Tensor, teacher: Tensor) -> Tensor:
         for a, b in ((q, p), (q.t(), p.t()))
     ]
     return apart[0] + apart[1]
+
+
+def standardised_kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss with the operations that its authors' code takes."""
+    a, b = ((x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-7) for x in (student, teacher))
+    return STANDARDISED_WEIGHT * kd_term(a, b) + F.cross_entropy(student, labels)
 
 
 def kd_term(student: Tensor, teacher: Tensor) -> Tensor:

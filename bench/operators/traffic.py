@@ -31,6 +31,7 @@ from stablekd_fast.kernels.feature_cosine import reference as feature_cosine
 from stablekd_fast.kernels.feature_mse import reference as feature_mse
 from stablekd_fast.kernels.grouped_kl import reference as grouped_kl
 from stablekd_fast.kernels.kd_loss import reference as kd_loss
+from stablekd_fast.kernels.standardised_kd_loss import reference as standardised_kd_loss
 
 LIMIT = 1.02
 """The largest ratio of moved to least bytes. It allows for partial sums, scales that several programs read, edges."""
@@ -129,6 +130,8 @@ def _logits_cases() -> Iterator[Case]:
                 of_grouped = grouped_kl.Operands(student, teacher, 4.0, 0.9, 1.0, 1.0)
                 without_labels = [(student, 2), (teacher, 1)]
                 yield Case("grouped_kl", name, (of_grouped, 1.0, None), without_labels, words)
+                of_standardised = standardised_kd_loss.Operands(student, teacher, labels, 2.0, 9.0, 1.0)
+                yield Case("standardised_kd_loss", name, (of_standardised, 1.0, None), tensors, words)
 
 
 def _correlation_cases() -> Iterator[Case]:

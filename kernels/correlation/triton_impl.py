@@ -37,7 +37,7 @@ from stablekd_fast.kernels.correlation.reference import Operands
 WIDEST = 512
 """Classes of a row that are read at once: few, as several rows then share what is known of the columns."""
 
-COLUMNS = Tiling(64, 16, 4)
+COLUMNS = Tiling(64, 16, 8)
 """The tile of the kernel over columns: 16 of them, so that few classes still make several programs."""
 
 EPSILON = tl.constexpr(reference.VARIANCE_EPSILON)
@@ -124,21 +124,16 @@ def correlation_columns(
     scale,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
 ):
     """The correlation of student and teacher along BLOCK columns, which are read ROWS rows at a time."""
     cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    known = cols < classes // ALIGN * ALIGN
-    student_stride = student_stride // ALIGN * ALIGN
-    teacher_stride = teacher_stride // ALIGN * ALIGN
+    known = cols < classes
 
     # All is relative to the first row, so that columns that do not vary come to 0 exactly.
     first = tl.zeros([1], tl.int64)
-    student_top, q_share, teacher_top, p_share = known_rows(rows_at, first, samples)
-    student = tl.load(student_at + cols[None, :], mask=known[None, :], other=-float("inf")).to(tl.float32)
-    teacher = tl.load(teacher_at + cols[None, :], mask=known[None, :], other=-float("inf")).to(tl.float32)
-    q_first = probabilities(student, student_top, q_share, rate)
-    p_first = probabilities(teacher, teacher_top, p_share, rate)
+    q_first, p_first = of_columns(
+        student_at, teacher_at, rows_at, first, cols, known[None, :], samples, student_stride, teacher_stride, rate
+    )
 
     nothing = tl.zeros([BLOCK], tl.float32)
     q_mean, p_mean, q_square, p_square, both, before = nothing, nothing, nothing, nothing, nothing, nothing
@@ -146,13 +141,10 @@ def correlation_columns(
         rows = start + tl.arange(0, ROWS)
         present = rows < samples
         inside = present[:, None] & known[None, :]
-        student_place = (rows * student_stride)[:, None] + cols[None, :]
-        teacher_place = (rows * teacher_stride)[:, None] + cols[None, :]
-        student = tl.load(student_at + student_place, mask=inside, other=-float("inf")).to(tl.float32)
-        teacher = tl.load(teacher_at + teacher_place, mask=inside, other=-float("inf")).to(tl.float32)
-        student_top, q_share, teacher_top, p_share = known_rows(rows_at, rows, samples)
-        q = tl.where(inside, probabilities(student, student_top, q_share, rate) - q_first, 0.0)
-        p = tl.where(inside, probabilities(teacher, teacher_top, p_share, rate) - p_first, 0.0)
+        q, p = of_columns(
+            student_at, teacher_at, rows_at, rows, cols, inside, samples, student_stride, teacher_stride, rate
+        )
+        q, p = tl.where(inside, q - q_first, 0.0), tl.where(inside, p - p_first, 0.0)
         # Means and squares of these rows, then those of all so far (Chan, Golub, LeVeque): nothing cancels.
         count = tl.sum(present.to(tl.float32), 0)
         part = count / (before + count)
@@ -230,6 +222,17 @@ def correlation_gradient(
 
 
 @triton.jit
+def of_columns(student_at, teacher_at, rows_at, rows, cols, inside, samples, student_stride, teacher_stride, rate):
+    """Probabilities of student and teacher in these rows and columns, a tile of each; 0 where not `inside`."""
+    student_place = (rows * student_stride)[:, None] + cols[None, :]
+    teacher_place = (rows * teacher_stride)[:, None] + cols[None, :]
+    student = tl.load(student_at + student_place, mask=inside, other=-float("inf")).to(tl.float32)
+    teacher = tl.load(teacher_at + teacher_place, mask=inside, other=-float("inf")).to(tl.float32)
+    student_top, q_share, teacher_top, p_share = known_rows(rows_at, rows, samples)
+    return probabilities(student, student_top, q_share, rate), probabilities(teacher, teacher_top, p_share, rate)
+
+
+@triton.jit
 def probabilities(logits, top, share, rate):
     """Of a `[ROWS, BLOCK]` tile, from the maxima of its rows and one over their sums of exponentials, `[ROWS]`."""
     return tl.exp2((logits - finite(top)[:, None]) * rate) * share[:, None]
@@ -287,14 +290,13 @@ def correlation_with_grad(given: Operands, factor: float, upstream: Tensor | Non
 def specialisations() -> Iterator[Listed]:
     yield from _triton_finish.specialisations()
     float32, sizes, numbers = torch.float32, [0] * len(_SIZES), [0.0, 0.0]
-    for align, student, teacher in product(ALIGNMENTS, FLOATS, FLOATS):
-        wide = align * min(student.itemsize, teacher.itemsize) >= 16
+    for student, teacher in product(FLOATS, FLOATS):
         given = {"student_at": student, "teacher_at": teacher, "rows_at": float32}
         arguments = _arguments(given | {"columns_at": float32, "losses_at": float32}, sizes, ("rate", "scale"), numbers)
-        constants = {**COLUMNS.constants, "ALIGN": align}
-        yield Listed(correlation_columns, variant(correlation_columns, arguments, constants, COLUMNS.warps))
-        for block in (block for block in BLOCKS if block <= WIDEST):
+        yield Listed(correlation_columns, variant(correlation_columns, arguments, COLUMNS.constants, COLUMNS.warps))
+        for block, align in product((block for block in BLOCKS if block <= WIDEST), ALIGNMENTS):
             tile = _tile(block, align)
+            wide = align * min(student.itemsize, teacher.itemsize) >= 16
             constants = {**tile.constants, "ALIGN": align}
             arguments = _arguments(given | {"losses_at": float32}, sizes, ("rate", "scale"), numbers)
             yield Listed(correlation_rows, variant(correlation_rows, arguments, constants, tile.warps), wide_loads=wide)
@@ -322,19 +324,19 @@ def _run(given: Operands, factor: float, upstream: Tensor | None, gradient: Tens
     tile = _tile(classes, align)
     logits = {"student_at": student, "teacher_at": teacher, "rows_at": rows}
 
-    def run(kernel, count: int, tile: Tiling, tensors: dict, name: str, number: float) -> None:
-        arguments = _arguments(logits | tensors, sizes, ("rate", name), (rate, number))
-        launch(kernel, (count,), arguments, {**tile.constants, "ALIGN": align}, tile.warps)
-
-    of_rows, of_columns = triton.cdiv(samples, tile.rows), triton.cdiv(classes, COLUMNS.block)
+    over_rows, over_columns = (triton.cdiv(samples, tile.rows),), (triton.cdiv(classes, COLUMNS.block),)
+    constants = {**tile.constants, "ALIGN": align}
     # Correlations hardly depend on the temperature, so its square is that of the very number that was given.
     inter, intra = (given.temperature**2 * weight for weight in (given.inter, given.intra))
-    run(correlation_rows, of_rows, tile, {"losses_at": losses}, "scale", inter / samples)
-    found = {"columns_at": columns, "losses_at": losses}
-    run(correlation_columns, of_columns, COLUMNS, found, "scale", intra / classes)
+    arguments = _arguments(logits | {"losses_at": losses}, sizes, ("rate", "scale"), (rate, inter / samples))
+    launch(correlation_rows, over_rows, arguments, constants, tile.warps)
+    found = logits | {"columns_at": columns, "losses_at": losses}
+    arguments = _arguments(found, sizes, ("rate", "scale"), (rate, intra / classes))
+    launch(correlation_columns, over_columns, arguments, COLUMNS.constants, COLUMNS.warps)
     if gradient is not None:
-        found = {"columns_at": columns, "upstream_at": upstream, "gradient_at": gradient}
-        run(correlation_gradient, of_rows, tile, found, "slope", factor / temperature)
+        found = logits | {"columns_at": columns, "upstream_at": upstream, "gradient_at": gradient}
+        arguments = _arguments(found, sizes, ("rate", "slope"), (rate, factor / temperature))
+        launch(correlation_gradient, over_rows, arguments, constants, tile.warps)
     return _triton_finish.total(losses, factor, upstream)
 
 

@@ -53,6 +53,7 @@ def test_the_command_says_so(monkeypatch, capsys):
         "decoupled_kl_with_grad",
         "grouped_kl_with_grad",
         "correlation_with_grad",
+        "standardised_kd_loss_with_grad",
         "feature_mse_with_grad",
         "feature_cosine_with_grad",
     ],

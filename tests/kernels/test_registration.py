@@ -26,5 +26,8 @@ def test_implementations_say_what_runs_and_why():
         assert table["augment_batch"]["cpu"] == "reference" and table["augment_batch"]["reason"] == _native.reason
     else:
         by_reference = {name for name, entry in table.items() if not entry["cpu"].startswith("C++ core")}
-        assert by_reference == {"conv_act", "correlation", "correlation_with_grad"}
+        assert by_reference == {
+            "conv_act",
+            *(f"{loss}{form}" for loss in ("correlation", "standardised_kd_loss") for form in ("", "_with_grad")),
+        }
     assert table["conv_act"]["cpu"] == "reference" and table["conv_act"]["cuda"] == "cuDNN"
