@@ -2,8 +2,8 @@
 
 Each operator lives in a folder of its own: the public function with its schema, `reference.py`, which says readably
 what is computed, `cpu_impl.py`, which calls the C++ core, and `triton_impl.py` for NVIDIA GPUs. They are registered
-with `torch.library` in the namespace `stablekd`, and torch's dispatcher chooses the implementation by device. Three
-(`attention_transfer`, `correlation`, `grouped_kl`) are compositions of torch's own operators instead.
+with `torch.library` in the namespace `stablekd`, and torch's dispatcher chooses the implementation by device. One
+(`attention_transfer`) is a composition of torch's own operators instead.
 """
 
 if __name__ == "kernels":
@@ -25,6 +25,7 @@ from stablekd_fast.kernels.feature_mse import feature_mse, feature_mse_with_grad
 from stablekd_fast.kernels.grouped_kl import grouped_kl, grouped_kl_with_grad
 from stablekd_fast.kernels.kd_loss import kd_loss, kd_loss_with_grad
 from stablekd_fast.kernels.quantize_rows import quantize_rows
+from stablekd_fast.kernels.standardised_kd_loss import standardised_kd_loss, standardised_kd_loss_with_grad
 
 __all__ = [
     "attention_transfer",
@@ -47,4 +48,6 @@ __all__ = [
     "kd_loss",
     "kd_loss_with_grad",
     "quantize_rows",
+    "standardised_kd_loss",
+    "standardised_kd_loss_with_grad",
 ]

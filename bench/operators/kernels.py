@@ -15,7 +15,14 @@ from stablekd_fast.bench.operators.features import (
     feature_mse_cases,
     quantize_rows_cases,
 )
-from stablekd_fast.bench.operators.losses import Setting, decoupled_kl_cases, grouped_kl_cases, kd_loss_cases
+from stablekd_fast.bench.operators.losses import (
+    Setting,
+    correlation_cases,
+    decoupled_kl_cases,
+    grouped_kl_cases,
+    kd_loss_cases,
+    standardised_kd_loss_cases,
+)
 from stablekd_fast.bench.operators.norms import batch_norm_act_cases
 from stablekd_fast.errors import ConfigError, nearest
 from stablekd_fast.kernels._native import core
@@ -24,6 +31,8 @@ CASES: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "kd_loss": kd_loss_cases,
     "decoupled_kl": decoupled_kl_cases,
     "grouped_kl": grouped_kl_cases,
+    "correlation": correlation_cases,
+    "standardised_kd_loss": standardised_kd_loss_cases,
     "feature_mse": feature_mse_cases,
     "feature_cosine": feature_cosine_cases,
     "attention_transfer": attention_transfer_cases,

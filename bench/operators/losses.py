@@ -83,6 +83,24 @@ def grouped_kl_cases(setting: Setting) -> Iterator[Case]:
     yield loss_case(Loss("grouped_kl", name, student, (teacher,), rivals.grouped_kl, (teacher,), options), setting)
 
 
+def correlation_cases(setting: Setting) -> Iterator[Case]:
+    for samples, classes in ((128, 10), (128 if setting.quick else 16384, 1000)):
+        generator = torch.Generator().manual_seed(0)
+        student, teacher = (
+            (3 * torch.randn(samples, classes, generator=generator)).to(setting.device) for _ in range(2)
+        )
+        name = f"{samples}x{classes} float32"
+        yield loss_case(Loss("correlation", name, student, (teacher,), rivals.correlation, (teacher,)), setting)
+
+
+def standardised_kd_loss_cases(setting: Setting) -> Iterator[Case]:
+    options = {"temperature": rivals.TEMPERATURE, "kl_weight": rivals.STANDARDISED_WEIGHT}
+    for samples, classes in ((128, 10), (128 if setting.quick else 16384, 1000)):
+        plain = rivals.standardised_kd_loss
+        loss = _logits_loss("standardised_kd_loss", plain, options, samples, classes, torch.float32, setting)
+        yield loss_case(loss, setting)
+
+
 def loss_case(loss: Loss, setting: Setting, extra: tuple[Contender, ...] = ()) -> Case:
     """Set `eager`, `compiled`, `stablekd` (loss and gradient at once) and `stablekd-autograd` against the floor."""
     op, fused = getattr(kernels, loss.op), getattr(kernels, f"{loss.op}_with_grad")

@@ -9,6 +9,7 @@ from torch import Tensor
 TEMPERATURE, ALPHA = 4.0, 0.9
 DECOUPLED_ALPHA, DECOUPLED_BETA = 1.0, 8.0
 THRESHOLD = 0.9
+STANDARDISED_WEIGHT = 9.0
 
 
 def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -43,6 +44,22 @@ def grouped_kl(student: Tensor, teacher: Tensor) -> Tensor:
     inner = F.softmax((teacher / TEMPERATURE).masked_fill(~primary, -1000.0), dim=1)
     within = (masses[1][:, 0] * F.kl_div(log_q, inner, reduction="none").sum(1)).mean()
     return TEMPERATURE**2 * (binary + within)
+
+
+def correlation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the loss of DIST, with the operations that its authors' code takes."""
+    q, p = F.softmax(student, dim=1), F.softmax(teacher, dim=1)
+    apart = [
+        1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1, eps=1e-8).mean()
+        for a, b in ((q, p), (q.t(), p.t()))
+    ]
+    return apart[0] + apart[1]
+
+
+def standardised_kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss with the operations that its authors' code takes."""
+    a, b = ((x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-7) for x in (student, teacher))
+    return STANDARDISED_WEIGHT * kd_term(a, b) + F.cross_entropy(student, labels)
 
 
 def kd_term(student: Tensor, teacher: Tensor) -> Tensor:

@@ -26,11 +26,13 @@ from torch import Tensor
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.kernels._features import FeatureOperands
 from stablekd_fast.kernels.attention_transfer import reference as attention_transfer
+from stablekd_fast.kernels.correlation import reference as correlation
 from stablekd_fast.kernels.decoupled_kl import reference as decoupled_kl
 from stablekd_fast.kernels.feature_cosine import reference as feature_cosine
 from stablekd_fast.kernels.feature_mse import reference as feature_mse
 from stablekd_fast.kernels.grouped_kl import reference as grouped_kl
 from stablekd_fast.kernels.kd_loss import reference as kd_loss
+from stablekd_fast.kernels.standardised_kd_loss import reference as standardised_kd_loss
 
 LIMIT = 1.02
 """The largest ratio of moved to least bytes. It allows for partial sums, scales that several programs read, edges."""
@@ -66,6 +68,7 @@ class Traffic:
 
 def cases() -> Iterator[Case]:
     yield from _logits_cases()
+    yield from _correlation_cases()
     yield from _feature_cases()
     yield from _row_cases()
     yield _augment_case()
@@ -128,6 +131,28 @@ def _logits_cases() -> Iterator[Case]:
                 of_grouped = grouped_kl.Operands(student, teacher, 4.0, 0.9, 1.0, 1.0)
                 without_labels = [(student, 2), (teacher, 1)]
                 yield Case("grouped_kl", name, (of_grouped, 1.0, None), without_labels, words)
+                of_standardised = standardised_kd_loss.Operands(student, teacher, labels, 2.0, 9.0, 1.0)
+                yield Case("standardised_kd_loss", name, (of_standardised, 1.0, None), tensors, words)
+
+
+def _correlation_cases() -> Iterator[Case]:
+    """Each program over columns reads four numbers of each row, of which six are written and read for the gradient;
+    each program over rows reads twice the four numbers that are written of each column."""
+    for samples, classes, rows_each in ((64, 1000, 2), (100, 10, 16)):
+        for dtype in (torch.float32, torch.bfloat16):
+            student, teacher = (torch.randn(samples, classes).to(dtype) for _ in range(2))
+            over_rows, over_columns = -(-samples // rows_each), -(-classes // 16)
+            row, column = torch.empty(4, samples), torch.empty(4, classes)
+            tensors = [(student, 6), (teacher, 5), (row, over_columns + 3), (column, 1 + 2 * over_rows)]
+            tensors += [
+                (student[0], 1),
+                (teacher[0], 1),
+                (torch.empty(4), over_columns),
+                (torch.empty(samples + classes), 2),
+            ]
+            given = correlation.Operands(student, teacher, 1.0, 1.0, 1.0)
+            words = "logits five times, gradient once, and what is known of rows and columns"
+            yield Case("correlation", f"{samples}x{classes} {_short(dtype)}", (given, 1.0, None), tensors, words)
 
 
 def _feature_cases() -> Iterator[Case]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stablekd_fast.kernels._composite import loss_with_grad
 from stablekd_fast.kernels._logits import check_student, check_teacher
+from stablekd_fast.kernels._registry import define_loss, serve_cuda
 from stablekd_fast.kernels.correlation import reference
 from stablekd_fast.kernels.correlation.reference import Operands
 
@@ -24,10 +24,10 @@ def correlation(
     teacher's probabilities at temperature T, along a row (a sample's classes) or a column (a class's samples). A row or
     column that does not vary has r = 0 (1e-16 under each root).
 
-    Returns a 0-dim tensor, float64 for float64 logits and float32 otherwise, differentiable to any order. Raises
-    OperandError for shapes or settings that do not fit.
+    Returns a 0-dim tensor, float64 for float64 logits and float32 otherwise, differentiable to any order with
+    respect to the logits of both. Raises OperandError for shapes or settings that do not fit.
     """
-    return reference.correlation(_checked(Operands(student_logits, teacher_logits, temperature, inter, intra)))
+    return _loss(_checked(Operands(student_logits, teacher_logits, temperature, inter, intra)))
 
 
 def correlation_with_grad(
@@ -46,10 +46,20 @@ def correlation_with_grad(
     the host never waits.
     """
     given = _checked(Operands(student_logits, teacher_logits, temperature, inter, intra))
-    return loss_with_grad(reference.correlation, given, scale, upstream)
+    return _loss_with_grad(given, scale, upstream)
 
 
 def _checked(given: Operands) -> Operands:
     check_student(given.student, given.temperature)
     check_teacher(given.teacher, given.student)
     return given
+
+
+_loss, _loss_with_grad = define_loss(
+    "correlation",
+    Operands,
+    reference.correlation,
+    reference.correlation_with_grad,
+    differentiable=("student", "teacher"),
+)
+serve_cuda(__name__, correlation=reference.correlation, correlation_with_grad=reference.correlation_with_grad)

@@ -71,10 +71,19 @@ def logit_kd(
 def with_cross_entropy(
     divergence: tuple[Tensor, Tensor], student: Tensor, labels: Tensor | None, weight: float, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return a loss with gradient and, where there are labels, `weight` times the cross entropy added to it."""
+    """Return a loss with gradient and, where there are labels, `weight` times the cross entropy added to it.
+
+    Of a student that is its own teacher, with weight 0, only the cross entropy is left: with labels int64 `[N]` it is
+    that of `kd_loss`, one pass where autograd takes ten.
+    """
     if labels is None or weight == 0.0:
         return divergence
-    loss, gradient = _cross_entropy(student, labels, weight, 0.0, upstream)
+    if labels.is_floating_point():
+        loss, gradient = _cross_entropy(student, labels, weight, 0.0, upstream)
+    else:
+        loss, gradient = kernels.kd_loss_with_grad(
+            student, student, labels, temperature=1.0, alpha=0.0, scale=weight, upstream=upstream
+        )
     return divergence[0] + loss, divergence[1] + gradient
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from stablekd_fast import kernels
 from stablekd_fast.errors import check_range
+from stablekd_fast.objectives.kd import with_cross_entropy
 from stablekd_fast.objectives.methods import Method, add_method
-from stablekd_fast.objectives.registry import differentiated, register
+from stablekd_fast.objectives.registry import register
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,27 @@ class LogitStandardization:
         check_range(self, "ce_weight", least=0)
 
 
-def standardised(logits: Tensor) -> Tensor:
-    """Return logits `[N, C]` with mean 0 and (unbiased) standard deviation 1 in each row."""
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
-
-
 @register("logits", "logit-std", LogitStandardization)
-@differentiated
 def logit_standardization(
-    config: LogitStandardization, student: Tensor, teacher: Tensor, labels: Tensor | None
-) -> Tensor:
-    """Return the loss of logits `[N, C]`, with labels int64 `[N]`, or probabilities `[N, C]`."""
-    divergence = kernels.kd_loss(standardised(student), standardised(teacher), temperature=config.temperature)
-    loss = config.kl_weight * divergence
-    return loss if labels is None else loss + config.ce_weight * F.cross_entropy(student, labels)
+    config: LogitStandardization,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient, both times `upstream`, of logits `[N, C]`, with labels int64 `[N]`, or probabilities
+    `[N, C]`."""
+    soft = labels is not None and labels.is_floating_point()
+    found = kernels.standardised_kd_loss_with_grad(
+        student,
+        teacher,
+        None if soft else labels,
+        temperature=config.temperature,
+        kl_weight=config.kl_weight,
+        ce_weight=config.ce_weight,
+        upstream=upstream,
+    )
+    return with_cross_entropy(found, student, labels, config.ce_weight, upstream) if soft else found
 
 
 add_method("logit-std", Method(logits="logit-std"))

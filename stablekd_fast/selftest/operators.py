@@ -10,6 +10,7 @@ from torch import Tensor
 from stablekd_fast import kernels
 from stablekd_fast.kernels.attention_transfer import reference as attention_by
 from stablekd_fast.kernels.augment_batch import reference as images_by
+from stablekd_fast.kernels.correlation import reference as correlation_by
 from stablekd_fast.kernels.decoupled_kl import reference as decoupled_by
 from stablekd_fast.kernels.dequantize_rows import reference as values_by
 from stablekd_fast.kernels.feature_cosine import reference as cosine_by
@@ -18,6 +19,7 @@ from stablekd_fast.kernels.feature_mse import reference as mse_by
 from stablekd_fast.kernels.grouped_kl import reference as grouped_by
 from stablekd_fast.kernels.kd_loss import reference as kd_by
 from stablekd_fast.kernels.quantize_rows import reference as codes_by
+from stablekd_fast.kernels.standardised_kd_loss import reference as standardised_by
 from stablekd_fast.selftest.claim import Broken, Claim, NotHere, difference
 
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
@@ -84,6 +86,21 @@ def _grouped_kl(device: torch.device) -> str:
         return grouped_by.grouped_kl_with_grad(grouped_by.Operands(s, t, 4.0, 0.9, 1.0, 1.0), 1.0, None)
 
     return _loss_agrees(device, lambda *x: kernels.grouped_kl_with_grad(*x), exact, lambda: _logits()[:2])
+
+
+def _correlation(device: torch.device) -> str:
+    def exact(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return correlation_by.correlation_with_grad(correlation_by.Operands(s, t, 1.0, 1.0, 1.0), 1.0, None)
+
+    return _loss_agrees(device, lambda *x: kernels.correlation_with_grad(*x), exact, lambda: _logits()[:2])
+
+
+def _standardised_kd_loss(device: torch.device) -> str:
+    def exact(s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        given = standardised_by.Operands(s, t, labels, 2.0, 1.0, 1.0)
+        return standardised_by.standardised_kd_loss_with_grad(given, 1.0, None)
+
+    return _loss_agrees(device, lambda *x: kernels.standardised_kd_loss_with_grad(*x), exact, _logits)
 
 
 def _feature_mse(normalize: Normalize) -> Callable[[torch.device], str]:
@@ -200,6 +217,8 @@ OPERATORS = [
     Claim("kd_loss agrees with float64", _kd_loss, _EXACT),
     Claim("decoupled_kl agrees with float64", _decoupled_kl, _EXACT),
     Claim("grouped_kl agrees with float64", _grouped_kl, _EXACT),
+    Claim("correlation agrees with float64", _correlation, _EXACT),
+    Claim("standardised_kd_loss agrees with float64", _standardised_kd_loss, _EXACT),
     *(Claim(f"feature_mse, normalize={n}, agrees with float64", _feature_mse(n), _EXACT) for n in _NORMALIZES),
     Claim("feature_cosine agrees with float64", _feature_cosine, _EXACT),
     Claim("attention_transfer agrees with float64", _attention_transfer, _EXACT),

@@ -52,6 +52,8 @@ def test_the_command_says_so(monkeypatch, capsys):
         "kd_loss_with_grad",
         "decoupled_kl_with_grad",
         "grouped_kl_with_grad",
+        "correlation_with_grad",
+        "standardised_kd_loss_with_grad",
         "feature_mse_with_grad",
         "feature_cosine_with_grad",
         "attention_transfer_with_grad",

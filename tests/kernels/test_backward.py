@@ -14,6 +14,8 @@ LOSSES = {
     "kd": lambda student, target: kernels.kd_loss(student, target),
     "dkd": lambda student, target: kernels.decoupled_kl(student, target, torch.arange(len(student))),
     "gkd": lambda student, target: kernels.grouped_kl(student, target),
+    "logit-std": lambda student, target: kernels.standardised_kd_loss(student, target),
+    "dist": lambda student, target: kernels.correlation(student, target),
 }
 
 

@@ -136,6 +136,8 @@ def test_nothing_is_written_beside_an_output(width, dtype, monkeypatch):
     if width > 1:
         kernels.decoupled_kl_with_grad(student, teacher, labels)
     kernels.grouped_kl_with_grad(student, teacher)
+    kernels.correlation_with_grad(student, teacher)
+    kernels.standardised_kd_loss_with_grad(student, teacher, labels)
     for one, other in zip(features[:6], features[6:]):
         for normalize in (None, "power", "channel", "l2"):
             kernels.feature_mse_with_grad(one, other, normalize=normalize)
@@ -196,7 +198,13 @@ def test_codes_reach_from_minus_127_to_127():
     assert codes.flatten().tolist() == [-127, -127, -3, 0, 127, 127]
 
 
-ON_LOGITS = [kernels.kd_loss, kernels.decoupled_kl, kernels.grouped_kl]
+ON_LOGITS = [
+    kernels.kd_loss,
+    kernels.decoupled_kl,
+    kernels.grouped_kl,
+    kernels.correlation,
+    kernels.standardised_kd_loss,
+]
 
 
 @pytest.mark.parametrize("loss", [*ON_LOGITS, kernels.feature_mse, kernels.feature_cosine, kernels.attention_transfer])

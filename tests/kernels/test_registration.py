@@ -18,12 +18,14 @@ def test_top_level_import_is_refused():
 
 def test_implementations_say_what_runs_and_why():
     table = kernels.implementations()
-    plain = {"correlation"}
-    named = {name for name in kernels.__all__ if name.removesuffix("_with_grad") not in plain}
-    assert {name.removesuffix("_backward") for name in table} == named - {"implementations"}
+    assert {name.removesuffix("_backward") for name in table} == {*kernels.__all__} - {"implementations"}
     assert all(entry["reason"] for entry in table.values())
     if _native.core is None:
         assert table["augment_batch"]["cpu"] == "reference" and table["augment_batch"]["reason"] == _native.reason
     else:
-        assert all(entry["cpu"].startswith("C++ core") for name, entry in table.items() if name != "conv_act")
+        by_reference = {name for name, entry in table.items() if not entry["cpu"].startswith("C++ core")}
+        assert by_reference == {
+            "conv_act",
+            *(f"{loss}{form}" for loss in ("correlation", "standardised_kd_loss") for form in ("", "_with_grad")),
+        }
     assert table["conv_act"]["cpu"] == "reference" and table["conv_act"]["cuda"] == "cuDNN"

@@ -31,6 +31,8 @@ def calls():
     yield "kd_loss", (logits(), logits(), None, labels, 4.0, 0.9, 0.0, None), upstream
     yield "decoupled_kl", (logits(), logits(), labels, 4.0, 1.0, 8.0), upstream
     yield "grouped_kl", (logits(), logits(), 4.0, 0.9, 1.0, 1.0), upstream
+    yield "correlation", (logits(), logits(), 1.0, 1.0, 1.0), upstream
+    yield "standardised_kd_loss", (logits(), logits(), labels, 2.0, 9.0, 1.0), upstream
     yield "quantize_rows", (features(torch.float32), torch.int8, 1), None
     vectors = [torch.empty(24, device="cuda:1") for _ in range(4)]
     running = (*vectors[2:], torch.empty((), dtype=torch.int64, device="cuda:1"))
