@@ -235,7 +235,7 @@ def of_columns(student_at, teacher_at, rows_at, rows, cols, inside, samples, stu
 @triton.jit
 def probabilities(logits, top, share, rate):
     """Of a `[ROWS, BLOCK]` tile, from the maxima of its rows and one over their sums of exponentials, `[ROWS]`."""
-    return tl.exp2((logits - finite(top)[:, None]) * rate) * share[:, None]
+    return tl.exp2((logits - top[:, None]) * rate) * share[:, None]
 
 
 @triton.jit

@@ -70,7 +70,7 @@ def test_a_loss_that_is_wrong_by_a_thousandth_fails(monkeypatch, operator, place
 
     monkeypatch.setattr(kernels, operator, wrong)
     name = operator.removesuffix("_with_grad")
-    rows = results([name])
+    rows = [row for row in results([name]) if row["claim"].startswith(name)]  # some names end like others
     assert {row["result"] for row in rows} == {"fail"}
     assert all("from float32; at most 1e-05 is allowed" in row["what was found"] for row in rows)
 

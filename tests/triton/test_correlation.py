@@ -65,6 +65,12 @@ def test_any_number_of_classes(device, classes, dtype):
     check(*operands(device, 3, classes, (dtype, dtype)))
 
 
+def test_maxima_in_a_later_chunk(device):
+    student, teacher = operands(device, 3, 1000)
+    student[0, 900] = teacher[1, 950] = 15.0
+    check(student, teacher)
+
+
 @pytest.mark.parametrize("samples", [1, 3, 63, 64, 65, 200])
 @pytest.mark.parametrize("classes", [10, 17])
 def test_any_number_of_samples(device, samples, classes):
