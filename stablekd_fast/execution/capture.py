@@ -170,8 +170,7 @@ class GraphRunner:
 
     `compiled` bodies hold what torch.compile made: it compiles while they warm up, and its kernels are what the graph
     repeats. torch.compile steps aside wherever a dispatch mode watches, so a capture that breaks off does not know its
-    last operation. That the captured bodies are the compiled ones is shown by a stand-in of the device; that the
-    kernels which torch.compile makes for a GPU can be captured is not.
+    last operation.
     """
 
     def __init__(
