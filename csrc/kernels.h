@@ -30,6 +30,21 @@ struct Features {
 
 enum class Normalize : int { none, power, channel, l2 };
 
+// Maps of attention transfer, [samples, channels, places] in memory or channels-last: [samples, places, channels].
+// `gradient` has the student's type and layout and may be null.
+struct Attention {
+    const void* student;
+    Type student_type;
+    std::int64_t student_channels;
+    bool student_channels_last;
+    const void* target;
+    Type target_type;
+    std::int64_t target_channels;
+    bool target_channels_last;
+    void* gradient;
+    std::int64_t samples, places;
+};
+
 struct Logits {
     const void* student;  // [samples, classes], rows `student_stride` elements apart
     Type student_type;
@@ -104,6 +119,7 @@ struct Kernels {
 
     double (*feature_mse)(const Features&, Normalize, const double* power, double factor, int threads);
     double (*feature_cosine)(const Features&, bool per_position, double factor, int threads);
+    double (*attention_transfer)(const Attention&, double factor, int threads);
 
     void (*batch_norm)(const BatchNorm&, int threads);
     void (*batch_norm_gradient)(const BatchNormGradient&, int threads);

@@ -12,6 +12,7 @@ double decoupled_kl(const Logits&, double alpha, double beta, double factor, std
 double grouped_kl(const Logits&, double threshold, double primary, double binary, double factor, int threads);
 double feature_mse(const Features&, Normalize, const double* power, double factor, int threads);
 double feature_cosine(const Features&, bool per_position, double factor, int threads);
+double attention_transfer(const Attention&, double factor, int threads);
 void batch_norm(const BatchNorm&, int threads);
 void batch_norm_gradient(const BatchNormGradient&, int threads);
 void quantize_rows(const void* rows, Type, void* codes, Type code, float* scales, const Layout&, int threads);

@@ -97,6 +97,19 @@ double feature_cosine(Address student, int student_type, Address target, int tar
     return kernels().feature_cosine(job, per_position, factor, threads);
 }
 
+// Address, type (a number of `Type`), channels, and whether those of a place lie side by side.
+using MapNumbers = std::tuple<Address, int, std::int64_t, bool>;
+
+double attention_transfer(const MapNumbers& student, const MapNumbers& target, Address gradient, std::int64_t samples,
+                          std::int64_t places, double factor, int threads) {
+    const auto& [student_at, student_type, student_channels, student_last] = student;
+    const auto& [target_at, target_type, target_channels, target_last] = target;
+    const Attention job{at<void>(student_at), static_cast<Type>(student_type), student_channels, student_last,
+                        at<void>(target_at),  static_cast<Type>(target_type),  target_channels,  target_last,
+                        at<void>(gradient),   samples,                         places};
+    return kernels().attention_transfer(job, factor, threads);
+}
+
 void batch_norm(Address x, Address residual, Address y, int type, Address weight, Address bias, Address mean,
                 Address variance, std::int64_t rows, std::int64_t channels, double epsilon, bool relu, int threads) {
     kernels().batch_norm({at<void>(x), at<void>(residual), at<void>(y), static_cast<Type>(type), at<float>(weight),
@@ -190,6 +203,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("grouped_kl", &grouped_kl, no_gil);
     module.def("feature_mse", &feature_mse, no_gil);
     module.def("feature_cosine", &feature_cosine, no_gil);
+    module.def("attention_transfer", &attention_transfer, no_gil);
     module.def("batch_norm", &batch_norm, no_gil);
     module.def("batch_norm_gradient", &batch_norm_gradient, no_gil);
     module.def("quantize_rows", &quantize_rows, no_gil);

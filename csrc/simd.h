@@ -328,6 +328,22 @@ inline IntVec lane_numbers() {
     return lane;
 }
 
+// Lane i of the result is lane i ^ kStep.
+template <int kStep>
+inline Vec swapped(Vec value) {
+#if defined(__AVX512F__)
+    const __m512i from = reinterpret<__m512i>(lane_numbers() ^ kStep);
+    return reinterpret<Vec>(_mm512_permutexvar_ps(from, reinterpret<__m512>(value)));
+#elif defined(__AVX2__)
+    const __m256i from = reinterpret<__m256i>(lane_numbers() ^ kStep);
+    return reinterpret<Vec>(_mm256_permutevar8x32_ps(reinterpret<__m256>(value), from));
+#else
+    Vec out;
+    for (int lane = 0; lane < kWidth; ++lane) out[lane] = value[lane ^ kStep];
+    return out;
+#endif
+}
+
 // True in the first `count` lanes.
 inline IntVec lanes_below(int count) { return lane_numbers() < count; }
 

@@ -61,7 +61,6 @@ def feature_cosine_cases(setting: Setting) -> Iterator[Case]:
 
 
 def attention_transfer_cases(setting: Setting) -> Iterator[Case]:
-    """Maps of one width: `docs/results` compares steps with others."""
     for features in QUICK_MAPS if setting.quick else ALL_MAPS:
         student, target = (features.draw(seed, setting.device) for seed in (0, 1))
         loss = Loss("attention_transfer", str(features), student, (target,), rivals.attention_transfer, (target,))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from stablekd_fast.kernels._checks import OperandError, describe
-from stablekd_fast.kernels._registry import define_loss, serve_cuda
-from stablekd_fast.kernels.attention_transfer import reference
+from stablekd_fast.kernels._registry import define_loss, serve_cpu, serve_cuda
+from stablekd_fast.kernels.attention_transfer import cpu_impl, reference
 from stablekd_fast.kernels.attention_transfer.reference import Operands
 
 
@@ -55,6 +55,10 @@ _loss, _loss_with_grad = define_loss(
     reference.attention_transfer,
     reference.attention_transfer_with_grad,
     differentiable=("student", "target"),
+)
+serve_cpu(
+    attention_transfer=cpu_impl.attention_transfer,
+    attention_transfer_with_grad=cpu_impl.attention_transfer_with_grad,
 )
 serve_cuda(
     __name__,

@@ -308,7 +308,9 @@ def _listed_pulls() -> Iterator[Listed]:
     for upstream, pulls in ((None, None), (None, single), (single, single)):
         for block in _PLACE_BLOCKS:
             arguments = {"maps_at": single, "upstream_at": upstream, "pulls_at": pulls, "losses_at": single}
-            listed = variant(attention_pulls, arguments | {"size": 0, "slope": 0.0}, {"BLOCK": block}, _warps_of_pulls(block))
+            listed = variant(
+                attention_pulls, arguments | {"size": 0, "slope": 0.0}, {"BLOCK": block}, _warps_of_pulls(block)
+            )
             yield Listed(attention_pulls, listed)
 
 
