@@ -46,8 +46,8 @@ def compared(paired: PairedBlocks, objectives: Objectives, student: nn.Module) -
 
     With `head="embedding"` the last outputs are compared as the loss does it: by its projector, or, where it is
     relational, by the cosines of each image with those of its batch. With `none` the student's output is compared with
-    what its own last block, which has nothing to train, makes of the teacher's features at the last cut; where no bridge
-    brings these to the student's width, by such cosines too.
+    what its own last block, which has nothing to train, makes of the teacher's features at the last cut; where no
+    bridge brings these to the student's width, by such cosines too.
     """
     head, module = len(paired.cuts), objectives.module
     if paired.head == "none":
