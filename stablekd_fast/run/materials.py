@@ -132,6 +132,11 @@ def gather(config: DistillConfig, given: Given) -> Materials:
     torch.manual_seed(config.seed)
     paired = _place(given.paired, device) if given.paired is not None else _pair(config, given, images, device)
     paired = dataclasses.replace(paired, head=config.head)
+    if config.head == "none" and not paired.last_is_idle:
+        raise CutError(
+            f"head=none leaves the student's last block, behind {paired.cuts[-1].student}, without a loss, but it has "
+            "weights to train. Give a further cut behind them (--cuts), or use head=embedding."
+        )
     if config.copy_classifier and not config.student_weights and given.student is None:
         copy_head(paired)
     precision = _precision(config, resumed, ranks, paired.student, images, device)
@@ -237,11 +242,6 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
         check_separate(teacher, student)
         warnings.warn(f"The networks are not cut, which {config.method} does not need: {error}", stacklevel=1)
         return PairedBlocks.uncut(teacher, student, own)
-    if config.head == "none" and not paired.last_is_idle:
-        raise CutError(
-            f"head=none leaves the student's last block, behind {paired.cuts[-1].student}, without a loss, but it has "
-            "weights to train. Give a further cut behind them (--cuts), or use head=embedding."
-        )
     return paired
 
 
