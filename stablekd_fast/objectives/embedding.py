@@ -54,6 +54,7 @@ class OfEmbedding(Auxiliary):
 
     any_width = True
     head = "embedding"
+    ends_networks = True
 
     def __init__(self, config: Any, facts: Facts) -> None:
         super().__init__(config, facts)

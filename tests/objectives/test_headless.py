@@ -163,6 +163,17 @@ def test_what_a_run_leaves_behind_says_what_was_measured(tmp_path):
     assert card["head"] == "embedding" and card["cosine"] == result.cosine and "accuracy" not in card
 
 
+@pytest.mark.parametrize("name, end", [("embedding", "embedding"), ("none", "layer3")])
+def test_a_merge_is_measured_by_the_losses_of_the_run(tmp_path, name, end):
+    distiller = make(tmp_path, **RUNS[name])
+    finished(distiller)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    (merge,) = (event for event in events if event["kind"] == "merge")
+    assert list(merge["exposure_gap"]) == ["layer2", end] and all(gap > 0 for gap in merge["exposure_gap"].values())
+    first = next(e["losses"]["1+2+3+4"] for e in events if e["kind"] == "train" and "1+2+3+4" in e["losses"])
+    assert merge["loss_at_merge"]["1+2+3+4"] == pytest.approx(first, rel=0.25), "the same losses, on other images"
+
+
 @pytest.mark.parametrize("head", ["embedding", "none"])
 def test_no_label_is_read(tmp_path, head):
     """Training images of other classes give the same bits."""
