@@ -11,7 +11,7 @@ from torch import nn
 from stablekd_fast import models
 from stablekd_fast.blocks.layout import Resampling, layout_of
 from stablekd_fast.cache import CacheSettings
-from stablekd_fast.config import DistillConfig
+from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import open_dataset
 from stablekd_fast.engine.checkpoint import load_tensors
 from stablekd_fast.errors import ConfigError, CutError
@@ -182,7 +182,7 @@ def test_no_label_is_read(tmp_path, head):
         dataset = open_dataset("digits")
         if turn:
             dataset.train.labels.copy_(9 - dataset.train.labels)
-        parts = make(tmp_path / str(turn), dataset=dataset, head=head, subset=None, epochs=0.1)
+        parts = make(tmp_path / str(turn), dataset=dataset, head=head, subset=None, epochs=0.1, validation=0)
         found.append(finished(parts)[1])
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
@@ -241,7 +241,6 @@ def test_a_teacher_by_name_loses_its_classifier_whatever_its_classes_are(tmp_pat
         ({"head": "embedding", "method": "fitnet"}, "has no loss of the embedding"),
         ({"head": "none", "method": "kd"}, "has no loss at a cut"),
         ({"head": "none", "auxiliary": "embedding"}, "reads the networks' last output as that of head=embedding"),
-        ({"auxiliary": "relational"}, "reads the networks' last output as that of head=embedding"),
         ({"head": "embedding", "synthesis": "fast-dfkd"}, "makes its images by the teacher's logits"),
         ({"head": "embedding", "auxiliary_options": {"loss": "l1"}}, "loss='l1' was given; choose one of mse, cosine"),
         ({"head": "embedding", "auxiliary": "relational", "accumulate": 2}, "compares the samples of a batch"),
@@ -255,6 +254,8 @@ def test_a_method_that_does_not_fit_is_refused_in_a_sentence(tmp_path, settings,
 def test_other_settings_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="cache.logits=top10 was given, but head=embedding leaves no logits"):
         DistillConfig(head="embedding", cache=CacheSettings(logits="top10"))
+    with pytest.raises(ConfigError, match="reads the networks' last output as that of head=embedding"):
+        objectives_of(DistillConfig(auxiliary="relational"))
     with pytest.raises(ConfigError, match="head='all' was given"):
         DistillConfig(head="all")
     with pytest.raises(CutError, match="behind layer2, without a loss, but it has weights"):
