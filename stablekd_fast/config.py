@@ -266,9 +266,9 @@ def _check_head(config: DistillConfig, objectives: Objectives) -> None:
     method, auxiliary = method_named(config.method), objectives.auxiliary
     some = 9  # asked as if there were so many cuts
     reads_last = auxiliary is not None and some in auxiliary.kind.student_outputs(auxiliary.config, some)
-    if auxiliary is not None and reads_last and auxiliary.kind.head != config.head:
+    if auxiliary is not None and reads_last and auxiliary.kind.reads_head != config.head:
         raise ConfigError(
-            f"{auxiliary.name} reads the networks' last output as that of head={auxiliary.kind.head}, but "
+            f"{auxiliary.name} reads the networks' last output as that of head={auxiliary.kind.reads_head}, but "
             f"head={config.head} is set; give that head, or another loss."
         )
     if config.head == "classifier":

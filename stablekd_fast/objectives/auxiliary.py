@@ -115,7 +115,7 @@ class Auxiliary(nn.Module):
     """Whether images must be mixed."""
     needs_classes: ClassVar[bool] = False
     """Whether labels must be classes, and cannot be the probabilities of mixed images."""
-    head: ClassVar[str] = "classifier"
+    reads_head: ClassVar[str] = "classifier"
     """What the last output must be for a loss that reads it: the logits of a `classifier`, or an `embedding`."""
     ends_networks: ClassVar[bool] = False
     """Whether it stands in place of a loss at the head: it then remembers nothing, and is measured beside training."""

@@ -53,7 +53,7 @@ class OfEmbedding(Auxiliary):
     """A loss of the last output of both networks: vectors `[N, D]`, tokens `[N, T, D]` or maps `[N, C, H, W]`."""
 
     any_width = True
-    head = "embedding"
+    reads_head = "embedding"
     ends_networks = True
 
     def __init__(self, config: Any, facts: Facts) -> None:

@@ -159,7 +159,7 @@ def test_what_is_evaluated_is_passed_on(monkeypatch, capsys):
 
 
 def test_what_is_probed_is_passed_on(monkeypatch):
-    calls = called(monkeypatch, "stablekd_fast.run.exported.probe_file", [])
+    calls = called(monkeypatch, "stablekd_fast.run.exported.probe_file", [{"probe": "knn"}])
     assert cli.main(["evaluate", "w", "--probe", "linear"]) == 0
     options = ["--data", "d", "--model", "m", "--split", "train", "--device", "cpu", "--probe-images", "7"]
     assert cli.main(["evaluate", "w", *options, "--probe", "knn,linear"]) == 0
