@@ -37,6 +37,10 @@ class DistillConfig:
     else the student's."""
     student_weights: str | None = None
     """Start the student from these weights instead of at random."""
+    head: Literal["classifier", "embedding", "none"] = "classifier"
+    """What both networks end in. `classifier`: logits. `embedding`: the classifier of networks by name is taken off,
+    and the student's embedding is compared with the teacher's. `none`: it is taken off, and features at cuts are all
+    that is compared. Networks that are given as modules are taken as they are; no label is read but of a classifier."""
     method: str = "stablekd"
     """stablekd, kd, kd+features, blocks, ce, or a method of the field by its name; docs/objectives.md lists them."""
     recipe: str = "default"
@@ -176,6 +180,12 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         method_named(self.method)
+        _one_of("head", self.head, ("classifier", "embedding", "none"))
+        if self.head != "classifier" and self.cache.logits.startswith("top"):
+            raise ConfigError(
+                f"cache.logits={self.cache.logits} was given, but head={self.head} leaves no logits; choose fp32 or "
+                "fp16."
+            )
         _one_of("recipe", self.recipe, RECIPES)
         for name in ("epochs", "batch_size", "log_every", "prefetch", "accumulate", "timeout"):
             if getattr(self, name) <= 0:
@@ -244,7 +254,41 @@ def losses_of(config: DistillConfig) -> dict[str, Any]:
         options = method.options.get(place, {}) if asked in (None, of_method) else {}
         found[place] = asked or of_method
         found[f"{place}_options"] = {**options, **getattr(config, f"{place}_options")}
+    if config.head != "classifier":
+        found |= {"logits": config.logits or "none", "logits_options": config.logits_options}
+        if config.head == "embedding" and found["auxiliary"] is None:
+            found["auxiliary"] = "embedding"
     return found
+
+
+def _check_head(config: DistillConfig, objectives: Objectives) -> None:
+    """Raise ConfigError for losses that do not fit what the networks end in."""
+    method, auxiliary = method_named(config.method), objectives.auxiliary
+    some = 9  # asked as if there were so many cuts
+    reads_last = auxiliary is not None and some in auxiliary.kind.student_outputs(auxiliary.config, some)
+    if auxiliary is not None and reads_last and auxiliary.kind.reads_head != config.head:
+        raise ConfigError(
+            f"{auxiliary.name} reads the networks' last output as that of head={auxiliary.kind.reads_head}, but "
+            f"head={config.head} is set; give that head, or another loss."
+        )
+    if config.head == "classifier":
+        return
+    fault = None
+    if not method.needs_teacher:
+        fault = "has no teacher, and labels are not read"
+    elif method.synthesis or config.synthesis:
+        fault = "makes its images by the teacher's logits"
+    elif method.logits not in ("kd", "none") or objectives.logits.name != "none":
+        fault = f"compares logits ({objectives.logits.name if config.logits else method.logits})"
+    elif config.head == "embedding" and not reads_last:
+        fault = "has no loss of the embedding"
+    elif config.head == "none" and not objectives.needs_cuts:
+        fault = "has no loss at a cut"
+    if fault:
+        raise ConfigError(
+            f"head={config.head} was given, but the method {config.method}, as it is set, {fault}. Use stablekd, "
+            "blocks or kd+features, or kd with head=embedding."
+        )
 
 
 def objectives_of(config: DistillConfig) -> Objectives:
@@ -252,15 +296,19 @@ def objectives_of(config: DistillConfig) -> Objectives:
     method, losses = method_named(config.method), losses_of(config)
     if losses["auxiliary"] is None and losses["auxiliary_options"]:
         raise ConfigError("auxiliary_options were given without auxiliary; name the loss too.")
-    return Objectives(
+    found = Objectives(
         feature=objective("feature", losses["feature"], losses["feature_options"]),
         logits=objective("logits", losses["logits"], losses["logits_options"]),
         align=method.align or config.align,
-        use_teacher_logits=method.needs_teacher,
+        use_teacher_logits=method.needs_teacher and config.head == "classifier",
+        use_labels=config.head == "classifier",
+        head=config.head,
         auxiliary=objective("auxiliary", losses["auxiliary"], losses["auxiliary_options"])
         if losses["auxiliary"]
         else None,
     )
+    _check_head(config, found)
+    return found
 
 
 def synthesis_of(config: DistillConfig) -> SynthesisObjective | None:

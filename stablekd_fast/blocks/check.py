@@ -28,9 +28,10 @@ def run_through(blocks: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
 
 
 def check_runs(model: nn.Module, images: Tensor, training: bool = False) -> Tensor:
-    """Return a model's logits for the first two images, or the one that there is; the model is as it was before.
+    """Return a model's logits, or its embedding, for the first two images, or the one that there is; the model is as it
+    was before.
 
-    Raises ModelError if it cannot compute them, or gives no logits `[N, classes]`.
+    Raises ModelError if it cannot compute them, or gives no tensor `[N, ...]`.
     """
     name, count = type(model).__name__, len(images[:2])
     try:
@@ -46,9 +47,12 @@ def check_runs(model: nn.Module, images: Tensor, training: bool = False) -> Tens
             f"{name} cannot compute {what} ({reason}). Give it images of the size, the channels and the number that it "
             "was made for, or make it for these."
         ) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
+    if not isinstance(logits, Tensor) or logits.dim() < 2 or len(logits) != count:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(f"{name} gives {got} for {count} image(s), but logits [{count}, classes] are needed.")
+        raise ModelError(
+            f"{name} gives {got} for {count} image(s), but logits [{count}, classes] or an embedding [{count}, ...] "
+            "are needed."
+        )
     return logits
 
 
@@ -103,7 +107,7 @@ def check_evaluation(model: nn.Module, blocks: Sequence[nn.Module], images: Tens
         composed = run_through(blocks, images[:2].clone())[-1]
     if not plain.isfinite().all():
         raise CutError(
-            f"The {role}'s logits on the example input are not finite: {_what_is_not_finite(model)}. Load weights "
+            f"The {role}'s outputs on the example input are not finite: {_what_is_not_finite(model)}. Load weights "
             "of a trained network, or look at how images are normalised."
         )
     _check_outputs(plain, composed, role, False)
@@ -128,7 +132,7 @@ def check_training(student: nn.Module, blocks: Sequence[nn.Module], images: Tens
     if idle:
         more = f" and {len(idle) - 1} others" if len(idle) > 1 else ""
         warnings.warn(
-            f"The student's logits do not depend on {idle[0]}{more}, such as an auxiliary head has: these parameters "
+            f"The student's output does not depend on {idle[0]}{more}, such as an auxiliary head has: these parameters "
             "stay as they are.",
             stacklevel=3,
         )

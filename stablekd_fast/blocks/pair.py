@@ -70,6 +70,9 @@ class PairedBlocks:
     """The teacher's blocks in the form in which they serve (see `serve`); None where they serve as they are."""
     folded: bool = False
     """Whether norms are folded in that form, which then rounds otherwise than the plain blocks."""
+    head: str = "classifier"
+    """What both networks' last output is: logits of a `classifier`, an `embedding`, or, with `none`, features that no
+    loss reads."""
     averages_gradients: bool = False
     """Whether the loop that trains averages gradients over processes itself."""
 
@@ -89,6 +92,12 @@ class PairedBlocks:
         return len(self.student_blocks)
 
     @property
+    def last_is_idle(self) -> bool:
+        """Whether the student's last block has nothing to train, such as the pooling behind the last cut of a network
+        without a classifier."""
+        return bool(self.cuts) and not any(p.requires_grad for p in self.student_blocks[-1].parameters())
+
+    @property
     def serving_blocks(self) -> list[nn.Module]:
         """The teacher's blocks that compute its outputs."""
         return self.teacher_blocks if self.serving is None else self.serving
@@ -103,7 +112,8 @@ class PairedBlocks:
     ) -> dict[int, Tensor]:
         """Outputs of the wanted teacher blocks (all by default), bridged to the student's widths.
 
-        One pass, only as far as needed; no teacher block runs twice. The last block's output is the logits. `known`
+        One pass, only as far as needed; no teacher block runs twice. The last block's output is the logits, or the
+        embedding of a teacher without a classifier. `known`
         holds outputs at cuts without a bridge, from which the teacher goes on instead of from the images.
         """
         known = known or {}
@@ -160,8 +170,8 @@ def pair_blocks(
     """Cut two networks into paired blocks that share the networks' own parameters.
 
     Args:
-        teacher, student: image classifiers that map `[N, 3, H, W]` to logits `[N, classes]`. DataParallel,
-            DistributedDataParallel and `torch.compile` around them are taken off.
+        teacher, student: networks that map `[N, 3, H, W]` to logits `[N, classes]` or to an embedding `[N, ...]`.
+            DataParallel, DistributedDataParallel and `torch.compile` around them are taken off.
         example_input: real images `[N, 3, H, W]`, normalised. Two are enough to find the cuts; bridges are fitted to
             all of them, so give a few hundred where widths differ.
         cuts: `"auto"`, or names of modules after which to cut, in order; `(teacher name, student name)` where they

@@ -156,8 +156,10 @@ class Columns:
 
 
 def output_name(paired: PairedBlocks, output: int) -> str:
-    """The teacher's name for the end of a block; `logits` for the last."""
-    return paired.cuts[output].teacher if output < len(paired.cuts) else "logits"
+    """The teacher's name for the end of a block; `logits` for the last, or `embedding`."""
+    if output < len(paired.cuts):
+        return paired.cuts[output].teacher
+    return "logits" if paired.head == "classifier" else "embedding"
 
 
 def row_format(paired: PairedBlocks, output: int, example: Tensor, codec: str) -> RowFormat:

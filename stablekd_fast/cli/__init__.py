@@ -93,24 +93,29 @@ def _distill(options: jsonargparse.Namespace) -> int:
     result = distiller.run()
     if not distiller.ranks.is_first:
         return 0
-    _print_reached(f"{result.method}, seed {result.seed}", asdict(result))
+    _print_reached(f"{result.method}, seed {result.seed}", result.plain())
     console.print(f"Results, report and student: {config.out}", highlight=False)
     return 0
 
 
 def _evaluate(options: jsonargparse.Namespace) -> int:
-    from stablekd_fast.run.exported import evaluate_file
+    from stablekd_fast.run.exported import evaluate_file, probe_file
+    from stablekd_fast.run.probes import probes_named
 
-    metrics = evaluate_file(
-        Path(options.weights), model=options.model, data=options.data, split=options.split, device=options.device
-    )
-    _print_reached(f"{options.weights} on the {options.split} split", asdict(metrics))
+    path, title = Path(options.weights), f"{options.weights} on the {options.split} split"
+    given = {name: getattr(options, name) for name in ("model", "data", "split", "device")}
+    if options.probe is not None:
+        print_rows(title, probe_file(path, probes_named(options.probe), images=options.probe_images, **given))
+        return 0
+    if options.probe_images is not None:
+        raise ConfigError("--probe-images was given without --probe; give both, e.g. --probe knn,linear.")
+    _print_reached(title, asdict(evaluate_file(path, **given)))
     return 0
 
 
 def _print_reached(title: str, found: dict) -> None:
     """Print what a network reaches; how well it ranks items has a table of its own."""
-    ranking = found.pop("ranking")
+    ranking = found.pop("ranking", None)
     print_rows(title, [found])
     if ranking is not None:
         print_rows("Lists of 20 items for each user", [ranking])
@@ -209,6 +214,9 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     evaluate.add_argument("--split", default="test", choices=["test", "train"], help="which images")
     evaluate.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto for what there is")
 
+    evaluate.add_argument("--probe", type=str | None, default=None, help="learn from features: knn, linear, or both")
+    evaluate.add_argument("--probe_images", type=int | None, default=None, help="learn from so many; all by default")
+
     commands["plan"].add_class_arguments(PairPlan)
 
     diagnose.add_arguments(commands["diagnose"])
@@ -221,7 +229,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     helps = {
         "demo": "compare methods on embedded real data",
         "distill": "distil a student (or train a teacher with --method ce)",
-        "evaluate": "top-1 and top-5 of a checkpoint",
+        "evaluate": "top-1 and top-5 of a checkpoint, or probes of its features",
         "plan": "show how a pair is cut into blocks, and what of the teacher is worth keeping",
         "diagnose": "measure whether decomposition should help a pair, which cuts, and for how long",
         "cache": "look after the teacher's stored outputs",

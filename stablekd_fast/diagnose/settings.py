@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from stablekd_fast.errors import ConfigError
 
 NOT_USED = {
-    "method", "recipe", "stages", "epochs", "ema", "cache", "capture", "evaluate_every", "checkpoint_every",
+    "method", "head", "recipe", "stages", "epochs", "ema", "cache", "capture", "evaluate_every", "checkpoint_every",
     "log_every", "resume", "extend", "out", "bn_images", "synthesis", "synthesis_options",
 }  # fmt: skip
 """Settings of a distillation that a diagnosis has no use for."""

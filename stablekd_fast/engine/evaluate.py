@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,16 @@ class Metrics:
     """How many there are, or users."""
     ranking: Ranking | None = None
     """How well items are ranked, of users."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss is a number."""
+        return math.isfinite(self.loss)
+
+    def event(self) -> dict[str, Any]:
+        """What is logged."""
+        found = {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss}
+        return found if self.ranking is None else found | {"ranking": asdict(self.ranking)}
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 import signal
 import sys
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from stablekd_fast.data import with_second
+from stablekd_fast.data import Batch, with_second
 from stablekd_fast.distributed import Layout
+from stablekd_fast.engine.alignment import Alignment, aligned, compared
 from stablekd_fast.engine.checkpoint import RunState, save_run
 from stablekd_fast.engine.evaluate import Metrics, evaluate, not_finite, with_fresh_batch_norm
 from stablekd_fast.engine.feed import Feed
@@ -354,24 +353,27 @@ class Engine:
 
     def _validate(self) -> None:
         if self.parts.validation is not None:
-            batches = self.parts.validation.batches()
-            metrics = evaluate(self.composed_student(), batches, self.to_device, self.ranks.all_reduce)
-            if not math.isfinite(metrics.loss):
+            metrics = self.measured(self.composed_student(), self.parts.validation.batches())
+            if not metrics.finite:
                 raise self._diverged("loss on held-out images is", self.progress.step - 1)
             self.emit_evaluation("validation", metrics)
 
-    def emit_evaluation(self, split: str, metrics: Metrics) -> None:
+    def measured(self, student: nn.Module, batches: Iterable[Batch]) -> Metrics | Alignment:
+        """What a composed student reaches on images: how near it comes to its teacher, where it has no classifier."""
+        if self.parts.paired.head == "classifier":
+            return evaluate(student, batches, self.to_device, self.ranks.all_reduce)
+        pair = compared(self.parts.paired, self.parts.objectives, student)
+        return aligned(pair, batches, self.to_device, self.ranks.all_reduce)
+
+    def emit_evaluation(self, split: str, metrics: Metrics | Alignment) -> None:
         """Log what the composed student reaches on a split."""
         self.recorder.emit(
             "evaluate",
             step=self.progress.step,
             epoch=self.progress.step / self.parts.source.steps_per_epoch,
             split=split,
-            accuracy=metrics.accuracy,
-            top5=metrics.top5,
-            loss=metrics.loss,
             seconds=self.progress.seconds,
-            **({} if metrics.ranking is None else {"ranking": asdict(metrics.ranking)}),
+            **metrics.event(),
         )
 
     def _diverged(self, what: str, step: int) -> TrainingError:

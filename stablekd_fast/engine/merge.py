@@ -58,8 +58,16 @@ def exposure_gap(
                 outputs, _, losses = step.forward(x)
                 x = outputs[-1]
                 fed_by_student[i] += losses[-1].item()
-    names = [paired.cuts[step.group[-1]].name if step.group[-1] < len(paired.cuts) else "logits" for step in steps]
+    names = [_end_of(paired, step.group) for step in steps]
     return {name: s / max(t, 1e-12) for name, s, t in list(zip(names, fed_by_student, fed_by_teacher))[1:]}
+
+
+def _end_of(paired: PairedBlocks, group: list[int]) -> str:
+    """The name of the place where a group's last loss lies."""
+    last = min(group[-1], len(paired.cuts) - 1) if paired.head == "none" else group[-1]
+    if last < len(paired.cuts):
+        return paired.cuts[last].name
+    return "logits" if paired.head == "classifier" else "embedding"
 
 
 def probe_losses(

@@ -236,4 +236,10 @@ def method_stages(method: str, blocks: int, recipe: str = "default", optimizer: 
     return [Stage(groups, share=1.0, optimizer=own) for groups, own in zip(groupings, halved)]
 
 
+def with_idle_end(stages: list[Stage]) -> list[Stage]:
+    """Add to the last group of each stage one more block, behind those that it has: one with nothing to train."""
+    last = stages[0].groups[-1][-1] + 1
+    return [replace(stage, groups=[*stage.groups[:-1], [*stage.groups[-1], last]]) for stage in stages]
+
+
 _PAPER = Optimizer("sgd", lr=0.5, cycle="triangular", momentum=0.9, momentum_low=0.8, weight_decay=5e-4)

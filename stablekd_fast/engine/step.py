@@ -208,14 +208,16 @@ class GroupStep:
             torch.index_select(self.rates, 0, self.position.view(1), out=self.current)
 
     def forward(self, entry: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Student outputs that carry a loss at a cut or the head, the gradient at each, and the losses.
+        """Student outputs that carry a loss at a cut or the head, the gradient at each, and the losses; an auxiliary
+        one where it stands in place of the head's.
 
         `entry` replaces the teacher-fed input of the group (used to measure exposure).
         """
-        batch = self._batch(None)
+        own = self.auxiliary if self.auxiliary is not None and self.auxiliary.ends_networks else None
+        batch = self._batch(own)
         self.cast_weights()
         with self.paired.precision.applied(self.device):
-            return self._compute(batch if entry is None else batch._replace(entry=entry), {}, None)
+            return self._compute(batch if entry is None else batch._replace(entry=entry), {}, None, own)
 
     def entry(self) -> Tensor:
         """What feeds the group: images, or the teacher's activation before it."""
@@ -310,7 +312,7 @@ class GroupStep:
             if k in self.aligned:
                 axis = self.paired.cuts[k].student_channel_axis
                 loss, gradient = self.objectives.feature(x.detach(), batch.targets[k], axis, whole.get(k), upstream)
-            elif k == len(self.paired.cuts):
+            elif k == len(self.paired.cuts) and not (outputs and self.objectives.head == "none"):
                 loss, gradient = self.objectives.logits(x.detach(), batch.targets.get(k), batch.labels, upstream)
             else:
                 continue

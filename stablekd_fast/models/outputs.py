@@ -1,4 +1,4 @@
-"""Which tensor of what a network returns holds its logits."""
+"""Which tensor of what a network returns holds its logits, or the embedding of a network without a classifier."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-NAMES = ("logits", "out", "output", "prediction")
-"""Under these names, in this order, networks that return several values keep their logits."""
+NAMES = (
+    "logits", "out", "output", "prediction", "embedding", "image_embeds", "pooler_output", "x_norm_clstoken",
+)  # fmt: skip
+"""Under these names, in this order, networks that return several values keep their logits, or the embedding where they
+have no classifier, as DINOv2 and the networks of Hugging Face do."""
 
 
 def logits_of(output: Any) -> Any:

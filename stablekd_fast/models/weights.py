@@ -11,7 +11,7 @@ import sys
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ _SHOWN = 4
 _MOST_MODULES, _DEEPEST = 10**5, 100
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike, taken_off: Sequence[str] = ()) -> None:
     """Copy the weights in `path` into `model`, in the model's own dtype and place.
 
     `path` is a `.safetensors` file or one of `torch.save`: a state_dict, one nested under `state_dict`, `model`, `net`
@@ -49,14 +49,16 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     timm converts, and `linear` for `fc`, `shortcut` for `downsample`. What a file holds beside the model, such as
     settings, optimizers and a loss's own weights, is passed over, and none of its Python objects is made. Auxiliary
     heads that the model lacks are left out with a warning. Batch norm's `num_batches_tracked` may be missing, nothing
-    else.
+    else. `taken_off`: names of the weights of a classifier that the model lacks; the file may hold one, of any number
+    of classes, which is passed over.
 
     Raises ModelError if the file is missing, damaged, or does not fit, with what is missing and what the file may fit;
     the model is then as it was.
     """
     path = Path(path)
     found = _unnested(_read(path), path)
-    targets = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    targets = own | _as_in_file(taken_off, found)
     values = _fitting(model, targets, found, path)
     if values is None:
         plain = _without_prefix(found)
@@ -67,7 +69,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     if left_out:
         warnings.warn(f"{path}: the auxiliary heads {', '.join(left_out)} are left out.", stacklevel=2)
     with torch.no_grad():
-        for name, target in targets.items():
+        for name, target in own.items():
             if name in values:
                 target.copy_(values[name])
 
@@ -200,6 +202,18 @@ def _of_module(module: Recorded, prefix: str) -> Iterator[tuple[str, Tensor]]:
                     yield f"{prefix}{name}", value
         children = (state.get("_modules") or {}).items()
         todo += [(child, f"{prefix}{name}.") for name, child in children if isinstance(child, Recorded)][::-1]
+
+
+def _as_in_file(names: Sequence[str], found: State) -> State:
+    """Of the names of a classifier's weights those that a file has in some spelling, with what it has there."""
+    spellings = {name: {name, *(rename(name) for rename in _OTHER_NAMES)} for name in names}
+    ends = {name: tuple(f".{other}" for other in others) for name, others in spellings.items()}
+    return {
+        name: value
+        for name, others in spellings.items()
+        for there, value in found.items()
+        if there in others or there.endswith(ends[name])
+    }
 
 
 def _fitting(model: nn.Module, targets: State, found: State, path: Path) -> State | None:

@@ -9,6 +9,7 @@ from stablekd_fast.objectives import (  # noqa: F401  (importing registers them)
     dist,
     dkd,
     dlb,
+    embedding,
     fast_dfkd,
     fitnet,
     gkd,

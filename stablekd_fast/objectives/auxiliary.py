@@ -17,7 +17,8 @@ from stablekd_fast.errors import ConfigError
 
 
 class StepBatch(NamedTuple):
-    """What a step computes from. The teacher's output at cut `k` is `targets[k]`, its logits `targets[number of cuts]`.
+    """What a step computes from. The teacher's output at cut `k` is `targets[k]`, its last one, logits or an
+    embedding, `targets[number of cuts]`.
 
     `entry`: images `[N, C, H, W]`, or the teacher's activation before the group. `labels`: int64 `[N]`, or
     probabilities `[N, classes]`. The rest is there for an auxiliary loss that asks for it: `images` `[N, C, H, W]`,
@@ -66,7 +67,7 @@ class Facts:
     size: tuple[int, int]
     """Height and width of the student's images in pixels."""
     student_shapes: list[tuple[int, ...]]
-    """Per image at each cut; the last one is that of the logits."""
+    """Per image at each cut; the last one is that of the logits, or of the embedding."""
     teacher_shapes: list[tuple[int, ...]]
     """The same, as the teacher's outputs come: with the student's width where a bridge maps them."""
     channel_axes: list[int]
@@ -77,6 +78,9 @@ class Facts:
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     """By which the student's images are normalised, per channel of 0 to 1."""
+    places: nn.Module | None = None
+    """Where both networks end in tokens or maps of other places: brings the teacher's `[N, *places, D]` to the
+    student's."""
     popularity: Tensor | None = None
     """Where the classes are items: how many training interactions each has, int64 `[classes]`."""
 
@@ -111,6 +115,10 @@ class Auxiliary(nn.Module):
     """Whether images must be mixed."""
     needs_classes: ClassVar[bool] = False
     """Whether labels must be classes, and cannot be the probabilities of mixed images."""
+    reads_head: ClassVar[str] = "classifier"
+    """What the last output must be for a loss that reads it: the logits of a `classifier`, or an `embedding`."""
+    ends_networks: ClassVar[bool] = False
+    """Whether it stands in place of a loss at the head: it then remembers nothing, and is measured beside training."""
     any_width: ClassVar[bool] = False
     """Whether the teacher's outputs may have another width than the student's."""
     learns: ClassVar[bool] = False

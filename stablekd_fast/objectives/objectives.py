@@ -15,7 +15,8 @@ class Objectives:
 
     `align`: at which cuts features are aligned, `none`, `ends` (a group's own end) or `all` (cuts inside merged
     groups too). `use_teacher_logits`, `use_labels`: what the head's loss takes. `auxiliary`: a further loss;
-    `module` is what was made of it for this run.
+    `module` is what was made of it for this run. `head`: what the networks' last output is; a pair without a classifier
+    has no loss of logits, and the auxiliary one reads its embedding, if any does.
     """
 
     feature: FeatureObjective
@@ -23,6 +24,7 @@ class Objectives:
     align: str
     use_teacher_logits: bool = True
     use_labels: bool = True
+    head: str = "classifier"
     auxiliary: AuxiliaryObjective | None = None
     module: Auxiliary | None = None
 
@@ -53,6 +55,8 @@ class Objectives:
         """Return the cuts at which this group's features are aligned."""
         if self.align == "none":
             return []
+        if self.head == "none":  # the last block ends in what no loss reads
+            group = [block for block in group if block < cut_count]
         return [block for block in (group if self.align == "all" else group[-1:]) if block < cut_count]
 
     def helps(self, group: list[int], cut_count: int) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from stablekd_fast.report.measures import measure_of
+
 
 @dataclass
 class History:
@@ -41,14 +43,20 @@ class History:
         """The epochs at which stages after the first begin."""
         return [stage["first_step"] / self.steps_per_epoch for stage in self.stages[1:]]
 
-    def accuracy(self, split: str) -> list[tuple[float, float | None]]:
-        """(epoch, accuracy) of every evaluation on `split`."""
-        return [(event["epoch"], event["accuracy"]) for event in self.evaluations if event["split"] == split]
+    @property
+    def measure(self) -> str:
+        """What is evaluated: the accuracy, or the cosine with the teacher's embedding."""
+        return measure_of(self.evaluations)
 
-    def accuracy_over_seconds(self, split: str) -> list[tuple[float, float | None]]:
-        """(seconds of training, accuracy) of every evaluation on `split`; none for logs that lack the seconds."""
+    def reached(self, split: str) -> list[tuple[float, float | None]]:
+        """(epoch, accuracy or cosine) of every evaluation on `split`."""
+        return [(event["epoch"], event[self.measure]) for event in self.evaluations if event["split"] == split]
+
+    def reached_over_seconds(self, split: str) -> list[tuple[float, float | None]]:
+        """(seconds of training, accuracy or cosine) of every evaluation on `split`; none for logs that lack the
+        seconds."""
         own = [event for event in self.evaluations if event["split"] == split and "seconds" in event]
-        return [(event["seconds"], event["accuracy"]) for event in own]
+        return [(event["seconds"], event[self.measure]) for event in own]
 
     def losses(self) -> dict[tuple[int, str], list[tuple[float, float | None]]]:
         """(epoch, loss) by stage and group name."""

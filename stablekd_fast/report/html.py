@@ -8,6 +8,7 @@ from pathlib import Path
 from stablekd_fast.report import page, palette
 from stablekd_fast.report.events import read_events
 from stablekd_fast.report.history import History
+from stablekd_fast.report.measures import measure_of
 from stablekd_fast.report.results import read_results, summarise
 from stablekd_fast.report.table import summary_rows
 
@@ -37,7 +38,7 @@ def write_report(
     sections = [
         _opening(runs, histories, methods, about) if about else "",
         _headline(runs, methods, baseline),
-        _accuracy(histories, methods),
+        _reached(histories, methods),
         _losses(histories),
         _merges(histories),
         _settings(histories),
@@ -67,13 +68,14 @@ NAMES_A_RUN = ("method", "seed", "out")
 def _opening(runs: list[dict], histories: list[History], methods: list[str], about: str) -> str:
     from stablekd_fast.report import plots
 
-    split = next((s for s in ("validation", "test") if any(len(h.accuracy(s)) > 1 for h in histories)), "test")
-    shown = [m for m in methods if any(h.method == m and h.accuracy_over_seconds(split) for h in histories)]
+    split = next((s for s in ("validation", "test") if any(len(h.reached(s)) > 1 for h in histories)), "test")
+    shown = [m for m in methods if any(h.method == m and h.reached_over_seconds(split) for h in histories)]
     if not runs or not shown:
         return ""
     legend = page.legend([(f"--method-{methods.index(method)}", method) for method in shown])
-    notes = f"The picture: {split} accuracy while training. Thin: one run. Bold: mean over runs."
-    figure = page.figure(plots.accuracy_over_seconds(histories, methods, split))
+    measure = measure_of(runs)
+    notes = f"The picture: {split} {measure} while training. Thin: one run. Bold: mean over runs."
+    figure = page.figure(plots.measure_over_seconds(histories, methods, split, measure))
     return page.section(found_in(runs, about), notes, legend + figure)
 
 
@@ -103,25 +105,34 @@ def _headline(runs: list[dict], methods: list[str], baseline: str | None) -> str
         ]
         for row in rows
     ]
-    accuracies = {row["method"]: [run["accuracy"] for run in runs if run["method"] == row["method"]] for row in rows}
+    measure = measure_of(runs)
+    values = {row["method"]: [run[measure] for run in runs if run["method"] == row["method"]] for row in rows}
     notes = "Test split, last weights. Mean ± sample standard deviation over runs; one dot per run, a bar at the mean."
     if baseline is not None:
-        notes += f" Differences to {escape(baseline)} are in percentage points."
-    table = page.table(list(rows[0]), cells, numbers=True, emphasised="accuracy %")
-    return page.section("Accuracy", notes, table + page.figure(plots.accuracy_dots(accuracies)))
+        unit = " are in percentage points" if measure == "accuracy" else " are those of the cosine"
+        notes += f" Differences to {escape(baseline)}{unit}."
+    if measure == "cosine":
+        notes += " The cosine is that of the student's embedding, mapped to the teacher's width, with the teacher's."
+    table = page.table(list(rows[0]), cells, numbers=True, emphasised=list(rows[0])[2])
+    return page.section(_titled(measure), notes, table + page.figure(plots.dots(values, measure)))
 
 
-def _accuracy(histories: list[History], methods: list[str]) -> str:
-    split = next((s for s in ("validation", "test") if any(len(h.accuracy(s)) > 1 for h in histories)), None)
+def _titled(measure: str) -> str:
+    return "Accuracy" if measure == "accuracy" else "Cosine with the teacher's embedding"
+
+
+def _reached(histories: list[History], methods: list[str]) -> str:
+    split = next((s for s in ("validation", "test") if any(len(h.reached(s)) > 1 for h in histories)), None)
     if split is None:
         return ""
     from stablekd_fast.report import plots
 
-    shown = [m for m in methods if any(h.method == m and h.accuracy(split) for h in histories)]
+    shown = [m for m in methods if any(h.method == m and h.reached(split) for h in histories)]
     legend = page.legend([(f"--method-{methods.index(method)}", method) for method in shown])
     notes = "Thin: one run. Bold: mean over runs. Dashed: blocks merge."
-    figure = page.figure(plots.accuracy_curves(histories, methods, split))
-    return page.section(f"{split.capitalize()} accuracy over epochs", notes, legend + figure)
+    measure = measure_of([event for history in histories for event in history.evaluations])
+    figure = page.figure(plots.curves(histories, methods, split, measure))
+    return page.section(f"{split.capitalize()} {measure} over epochs", notes, legend + figure)
 
 
 def _losses(histories: list[History]) -> str:

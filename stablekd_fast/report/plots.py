@@ -46,30 +46,32 @@ def series(index: int) -> str:
     return f"#0000{index % 200 + 1:02x}"
 
 
-def accuracy_dots(accuracies: dict[str, list[float]]) -> str:
-    """Draw the test accuracy by method: a dot per run, a bar at the mean, a line of one standard deviation."""
+def dots(reached: dict[str, list[float]], measure: str = "accuracy") -> str:
+    """Draw what was reached on the test split by method: a dot per run, a bar at the mean, a line of one standard
+    deviation."""
     with in_our_style():
-        figure, axes = new_figure(0.75 + 0.36 * len(accuracies))
-        for row, values in enumerate(accuracies.values()):
+        figure, axes = new_figure(0.75 + 0.36 * len(reached))
+        for row, values in enumerate(reached.values()):
             colour, mean = series(row), statistics.fmean(values)
             if len(values) > 1:
                 spread = statistics.stdev(values)
                 axes.plot([mean - spread, mean + spread], [row, row], color=colour, linewidth=2.2, alpha=0.55)
             axes.plot([mean, mean], [row - 0.27, row + 0.27], color=colour, linewidth=2.8)
             axes.plot(values, [row] * len(values), "o", color=colour, markersize=6, alpha=0.7, markeredgewidth=0)
-        axes.set_yticks(range(len(accuracies)), list(accuracies))
-        axes.set_ylim(len(accuracies) - 0.4, -0.6)
+        axes.set_yticks(range(len(reached)), list(reached))
+        axes.set_ylim(len(reached) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.08)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel("accuracy on the test split")
+        if measure == "accuracy":
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel(f"{measure} on the test split")
         return as_svg(figure, "dots", "method")
 
 
-def accuracy_curves(histories: list[History], methods: list[str], split: str) -> str:
-    """Draw accuracy over epochs: a thin line per run, a bold one for each method's mean, dashed ones at its merges."""
+def curves(histories: list[History], methods: list[str], split: str, measure: str = "accuracy") -> str:
+    """Draw a measure over epochs: a thin line per run, a bold one for each method's mean, dashed ones at its merges."""
     with in_our_style():
         figure, axes = new_figure(4.2)
         for index, method in enumerate(methods):
@@ -77,31 +79,35 @@ def accuracy_curves(histories: list[History], methods: list[str], split: str) ->
             own = [history for history in histories if history.method == method]
             for epoch in sorted({epoch for history in own for epoch in history.merge_epochs()}):
                 axes.axvline(epoch, color=colour, linewidth=1.1, linestyle=(0, (5, 4)), alpha=0.75)
-            curves = [history.accuracy(split) for history in own if history.accuracy(split)]
-            for curve in curves:
+            lines = [history.reached(split) for history in own if history.reached(split)]
+            for curve in lines:
                 draw_line(axes, curve, color=colour, linewidth=0.9, alpha=0.5)
-            mean = mean_curve(curves)
+            mean = mean_curve(lines)
             draw_line(axes, mean, color=colour, linewidth=2.6, marker="o" if len(mean) < 2 else None)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_xlim(left=0)
+        _name_values(axes, split, measure)
         axes.set_xlabel("epoch")
-        axes.set_ylabel(f"{split} accuracy")
         return as_svg(figure, "accuracy", "method")
 
 
-def accuracy_over_seconds(histories: list[History], methods: list[str], split: str) -> str:
-    """Draw accuracy over seconds of training: a thin line per run, a bold one for the mean of each method."""
+def _name_values(axes: Axes, split: str, measure: str) -> None:
+    """Have the upward axis show the values of a measure."""
+    if measure == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlim(left=0)
+    axes.set_ylabel(f"{split} {measure}")
+
+
+def measure_over_seconds(histories: list[History], methods: list[str], split: str, measure: str = "accuracy") -> str:
+    """Draw a measure over seconds of training: a thin line per run, a bold one for the mean of each method."""
     with in_our_style():
         figure, axes = new_figure(4.2)
         for index, method in enumerate(methods):
-            curves = [history.accuracy_over_seconds(split) for history in histories if history.method == method]
-            for curve in curves:
+            lines = [history.reached_over_seconds(split) for history in histories if history.method == method]
+            for curve in lines:
                 draw_line(axes, curve, color=series(index), linewidth=0.9, alpha=0.5)
-            draw_line(axes, mean_of_points(curves), color=series(index), linewidth=2.6)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_xlim(left=0)
+            draw_line(axes, mean_of_points(lines), color=series(index), linewidth=2.6)
+        _name_values(axes, split, measure)
         axes.set_xlabel("seconds of training, evaluations left out")
-        axes.set_ylabel(f"{split} accuracy")
         return as_svg(figure, "seconds", "method")
 
 

@@ -10,6 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from stablekd_fast.report.measures import measure_of, shown
+
 
 class Display(Protocol):
     """Shows events as they come."""
@@ -115,8 +117,10 @@ class Bar:
 
 
 def _evaluation(event: dict) -> str:
-    loss = _number(event["loss"], ".4f")
-    return f"{event['split']} accuracy {_number(event['accuracy'], '.2%')}, loss {loss}"
+    measure = measure_of([event])
+    other = "loss" if measure == "accuracy" else "relative_error"
+    name = other.replace("_", " ")
+    return f"{event['split']} {measure} {shown(measure, event[measure])}, {name} {_number(event[other], '.4f')}"
 
 
 def _teacher(event: dict) -> str:

@@ -12,17 +12,18 @@ from stablekd_fast.files import write_atomically
 from stablekd_fast.files.reading import check_format, read_document
 from stablekd_fast.report.events import plain
 from stablekd_fast.report.machine import machine, versions
+from stablekd_fast.report.measures import MEASURES, measure_of
 
 FORMAT = 1
 """Files without one are those of versions before."""
-REQUIRED = ("method", "seed", "accuracy", "epochs", "steps", "images_per_second", "wall_seconds")
+REQUIRED = ("method", "seed", "epochs", "steps", "images_per_second", "wall_seconds")
 
 
 def write_results(path: Path, runs: list[dict], **extra: Any) -> None:
     """Write `{"format": …, "runs": …, "machine": …, "versions": …}` and the entries `extra` to `path`, whole or not at
     all.
 
-    A run holds at least the keys in `REQUIRED`; its accuracy lies between 0 and 1 and is that of the test split.
+    A run holds at least the keys in `REQUIRED` and one of `MEASURES`, which is that of the test split.
     Raises StableKDError if a run does not, and TrainingError if the file cannot be written.
     """
     for index, run in enumerate(runs):
@@ -52,14 +53,14 @@ def summarise(runs: list[dict]) -> list[dict]:
     """One row per method, in order of first appearance.
 
     A row has the `count` of runs; `mean`, `std` (sample standard deviation, None for a single run), `min` and `max` of
-    the accuracy, 0 to 1; means of `epochs`, `images_per_second` and `wall_seconds`.
+    the accuracy, 0 to 1, or of the cosine; means of `epochs`, `images_per_second` and `wall_seconds`.
     """
     by_method: dict[str, list[dict]] = {}
     for run in runs:
         by_method.setdefault(run["method"], []).append(run)
-    rows = []
+    rows, measure = [], measure_of(runs)
     for method, group in by_method.items():
-        accuracies = [run["accuracy"] for run in group]
+        accuracies = [run[measure] for run in group]
         row = {
             "method": method,
             "count": len(group),
@@ -75,18 +76,21 @@ def summarise(runs: list[dict]) -> list[dict]:
 
 
 def _check(run: dict, index: int) -> None:
-    if not isinstance(run, dict) or not hasattr(run.get("accuracy", 0.0), "__float__"):
+    measure = measure_of([run]) if isinstance(run, dict) else ""
+    if not measure or not hasattr(run.get(measure, 0.0), "__float__"):
         raise StableKDError(
-            f"Run {index} is {run!s:.60}; a run in results.json has names, and its accuracy is a number."
+            f"Run {index} is {run!s:.60}; a run in results.json has names, and its {measure or 'accuracy'} is a number."
         )
-    missing = [key for key in REQUIRED if key not in run]
+    missing = [key for key in (*REQUIRED[:2], measure, *REQUIRED[2:]) if key not in run]
     if missing:
         raise StableKDError(
             f"Run {index} lacks {', '.join(missing)}; it has {', '.join(run) or 'nothing'}. "
-            f"A run in results.json needs {', '.join(REQUIRED)}."
+            f"A run in results.json needs {', '.join(REQUIRED)}, and accuracy or cosine."
         )
-    if not 0.0 <= run["accuracy"] <= 1.0:
+    low, high = MEASURES[measure]
+    if not low <= run[measure] <= high:
+        what = "a share of images" if measure == "accuracy" else "a value"
         raise StableKDError(
-            f"Run {index} ({run['method']}, seed {run['seed']}) has the accuracy {run['accuracy']}; "
-            "give a share of images between 0 and 1, not percent."
+            f"Run {index} ({run['method']}, seed {run['seed']}) has the {measure} {run[measure]}; "
+            f"give {what} between {low:g} and {high:g}, not percent."
         )

@@ -7,11 +7,13 @@ from rich.table import Table
 from rich.text import Text
 
 from stablekd_fast.errors import StableKDError
+from stablekd_fast.report.measures import measure_of
 from stablekd_fast.report.results import summarise
 
 
 def summary_rows(runs: list[dict], baseline: str | None = None) -> list[dict[str, str]]:
-    """One row of readable texts per method; accuracies in percent, differences to `baseline` in percentage points.
+    """One row of readable texts per method; accuracies in percent, differences to `baseline` in percentage points;
+    cosines, of students without a classifier, as they are.
 
     The spread after ± is the sample standard deviation over runs. Raises StableKDError if no run has the baseline's
     method.
@@ -20,13 +22,15 @@ def summary_rows(runs: list[dict], baseline: str | None = None) -> list[dict[str
     means = {summary["method"]: summary["mean"] for summary in summaries}
     if baseline is not None and baseline not in means:
         raise StableKDError(f"The baseline {baseline!r} is not among the methods: {', '.join(means) or 'no runs'}.")
-    rows = []
+    rows, measure = [], measure_of(runs)
+    unit, scale, digits = (" %", 100, 2) if measure == "accuracy" else ("", 1, 4)
     for summary in summaries:
-        row = {"method": summary["method"], "runs": str(summary["count"]), "accuracy %": percent(summary)}
+        mean = with_spread(summary, scale, digits)
+        row = {"method": summary["method"], "runs": str(summary["count"]), f"{measure}{unit}": mean}
         if baseline is not None:
             same = summary["method"] == baseline
-            row[f"vs {baseline}"] = "" if same else f"{100 * (summary['mean'] - means[baseline]):+.2f}"
-        row["range %"] = f"{100 * summary['min']:.1f}–{100 * summary['max']:.1f}"
+            row[f"vs {baseline}"] = "" if same else f"{scale * (summary['mean'] - means[baseline]):+.{digits}f}"
+        row[f"range{unit}"] = "–".join(f"{scale * summary[end]:.{digits - 1}f}" for end in ("min", "max"))
         row["images/s"] = f"{summary['images_per_second']:,.0f}"
         row["time"] = duration(summary["wall_seconds"])
         rows.append(row)
@@ -59,10 +63,10 @@ def summary_text(runs: list[dict], baseline: str | None = None, *, markdown: boo
     return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
 
 
-def percent(summary: dict) -> str:
-    """A mean ± standard deviation in percent; a single run has no spread to show."""
-    mean = f"{100 * summary['mean']:.2f}"
-    return mean if summary["std"] is None else f"{mean} ± {100 * summary['std']:.2f}"
+def with_spread(summary: dict, scale: float, digits: int) -> str:
+    """A mean ± standard deviation, times `scale`; a single run has no spread to show."""
+    mean = f"{scale * summary['mean']:.{digits}f}"
+    return mean if summary["std"] is None else f"{mean} ± {scale * summary['std']:.{digits}f}"
 
 
 def duration(seconds: float) -> str:

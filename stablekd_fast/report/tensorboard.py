@@ -57,8 +57,9 @@ def _scalars(event: dict) -> Iterator[tuple[str, float | None]]:
         for name in ("lr", "images_per_second", "data_wait_share"):
             yield f"train/{name}", event[name]
     elif event["kind"] == "evaluate":
-        for name in ("accuracy", "top5", "loss"):
-            yield f"{event['split']}/{name}", event[name]
+        for name in ("accuracy", "top5", "loss", "cosine", "relative_error"):
+            if name in event:
+                yield f"{event['split']}/{name}", event[name]
     elif event["kind"] == "merge":
         for cut, gap in event["exposure_gap"].items():
             yield f"exposure_gap/{cut}", gap

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.blocks.check import check_runs
+from stablekd_fast.blocks.layout import Layout, Resampling, layout_of
 from stablekd_fast.blocks.modes import untouched
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig
@@ -30,6 +32,7 @@ from stablekd_fast.data.augmentation import altered
 from stablekd_fast.data.dataset import Channels
 from stablekd_fast.errors import ConfigError, DataError, first_line
 from stablekd_fast.objectives import Facts
+from stablekd_fast.objectives.embedding import channel_axis_of
 from stablekd_fast.report.machine import usable_cores
 
 
@@ -226,12 +229,14 @@ def auxiliary_facts(
     size: tuple[int, int],
     device: torch.device,
     *,
+    outputs: tuple[Layout, Layout] | None = None,
     has_teacher: bool = True,
     popularity: Tensor | None = None,
     mean: Channels = (0.0, 0.0, 0.0),
     std: Channels = (1.0, 1.0, 1.0),
 ) -> Facts:
-    """What an auxiliary loss is made from. `samples`: sample ids are below it; `batch_size`: images of a process."""
+    """What an auxiliary loss is made from. `samples`: sample ids are below it; `batch_size`: images of a process;
+    `outputs`: how the student's and the teacher's last output lie, where they are no logits."""
     students = [cut.student_shape for cut in paired.cuts]
     teachers = [
         cut.teacher_shape if paired.bridge_after(k) is None else cut.student_shape for k, cut in enumerate(paired.cuts)
@@ -241,15 +246,39 @@ def auxiliary_facts(
         samples=samples,
         batch_size=batch_size,
         size=size,
-        student_shapes=[*students, (classes,)],
-        teacher_shapes=[*teachers, (classes,)],
+        student_shapes=[*students, outputs[0].shape if outputs else (classes,)],
+        teacher_shapes=[*teachers, outputs[1].shape if outputs else (classes,)],
         channel_axes=[cut.student_channel_axis for cut in paired.cuts],
         device=device,
         teacher=nn.Sequential(*paired.teacher_blocks) if has_teacher else None,
         mean=mean,
         std=std,
+        places=_resampling(*outputs) if outputs else None,
         popularity=popularity,
     )
+
+
+def embedding_layouts(paired: PairedBlocks, images: Tensor) -> tuple[Layout, Layout]:
+    """How the student's and the teacher's embedding of images `[N, 3, H, W]` lie.
+
+    Raises ConfigError where one cannot be compared with the other.
+    """
+    last, size = len(paired.cuts), tuple(images.shape[2:])
+    outputs = check_runs(paired.student, images), paired.teacher_outputs(images[:2], [last])[last]
+    shapes = [tuple(output.shape[1:]) for output in outputs]
+    own, theirs = (layout_of(shape, channel_axis_of(shape), size) for shape in shapes)
+    vectors = {len(shape) == 1 for shape in shapes}
+    if len(vectors) > 1 or not own.fits(theirs):
+        raise ConfigError(
+            f"The student's embedding is {list(own.shape)} per image and the teacher's {list(theirs.shape)}, which "
+            "have no places in common. Have both give one vector, or both tokens or maps on grids of the image's "
+            "proportions."
+        )
+    return own, theirs
+
+
+def _resampling(own: Layout, theirs: Layout) -> Resampling | None:
+    return None if own.places == theirs.places else Resampling(theirs, own)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
+from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.columns import Plan
 from stablekd_fast.cache.fingerprint import image_fingerprint
 from stablekd_fast.config import DistillConfig, identity, objectives_of
 from stablekd_fast.data.bank import BankSource
 from stablekd_fast.distributed import Layout
 from stablekd_fast.engine.checkpoint import ends_of
-from stablekd_fast.engine.schedule import PlannedStage, extended, method_stages, plan_stages
+from stablekd_fast.engine.schedule import PlannedStage, Stage, extended, method_stages, plan_stages, with_idle_end
 from stablekd_fast.engine.synthesised import SynthesisedImages
 from stablekd_fast.execution.capture import COMPILED
 from stablekd_fast.models.black_box import BlackBox
@@ -19,7 +20,7 @@ from stablekd_fast.objectives import Facts, Objectives
 from stablekd_fast.planning.costs import Planner
 from stablekd_fast.planning.ranks import measured_layouts
 from stablekd_fast.planning.rows import Costs
-from stablekd_fast.run.builders import auxiliary_facts, fingerprint
+from stablekd_fast.run.builders import auxiliary_facts, embedding_layouts, fingerprint
 from stablekd_fast.run.materials import Materials
 from stablekd_fast.run.synthesised import synthesised_images
 from stablekd_fast.teacher.cached import CachedTeacher
@@ -53,7 +54,7 @@ def decide(materials: Materials) -> Decisions:
     """
     config, source, paired = materials.config, materials.source, materials.paired
     objectives = objectives_of(config)
-    asked = config.stages or method_stages(config.method, len(paired), config.recipe, config.optimizer)
+    asked = config.stages or _stages(config, paired)
     ends = _ends(config, materials.resumed)
     first, *later = (max(round(epochs * source.steps_per_epoch), 1) for epochs in ends)
     stages = plan_stages(asked, len(paired), first, source.steps_per_epoch)
@@ -80,6 +81,13 @@ def decide(materials: Materials) -> Decisions:
     )  # fmt: skip
 
 
+def _stages(config: DistillConfig, paired: PairedBlocks) -> list[Stage]:
+    """The stages of the method. A last block without weights joins the one before it, where nothing reads logits."""
+    idle = config.head != "classifier" and paired.last_is_idle
+    stages = method_stages(config.method, len(paired) - idle, config.recipe, config.optimizer)
+    return with_idle_end(stages) if idle else stages
+
+
 def _losses_facts(materials: Materials) -> Facts:
     config, paired, device, source = materials.config, materials.paired, materials.device, materials.source
     shape = materials.images.first(device).shape
@@ -90,6 +98,7 @@ def _losses_facts(materials: Materials) -> Facts:
         config.batch_size // materials.ranks.size,
         (shape[2], shape[3]) if len(shape) == 4 else (1, 1),  # users have no size
         device,
+        outputs=None if config.head != "embedding" else embedding_layouts(paired, materials.images.first(device)),
         has_teacher=config.has_teacher,
         popularity=materials.images.dataset.popularity,
         mean=source.mean,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,8 +20,9 @@ from stablekd_fast.cache.columns import Plan
 from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset, TrainSource
 from stablekd_fast.distributed import Ranks
+from stablekd_fast.engine.alignment import Alignment
 from stablekd_fast.engine.checkpoint import RunState, resume_run, save_tensors
-from stablekd_fast.engine.evaluate import Metrics, evaluate
+from stablekd_fast.engine.evaluate import Metrics
 from stablekd_fast.engine.loop import Engine
 from stablekd_fast.engine.parts import Execution, Intervals, Parts
 from stablekd_fast.engine.ranking import Ranking
@@ -31,24 +30,26 @@ from stablekd_fast.errors import ConfigError, DataError, TrainingError, first_li
 from stablekd_fast.execution.process import current_device, deterministic
 from stablekd_fast.execution.signals import Signals, watched_signals
 from stablekd_fast.files.owned import only_run_in
-from stablekd_fast.models.weights import CARD_FORMAT, card_of
+from stablekd_fast.models.weights import CARD_FORMAT
 from stablekd_fast.planning.costs import views_shown
 from stablekd_fast.planning.rows import decisions, predict
 from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.run.builders import bn_batches, eval_source, pick_device
 from stablekd_fast.run.decisions import Decisions, decide
 from stablekd_fast.run.materials import Given, Materials, gather
+from stablekd_fast.run.teacher_check import look_at_teacher
 from stablekd_fast.teacher.cached import CachedTeacher
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run reached; `accuracy` and `top5` (0 to 1) are of the exported student on the test split."""
+    """What one run reached: `accuracy` and `top5` (0 to 1) of the exported student on the test split, or, where it has
+    no classifier, `cosine` and `relative_error` there (see `Alignment`)."""
 
     method: str
     seed: int
-    accuracy: float
-    top5: float
+    accuracy: float | None
+    top5: float | None
     epochs: float
     steps: int
     images_per_second: float
@@ -60,15 +61,24 @@ class RunResult:
     """Unreadable images left out (with `on_bad_image="skip"`); the event log names them."""
     ranking: Ranking | None = None
     """How well items are ranked for users; `accuracy` is then recall, and `top5` NDCG."""
+    cosine: float | None = None
+    relative_error: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON types; of the two measures the one that the run has."""
+        lacks = ("cosine", "relative_error") if self.cosine is None else ("accuracy", "top5", "ranking")
+        return {name: value for name, value in asdict(self).items() if name not in lacks}
+
+    @property
+    def reached(self) -> str:
+        """The measure in words."""
+        return f"accuracy {self.accuracy:.2%}" if self.cosine is None else f"cosine {self.cosine:.4f}"
 
 
 STUDENT_FILE = "student.safetensors"
 
-TEACHER_IMAGES = 2000
-"""On about so many images the teacher's accuracy is measured."""
-
-FAR_BELOW = 0.1
-"""A teacher that is so much less accurate than its file says is not given the images that it knows."""
+MEASURES = ("accuracy", "top5", "cosine", "relative_error")
+"""What an exported student's card says of it, where it was measured."""
 
 
 class Distiller:
@@ -202,7 +212,8 @@ class Distiller:
             self._keep_digests(out / "images.log", resumes)
             if not resumes:
                 self._emit_start(recorder)
-                self._look_at_teacher(recorder)
+                if seen := look_at_teacher(self.materials, given=self.given.teacher is not None):
+                    recorder.emit("teacher", step=0, split="held-out", **seen)
             engine = Engine(parts, state, recorder, signals)
             with signals.awaited(ranks.can_name):
                 engine.train()
@@ -211,10 +222,10 @@ class Distiller:
                 parts.teacher.seal()
             result = self._finish(engine, out)
             with _a_line_not_a_run("the event log"):
-                recorder.emit("run_end", step=state.progress.step, **asdict(result))
+                recorder.emit("run_end", step=state.progress.step, **result.plain())
         if ranks.is_first:
-            with _a_line_not_a_run(f"{out / 'results.json'} (accuracy {result.accuracy:.2%})"):
-                write_results(out / "results.json", [asdict(result)])
+            with _a_line_not_a_run(f"{out / 'results.json'} ({result.reached})"):
+                write_results(out / "results.json", [result.plain()])
             with _a_line_not_a_run("the report"):
                 write_run_report(out)
         ranks.finish()
@@ -247,7 +258,8 @@ class Distiller:
         engine.check_composed(student)
         self._export(out, student)
         metrics = self._tested(engine, student, out)
-        self._export(out, student, accuracy=metrics.accuracy, top5=metrics.top5)
+        found = metrics.event()
+        self._export(out, student, **{name: found[name] for name in MEASURES if name in found})
         skipped = [[str(path), reason] for split in images.splits for path, reason in split.skipped]
         with _a_line_not_a_run("the event log"):
             engine.emit_evaluation("test", metrics)
@@ -258,34 +270,36 @@ class Distiller:
         return RunResult(
             method=self.config.method,
             seed=self.config.seed,
-            accuracy=metrics.accuracy,
-            top5=metrics.top5,
+            accuracy=found.get("accuracy"),
+            top5=found.get("top5"),
             epochs=progress.step / images.source.steps_per_epoch,
             steps=progress.step,
             images_per_second=progress.step * self.config.batch_size / progress.seconds,
             wall_seconds=progress.seconds,
             data_wait_share=progress.wait_seconds / progress.seconds,
             skipped_images=len(skipped),
-            ranking=metrics.ranking,
+            ranking=metrics.ranking if isinstance(metrics, Metrics) else None,
+            cosine=found.get("cosine"),
+            relative_error=found.get("relative_error"),
         )
 
-    def _tested(self, engine: Engine, student: nn.Module, out: Path) -> Metrics:
+    def _tested(self, engine: Engine, student: nn.Module, out: Path) -> Metrics | Alignment:
         """Evaluate on the test split; images of it that cannot be read are left out, and that is said."""
         images, ranks = self.materials.images, self.ranks
         test = eval_source(images.dataset, images.test, self.config, ranks.rank, ranks.size, self.materials.device)
         try:
-            metrics = evaluate(student, test.batches(), engine.to_device, ranks.all_reduce)
+            metrics = engine.measured(student, test.batches())
         except DataError as error:
             raise DataError(f"{error} The student is trained and lies in {out / STUDENT_FILE}.") from error
-        if not math.isfinite(metrics.loss):
+        if not metrics.finite:
             where = f"the student, which lies in {out / STUDENT_FILE}, should not be used"
-            raise TrainingError(f"The loss on test images is not finite: {where}. Lower --optimizer.lr.")
+            raise TrainingError(f"What is measured on test images is not finite: {where}. Lower --optimizer.lr.")
         left_out = images.test.skipped
         if left_out and self.config.on_bad_image == "stop":
             path, reason = left_out[0]
             warnings.warn(
                 f"{len(left_out)} test images could not be read and are left out, the first: {printable(path)} "
-                f"({reason}). The accuracy is that of {metrics.images} images.",
+                f"({reason}). What was reached is that of {metrics.images} images.",
                 stacklevel=1,
             )
         return metrics
@@ -298,6 +312,7 @@ class Distiller:
         card = {
             "format": CARD_FORMAT,
             "student": config.student,
+            "head": config.head,
             "classes": dataset.classes,
             "data": config.data,
             "images": self.source.split.identity(),
@@ -315,32 +330,6 @@ class Distiller:
         if not resumes:
             self.ranks.from_first(lambda: log.unlink(missing_ok=True))
         self.source.split.keep_digests(log)
-
-    def _look_at_teacher(self, recorder: Recorder | NoRecorder) -> None:
-        """Measure the teacher's accuracy once, if there are held-out images, and warn of one that knows little."""
-        materials, source = self.materials, self.materials.images.validation
-        if source is None or not self.config.has_teacher:
-            return
-        last, paired = len(materials.paired) - 1, materials.paired
-        batches = itertools.islice(source.batches(), math.ceil(TEACHER_IMAGES / source.batch_size))
-
-        def measure() -> Metrics:
-            return evaluate(
-                lambda images: paired.teacher_outputs(images, [last])[last], batches,
-                lambda tensor: tensor.to(materials.device),
-            )  # fmt: skip
-
-        metrics = materials.ranks.from_first(measure)
-        recorder.emit("teacher", step=0, accuracy=metrics.accuracy, images=metrics.images, split="held-out")
-        unlike = self.given.teacher is not None or metrics.ranking is not None
-        said = None if unlike else card_of(self.config.teacher_weights).get("accuracy")
-        what = f"The teacher tells {metrics.accuracy:.1%} of {metrics.images} held-out images right"
-        chance = 1 / len(materials.images.dataset.classes)
-        advice = "Look at its weights, at the order of classes, and at --teacher_mean and --teacher_std."
-        if metrics.accuracy < 2 * chance and metrics.images * chance >= 1:
-            warnings.warn(f"{what}; guessing would give {chance:.1%}. {advice}", stacklevel=1)
-        elif said is not None and metrics.accuracy < said - FAR_BELOW:
-            warnings.warn(f"{what}; its file says {said:.1%}. {advice}", stacklevel=1)
 
     def _emit_start(self, recorder: Recorder | NoRecorder) -> None:
         """Log the settings, the place, and what was decided."""

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stablekd_fast import models
 from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion, serve
 from stablekd_fast.blocks.check import check_runs, check_separate
 from stablekd_fast.blocks.pair import copy_head
@@ -25,6 +24,7 @@ from stablekd_fast.execution.capture import pick_capture
 from stablekd_fast.execution.memory import placed, watched
 from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
 from stablekd_fast.models.black_box import BlackBox
+from stablekd_fast.models.headless import named_network
 from stablekd_fast.models.inputs import Adapted, ImageInput, input_of
 from stablekd_fast.models.weights import card_of
 from stablekd_fast.models.wrappers import unwrapped
@@ -131,6 +131,12 @@ def gather(config: DistillConfig, given: Given) -> Materials:
     capture = pick_capture(config.capture, device)
     torch.manual_seed(config.seed)
     paired = _place(given.paired, device) if given.paired is not None else _pair(config, given, images, device)
+    paired = dataclasses.replace(paired, head=config.head)
+    if config.head == "none" and not paired.last_is_idle:
+        raise CutError(
+            f"head=none leaves the student's last block, behind {paired.cuts[-1].student}, without a loss, but it has "
+            "weights to train. Give a further cut behind them (--cuts), or use head=embedding."
+        )
     if config.copy_classifier and not config.student_weights and given.student is None:
         copy_head(paired)
     precision = _precision(config, resumed, ranks, paired.student, images, device)
@@ -197,36 +203,37 @@ def _open_images(config: DistillConfig, dataset: Dataset | None, device: torch.d
 
 def _pair(config: DistillConfig, given: Given, images: Images, device: torch.device) -> PairedBlocks:
     """Build what the settings name, load the weights, and cut."""
-    classes = len(images.dataset.classes)
+    classes, headless = len(images.dataset.classes), config.head != "classifier"
     example = torch.cat([batch.pixels for batch in images.source.batches(0, CALIBRATION_BATCHES)])
     size = images.dataset.model_size(example)
     student = unwrapped(given.student) if given.student is not None else None
     if student is None:
-        student = models.build(config.student, classes, size)
-        if config.student_weights:
-            models.load_weights(student, config.student_weights)
+        student = named_network(config.student, classes, size, config.head, config.student_weights)
     student, example = placed(student, device), example.to(device)
-    _check_classes(student, example, classes, images.dataset.name, "student")
+    _check_output(student, example, None if headless else classes, images.dataset.name, "student")
     part = config.batch_size // config.accumulate
     if part == 1:  # norms over the batch alone find nothing to average
         check_runs(student, example[:1], training=True)
     if not config.has_teacher:
         return PairedBlocks.without_teacher(student)
-    card = {} if given.teacher is not None or not config.teacher_weights else _checked_card(config, images.dataset)
+    card = {}
+    if given.teacher is None and config.teacher_weights:
+        card = card_of(config.teacher_weights) if headless else _checked_card(config, images.dataset)
     teacher = given.teacher
     if teacher is None:
         teacher = _named_teacher(config, classes, config.teacher_image_size or card.get("image_size") or size)
     teacher = placed(unwrapped(teacher), device).eval()
     own = _teacher_input(config, images.dataset, teacher, card, size)
     own = own if own is None else own.to(device)
-    _check_classes(teacher, example if own is None else own(example), classes, images.dataset.name, "teacher")
+    shown = example if own is None else own(example)
+    _check_output(teacher, shown, None if headless else classes, images.dataset.name, "teacher")
     objectives = objectives_of(config)
     if isinstance(teacher, BlackBox):
         _check_black_box(config, objectives)
         return PairedBlocks.uncut(teacher, student, own)
     bridge = "none" if objectives.takes_any_width and not config.feeds_blocks else config.bridge
     try:
-        return pair_blocks(
+        paired = pair_blocks(
             teacher, student, example, config.cuts or "auto", config.blocks, bridge=bridge, teacher_input=own
         )
     except CutError as error:
@@ -235,14 +242,17 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
         check_separate(teacher, student)
         warnings.warn(f"The networks are not cut, which {config.method} does not need: {error}", stacklevel=1)
         return PairedBlocks.uncut(teacher, student, own)
+    return paired
 
 
 def _check_black_box(config: DistillConfig, objectives: Objectives) -> None:
     """Raise ConfigError for a method that needs more of the teacher than its answers."""
     auxiliary = objectives.auxiliary
     steep = synthesis_of(config) is not None or (auxiliary is not None and auxiliary.kind.reads_input_gradient)
-    if steep or objectives.needs_cuts or config.feeds_blocks or config.cuts is not None or config.blocks is not None:
-        needed = "gradients" if steep else "outputs at cuts"
+    headless = config.head != "classifier"
+    asked = config.feeds_blocks or config.cuts is not None or config.blocks is not None
+    if steep or headless or objectives.needs_cuts or asked:
+        needed = "gradients" if steep else "embedding" if headless else "outputs at cuts"
         raise ConfigError(
             f"The method {config.method} needs the teacher's {needed}, as it is set, but the teacher is a black box, "
             "which only answers; use kd, dkd or mekd, without --cuts and --blocks."
@@ -297,9 +307,18 @@ def _teacher_input(
     return Adapted(given, wanted)
 
 
-def _check_classes(model: nn.Module, example: Tensor, classes: int, dataset: str, role: str) -> None:
-    """Raise ModelError if a network does not tell the classes of the data set apart."""
-    width = check_runs(model, example).shape[1]
+def _check_output(model: nn.Module, example: Tensor, classes: int | None, dataset: str, role: str) -> None:
+    """Raise ModelError if a network does not compute the images, or does not tell so many classes apart; None: it has
+    no classifier."""
+    output = check_runs(model, example)
+    if classes is None:
+        return
+    if output.dim() != 2:
+        raise ModelError(
+            f"The {role} gives {list(output.shape[1:])} for an image, but one number for each class is needed. Give it "
+            "a classifier, or set head=embedding."
+        )
+    width = output.shape[1]
     if width != classes:
         raise ModelError(
             f"The {role} predicts {width} classes, but the data set {dataset} has {classes}. Use a {role} "
@@ -323,9 +342,7 @@ def _named_teacher(config: DistillConfig, classes: int, size: int) -> nn.Module:
             f"one with `stablekd distill --method ce --student {config.teacher} --data {config.data} "
             "--out teacher` and pass --teacher-weights teacher/student.safetensors."
         )
-    teacher = models.build(config.teacher, classes, size)
-    models.load_weights(teacher, config.teacher_weights)
-    return teacher
+    return named_network(config.teacher, classes, size, config.head, config.teacher_weights)
 
 
 def _precision(

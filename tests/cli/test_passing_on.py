@@ -26,9 +26,9 @@ OTHER = {
     "teacher_mean": [0.5, 0.25, 0.125], "teacher_std": [0.25, 0.5, 0.75],
     "teacher_image_size": 40, "student": "resnet14",
     "student_weights": "s.pt",
-    "method": "kd", "recipe": "paper", "epochs": 3.5, "subset": 70.0, "subset_seed": 4, "validation": 0.25,
-    "batch_size": 24, "image_size": 48, "views": 3, "jitter": 0.3, "mix": "cutmix", "mix_alpha": 0.7,
-    "mean": [0.25, 0.5, 0.5], "std": [0.5, 0.25, 0.25], "flip": True, "crop": CropSettings(padding=3),
+    "head": "embedding", "method": "kd", "recipe": "paper", "epochs": 3.5, "subset": 70.0, "subset_seed": 4,
+    "validation": 0.25, "batch_size": 24, "image_size": 48, "views": 3, "jitter": 0.3, "mix": "cutmix",
+    "mix_alpha": 0.7, "mean": [0.25, 0.5, 0.5], "std": [0.5, 0.25, 0.25], "flip": True, "crop": CropSettings(padding=3),
     "augment": AugmentSettings(operations=2, erasing=0.5), "interpolation": "bicubic",
     "evaluation": EvaluationSettings(resize=70, crop=60),
     "scaled_decode": True, "seed": 11, "view_seed": 12, "cuts": ["a", "b"], "blocks": 5, "bridge": "pca",
@@ -156,6 +156,17 @@ def test_what_is_evaluated_is_passed_on(monkeypatch, capsys):
     ]
     assert "w on the train split" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["evaluate", "w", "--split", "other"]) == 2
+
+
+def test_what_is_probed_is_passed_on(monkeypatch):
+    calls = called(monkeypatch, "stablekd_fast.run.exported.probe_file", [{"probe": "knn"}])
+    assert cli.main(["evaluate", "w", "--probe", "linear"]) == 0
+    options = ["--data", "d", "--model", "m", "--split", "train", "--device", "cpu", "--probe-images", "7"]
+    assert cli.main(["evaluate", "w", *options, "--probe", "knn,linear"]) == 0
+    assert [(str(path), probes, named) for (path, probes), named in calls] == [
+        ("w", ["linear"], {"images": None, "model": None, "data": None, "split": "test", "device": "auto"}),
+        ("w", ["knn", "linear"], {"images": 7, "model": "m", "data": "d", "split": "train", "device": "cpu"}),
+    ]
 
 
 def test_a_demo_is_what_was_asked_for(monkeypatch):

@@ -40,7 +40,7 @@ def ticks(axes):
 
 
 def test_dots_of_accuracies(drawn):
-    assert plots.accuracy_dots({"kd": [0.5, 0.7], "ours": [0.8]}) == "dots method"
+    assert plots.dots({"kd": [0.5, 0.7], "ours": [0.8]}) == "dots method"
     axes = drawn()
     spread = math.sqrt(0.02)
     assert lines(axes) == [
@@ -63,7 +63,7 @@ def assert_rows_are_plain(axes):
 
 def test_curves_of_accuracies(drawn):
     histories = [History.from_events(f"{m}{s}", events(m, s)) for m, s in (("kd", 0), ("ours", 1), ("ours", 2))]
-    assert plots.accuracy_curves(histories, ["ours", "kd"], "validation") == "accuracy method"
+    assert plots.curves(histories, ["ours", "kd"], "validation") == "accuracy method"
     axes = drawn()
     curve = [1.5, 3.75, 5.0], [0.1, 0.2, 0.3]
     expected = []
