@@ -1,7 +1,7 @@
 """Blockwise knowledge distillation after StableKD (arXiv 2312.13223).
 
-Public names: `pair_blocks`, `Blockwise`, `distill`, `Distiller`, `DistillConfig`, `open_dataset`, `evaluate_file`, `black_box`, the
-operators in `stablekd_fast.kernels` and the losses in `stablekd_fast.losses`.
+Public names: `pair_blocks`, `Blockwise`, `distill`, `Distiller`, `DistillConfig`, `open_dataset`, `evaluate_file`,
+`black_box`, the operators in `stablekd_fast.kernels` and the losses in `stablekd_fast.losses`.
 """
 
 # pyright: reportUnsupportedDunderAll=false

@@ -41,9 +41,7 @@ def blocks_text(paired: PairedBlocks) -> str:
     for row in describe_blocks(paired):
         shapes = ["x".join(map(str, row[f"{side}_shape"] or [])) for side in ("teacher", "student")]
         ends = [row["teacher_end"], row["student_end"]]
-        counts = [
-            [f"{row[f'{side}_{what}']:,}" for side in ("teacher", "student")] for what in ("parameters", "flops")
-        ]
+        counts = [[f"{row[f'{side}_{what}']:,}" for side in ("teacher", "student")] for what in ("parameters", "flops")]
         both = [" -> ".join(dict.fromkeys(pair)) for pair in (ends, shapes, *counts)]
         lines.append([str(row["block"]), *both[:2], row["bridge"] or "", *both[2:]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

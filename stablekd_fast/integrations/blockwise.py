@@ -113,8 +113,9 @@ class Blockwise(nn.Module):
 
     def rate_at(self, epoch: int) -> float:
         """Return the factor of the learning rate in an epoch: `merged_rate` after the merge, 1 before it, and 1
-        throughout where no epoch is decomposed. `LambdaLR(optimizer, blockwise.rate_at)` takes it."""
-        return self.merged_rate if 0 < self.share * self.epochs <= epoch else 1.0
+        throughout where nothing merges. `LambdaLR(optimizer, blockwise.rate_at)` takes it."""
+        merges = self.share > 0 and len(self.paired) > 1
+        return self.merged_rate if merges and epoch >= self.share * self.epochs else 1.0
 
     @property
     def rate(self) -> float:
@@ -169,8 +170,8 @@ class Blockwise(nn.Module):
         except RankError as error:
             raise RankError(
                 f"This is one of {torch.distributed.get_world_size()} processes, whose gradients nobody averages; wrap "
-                "Blockwise in DistributedDataParallel and call that. A loop that averages gradients itself says so: "
-                "blockwise.paired.averages_gradients = True."
+                "Blockwise in DistributedDataParallel (not in FSDP, which shards parameters) and call that. A loop "
+                "that averages gradients itself says so: blockwise.paired.averages_gradients = True."
             ) from error
         terms = self.terms(outputs, known, labels)
         loss = torch.stack(list(terms.values())).sum()
@@ -267,9 +268,9 @@ class Blockwise(nn.Module):
             strangers += [name for name, part in block.named_modules() if _is_layer(part) and id(part) not in own]
             if strangers:
                 raise ModelError(
-                    f"{strangers[0]} of the student was replaced after the networks were cut, by SyncBatchNorm, sharding "
-                    "(FSDP) or the like, and its block would train the old one; change the student first, then make "
-                    "Blockwise of it. Sharded parameters cannot be cut: use DistributedDataParallel."
+                    f"{strangers[0]} of the student was replaced after the networks were cut, by SyncBatchNorm, "
+                    "sharding (FSDP) or the like, and its block would train the old one; change the student first, "
+                    "then make Blockwise of it. Sharded parameters cannot be cut: use DistributedDataParallel."
                 )
 
 

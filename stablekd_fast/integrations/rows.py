@@ -50,9 +50,9 @@ class TeacherRows:
         """
         if not keys or not {SAMPLE, VIEW} <= keys.keys():
             raise ConfigError(
-                "The batch came without the keys sample_id and view, so its rows cannot be found; train on SampleViews, "
-                "and hand on the keys of each batch (torchdistill: forward_proc: forward_batch_supp_dict for the "
-                "teacher)."
+                "The batch came without the keys sample_id and view, so its rows cannot be found; train on "
+                "SampleViews, and hand on the keys of each batch (torchdistill: forward_proc: forward_batch_supp_dict "
+                "for the teacher)."
             )
         count, size = len(images), self.views.source.batch_size
         if count > size:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, pair_blocks

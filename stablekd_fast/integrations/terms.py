@@ -73,7 +73,10 @@ class Terms:
                 lambda s, t, axis=cut.student_channel_axis, whole=wholes[k]: self.feature(s, t, axis, whole),
             )
         if not terms:
-            raise ConfigError("No label and no teacher's logits are used, and there is no cut: nothing is left to learn.")
+            raise ConfigError(
+                "The batch came without labels, the teacher's logits have no weight (kl_weight=0), and there is no "
+                "cut: nothing is left to learn; give labels."
+            )
         return terms
 
     def _check_labels(self, labels: Tensor | None) -> None:
@@ -124,7 +127,9 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx, *upstream: Tensor
+    ) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         if upstream[0].device.type == "cpu" and float(upstream[0]) == 1.0:
             return gradient, None, None
