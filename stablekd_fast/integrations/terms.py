@@ -127,10 +127,8 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx, *upstream: Tensor
-    ) -> tuple[Tensor, None, None]:
+    def backward(ctx, upstream: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
-        if upstream[0].device.type == "cpu" and float(upstream[0]) == 1.0:
+        if upstream.device.type == "cpu" and float(upstream) == 1.0:
             return gradient, None, None
-        return (gradient * upstream[0]).to(gradient.dtype), None, None
+        return (gradient * upstream).to(gradient.dtype), None, None
