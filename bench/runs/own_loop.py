@@ -30,7 +30,7 @@ from stablekd_fast.blocks import PairedBlocks, pair_blocks
 from stablekd_fast.integrations.blockwise import Blockwise
 from stablekd_fast.objectives.kd import LogitKD
 
-FULL, QUICK = Setting(steps=10), Setting("resnet20", "resnet20", 8, 8, 2, 3)
+FULL, QUICK = Setting(batches=5, steps=5), Setting("resnet20", "resnet20", 8, 8, 2, 3)
 
 
 def run_own_loop(
