@@ -238,6 +238,7 @@ def test_it_shows_its_blocks(pair):
     skd = Blockwise(*pair(), digits(1, torch.float32)[0][0], 60)
     lines = repr(skd).splitlines()
     assert lines[0] == "Blockwise: 45 of 60 epochs decomposed, not begun" and len(lines) == 6
+    assert [line.split()[0] for line in lines[2:]] == ["1", "2", "3", "4"]
     assert "12x8x8 -> 8x8x8" in lines[2] and "select, 12 -> 8" in lines[2] and "1,668 -> 232" in lines[2]
     skd.begin(0)
     assert "epoch 0: 1|2|3|4" in repr(skd)
