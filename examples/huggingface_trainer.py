@@ -1,28 +1,19 @@
-"""Hugging Face Trainer: the loss inside compute_loss."""
+"""Hugging Face Trainer: it trains the module as it is; a callback begins the epochs."""
 
 import sys
-import tempfile
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from torch.utils.data import default_collate
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from stablekd_fast.data import open_dataset
-from stablekd_fast.losses import KDLoss
+from stablekd_fast import Blockwise
+from stablekd_fast.integrations.views import SampleViews
 
 
-class DistillationTrainer(Trainer):
-    def __init__(self, *args, teacher, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.teacher, self.criterion = teacher.eval().to(self.args.device), KDLoss(temperature=4.0)
-
-    def compute_loss(self, model, inputs, return_outputs=False, **_):
-        labels = inputs.pop("labels")
-        with torch.no_grad():
-            targets = self.teacher(**inputs).logits
-        outputs = model(**inputs)
-        loss = self.criterion(outputs.logits, targets, labels)
-        return (loss, outputs) if return_outputs else loss
+class Begin(TrainerCallback):
+    def on_epoch_begin(self, args, state, control, model, **_):
+        model.begin(round(state.epoch))
 
 
 def vit(layers: int) -> nn.Module:
@@ -30,15 +21,18 @@ def vit(layers: int) -> nn.Module:
     return ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=layers, num_labels=10))
 
 
-digits = open_dataset("digits").train
-data = [
-    {"pixel_values": image.permute(2, 0, 1) / 255, "labels": label}
-    for image, label in zip(digits.images, digits.labels)
-]
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-teacher = vit(4)  # load its weights here
-with tempfile.TemporaryDirectory() as folder:
-    settings = TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=64, report_to="none", use_cpu=True
-    )
-    print(DistillationTrainer(vit(2), settings, train_dataset=data, teacher=teacher).train())
+def collate(items: list) -> dict:
+    return dict(zip(("images", "labels", "keys"), default_collate(items)))
+
+
+epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 12
+teacher, student = vit(4), vit(2)  # load the teacher's weights here
+data = SampleViews("digits", views=4, batch_size=64)
+skd = Blockwise(teacher, student, data, epochs, rows="teacher_rows")
+settings = TrainingArguments(
+    "checkpoints", num_train_epochs=epochs, per_device_train_batch_size=64, report_to="none", use_cpu=True
+)
+trainer = Trainer(skd, settings, train_dataset=data, data_collator=collate, callbacks=[Begin()])
+print(trainer.train())
+skd.close()
+torch.save(student.state_dict(), "student.pt")

@@ -1,4 +1,4 @@
-"""Lightning: the loss inside training_step."""
+"""Lightning: the module inside a LightningModule, whose checkpoints then hold it."""
 
 import sys
 
@@ -6,35 +6,35 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from stablekd_fast import models
+from stablekd_fast import Blockwise, models
 from stablekd_fast.integrations.views import SampleViews
-from stablekd_fast.losses import KDLoss
 
 
 class Distillation(lightning.LightningModule):
-    def __init__(self, teacher, student):
+    def __init__(self, skd):
         super().__init__()
-        self.teacher, self.student = teacher.eval().requires_grad_(False), student
-        self.criterion = KDLoss(temperature=4.0)
+        self.skd = skd
 
     def on_train_epoch_start(self):
-        self.teacher.eval()  # Lightning sets all modules to training mode
-        self.trainer.train_dataloader.dataset.set_epoch(self.current_epoch)
+        self.skd.begin(self.current_epoch)
 
     def training_step(self, batch, _):
-        images, labels, _ = batch
-        self.loss = self.criterion(self.student(images), self.teacher(images), labels)
-        return self.loss
+        out = self.skd(*batch)
+        self.log_dict({"loss": out.loss.detach(), **out.terms})
+        return out.loss
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.student.parameters(), lr=0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(self.skd.parameters(), lr=0.05, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self.skd.rate_at)]
 
 
+epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 12
+teacher = models.build("resnet32", 10, 8)  # load the teacher's weights here
+student = models.build("resnet20", 10, 8)
 data = SampleViews("digits", views=4, batch_size=64)
-data.set_epoch(0)
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-trainer = lightning.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False)
-teacher = models.build("resnet32", 10, 8)  # load its weights here
-distillation = Distillation(teacher, models.build("resnet20", 10, 8))
-trainer.fit(distillation, DataLoader(data, batch_size=64, shuffle=True))
-print(f"{trainer.global_step} steps, last loss {distillation.loss:.4f}")
+skd = Blockwise(teacher, student, data, epochs, rows="teacher_rows")
+trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False)
+trainer.fit(Distillation(skd), DataLoader(data, batch_size=64, shuffle=True))
+skd.close()
+print(f"{trainer.global_step} steps, last loss {trainer.callback_metrics['loss']:.4f}")
+torch.save(student.state_dict(), "student.pt")

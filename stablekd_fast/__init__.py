@@ -1,7 +1,7 @@
 """Blockwise knowledge distillation after StableKD (arXiv 2312.13223).
 
-Public names: `pair_blocks`, `distill`, `Distiller`, `DistillConfig`, `open_dataset`, `evaluate_file`, `black_box`, the
-operators in `stablekd_fast.kernels` and the losses in `stablekd_fast.losses`.
+Public names: `pair_blocks`, `Blockwise`, `distill`, `Distiller`, `DistillConfig`, `open_dataset`, `evaluate_file`,
+`black_box`, the operators in `stablekd_fast.kernels` and the losses in `stablekd_fast.losses`.
 """
 
 # pyright: reportUnsupportedDunderAll=false
@@ -11,6 +11,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Blockwise": "stablekd_fast.integrations.blockwise",
     "black_box": "stablekd_fast.models.black_box",
     "pair_blocks": "stablekd_fast.blocks",
     "distill": "stablekd_fast.run.distiller",
@@ -22,6 +23,7 @@ _HOMES = {
 """Where the public names are; checkers of types read `__init__.pyi` instead."""
 
 __all__ = [
+    "Blockwise",
     "DistillConfig",
     "Distiller",
     "__version__",

@@ -32,3 +32,17 @@ def describe_blocks(paired: PairedBlocks, bytes_per_value: int = 4) -> list[dict
             }
         )
     return rows
+
+
+def blocks_text(paired: PairedBlocks) -> str:
+    """The rows of `describe_blocks` as a table in plain text: a line for each block, counted from 1, with shapes,
+    parameters and FLOPs per image of teacher and student where these differ."""
+    lines = [["block", "ends at", "shape", "bridge", "parameters", "FLOPs"]]
+    for row in describe_blocks(paired):
+        shapes = ["x".join(map(str, row[f"{side}_shape"] or [])) for side in ("teacher", "student")]
+        ends = [row["teacher_end"], row["student_end"]]
+        counts = [[f"{row[f'{side}_{what}']:,}" for side in ("teacher", "student")] for what in ("parameters", "flops")]
+        both = [" -> ".join(dict.fromkeys(pair)) for pair in (ends, shapes, *counts)]
+        lines.append([str(row["block"] + 1), *both[:2], row["bridge"] or "", *both[2:]])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines)

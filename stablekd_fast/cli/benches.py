@@ -143,6 +143,12 @@ def _bench_dropin(asked: Namespace, show: Show) -> Measured:
     return run_dropin(Path(asked.directory), asked.data, asked.rounds, show, quick=asked.quick)
 
 
+def _bench_own_loop(asked: Namespace, show: Show) -> Measured:
+    from stablekd_fast.bench.runs.own_loop import run_own_loop
+
+    return run_own_loop(Path(asked.directory), asked.data, asked.rounds, show, quick=asked.quick)
+
+
 def _bench_end_to_end(asked: Namespace, show: Show) -> Measured:
     from stablekd_fast.bench.campaigns.accuracy import tuned_settings
     from stablekd_fast.bench.campaigns.campaign import Task
@@ -285,6 +291,15 @@ BENCHES = {
             "--quick": _flag("few steps of small networks"),
         },
         _bench_dropin, rounds=5, short=("--rounds", "1", "--quick"),
+    ),
+    "own-loop": Bench(
+        "StableKD in a loop of one's own: written by hand, by Blockwise, and by it with a kept teacher",
+        {
+            **DIRECTORY,
+            "--data": _text("small images, e.g. CIFAR-10; random ones by default"),
+            "--quick": _flag("few steps of small networks"),
+        },
+        _bench_own_loop, rounds=5, short=("--rounds", "1", "--quick"),
     ),
     "end-to-end": Bench(
         "epochs, steps and wall seconds until each method reaches one accuracy",

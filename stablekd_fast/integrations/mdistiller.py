@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stablekd_fast import kernels
-from stablekd_fast.blocks import PairedBlocks, pair_blocks
-from stablekd_fast.engine.schedule import DECOMPOSED_SHARE, merge_neighbours
+from stablekd_fast.blocks import PairedBlocks
+from stablekd_fast.engine.schedule import DECOMPOSED_SHARE
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.integrations.blockwise import Blockwise
 from stablekd_fast.objectives.kd import LogitKD
 
 try:
@@ -91,24 +92,30 @@ class StableKD(Distiller):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg) -> None:
         super().__init__(student, teacher)
-        self.settings, self.decomposed_epochs = cfg.StableKD, cfg.StableKD.SHARE * cfg.SOLVER.EPOCHS
+        self.settings, self.epochs = cfg.StableKD, cfg.SOLVER.EPOCHS
         if not 0 <= cfg.StableKD.SHARE <= 1:
             raise ConfigError(f"StableKD.SHARE={cfg.StableKD.SHARE} was given; it must lie between 0 and 1.")
-        self.paired: PairedBlocks | None = None
+        self._own: list[Blockwise] = []  # in a list: its parameters are the student's, which are there already
         self._stored_bridges: list[Tensor | None] | None = None
+
+    @property
+    def paired(self) -> PairedBlocks | None:
+        """The blocks; None before the first batch."""
+        return self._own[0].paired if self._own else None
 
     def forward_train(self, image: Tensor, target: Tensor, epoch: int, **kwargs) -> Losses:
         """`epoch` counts from 1, as mdistiller's trainer does."""
-        paired = self._pair(image)
-        groups = merge_neighbours(len(paired))[0 if epoch - 1 < self.decomposed_epochs else -1]
-        known = paired.teacher_outputs(image)
-        *features, logits = paired.student_outputs(groups, image, known)
-        weights = self.settings.LOSS
-        kd = weights.KD_WEIGHT * kernels.kd_loss(logits, known[len(features)], temperature=self.settings.TEMPERATURE)
-        for k, (feature, cut) in enumerate(zip(features, paired.cuts)):
-            error = kernels.feature_mse(feature, known[k], normalize="power", channel_axis=cut.student_channel_axis)
-            kd = kd + weights.FEAT_WEIGHT * error
-        return logits, _losses(weights.CE_WEIGHT * F.cross_entropy(logits, target), kd)
+        if getattr(self, "_is_replica", False):
+            raise ConfigError(
+                "StableKD's blocks cannot be copied to several GPUs by DataParallel; "
+                "run it on one: CUDA_VISIBLE_DEVICES=0."
+            )
+        own = self._blockwise(image)
+        if own.epoch != epoch - 1:
+            own.begin(epoch - 1)
+        loss, terms, logits = own(image, target)
+        ce = terms.get("ce", torch.zeros_like(loss))
+        return logits, _losses(ce, loss - ce)  # the trainer adds them up again
 
     def get_extra_state(self) -> dict:
         if self.paired is None:
@@ -116,29 +123,31 @@ class StableKD(Distiller):
         return {"bridges": [None if bridge is None else bridge.weight for bridge in self.paired.bridges]}
 
     def set_extra_state(self, state: dict) -> None:
-        self._stored_bridges, self.paired = state["bridges"], None
+        self._stored_bridges, self._own = state["bridges"], []
 
-    def _pair(self, images: Tensor) -> PairedBlocks:
-        if getattr(self, "_is_replica", False):
-            raise ConfigError(
-                "StableKD's blocks cannot be copied to several GPUs by DataParallel; "
-                "run it on one: CUDA_VISIBLE_DEVICES=0."
-            )
-        if self.paired is None:
-            settings = self.settings
-            cuts = [(cut, cut) if isinstance(cut, str) else cut for cut in settings.CUTS]
-            self.paired = pair_blocks(
+    def _blockwise(self, images: Tensor) -> Blockwise:
+        if not self._own:
+            settings, weights = self.settings, self.settings.LOSS
+            pairs = [(cut, cut) if isinstance(cut, str) else cut for cut in settings.CUTS]
+            own = Blockwise(
                 _Logits(self.teacher),
                 _Logits(self.student),
                 images,
-                [cast(tuple[str, str], tuple(f"model.{name}" for name in cut)) for cut in cuts] or "auto",
-                settings.BLOCKS or None,
+                self.epochs,
+                cuts=[(f"model.{teacher}", f"model.{student}") for teacher, student in pairs] or "auto",
+                blocks=settings.BLOCKS or None,
                 bridge=settings.BRIDGE,
-            )
-            for bridge, weight in zip(self.paired.bridges, self._stored_bridges or []):
+                share=settings.SHARE,
+                feature_options={"weight": weights.FEAT_WEIGHT},
+                logits_options={
+                    "temperature": settings.TEMPERATURE, "kl_weight": weights.KD_WEIGHT, "ce_weight": weights.CE_WEIGHT
+                },
+            )  # fmt: skip
+            for bridge, weight in zip(own.paired.bridges, self._stored_bridges or []):
                 if bridge is not None and weight is not None:
                     cast(Tensor, bridge.weight).copy_(weight)
-        return self.paired
+            self._own = [own]
+        return self._own[0]
 
 
 class _Logits(nn.Module):

@@ -6,16 +6,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from stablekd_fast.blocks import PairedBlocks, pair_blocks
-from stablekd_fast.cache.columns import Columns, Kept, Plan
-from stablekd_fast.cache.settings import CacheSettings
-from stablekd_fast.data import Batch, TrainSource
 from stablekd_fast.errors import ConfigError
-from stablekd_fast.integrations.views import SAMPLE, VIEW, SampleViews
-from stablekd_fast.teacher.cached import CachedTeacher
+from stablekd_fast.integrations.rows import TeacherRows
+from stablekd_fast.integrations.views import SampleViews
 
 
 class SharedBlocks:
@@ -45,22 +41,20 @@ class SharedBlocks:
         disk_budget: str | None = None,
     ) -> None:
         self.cuts = [(cut, cut) if isinstance(cut, str) else cast(tuple[str, str], tuple(cut)) for cut in cuts]
-        self.bridge, self.views = bridge, views
-        self.settings = (
-            CacheSettings("all", directory, disk_budget, codecs=[codec], logits=logits) if directory else None
-        )
-        if directory and views is None:
-            raise ConfigError(
-                f"The teacher's outputs are to be kept in {directory}, but random views without keys cannot be found "
-                "again; give the training data as SampleViews, and here views: that object."
-            )
+        self.bridge, self.rows = bridge, None
+        if directory:
+            if views is None:
+                raise ConfigError(
+                    f"The teacher's outputs are to be kept in {directory}, but random views without keys cannot be "
+                    "found again; give the training data as SampleViews, and here views: that object."
+                )
+            self.rows = TeacherRows(views, directory, codec, logits, disk_budget)
         self.teacher: nn.Module | None = None
         self.student: nn.Module | None = None
         self._forget()
 
     def _forget(self) -> None:
         self.paired: PairedBlocks | None = None
-        self._cached: CachedTeacher | None = None
         self._batch: tuple[Tensor, Mapping[int, Tensor]] | None = None
 
     def attach(self, **models: nn.Module) -> None:
@@ -74,10 +68,10 @@ class SharedBlocks:
         """Return what the teacher gives at every cut, and its logits."""
         if self.paired is None:
             self.paired = self._pair(images)
-        if self.settings is None or self.views is None:
-            known = self.paired.teacher_outputs(images, range(len(self.paired)))
+        if self.rows is None:
+            known = self.paired.teacher_outputs(images)
         else:
-            known = self._kept(images, keys, self.paired, self.settings, self.views.source)
+            known = self.rows.outputs(self.paired, images, keys)
         self._batch = images, known
         return [known[k] for k in range(len(self.paired))]
 
@@ -94,8 +88,8 @@ class SharedBlocks:
 
     def close(self) -> None:
         """Let go of the files of rows."""
-        if self._cached is not None:
-            self._cached.close()
+        if self.rows is not None:
+            self.rows.close()
         self._forget()
 
     def _pair(self, images: Tensor) -> PairedBlocks:
@@ -103,44 +97,3 @@ class SharedBlocks:
         # Where no student is known yet, the teacher's own outputs are wanted: a copy is cut at the same places.
         student = copy.deepcopy(self.teacher) if self.student is None else self.student
         return pair_blocks(self.teacher, student, images, self.cuts, bridge=self.bridge)
-
-    def _kept(
-        self,
-        images: Tensor,
-        keys: Mapping[str, Tensor] | None,
-        paired: PairedBlocks,
-        settings: CacheSettings,
-        source: TrainSource,
-    ) -> dict[int, Tensor]:
-        """Return the teacher's outputs from rows, where they are stored, and store them where not."""
-        if not keys or not {SAMPLE, VIEW} <= keys.keys():
-            raise ConfigError(
-                "The batch came without the keys sample_id and view, so its rows cannot be found; "
-                "train on SampleViews, and set forward_proc: forward_batch_supp_dict for the teacher."
-            )
-        count, size = len(images), source.batch_size
-        if count > size:
-            raise ConfigError(
-                f"The batch has {count} images, but SampleViews was made for batch_size={size}; make them equal."
-            )
-        # The teacher's last bits depend on the batch size: a short batch is filled up.
-        filled = torch.arange(size) % count
-        if count < size:
-            images = images[filled.to(images.device)]
-        # Rows are found by one view for the batch or, as here, by one for each; nobody reads the labels.
-        views = cast(int, keys[VIEW].cpu()[filled])
-        batch = Batch(keys[SAMPLE].cpu()[filled], views, images, torch.empty(0))
-        if self._cached is None:
-            self._cached = _open(images, paired, settings, source)
-        found = self._cached.outputs(range(len(paired)), images, batch)
-        return {k: value[:count] for k, value in found.items()}
-
-
-def _open(images: Tensor, paired: PairedBlocks, settings: CacheSettings, source: TrainSource) -> CachedTeacher:
-    assert source.views is not None
-    head = len(paired.cuts)
-    examples = paired.teacher_outputs(images)
-    codecs = {k: settings.logits if k == head else settings.codecs[0] for k in examples}
-    columns = Columns(paired, source, settings, images.device, source.views)
-    opened = columns.open(Plan({k: Kept("disk", codec) for k, codec in codecs.items()}), examples)
-    return CachedTeacher(paired, opened, source.split.total, images.device)

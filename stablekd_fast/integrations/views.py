@@ -76,6 +76,10 @@ class SampleViews(Dataset):
         """Begin an epoch; they count from 0."""
         self._epoch.fill_(epoch)
 
+    def view_of(self, epoch: int) -> int:
+        """Return the number of the view that an epoch shows."""
+        return epoch % self._views
+
     def __len__(self) -> int:
         return len(self.source.split)
 
@@ -87,10 +91,10 @@ class SampleViews(Dataset):
         epoch = int(self._epoch)
         if epoch < 0:
             raise ConfigError(
-                "No epoch was begun, so views have no number; call set_epoch before each (torchdistill does with "
-                "pre_epoch_process: begin_view)."
+                "No epoch was begun, so views have no number; call set_epoch before each (Blockwise does in begin, "
+                "torchdistill with pre_epoch_process: begin_view)."
             )
-        batch = self.source.batch(np.array(indices), epoch % self._views)
+        batch = self.source.batch(np.array(indices), self.view_of(epoch))
         assert batch.images is not None and batch.view is not None
         keys = [{SAMPLE: sample, VIEW: batch.view} for sample in batch.sample_ids.tolist()]
         return list(zip(batch.images, batch.labels.tolist(), keys))

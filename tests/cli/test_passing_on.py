@@ -191,6 +191,8 @@ BENCHED = {
     "loader": ("runs.loader.run_loader", ["--small", "s", "--large", "l", "--batch-size", "65", "--workers", "9"],
                ["s", "l", 65, 9]),
     "dropin": ("runs.dropin.run_dropin", ["--directory", "there", "--data", "d", "--quick"], ["there", "d", True]),
+    "own-loop": ("runs.own_loop.run_own_loop", ["--directory", "there", "--data", "d", "--quick"],
+                 ["there", "d", True]),
 }  # fmt: skip
 """By bench what runs it, what is typed, and what it must be given."""
 

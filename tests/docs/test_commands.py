@@ -1,13 +1,16 @@
 """Every command and every Python example of the documentation, run in small.
 
 The blocks of a page run in order in one folder of their own. ```sh: each command runs; those that train or measure get
-options appended that make them short. ```python: runs, with the names of the page's earlier examples. ```sh parse-only:
-the settings of each `stablekd` command are checked, the syntax of every other one.
+options appended that make them short. ```python: runs, with the names of the page's earlier examples. ```python FILE: is
+written into that file, which a later command runs. ```sh parse-only: the settings of each `stablekd` command are
+checked, the syntax of every other one.
 """
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import jsonargparse
@@ -86,12 +89,14 @@ def test_a_page_s_commands_run(page, page_folder):
                 parse(command)
         elif kind == "python":
             exec(compile(text, f"{page.name}, an example", "exec"), names)
+        elif kind.startswith("python "):
+            (page_folder / kind.removeprefix("python ")).write_text(text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_no_command_hides_in_another_kind_of_block(page):
     for kind, text in FENCE.findall(page.read_text()):
-        assert kind in ("sh", "sh parse-only", "python", "yaml", ""), kind
+        assert kind in ("sh", "sh parse-only", "python", "yaml", "") or kind.startswith("python "), kind
         assert kind or not re.search(r"^(stablekd|python|pip|torchrun|pytest) ", text, re.MULTILINE), text
 
 
@@ -119,7 +124,8 @@ def commands(text):
 def run(command):
     words = shlex.split(command, comments=True)
     if words[0] != "stablekd":
-        assert subprocess.run(["bash", "-c", command]).returncode == 0, command
+        tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        assert subprocess.run(["bash", "-c", command], env={**os.environ, "PATH": tools}).returncode == 0, command
         return
     assert cli.main([*words[1:], *shortened(words[1:])]) == 0, command
 

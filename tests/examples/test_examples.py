@@ -7,11 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import stablekd_fast
+from stablekd_fast import models
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def path_of(word: str) -> str:
+    """The word itself, or the example of that name."""
+    return str(EXAMPLES / word) if word.endswith(".py") and (EXAMPLES / word).exists() else word
 
 
 @pytest.fixture
@@ -27,7 +34,7 @@ def run(tmp_path):
 
     def call(script: str, *words: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", EXAMPLES / script, *words],
+            [sys.executable, "-W", "ignore", *(path_of(word) for word in (script, *words))],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
@@ -39,8 +46,33 @@ def run(tmp_path):
     return call
 
 
-def test_plain_pytorch(run):
-    assert "epoch 0: loss " in run("plain_pytorch.py", "1")
+def check_student(folder, build):
+    """The plain student was saved, and rows of the teacher."""
+    build().load_state_dict(torch.load(folder / "student.pt"))
+    assert any((folder / "teacher_rows").iterdir())
+
+
+def resnet20():
+    return models.build("resnet20", 10, 8)
+
+
+def test_plain_pytorch(run, tmp_path):
+    printed = run("plain_pytorch.py", "2")
+    assert "Blockwise: 1.5 of 2 epochs decomposed, not begun" in printed and "epoch 1: loss " in printed
+    check_student(tmp_path, resnet20)
+
+
+def test_ddp(run, tmp_path):
+    """Two processes by torchrun."""
+    printed = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ddp_loop.py", "1")
+    assert sorted(line.split(":")[0] for line in printed.splitlines()) == [f"process {k}, epoch 0" for k in (0, 1)]
+    check_student(tmp_path, resnet20)
+
+
+def test_accelerate(run, tmp_path):
+    pytest.importorskip("accelerate")
+    assert "epoch 1: loss " in run("accelerate_loop.py", "2")
+    check_student(tmp_path, resnet20)
 
 
 def test_one_file(run, tmp_path):
@@ -54,16 +86,24 @@ def test_one_file(run, tmp_path):
     assert trained == loaded and (tmp_path / "student.safetensors").exists()
 
 
-def test_lightning(run):
+def test_lightning(run, tmp_path):
     pytest.importorskip("lightning")
-    assert "3 steps, last loss " in run("lightning_module.py", "3")
+    assert "46 steps, last loss " in run("lightning_module.py", "2")
+    check_student(tmp_path, resnet20)
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=False)["state_dict"]
+    assert {name.split(".")[1] for name in state} == {"student", "_extra_state"}
 
 
-def test_huggingface_trainer(run):
+def test_huggingface_trainer(run, tmp_path):
     pytest.importorskip("accelerate")
     if not any(Path(path, "transformers").is_dir() for path in sys.path):  # an import may find our `kernels`
         pytest.skip("transformers is not installed")
-    assert "global_step=3" in run("huggingface_trainer.py", "3")
+    assert "global_step=46" in run("huggingface_trainer.py", "2")
+    saved = safetensors.torch.load_file(tmp_path / "checkpoints" / "checkpoint-46" / "model.safetensors")
+    plain = torch.load(tmp_path / "student.pt")
+    assert saved.keys() - {f"student.{name}" for name in plain} == {"_extra_state"}
+    assert all(torch.equal(saved[f"student.{name}"], value) for name, value in plain.items())
 
 
 @pytest.mark.parametrize("config", ["kd", "stablekd"])
@@ -113,7 +153,6 @@ def test_mdistiller():
     stub.install()
     from mdistiller.distillers import distiller_dict
 
-    from stablekd_fast import models
     from stablekd_fast.integrations import mdistiller
 
     class Both(torch.nn.Module):
