@@ -1,8 +1,8 @@
 """Losses as modules, for training loops of one's own: the signatures people use, computed by `stablekd_fast.kernels`.
 
 All give a 0-dim tensor in float32 (float64 for float64 inputs) whatever the inputs' precision, are differentiable
-twice, and run on CPUs and NVIDIA GPUs. None has parameters. Tensors that do not fit raise OperandError, settings
-ConfigError.
+twice, and run on CPUs and NVIDIA GPUs. None has parameters; `ContrastiveLoss` has a memory in its buffers. Tensors that
+do not fit raise OperandError, settings ConfigError.
 
 Reductions are torch's: `"batchmean"` divides a sum over all elements by the batch size, `"mean"` by the number of
 elements, `"sum"` by nothing. `"none"` is not supported: the kernels never write the single terms. All are instances of
@@ -11,8 +11,12 @@ torch's own base class of losses, as tools that check their criteria want it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
@@ -175,6 +179,73 @@ class CosineLoss(_Loss):
 
     def extra_repr(self) -> str:
         return f"per={self.per!r}"
+
+
+class ContrastiveLoss(_Loss):
+    """InfoNCE of embeddings: mean of -log(exp(s.t / T) / sum over teachers' embeddings of exp(s.t' / T)).
+
+    s and t are embeddings of one sample at unit length. Wu et al., DisCo: arXiv 2112.05638. The teachers' embeddings are
+    those of the batch and of a queue of `queue` earlier ones, a buffer, which batches fill in training mode alone; 0 takes
+    the batch alone. `width` is the teacher's; a student of another one needs a linear map, trained with it.
+
+    `group`: a process group whose ranks have a part of each batch, equally many samples each. The teachers' embeddings of
+    all of them are then contrasted with, and gradients averaged over the ranks are those of the whole batch.
+    """
+
+    def __init__(
+        self, width: int, temperature: float = 0.05, queue: int = 2048, group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        if width < 1 or queue < 0:
+            raise ConfigError(f"width={width}, queue={queue} was given; needed are width >= 1 and queue >= 0.")
+        self.temperature = temperature
+        self.register_buffer("kept", torch.zeros(queue, width))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.kept: Tensor
+        self.count: Tensor
+        self.gather: Callable[[Tensor], tuple[Tensor, int]] | None = None if group is None else partial(rows_of, group)
+        """What gives the rows of all ranks, and at which place this rank's begin."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """`input` (the student's) and `target` (the teacher's) are embeddings `[N, width]`; `target` gets no gradient."""
+        width = self.kept.shape[1]
+        if input.dim() != 2 or input.shape != target.shape or input.shape[1] != width:
+            raise OperandError(
+                f"ContrastiveLoss was given {list(input.shape)} and {list(target.shape)}; it needs embeddings "
+                f"[N, {width}] twice. A student of another width needs a linear map to {width}, trained with it."
+            )
+        kind = torch.promote_types(input.dtype, torch.float32)
+        own, teachers = (F.normalize(embeddings.to(kind), dim=1) for embeddings in (input, target.detach()))
+        teachers, first = (teachers, 0) if self.gather is None else self.gather(teachers)
+        remembered = self.kept.clone().to(kind)
+        cosines = torch.cat([own @ teachers.T, own @ remembered.T], 1) / self.temperature
+        places = torch.arange(len(teachers) + len(remembered), device=own.device)
+        cosines = cosines.masked_fill(places >= len(teachers) + self.count, -torch.inf)
+        if self.training and len(self.kept):
+            self._keep(teachers)
+        return F.cross_entropy(cosines, places[first : first + len(own)])
+
+    @torch.no_grad()
+    def _keep(self, embeddings: Tensor) -> None:
+        """Let embeddings `[N, width]` take the places of the oldest in the queue."""
+        newest = embeddings[: len(self.kept)]
+        places = (self.count + torch.arange(len(newest), device=newest.device)) % len(self.kept)
+        self.kept.index_copy_(0, places, newest.to(self.kept.dtype))
+        self.count += len(newest)
+
+    def extra_repr(self) -> str:
+        return f"width={self.kept.shape[1]}, temperature={self.temperature}, queue={len(self.kept)}"
+
+
+def rows_of(group: dist.ProcessGroup, rows: Tensor) -> tuple[Tensor, int]:
+    """Return the rows `[N, ...]` of all ranks of a group, one after the other, and at which place this rank's begin.
+
+    All ranks must have equally many. No gradient passes.
+    """
+    gathered = [torch.empty_like(rows) for _ in range(group.size())]
+    dist.all_gather(gathered, rows.detach().contiguous(), group=group)
+    return torch.cat(gathered), group.rank() * len(rows)
 
 
 def _check_reduction(reduction: str, supported: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from stablekd_fast.distributed.ranks import Ranks
+from stablekd_fast.losses import rows_of
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,9 @@ class Averaging:
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite the tensors with their means."""
         self.ranks.average_gradients(tensors, self.group, self.count)
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        """Return the rows `[N, ...]` of all ranks, as many of each, and at which place this rank's begin."""
+        self.ranks.other_bytes += rows.nbytes
+        with self.ranks.meeting("rows of a batch are gathered", self.group):
+            return rows_of(self.group, rows)

@@ -79,7 +79,7 @@ def bodies_of(steps: list[GroupStep], told: Callable[[str], None] = lambda name:
     if steps[0].averaging is None:
         return [of_each(GroupStep.run)]
     computing = of_each(GroupStep.compute)
-    one_by_one = any(step.syncs_norms for step in steps)
+    one_by_one = any(step.exchanges for step in steps)
     return [
         [partial(average, GroupStep.of_whole_batch)],
         *([[one] for one in computing] if one_by_one else [computing]),

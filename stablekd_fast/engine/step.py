@@ -107,8 +107,6 @@ class GroupStep:
         self.paired, self.objectives, self.inputs = paired, objectives, inputs
         blocks = [paired.student_blocks[k] for k in group]
         self.micro_batches, self.averaging = micro_batches, averaging
-        self.syncs_norms = sync_norms and averaging is not None
-        """Whether forward and backward exchange something with other ranks."""
         if sync_norms and averaging is not None:
             self.blocks = [synced(block, averaging) for block in blocks]
         else:
@@ -125,6 +123,10 @@ class GroupStep:
         if self.auxiliary is not None:
             self.parameters = trained | {AUXILIARY + name: p for name, p in self.auxiliary.named_parameters()}
             inputs.wants_ids |= self.auxiliary.reads_ids
+            self.auxiliary.gather = None if averaging is None else averaging.gather
+        gathers = self.auxiliary is not None and self.auxiliary.gathers
+        self.exchanges = averaging is not None and (sync_norms or gathers)
+        """Whether forward and backward exchange something with other ranks."""
         device = self.device = inputs.device
         self.rates = rates.table
         self.current = rates.table[:1].clone()

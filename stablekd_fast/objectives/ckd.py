@@ -1,7 +1,8 @@
 """Contrastive distillation of embeddings (Wu et al., DisCo / DistilCSE: arXiv 2112.05638).
 
 InfoNCE: the student's embedding of a sample is to lie nearer to the teacher's embedding of the same sample than to the
-teacher's embeddings of the other samples of the batch and of a queue of earlier ones.
+teacher's embeddings of the other samples of the batch and of a queue of earlier ones. The arithmetic is that of
+`stablekd_fast.losses.ContrastiveLoss`. Where ranks divide the batch, each contrasts its samples with those of all.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stablekd_fast.errors import check_range
+from stablekd_fast.losses import ContrastiveLoss
 from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, Network, StepBatch, embedding, last_cut
 from stablekd_fast.objectives.methods import Method, add_method
 from stablekd_fast.objectives.registry import register
@@ -41,6 +41,7 @@ class Contrast(Auxiliary):
     to the teacher's width; it is left out of the export."""
 
     relates = True
+    gathers = True
     any_width = True
 
     def __init__(self, config: CKD, facts: Facts) -> None:
@@ -48,10 +49,7 @@ class Contrast(Auxiliary):
         self.cut = last_cut("ckd", facts.cuts)
         own, theirs = facts.widths(self.cut)
         self.map = nn.Identity() if own == theirs else nn.Linear(own, theirs, bias=False)
-        self.register_buffer("kept", torch.zeros(config.queue, theirs))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.kept: Tensor
-        self.count: Tensor
+        self.contrast = ContrastiveLoss(theirs, config.temperature, config.queue)
 
     @classmethod
     def teacher_outputs(cls, config: Any, cuts: int) -> set[int]:
@@ -63,24 +61,9 @@ class Contrast(Auxiliary):
 
     def forward(self, batch: StepBatch, student: dict[int, Tensor], network: Network) -> Tensor:
         axis = self.facts.channel_axes[self.cut]
-        own = F.normalize(self.map(embedding(student[self.cut], axis)), dim=1)
-        theirs = F.normalize(embedding(batch.targets[self.cut], axis), dim=1)
-        cosines = torch.cat([own @ theirs.T, own @ self.kept.T.clone()], 1) / self.config.temperature
-        empty = torch.arange(len(self.kept), device=own.device) >= self.count
-        absent = torch.cat([torch.zeros(len(theirs), dtype=torch.bool, device=own.device), empty])
-        cosines = cosines.masked_fill(absent, -torch.inf)
-        loss = F.cross_entropy(cosines, torch.arange(len(own), device=own.device))
-        if len(self.kept):
-            self._keep(theirs.detach())
-        return self.config.weight * loss
-
-    @torch.no_grad()
-    def _keep(self, embeddings: Tensor) -> None:
-        """Let embeddings `[N, D]` take the places of the oldest in the queue."""
-        newest = embeddings[: len(self.kept)]
-        places = (self.count + torch.arange(len(newest), device=newest.device)) % len(self.kept)
-        self.kept.index_copy_(0, places, newest.to(self.kept.dtype))
-        self.count += len(newest)
+        own, theirs = embedding(student[self.cut], axis), embedding(batch.targets[self.cut], axis)
+        self.contrast.gather = self.gather
+        return self.config.weight * self.contrast(self.map(own), theirs)
 
 
 add_method("ckd", Method(auxiliary="ckd", options={"logits": {"kl_weight": 0.0}}))

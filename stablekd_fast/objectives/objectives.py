@@ -99,9 +99,11 @@ class Objectives:
                 f"{relating[-1]} compares the samples of a batch, which accumulate={accumulate} would divide; use "
                 "accumulate=1."
             )
-        if relating and ranks > 1:
+        gathers = self.auxiliary is not None and self.auxiliary.kind.gathers
+        divided = relating[:-1] if gathers else relating
+        if divided and ranks > 1:
             raise ConfigError(
-                f"{relating[-1]} compares the samples of a batch, which {ranks} processes would divide; use one."
+                f"{divided[-1]} compares the samples of a batch, which {ranks} processes would divide; use one."
             )
         if self.auxiliary is None:
             return []
