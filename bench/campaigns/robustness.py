@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,7 +66,9 @@ class Attack:
         return moved.detach()
 
 
-def batches_of(images: Tensor, labels: Tensor, order: Tensor, size: int, device: torch.device):
+def batches_of(
+    images: Tensor, labels: Tensor, order: Tensor, size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Give images uint8 `[N, H, W, 3]` as float32 `[n, 3, H, W]` of 0 to 1, with their labels."""
     for places in order.split(size):
         yield images[places].to(device).permute(0, 3, 1, 2).float() / 255, labels[places].to(device)
@@ -151,9 +154,7 @@ def main(words: list[str] | None = None) -> None:
     weights = robust_teacher(campaign, out, arguments.robust_epochs, int(arguments.subset), device)
     dataset, task = campaign.dataset, campaign.task
     campaign = Campaign(dataclasses.replace(task, teacher_weights=str(weights)), dataset)
-    attacked: Callable[[str, Path], dict] = lambda name, path: under_attack(  # noqa: E731
-        name, path, dataset, arguments.attacked, device
-    )
+    attacked = partial(under_attack, dataset=dataset, count=arguments.attacked, device=device)
     rows = [{"method": "teacher", "seed": 0, **attacked(task.teacher, weights)}]
     for seed in range(arguments.seeds):
         for method, settings in METHODS.items():
