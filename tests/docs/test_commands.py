@@ -1,8 +1,8 @@
 """Every command and every Python example of the documentation, run in small.
 
 The blocks of a page run in order in one folder of their own. ```sh: each command runs; those that train or measure get
-options appended that make them short. ```python: runs, with the names of the page's earlier examples. ```python FILE: is
-written into that file, which a later command runs. ```sh parse-only: the settings of each `stablekd` command are
+options appended that make them short. ```python: runs, with the names of the page's earlier examples. ```python FILE:
+is written into that file, which a later command runs. ```sh parse-only: the settings of each `stablekd` command are
 checked, the syntax of every other one.
 """
 

@@ -117,30 +117,29 @@ def test_float32_losses_of_a_first_step_are_the_engines(pair, share, groups):
     assert largest_difference(own_losses(skd, batches, stages), engine_losses(twin.paired, batches, stages)) < 1e-5
 
 
+FEATURES = {"feature/layer1", "feature/layer2", "feature/layer3"}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "changes"),
     [
-        {"logits_options": {"temperature": 8.0}},
-        {"logits_options": {"kl_weight": 0.101}},
-        {"logits_options": {"ce_weight": 1.01}},
-        {"feature_options": {"weight": 1.01}},
-        {"feature_options": {"normalize": None}},
-        {"feature": "at"},
-        {"logits": "dkd"},
+        ({"logits_options": {"temperature": 8.0}}, {"kd"}),
+        ({"logits_options": {"kl_weight": 0.101}}, {"kd"}),
+        ({"logits_options": {"ce_weight": 1.01}}, {"ce"}),
+        ({"logits_options": {"label_smoothing": 0.2}}, {"ce"}),
+        ({"feature_options": {"weight": 1.01}}, FEATURES),
+        ({"feature_options": {"normalize": None}}, FEATURES),
+        ({"feature": "at"}, FEATURES),
+        ({"logits": "dkd"}, {"kd"}),
     ],
     ids=str,
 )
-def test_settings_of_losses_reach_them(pair, settings):
+def test_settings_of_losses_reach_them(pair, settings, changes):
     images, labels = digits(1, torch.float32)[0]
     plain, other = (Blockwise(*pair(), images, 1, **given) for given in ({}, settings))
     plain.begin(0), other.begin(0)
     a, b = plain(images, labels), other(images, labels)
-    changed = {name for name in a.terms if not torch.isclose(a.terms[name], b.terms[name], rtol=1e-4)}
-    wanted = {"ce": "ce_weight"}.items()
-    if any("feature" in key for key in settings):
-        assert changed == {"feature/layer1", "feature/layer2", "feature/layer3"}
-    else:
-        assert changed == ({name for name, key in wanted if key in str(settings)} or {"kd"})
+    assert {name for name in a.terms if not torch.isclose(a.terms[name], b.terms[name], rtol=1e-4)} == changes
 
 
 def test_terms_add_up_and_carry_no_graph(pair):
@@ -417,9 +416,15 @@ def test_rows_give_the_numbers_of_the_live_teacher_and_spare_it(pair, tmp_path):
 
 
 def test_rows_of_another_precision_are_not_taken(pair, tmp_path):
-    run_with_rows(pair, 1, rows=str(tmp_path))
+    """The precision is that of the autocast around the first batch."""
+    plain, cast = tmp_path / "plain", tmp_path / "cast"
+    run_with_rows(pair, 1, rows=str(plain))
     with pytest.raises(stablekd_fast.errors.CacheError, match="made for something else"):
-        run_with_rows(pair, 1, rows=str(tmp_path), dtype=torch.bfloat16)
+        run_with_rows(pair, 1, rows=str(plain), dtype=torch.bfloat16)
+    run_with_rows(pair, 1, rows=str(cast), dtype=torch.bfloat16)
+    for folder, name in ((plain, "fp32"), (cast, "bf16")):
+        manifests = [file.read_text() for file in folder.glob("*/manifest.json")]
+        assert len(manifests) == 4 and all(f'"precision": "{name}"' in text for text in manifests)
 
 
 def test_batches_that_rows_cannot_serve_are_refused(pair, tmp_path):
