@@ -35,10 +35,11 @@ SETTINGS = {
     "squares": {"lr": 0.01, "normalize": None, "mapped": True},
 }
 """What `--search` found for each loss. `mapped`: whether cosines are taken behind the map to the teacher's width."""
-RATES = (0.003, 0.01, 0.03)
 TRIED = {
-    "contrast": [{"lr": lr, "temperature": t, "queue": 2048} for t in (0.05, 0.1, 0.2) for lr in RATES],
-    "squares": [{"lr": lr, "normalize": kind} for kind in (None, "l2", "power") for lr in RATES],
+    "contrast": [
+        {"lr": lr, "temperature": t, "queue": 2048} for t in (0.05, 0.1, 0.2) for lr in (0.01, 0.03, 0.1)
+    ],
+    "squares": [{"lr": lr, "normalize": kind} for kind in (None, "l2") for lr in (0.003, 0.01, 0.03, 0.1)],
 }
 
 

@@ -1,5 +1,6 @@
 """Every example runs for a few steps, in a process of its own."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -41,6 +42,15 @@ def run(tmp_path):
 
 def test_plain_pytorch(run):
     assert "epoch 0: loss " in run("plain_pytorch.py", "1")
+
+
+def test_sentence_embeddings(run):
+    """Each loss teaches something within a few steps: an untrained student's cosines are far from the teacher's."""
+    first, *rows = run("sentence_embeddings.py", "--steps", "30", "--seeds", "1").splitlines()
+    assert int(first.split()[0]) > 1000
+    teacher, *students = map(json.loads, rows)
+    assert teacher["teacher"] > 0.1 and [row["loss"] for row in students] == ["contrast", "squares"]
+    assert all(row["teacher"] > 0.2 for row in students), students
 
 
 def test_one_file(run, tmp_path):
