@@ -96,7 +96,10 @@ def test_losses_of_features(loss, plain):
         (lambda: MSELoss()(FEATURES[0], FEATURES[1][:1]), "one shape"),
         (lambda: ContrastiveLoss(5, queue=-1), "queue >= 0"),
         (lambda: ContrastiveLoss(5, temperature=0), "greater than 0"),
-        (lambda: ContrastiveLoss(7)(STUDENT, TEACHER), r"given \[6, 5\] and \[6, 5\]; it needs embeddings \[N, 7\] twice"),
+        (
+            lambda: ContrastiveLoss(7)(STUDENT, TEACHER),
+            r"\[6, 5\] and \[6, 5\]; it needs embeddings \[N, 7\] twice",
+        ),
         (lambda: ContrastiveLoss(5)(STUDENT[:, :3], TEACHER), "A student of another width needs a linear map to 5"),
         (lambda: KDLoss()(STUDENT.float(), TEACHER.float(), torch.full((6,), -100)), r"labels\[0\] is -100"),
     ],

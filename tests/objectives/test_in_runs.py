@@ -156,9 +156,7 @@ def test_losses_that_compare_samples_are_refused_on_ranks_that_divide_them():
     aims = objectives_of(DistillConfig(method="ckd"))  # gathers what the others have
     assert aims.check([[[0, 1]]], 1, accumulate=1, ranks=2, mix=None) == []
     with pytest.raises(ConfigError, match="dist compares the samples of a batch, which 2 processes"):
-        objectives_of(DistillConfig(method="ckd", logits="dist")).check(
-            [[[0, 1]]], 1, accumulate=1, ranks=2, mix=None
-        )
+        objectives_of(DistillConfig(method="ckd", logits="dist")).check([[[0, 1]]], 1, accumulate=1, ranks=2, mix=None)
 
 
 def test_widths_are_bridged_only_where_a_loss_needs_it(make):
