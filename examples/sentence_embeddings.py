@@ -1,11 +1,11 @@
 """Contrastive distillation of sentence embeddings: a small encoder learns from a larger one, and nothing is downloaded.
 
 The text is that of Python itself: the topics of `help()` and the docstrings of the standard library. The teacher reads
-a sentence as the mean of its words, and learns which sentences stand side by side. Students of an eighth of its width are
-then distilled by `ContrastiveLoss` and by mean squared error, and are asked how alike held-out sentences are.
+a sentence as the mean of its words, and learns which sentences stand side by side. Students of an eighth of its width
+are then distilled by `ContrastiveLoss` and by mean squared error, and are asked how alike held-out sentences are.
 
-    python examples/sentence_embeddings.py            # three seeds, with the settings in SETTINGS
-    python examples/sentence_embeddings.py --search   # finds SETTINGS, on sentences held out for that
+    python examples/sentence_embeddings.py            # three seeds, with the settings in CHOSEN
+    python examples/sentence_embeddings.py --search   # tries those in TRIED, on sentences held out for that
 """
 
 from __future__ import annotations
@@ -30,16 +30,22 @@ from stablekd_fast.losses import ContrastiveLoss, MSELoss
 
 WORDS, LENGTH = 8192, 24
 TEACHER, STUDENT = 256, 32
-SETTINGS = {
-    "contrast": {"lr": 0.01, "temperature": 0.1, "queue": 2048, "mapped": True},
-    "squares": {"lr": 0.01, "normalize": None, "mapped": True},
-}
-"""What `--search` found for each loss. `mapped`: whether cosines are taken behind the map to the teacher's width."""
-RATES = (0.003, 0.01, 0.03)
 TRIED = {
-    "contrast": [{"lr": lr, "temperature": t, "queue": 2048} for t in (0.05, 0.1, 0.2) for lr in RATES],
-    "squares": [{"lr": lr, "normalize": kind} for kind in (None, "l2", "power") for lr in RATES],
+    "contrast": [{"lr": lr, "temperature": t, "queue": 2048} for t in (0.1, 0.2) for lr in (0.01, 0.03, 0.1)],
+    "squares": [{"lr": lr, "normalize": kind} for kind in (None, "l2") for lr in (0.01, 0.03, 0.1)],
 }
+CHOSEN = {
+    "contrast": [
+        {"by": "nearness", "lr": 0.03, "temperature": 0.2, "queue": 2048, "mapped": True},
+        {"by": "teacher", "lr": 0.1, "temperature": 0.2, "queue": 2048, "mapped": True},
+    ],
+    "squares": [
+        {"by": "nearness", "lr": 0.03, "normalize": None, "mapped": True},
+        {"by": "teacher", "lr": 0.03, "normalize": None, "mapped": True},
+    ],
+}
+"""What `--search` found best for each loss, by either correlation. `mapped`: cosines are those behind the student's map
+to the teacher's width."""
 
 
 # The text.
@@ -74,18 +80,21 @@ def sections() -> list[Tensor]:
     return found
 
 
-def graded_pairs(sections: list[Tensor], seed: int = 0) -> tuple[Tensor, Tensor, list[int]]:
-    """Pairs of sentences, int64 `[N, LENGTH]` twice, with how near they stand: 2 side by side, 1 in one text, 0 in two."""
-    draw, left, right, grades = random.Random(seed), [], [], []
+Pairs = tuple[Tensor, Tensor, list[int]]
+
+
+def graded_pairs(sections: list[Tensor], seed: int = 0) -> Pairs:
+    """Pairs of sentences, int64 `[N, LENGTH]` twice, and how near they are: 2 side by side, 1 in one text, 0 apart."""
+    draw, found = random.Random(seed), []
     for here, rows in enumerate(sections):
         for at in range(len(rows) - 1):
-            others = [place for place in range(len(rows)) if abs(place - at) > 1]
+            further = [row for place, row in enumerate(rows) if abs(place - at) > 1]
             elsewhere = sections[(here + draw.randrange(1, len(sections))) % len(sections)]
-            partners = [rows[at + 1], rows[draw.choice(others)] if others else None, draw.choice(list(elsewhere))]
-            for grade, partner in zip((2, 1, 0), partners):
-                if partner is not None:
-                    left.append(rows[at]), right.append(partner), grades.append(grade)
-    return torch.stack(left), torch.stack(right), grades
+            found.append((rows[at], rows[at + 1], 2))
+            found += [(rows[at], draw.choice(further), 1)] if further else []
+            found.append((rows[at], draw.choice(list(elsewhere)), 0))
+    left, right, grades = zip(*found)
+    return torch.stack(left), torch.stack(right), list(grades)
 
 
 # The networks.
@@ -97,7 +106,9 @@ class Encoder(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.words = nn.EmbeddingBag(WORDS, width, mode="mean", padding_idx=0)
-        self.mix = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mix = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, sentences: Tensor) -> Tensor:
         words = self.words(sentences)
@@ -153,13 +164,14 @@ def distilled(name: str, settings: dict, sentences: Tensor, targets: Tensor, see
 
 
 @torch.no_grad()
-def cosines(encoder: nn.Module, pairs: tuple[Tensor, Tensor, list[int]]) -> Tensor:
-    left, right = ((torch.cat([encoder(part) for part in side.split(1024)])) for side in pairs[:2])
+def cosines(encoder: nn.Module, pairs: Pairs) -> Tensor:
+    left, right = (torch.cat([encoder(part) for part in side.split(1024)]) for side in pairs[:2])
     return F.cosine_similarity(left, right)
 
 
-def correlations(student: nn.Sequential, pairs, teachers: Tensor) -> dict[str, dict[str, float]]:
-    """Rank correlations of the student's cosines with how near sentences stand, and with the teacher's cosines."""
+def correlations(student: nn.Sequential, pairs: Pairs, teachers: Tensor) -> dict[bool, dict[str, float]]:
+    """Rank correlations of the student's cosines with how near sentences stand, and with the teacher's cosines: before
+    the map to the teacher's width, and behind it."""
     found = {}
     for mapped, encoder in ((False, student[0]), (True, student)):
         own = cosines(encoder, pairs)
@@ -169,29 +181,36 @@ def correlations(student: nn.Sequential, pairs, teachers: Tensor) -> dict[str, d
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=300, help="steps of teacher and students")
+    parser.add_argument("--teacher-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1000, help="steps of each student")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--search", action="store_true", help="try settings, on other held-out sentences")
     asked = parser.parse_args()
 
     found = sections()
-    train = [rows for number, rows in enumerate(found) if number % 5 > 1]
-    validation, test = found[0::5], found[1::5]
+    train, validation, test = [rows for number, rows in enumerate(found) if number % 5 > 1], found[0::5], found[1::5]
     sentences, pairs = torch.cat(train), graded_pairs(validation if asked.search else test)
-    print(f"{len(sentences)} sentences of {len(train)} texts to learn from, {len(pairs[2])} pairs of others", flush=True)
-    teacher = trained_teacher(train, asked.steps)
+    print(
+        f"{len(sentences)} sentences of {len(train)} texts to learn from, {len(pairs[2])} pairs of others", flush=True
+    )
+    teacher = trained_teacher(train, asked.teacher_steps)
     teachers = cosines(teacher, pairs)
     with torch.no_grad():
         targets = torch.cat([teacher(part) for part in sentences.split(1024)])
-    print(json.dumps({"teacher": round(spearmanr(teachers, pairs[2])[0], 4)}), flush=True)
-    for name, chosen in SETTINGS.items():
-        for settings in TRIED[name] if asked.search else [chosen]:
-            for seed in [100] if asked.search else range(asked.seeds):
-                student = distilled(name, settings, sentences, targets, seed, asked.steps)
-                for mapped, values in correlations(student, pairs, teachers).items():
-                    if asked.search or mapped == settings["mapped"]:
-                        row = {"loss": name, "seed": seed, **settings, "mapped": mapped}
-                        print(json.dumps(row | {key: round(value, 4) for key, value in values.items()}), flush=True)
+    show({"loss": "the teacher", "nearness": spearmanr(teachers, pairs[2])[0]})
+    seeds = [100] if asked.search else range(asked.seeds)
+    for name, settings in (
+        (name, one) for name, several in (TRIED if asked.search else CHOSEN).items() for one in several
+    ):
+        for seed in seeds:
+            student = distilled(name, settings, sentences, targets, seed, asked.steps)
+            for mapped, values in correlations(student, pairs, teachers).items():
+                if settings.get("mapped", mapped) == mapped:
+                    show({"loss": name, **settings, "mapped": mapped, "seed": seed, **values})
+
+
+def show(row: dict) -> None:
+    print(json.dumps({key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}), flush=True)
 
 
 if __name__ == "__main__":

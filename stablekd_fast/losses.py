@@ -182,14 +182,16 @@ class CosineLoss(_Loss):
 
 
 class ContrastiveLoss(_Loss):
-    """InfoNCE of embeddings: mean of -log(exp(s.t / T) / sum over teachers' embeddings of exp(s.t' / T)).
+    """InfoNCE of embeddings: mean of -log(exp(s.t / T) / sum over the teacher's embeddings of exp(s.t' / T)).
 
-    s and t are embeddings of one sample at unit length. Wu et al., DisCo: arXiv 2112.05638. The teachers' embeddings are
-    those of the batch and of a queue of `queue` earlier ones, a buffer, which batches fill in training mode alone; 0 takes
-    the batch alone. `width` is the teacher's; a student of another one needs a linear map, trained with it.
+    s and t are embeddings of one sample, scaled to unit length (Wu et al., DisCo: arXiv 2112.05638). The teacher's
+    embeddings are those of the batch and of a queue of `queue` earlier ones, a buffer that batches fill in training
+    mode alone; 0 takes the batch alone. `width` is the teacher's; a student of another one needs a linear map, trained
+    with it.
 
-    `group`: a process group whose ranks have a part of each batch, equally many samples each. The teachers' embeddings of
-    all of them are then contrasted with, and gradients averaged over the ranks are those of the whole batch.
+    `group`: a process group whose ranks have a part of each batch, equally many samples each. Each sample is then
+    contrasted with the teacher's embeddings of all of them, and gradients averaged over the ranks are those of the
+    whole batch.
     """
 
     def __init__(
@@ -208,7 +210,7 @@ class ContrastiveLoss(_Loss):
         """What gives the rows of all ranks, and at which place this rank's begin."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """`input` (the student's) and `target` (the teacher's) are embeddings `[N, width]`; `target` gets no gradient."""
+        """`input` (the student's) and `target` (the teacher's, which gets no gradient) are embeddings `[N, width]`."""
         width = self.kept.shape[1]
         if input.dim() != 2 or input.shape != target.shape or input.shape[1] != width:
             raise OperandError(

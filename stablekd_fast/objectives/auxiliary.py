@@ -112,7 +112,7 @@ class Auxiliary(nn.Module):
     relates: ClassVar[bool] = False
     """Whether the loss compares samples of a batch, or remembers them, so that it is no mean over parts of a batch."""
     gathers: ClassVar[bool] = False
-    """Whether a loss that `relates` asks `gather` for what other ranks have of the batch, so that ranks may divide it."""
+    """Whether a loss that `relates` asks `gather` for what other ranks have, so that they may divide the batch."""
     needs_mix: ClassVar[bool] = False
     """Whether images must be mixed."""
     needs_classes: ClassVar[bool] = False
@@ -130,8 +130,8 @@ class Auxiliary(nn.Module):
         super().__init__()
         self.config, self.facts = config, facts
         self.gather: Callable[[Tensor], tuple[Tensor, int]] | None = None
-        """Gives the rows `[N, ...]` of all ranks that divide the batch, without gradients, and at which place this rank's
-        begin. Each stage sets it; None where one rank has the whole batch."""
+        """Gives the rows `[N, ...]` of all ranks that divide the batch, without gradients, and at which place those of
+        this rank begin. Each stage sets it; None where one rank has the whole batch."""
 
     @classmethod
     def student_outputs(cls, config: Any, cuts: int) -> set[int]:

@@ -104,12 +104,30 @@ def test_images_on_several_ranks_agree_with_whole_batches(launch, ranks):
     """Batch norms are synchronised or frozen. In float32 trajectories part by themselves: one step is compared."""
     output = launch.finished(*launch.together(ranks, "data"))
     lines = [line.split()[1:] for line in output.splitlines() if line.startswith("APART")]
-    assert len(lines) == 4
+    assert len(lines) == 8
     for dtype, norms, *numbers in lines:
         apart, moved, statistics, losses = map(float, numbers)
         bound = {"torch.float64": 1e-9, "torch.float32": 1e-5}[dtype]
         assert moved > 1e-3
         assert max(apart, statistics) <= bound and losses <= 1e-5, (dtype, norms, numbers)  # losses are kept in float32
+
+
+def test_a_contrast_on_two_ranks_is_that_of_whole_batches(launch):
+    output = launch.finished(*launch.together(2, "contrast"))
+    lines = [line.split()[1:] for line in output.splitlines() if line.startswith("APART")]
+    assert len(lines) == 2
+    assert all(float(apart) < 1e-12 and int(count) == 36 for apart, count in lines), "3 batches of 12 on each rank"
+
+
+def test_a_run_that_contrasts_on_two_ranks_remembers_what_one_process_does(launch, tmp_path):
+    """The teacher's embeddings do not depend on the student; 60 steps of 32 images fill the queue nearly."""
+    launch.finished(*launch.together(2, "ckd", tmp_path / "two"))
+    launch.finished(launch.alone("ckd", tmp_path / "one"))
+    two, one = (load_tensors(tmp_path / name / "checkpoint.safetensors")[0] for name in ("two", "one"))
+    assert one["auxiliary/contrast.count"] == two["auxiliary/contrast.count"] == 60 * 32
+    assert one["auxiliary/contrast.kept"].norm(dim=1).gt(0.9).sum() == 60 * 32
+    torch.testing.assert_close(two["auxiliary/contrast.kept"], one["auxiliary/contrast.kept"], rtol=1e-4, atol=1e-5)
+    assert events(tmp_path / "two", "ranks")[0]["mesh"] == {"blocks": 1, "data": 2}
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(launch, whole, tmp_path):

@@ -142,17 +142,40 @@ def data_axis() -> None:
     """Print, in float64 over 20 steps and in float32 over one, how far training on parts of batches is from training on
     whole ones."""
     ranks = join(CPU, 60)
-    for dtype, steps in ((torch.float64, 20), (torch.float32, 1)):
-        for norms in ("synced", "frozen"):
-            found = compare_parts(ranks, dtype, norms, steps)
-            if ranks.is_first:
-                print("APART", dtype, norms, *found)
+    for auxiliary in ("fitnet", "ckd"):
+        for dtype, steps in ((torch.float64, 20), (torch.float32, 1)):
+            for norms in ("synced", "frozen"):
+                found = compare_parts(ranks, dtype, norms, steps, auxiliary)
+                if ranks.is_first:
+                    print("APART", dtype, norms, *found)
     ranks.finish()
 
 
-def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[float]:
-    """Largest distances over all ranks: of weights, from the start (to show that they moved), of running statistics, of
-    losses."""
+def contrast() -> None:
+    """Print how far ContrastiveLoss on parts of batches is from one on whole ones: losses, gradients and queues."""
+    import torch.distributed as dist
+
+    from stablekd_fast.losses import ContrastiveLoss
+
+    ranks = join(CPU, 60)
+    torch.manual_seed(0)
+    parts, whole = ContrastiveLoss(8, queue=20, group=dist.group.WORLD).double(), ContrastiveLoss(8, queue=20).double()
+    apart, mine = [], slice(ranks.rank * 6, (ranks.rank + 1) * 6)
+    for _ in range(3):
+        student, teacher = torch.randn(12, 8, dtype=torch.float64, requires_grad=True), torch.randn(12, 8).double()
+        losses = parts(student[mine], teacher[mine]), whole(student, teacher)
+        own, theirs = (torch.autograd.grad(loss, student)[0] for loss in losses)
+        means = torch.cat([losses[0].detach().view(1), own.flatten()])
+        dist.all_reduce(means)
+        expected = torch.cat([losses[1].detach().view(1), theirs.flatten()])
+        apart += [(means / ranks.size - expected).abs().max().item(), (parts.kept - whole.kept).abs().max().item()]
+    say("APART", max(apart), int(parts.count))
+    ranks.finish()
+
+
+def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int, auxiliary: str) -> list[float]:
+    """Largest distances over all ranks: of weights, from the start (to show that they moved), of running statistics and
+    an auxiliary loss's memory, of losses."""
     import torch.distributed as dist
 
     from stablekd_fast.blocks import pair_blocks
@@ -164,8 +187,10 @@ def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[flo
     from stablekd_fast.teacher.live import Relay
 
     layout = Layout(1, ranks.size, (0,))
-    hint = objective("auxiliary", "fitnet", {"weight": 1.0})  # whose regressor is averaged like the student
-    aims = Objectives(objective("feature", "mse", {}), objective("logits", "kd", {}), align="all", auxiliary=hint)
+    # fitnet has a regressor that is averaged like the student; ckd remembers the embeddings of all ranks
+    options = {"fitnet": {}, "ckd": {"queue": 40, "temperature": 0.5}}[auxiliary]
+    further = objective("auxiliary", auxiliary, {"weight": 1.0, **options})
+    aims = Objectives(objective("feature", "mse", {}), objective("logits", "kd", {}), align="all", auxiliary=further)
 
     def step_of(averaging):
         teacher, student = settled(small_net(3, 1)), settled(small_net(2, 2))
@@ -206,17 +231,16 @@ def compare_parts(ranks, dtype: torch.dtype, norms: str, steps: int) -> list[flo
     moved = max(
         (a - b).abs().max().item() for a, b in zip(own.parameters.values(), step_of(None)[0].parameters.values())
     )
-    statistics = max(
-        (a - b).abs().max().item() for a, b in zip(_running(own.paired.student), _running(whole.paired.student))
-    )
+    statistics = max((a - b).abs().max().item() for a, b in zip(_remembered(own), _remembered(whole)))
     losses = abs(own.losses[0] - whole.losses[0]).item()
     found = torch.tensor([apart, moved, statistics, losses], dtype=torch.float64)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.tolist()
 
 
-def _running(student) -> list[torch.Tensor]:
-    return [value for name, value in student.named_buffers() if "running" in name]
+def _remembered(step) -> list[torch.Tensor]:
+    running = [value for name, value in step.paired.student.named_buffers() if "running" in name]
+    return [*running, *step.auxiliary.buffers()]
 
 
 TASKS = {
@@ -231,6 +255,8 @@ TASKS = {
     "hanging": hanging,
     "slow": slow,
     "data": data_axis,
+    "contrast": contrast,
+    "ckd": lambda out: train(out, method="ckd", parallel="data"),
     "parting": parting,
 }
 

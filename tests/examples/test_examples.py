@@ -1,5 +1,6 @@
 """Every example runs for a few steps, in a process of its own."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -73,6 +74,15 @@ def test_accelerate(run, tmp_path):
     pytest.importorskip("accelerate")
     assert "epoch 1: loss " in run("accelerate_loop.py", "2")
     check_student(tmp_path, resnet20)
+
+
+def test_sentence_embeddings(run):
+    """Each loss teaches something within a few steps: an untrained student's cosines are far from the teacher's."""
+    first, *rows = run("sentence_embeddings.py", "--teacher-steps", "30", "--steps", "30", "--seeds", "1").splitlines()
+    assert int(first.split()[0]) > 1000
+    teacher, *students = map(json.loads, rows)
+    assert teacher["nearness"] > 0.1 and [row["loss"] for row in students] == 2 * ["contrast"] + 2 * ["squares"]
+    assert all(row["teacher"] > 0.2 for row in students), students
 
 
 def test_one_file(run, tmp_path):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stablekd_fast.errors import ConfigError, StableKDError
-from stablekd_fast.losses import CosineLoss, DKDLoss, KDLoss, KLDivWithLogitsLoss, MSELoss
+from stablekd_fast.losses import ContrastiveLoss, CosineLoss, DKDLoss, KDLoss, KLDivWithLogitsLoss, MSELoss
 
 generator = torch.Generator().manual_seed(0)
 STUDENT, TEACHER = (3 * torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -94,12 +94,49 @@ def test_losses_of_features(loss, plain):
         (lambda: KDLoss(0.0), "greater than 0"),
         (lambda: KDLoss(alpha=1.5), "must not be negative"),
         (lambda: MSELoss()(FEATURES[0], FEATURES[1][:1]), "one shape"),
+        (lambda: ContrastiveLoss(5, queue=-1), "queue >= 0"),
+        (lambda: ContrastiveLoss(5, temperature=0), "greater than 0"),
+        (
+            lambda: ContrastiveLoss(7)(STUDENT, TEACHER),
+            r"\[6, 5\] and \[6, 5\]; it needs embeddings \[N, 7\] twice",
+        ),
+        (lambda: ContrastiveLoss(5)(STUDENT[:, :3], TEACHER), "A student of another width needs a linear map to 5"),
         (lambda: KDLoss()(STUDENT.float(), TEACHER.float(), torch.full((6,), -100)), r"labels\[0\] is -100"),
     ],
 )
 def test_what_is_not_supported_is_refused(make, words):
     with pytest.raises(StableKDError, match=words):
         make()
+
+
+def test_a_contrast_is_the_cross_entropy_of_cosines_with_the_batch_and_with_earlier_embeddings():
+    loss, earlier = ContrastiveLoss(5, temperature=0.1, queue=9).double(), torch.zeros(0, 5).double()
+    for _ in range(3):  # of 18 embeddings the queue has the last 9
+
+        def plain(student, teacher, earlier=earlier):
+            others = torch.cat([teacher, earlier])
+            cosines = F.cosine_similarity(student[:, None], others[None], dim=2)
+            return F.cross_entropy(cosines / 0.1, torch.arange(6))
+
+        assert_same(loss.eval(), plain, STUDENT, TEACHER)  # which reads the queue, and leaves it
+        assert_same(loss.eval(), plain, STUDENT, TEACHER)
+        loss.train()(STUDENT, TEACHER)
+        earlier = torch.cat([earlier, TEACHER])[-9:]
+
+
+def test_a_contrast_asks_no_gradient_of_the_teacher_and_takes_half_precision():
+    student, teacher = STUDENT.bfloat16().requires_grad_(), TEACHER.bfloat16().requires_grad_()
+    loss = ContrastiveLoss(5)(student, teacher)
+    loss.backward()
+    assert loss.dtype == torch.float32 and student.grad.abs().sum() > 0 and teacher.grad is None
+
+
+def test_a_contrast_goes_on_from_its_saved_memory():
+    first, second = ContrastiveLoss(5, queue=9), ContrastiveLoss(5, queue=9)
+    first(STUDENT.float(), TEACHER.float())
+    second.load_state_dict(first.state_dict())
+    values = [loss.eval()(STUDENT.float(), TEACHER.float()) for loss in (first, second, ContrastiveLoss(5, queue=9))]
+    assert values[0] == values[1] != values[2]
 
 
 def test_bf16_logits_give_a_float32_loss():

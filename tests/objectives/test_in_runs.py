@@ -147,12 +147,16 @@ def test_what_cannot_work_is_refused_in_a_sentence(make, tmp_path, method, setti
 
 
 def test_losses_that_compare_samples_are_refused_on_ranks_that_divide_them():
-    for method, related in (("dist", "dist"), ("ckd", "ckd"), ("dlb", "dlb")):
+    for method, related in (("dist", "dist"), ("crd", "crd"), ("dlb", "dlb")):
         aims = objectives_of(DistillConfig(method=method))
         with pytest.raises(ConfigError, match=f"{related} compares the samples of a batch, which 2 processes"):
             aims.check([[[0, 1]]], 1, accumulate=1, ranks=2, mix=None)
     aims = objectives_of(DistillConfig(method="fitnet"))
     assert aims.check([[[0, 1]]], 1, accumulate=2, ranks=2, mix=None) == []
+    aims = objectives_of(DistillConfig(method="ckd"))  # gathers what the others have
+    assert aims.check([[[0, 1]]], 1, accumulate=1, ranks=2, mix=None) == []
+    with pytest.raises(ConfigError, match="dist compares the samples of a batch, which 2 processes"):
+        objectives_of(DistillConfig(method="ckd", logits="dist")).check([[[0, 1]]], 1, accumulate=1, ranks=2, mix=None)
 
 
 def test_widths_are_bridged_only_where_a_loss_needs_it(make):
