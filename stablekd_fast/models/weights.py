@@ -205,7 +205,7 @@ def _of_module(module: Recorded, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _as_in_file(names: Sequence[str], found: State) -> State:
-    """Of the names of a classifier's weights those that a file has in some spelling, with what it has there."""
+    """Return those of the names of a classifier's weights that a file has in some spelling, with what it has there."""
     spellings = {name: {name, *(rename(name) for rename in _OTHER_NAMES)} for name in names}
     ends = {name: tuple(f".{other}" for other in others) for name, others in spellings.items()}
     return {
