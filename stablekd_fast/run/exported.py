@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stablekd_fast import models
-from stablekd_fast.config import DistillConfig
+from stablekd_fast.config import DistillConfig, exported_name
 from stablekd_fast.data import open_dataset
 from stablekd_fast.data.augmentation import AugmentSettings, CropSettings, EvaluationSettings
 from stablekd_fast.engine.checkpoint import AVERAGE, STUDENT, below, load_tensors
@@ -34,7 +34,7 @@ def evaluate_file(
     """
     tensors, metadata = load_tensors(path) if path.suffix == ".safetensors" else ({}, {})
     run = metadata.get("identity")
-    model = model or metadata.get("student") or (run and run["student"])
+    model = model or metadata.get("student") or (run and exported_name(run["method"], run["student"], run["teacher"]))
     data = data or metadata.get("data") or (run and run["data"])
     if not model or not data:
         raise ConfigError(f"{path} does not say which model and data set it belongs to; pass --model and --data.")
