@@ -6,11 +6,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from stablekd_fast.blocks.reused import name_of
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.data import BATCHES_AHEAD, SourceName
 from stablekd_fast.data.augmentation import AugmentSettings, CropSettings, EvaluationSettings, Interpolation
 from stablekd_fast.engine.schedule import RECIPES, Optimizer, Stage
 from stablekd_fast.errors import ConfigError
+from stablekd_fast.models.registry import REUSING
 from stablekd_fast.objectives import Objectives, SynthesisObjective, method_named, objective
 
 
@@ -200,6 +202,8 @@ class DistillConfig:
                 "bridge=none was given, but blocks are to be fed by the teacher, whose widths must then fit the "
                 "student's; choose select, average or pca."
             )
+        if self.reuses_classifier:
+            self._check_reuse()
         if self.extend and not self.resume:
             raise ConfigError("extend was given without resume; give both, and the epochs that there are to be in all.")
         if self.batch_size % self.accumulate:
@@ -212,6 +216,30 @@ class DistillConfig:
             raise ConfigError(f"ema={self.ema} was given; it must be at least 0 and less than 1.")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise ConfigError(f"checkpoint_every={self.checkpoint_every} was given; it must be at least 1.")
+
+    def _check_reuse(self) -> None:
+        """Raise ConfigError for settings that a student with its teacher's classifier cannot follow."""
+        refused = {
+            "cuts": self.cuts is not None,
+            "blocks": self.blocks is not None,
+            "stages": self.feeds_blocks,
+        }
+        given = [name for name, asked in refused.items() if asked]
+        if given:
+            raise ConfigError(
+                f"{' and '.join(given)} was given, but the method {self.method} cuts both networks before the "
+                "classifier and trains the student as one; leave it out."
+            )
+        if self.student.startswith(REUSING):
+            raise ConfigError(
+                f"student={self.student!r} was given, but the method {self.method} adds projector and classifier "
+                "itself; name the student that is to be their encoder."
+            )
+
+    @property
+    def reuses_classifier(self) -> bool:
+        """Whether the student ends in the teacher's classifier."""
+        return method_named(self.method).reuses_classifier
 
     @property
     def has_teacher(self) -> bool:
@@ -232,6 +260,11 @@ WITHOUT_EFFECT_ON_NUMBERS = (
 )  # fmt: skip
 """What the cache stores inexactly, compiling, folding, and how images are decoded do have one; the plan, whether steps
 are compiled, whether the teacher is folded, and the source that was chosen are part of the identity instead."""
+
+
+def exported_name(method: str, student: str, teacher: str) -> str:
+    """Return the name of what a run exports, by which `models.build` makes it; the arguments are the run's settings."""
+    return name_of(student, teacher) if method_named(method).reuses_classifier else student
 
 
 def identity(config: DistillConfig) -> dict[str, Any]:

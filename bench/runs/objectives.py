@@ -14,12 +14,12 @@ import torch
 
 from stablekd_fast.bench.core import SEED, Case, Contender, Measured, measure_cases, pinned
 from stablekd_fast.bench.runs.teacher import CPU, SMALL, Arm, Pair, make_pair
-from stablekd_fast.blocks import pick_fusion
+from stablekd_fast.blocks import pair_reused, pick_fusion
 from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import open_dataset
 from stablekd_fast.engine.schedule import Optimizer
 from stablekd_fast.execution.precision import Precision
-from stablekd_fast.objectives import METHODS
+from stablekd_fast.objectives import METHODS, method_named
 from stablekd_fast.run.builders import auxiliary_facts
 from stablekd_fast.teacher.live import Relay
 
@@ -38,6 +38,8 @@ def arm_of(name: str, pair: Pair, data: str, precision: str, device: torch.devic
     """Make steps that train the whole student by a method, at a learning rate of zero: eager on a CPU, captured on a
     GPU."""
     paired, source, batches = make_pair(pair, open_dataset(data), device)
+    if method_named(name).reuses_classifier:
+        paired = pair_reused(paired.teacher, paired.student, batches[0].images)
     paired.precision = Precision(precision)
     batches = [dataclasses.replace(batch, second=batch.images) for batch in batches]
     classes = len(open_dataset(data).classes)

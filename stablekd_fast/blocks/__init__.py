@@ -5,6 +5,7 @@ from stablekd_fast.blocks.describe import blocks_text, describe_blocks
 from stablekd_fast.blocks.fuse import fuse_norms, pick_fusion
 from stablekd_fast.blocks.modes import evaluation_mode
 from stablekd_fast.blocks.pair import Cut, PairedBlocks, pair_blocks
+from stablekd_fast.blocks.reused import pair_reused
 from stablekd_fast.blocks.serving import serve
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "fit_bridge",
     "fuse_norms",
     "pair_blocks",
+    "pair_reused",
     "pick_fusion",
     "serve",
 ]

@@ -22,6 +22,8 @@ from stablekd_fast.models.torchvision_models import build_torchvision, torchvisi
 
 Builder = Callable[[int, int | None], nn.Module]
 """Makes a model from `(num_classes, image_size)`."""
+NamedBuilder = Callable[[str, int, int | None], nn.Module]
+"""Makes a model from `(name, num_classes, image_size)`."""
 
 
 def _of_any_size(builders: Mapping[str, Callable[..., nn.Module]]) -> dict[str, Builder]:
@@ -51,11 +53,22 @@ ALIASES = {
 """What the distillation literature calls models of ours."""
 
 
+REUSING = "simkd/"
+"""Before the names of a student and of its teacher: the student that ends in the teacher's classifier."""
+_FAMILIES: dict[str, NamedBuilder] = {}
+
+
+def add_family(start: str, builder: NamedBuilder) -> None:
+    """Have `build` make models whose names begin with `start` by a builder of rooms above this one."""
+    _FAMILIES[start] = builder
+
+
 def build(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
     """A model with random weights (global generator): images `[N, 3, H, W]` → logits `[N, num_classes]`.
 
     `name` is one of `names()`, or `timm/NAME` where timm is installed; or `mf/WIDTH`, which maps numbers of users
-    int64 `[N]` to scores `[N, num_classes]`, and for which `image_size` is the number of users. Where one of our own
+    int64 `[N]` to scores `[N, num_classes]`, and for which `image_size` is the number of users; or, where
+    `stablekd_fast.blocks` is imported, `simkd/STUDENT+TEACHER`, a student that ends in its teacher's classifier. Where one of our own
     models and one of torchvision's share a name, the plain name is ours and `torchvision/NAME` is theirs. `image_size`
     (pixels, square) matters only to models that are tied to one, such as vision transformers.
 
@@ -72,6 +85,9 @@ def build(name: str, num_classes: int, image_size: int | None = None) -> nn.Modu
         return build_score_model(name, num_classes, image_size)
     if name.startswith("timm/"):
         return build_timm(name.removeprefix("timm/"), num_classes, image_size)
+    for start, builder in _FAMILIES.items():
+        if name.startswith(start):
+            return builder(name, num_classes, image_size)
     plain = name.removeprefix("torchvision/")
     if plain in torchvision_names():
         return build_torchvision(plain, num_classes, image_size)

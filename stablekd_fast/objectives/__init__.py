@@ -23,6 +23,7 @@ from stablekd_fast.objectives import (  # noqa: F401  (importing registers them)
     none,
     r2kd,
     reviewkd,
+    simkd,
     unkd,
 )
 from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, StepBatch

@@ -25,6 +25,8 @@ class Method:
     """Options other than the losses' own defaults: by place, `feature`, `logits`, `auxiliary` or
     `synthesis`."""
     needs_teacher: bool = True
+    reuses_classifier: bool = False
+    """Whether the student is its encoder, a projector and the teacher's classifier; see `blocks/reused.py`."""
     stages: Literal["decomposed", "apart", "end to end"] = "end to end"
     """Whether blocks train alone and are merged, train alone throughout, or train as one from the start."""
 

@@ -17,7 +17,7 @@ from torch import nn
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.blocks.modes import sources_forgotten
 from stablekd_fast.cache.columns import Plan
-from stablekd_fast.config import DistillConfig
+from stablekd_fast.config import DistillConfig, exported_name
 from stablekd_fast.data import Dataset, TrainSource
 from stablekd_fast.distributed import Ranks
 from stablekd_fast.engine.alignment import Alignment
@@ -311,7 +311,7 @@ class Distiller:
             return
         card = {
             "format": CARD_FORMAT,
-            "student": config.student,
+            "student": exported_name(config.method, config.student, config.teacher),
             "head": config.head,
             "classes": dataset.classes,
             "data": config.data,

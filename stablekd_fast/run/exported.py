@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stablekd_fast.config import DistillConfig
+from stablekd_fast.config import DistillConfig, exported_name
 from stablekd_fast.data import Batch, Dataset, Split, open_dataset
 from stablekd_fast.data.augmentation import AugmentSettings, CropSettings, EvaluationSettings
 from stablekd_fast.engine.checkpoint import AVERAGE, STUDENT, below, load_tensors
@@ -96,7 +96,8 @@ def _opened(path: Path, model: str | None, data: str | None, device: str, headle
     tensors, metadata = load_tensors(path) if path.suffix == ".safetensors" else ({}, {})
     run = metadata.get("identity")
     said = run or metadata
-    model, data = model or said.get("student"), data or said.get("data")
+    model = model or metadata.get("student") or (run and exported_name(run["method"], run["student"], run["teacher"]))
+    data = data or said.get("data")
     if not model or not data:
         raise ConfigError(f"{path} does not say which model and data set it belongs to; pass --model and --data.")
     target = pick_device(device)

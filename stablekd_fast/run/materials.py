@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stablekd_fast.blocks import PairedBlocks, pair_blocks, pick_fusion, serve
+from stablekd_fast.blocks import PairedBlocks, pair_blocks, pair_reused, pick_fusion, serve
 from stablekd_fast.blocks.check import check_runs, check_separate
 from stablekd_fast.blocks.pair import copy_head
 from stablekd_fast.cache.image_column import ImageColumn
@@ -130,6 +130,11 @@ def gather(config: DistillConfig, given: Given) -> Materials:
     images = _open_images(config, given.dataset, device, ranks)
     capture = pick_capture(config.capture, device)
     torch.manual_seed(config.seed)
+    if config.reuses_classifier and given.paired is not None:
+        raise ConfigError(
+            f"paired was given, but the method {config.method} makes the student and its blocks itself; give teacher "
+            "and student."
+        )
     paired = _place(given.paired, device) if given.paired is not None else _pair(config, given, images, device)
     paired = dataclasses.replace(paired, head=config.head)
     if config.head == "none" and not paired.last_is_idle:
@@ -231,6 +236,8 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
     if isinstance(teacher, BlackBox):
         _check_black_box(config, objectives)
         return PairedBlocks.uncut(teacher, student, own)
+    if config.reuses_classifier:
+        return pair_reused(teacher, student, example, own)
     bridge = "none" if objectives.takes_any_width and not config.feeds_blocks else config.bridge
     try:
         paired = pair_blocks(
