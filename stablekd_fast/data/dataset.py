@@ -218,6 +218,7 @@ def _open_file(path: Path, image_size: int | None) -> Dataset:
 
 
 def _encoded_dataset(found: Encoded, image_size: int | None, on_bad_image: OnBadImage) -> Dataset:
+    labels, count = found.parts["train"][1], len(found.parts["train"][0])
     found = with_test(found)
     splits, decided = encoded_splits(found.root, found.parts, crop_size=image_size, on_bad_image=on_bad_image)
     train, name = splits["train"], found.root.resolve().name
@@ -226,8 +227,8 @@ def _encoded_dataset(found: Encoded, image_size: int | None, on_bad_image: OnBad
     else:
         augmentation = Augmentation("resized_crop", flip=True, size=train.crop_size)
     notes = [*found.notes, *decided]
-    if not train.labelled:
-        notes.insert(0, f"{name}: {train.total:,} images without labels.")
+    if labels is None:
+        notes.insert(0, f"{name}: {count:,} images without labels.")
     return Dataset(
         name, class_names(found.classes), train, splits["test"], IMAGENET_MEAN, IMAGENET_STD, augmentation,
         splits.get("validation"), notes, found.left_out,

@@ -358,15 +358,17 @@ class Engine:
             metrics = evaluate(self.composed_student(), batches, self.to_device, self.ranks.all_reduce)
             if not math.isfinite(metrics.loss):
                 raise self._diverged("loss on held-out images is", self.progress.step - 1)
-            self.emit_evaluation("validation", metrics)
+            self.emit_evaluation("validation", metrics, self.parts.validation.truth)
 
-    def emit_evaluation(self, split: str, metrics: Metrics) -> None:
-        """Log what the composed student reaches on a split."""
+    def emit_evaluation(self, split: str, metrics: Metrics, truth: str) -> None:
+        """Log what the composed student reaches on a split; `truth`: whether that is held against labels or the
+        teacher."""
         self.recorder.emit(
             "evaluate",
             step=self.progress.step,
             epoch=self.progress.step / self.parts.source.steps_per_epoch,
             split=split,
+            truth=truth,
             accuracy=metrics.accuracy,
             top5=metrics.top5,
             loss=metrics.loss,

@@ -72,6 +72,23 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
                 target.copy_(values[name])
 
 
+def classes_in(model: nn.Module, path: str | os.PathLike) -> int:
+    """Return how many classes the weights in `path` tell apart, which are those of a network like `model` made for
+    another number of classes. Raises ModelError if the file is no such one."""
+    path = Path(path)
+    found = _without_prefix(_unnested(_read(path), path))
+    targets = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    last = next(reversed(targets), "")
+    for values in (found, _renamed(targets, found), _by_timm(model, found)):
+        rows = next((value for name, value in values.items() if name == last or name.endswith(f".{last}")), None)
+        if rows is not None and rows.dim():
+            return len(rows)
+    raise ModelError(
+        f"{path} has no {last}, so that it does not tell how many classes {type(model).__name__} was trained on. Give "
+        "the weights of that network, or images with labels."
+    )
+
+
 def restore_state(model: nn.Module, state: Mapping[str, Tensor], *, partial: bool = False) -> None:
     """Copy back what `model.state_dict()` gave, or with `partial` some of it.
 

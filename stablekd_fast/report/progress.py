@@ -116,7 +116,8 @@ class Bar:
 
 def _evaluation(event: dict) -> str:
     loss = _number(event["loss"], ".4f")
-    return f"{event['split']} accuracy {_number(event['accuracy'], '.2%')}, loss {loss}"
+    what = "agreement with the teacher" if event.get("truth") == "teacher" else "accuracy"
+    return f"{event['split']} {what} {_number(event['accuracy'], '.2%')}, loss {loss}"
 
 
 def _teacher(event: dict) -> str:

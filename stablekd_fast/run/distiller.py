@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import warnings
@@ -20,7 +19,7 @@ from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.blocks.modes import sources_forgotten
 from stablekd_fast.cache.columns import Plan
 from stablekd_fast.config import DistillConfig
-from stablekd_fast.data import Dataset, TrainSource
+from stablekd_fast.data import Dataset, EvalSource, TrainSource
 from stablekd_fast.distributed import Ranks
 from stablekd_fast.engine.checkpoint import RunState, resume_run, save_tensors
 from stablekd_fast.engine.evaluate import Metrics, evaluate
@@ -31,13 +30,15 @@ from stablekd_fast.errors import ConfigError, DataError, TrainingError, first_li
 from stablekd_fast.execution.process import current_device, deterministic
 from stablekd_fast.execution.signals import Signals, watched_signals
 from stablekd_fast.files.owned import only_run_in
-from stablekd_fast.models.weights import CARD_FORMAT, card_of
+from stablekd_fast.models.weights import CARD_FORMAT
 from stablekd_fast.planning.costs import views_shown
 from stablekd_fast.planning.rows import decisions, predict
 from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.run.builders import bn_batches, eval_source, pick_device
 from stablekd_fast.run.decisions import Decisions, decide
+from stablekd_fast.run.first_look import look_at_teacher
 from stablekd_fast.run.materials import Given, Materials, gather
+from stablekd_fast.run.unlabelled import judged
 from stablekd_fast.teacher.cached import CachedTeacher
 
 
@@ -60,15 +61,13 @@ class RunResult:
     """Unreadable images left out (with `on_bad_image="skip"`); the event log names them."""
     ranking: Ranking | None = None
     """How well items are ranked for users; `accuracy` is then recall, and `top5` NDCG."""
+    truth: str = "labels"
+    """What the student is held against: the `labels` of the test images, or the `teacher` where they have none;
+    `accuracy` is then how often both have the same first class, and `top5` how often the teacher's is among the
+    student's first five."""
 
 
 STUDENT_FILE = "student.safetensors"
-
-TEACHER_IMAGES = 2000
-"""On about so many images the teacher's accuracy is measured."""
-
-FAR_BELOW = 0.1
-"""A teacher that is so much less accurate than its file says is not given the images that it knows."""
 
 
 class Distiller:
@@ -202,7 +201,7 @@ class Distiller:
             self._keep_digests(out / "images.log", resumes)
             if not resumes:
                 self._emit_start(recorder)
-                self._look_at_teacher(recorder)
+                look_at_teacher(self.materials, self.given, recorder)
             engine = Engine(parts, state, recorder, signals)
             with signals.awaited(ranks.can_name):
                 engine.train()
@@ -246,11 +245,14 @@ class Distiller:
         images, progress, student = self.materials.images, engine.progress, engine.composed_student()
         engine.check_composed(student)
         self._export(out, student)
-        metrics = self._tested(engine, student, out)
-        self._export(out, student, accuracy=metrics.accuracy, top5=metrics.top5)
+        test = eval_source(images.dataset, images.test, self.config, self.ranks.rank, self.ranks.size, engine.parts.device)
+        test = judged(test, self.materials.paired)
+        metrics = self._tested(engine, student, test, out)
+        names = ("accuracy", "top5") if test.truth == "labels" else ("agreement", "agreement_top5")
+        self._export(out, student, **dict(zip(names, (metrics.accuracy, metrics.top5))))
         skipped = [[str(path), reason] for split in images.splits for path, reason in split.skipped]
         with _a_line_not_a_run("the event log"):
-            engine.emit_evaluation("test", metrics)
+            engine.emit_evaluation("test", metrics, test.truth)
             if skipped:
                 engine.recorder.emit("skipped_images", step=progress.step, images=skipped)
             if isinstance(self.parts.teacher, CachedTeacher):
@@ -267,14 +269,14 @@ class Distiller:
             data_wait_share=progress.wait_seconds / progress.seconds,
             skipped_images=len(skipped),
             ranking=metrics.ranking,
+            truth=test.truth,
         )
 
-    def _tested(self, engine: Engine, student: nn.Module, out: Path) -> Metrics:
+    def _tested(self, engine: Engine, student: nn.Module, test: EvalSource, out: Path) -> Metrics:
         """Evaluate on the test split; images of it that cannot be read are left out, and that is said."""
-        images, ranks = self.materials.images, self.ranks
-        test = eval_source(images.dataset, images.test, self.config, ranks.rank, ranks.size, self.materials.device)
+        images = self.materials.images
         try:
-            metrics = evaluate(student, test.batches(), engine.to_device, ranks.all_reduce)
+            metrics = evaluate(student, test.batches(), engine.to_device, self.ranks.all_reduce)
         except DataError as error:
             raise DataError(f"{error} The student is trained and lies in {out / STUDENT_FILE}.") from error
         if not math.isfinite(metrics.loss):
@@ -315,32 +317,6 @@ class Distiller:
         if not resumes:
             self.ranks.from_first(lambda: log.unlink(missing_ok=True))
         self.source.split.keep_digests(log)
-
-    def _look_at_teacher(self, recorder: Recorder | NoRecorder) -> None:
-        """Measure the teacher's accuracy once, if there are held-out images, and warn of one that knows little."""
-        materials, source = self.materials, self.materials.images.validation
-        if source is None or not self.config.has_teacher:
-            return
-        last, paired = len(materials.paired) - 1, materials.paired
-        batches = itertools.islice(source.batches(), math.ceil(TEACHER_IMAGES / source.batch_size))
-
-        def measure() -> Metrics:
-            return evaluate(
-                lambda images: paired.teacher_outputs(images, [last])[last], batches,
-                lambda tensor: tensor.to(materials.device),
-            )  # fmt: skip
-
-        metrics = materials.ranks.from_first(measure)
-        recorder.emit("teacher", step=0, accuracy=metrics.accuracy, images=metrics.images, split="held-out")
-        unlike = self.given.teacher is not None or metrics.ranking is not None
-        said = None if unlike else card_of(self.config.teacher_weights).get("accuracy")
-        what = f"The teacher tells {metrics.accuracy:.1%} of {metrics.images} held-out images right"
-        chance = 1 / len(materials.images.dataset.classes)
-        advice = "Look at its weights, at the order of classes, and at --teacher_mean and --teacher_std."
-        if metrics.accuracy < 2 * chance and metrics.images * chance >= 1:
-            warnings.warn(f"{what}; guessing would give {chance:.1%}. {advice}", stacklevel=1)
-        elif said is not None and metrics.accuracy < said - FAR_BELOW:
-            warnings.warn(f"{what}; its file says {said:.1%}. {advice}", stacklevel=1)
 
     def _emit_start(self, recorder: Recorder | NoRecorder) -> None:
         """Log the settings, the place, and what was decided."""

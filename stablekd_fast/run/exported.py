@@ -46,6 +46,11 @@ def evaluate_file(
     config.evaluation = EvaluationSettings(**(run or metadata).get("evaluation", {}))
     config.interpolation = (run or metadata).get("interpolation", config.interpolation)
     dataset = open_dataset(data, image_size=config.image_size)
+    if not getattr(dataset, split).labelled or not dataset.classes:
+        raise ConfigError(
+            f"The {split} images of {data} have no labels, which accuracy is held against; pass --data with a data set "
+            "that has some."
+        )
     said = run or metadata
     if "mean" in said and "std" in said:
         dataset.mean, dataset.std = tuple(said["mean"]), tuple(said["std"])

@@ -41,6 +41,7 @@ from stablekd_fast.run.builders import (
     train_source,
     training_stream,
 )
+from stablekd_fast.run.unlabelled import judged, without_labels
 from stablekd_fast.run.synthesised import bank_source, check_synthesis, held_out_images
 
 CALIBRATION_BATCHES = 2
@@ -87,6 +88,7 @@ class Images:
         return {
             "name": dataset.name,
             "classes": len(dataset.classes),
+            "labelled": self.source.split.labelled,
             "training_images": len(self.source.split),
             "held_out": len(self.validation.split) if self.validation is not None else 0,
             "test_images": dataset.test.total,
@@ -112,6 +114,11 @@ class Materials:
     """The type of the images that steps read."""
 
     @property
+    def objectives(self) -> Objectives:
+        """The losses of the run, which take no labels where the images have none."""
+        return dataclasses.replace(objectives_of(self.config), use_labels=self.source.split.labelled)
+
+    @property
     def source(self) -> TrainSource:
         """Named views of the training images."""
         return self.images.source
@@ -128,6 +135,10 @@ def gather(config: DistillConfig, given: Given) -> Materials:
     ranks.check_alike(_settings(config))
     resumed = _resumed(config, ranks)
     images = _open_images(config, given.dataset, device, ranks)
+    if not images.source.split.labelled:
+        config = without_labels(config)
+    if not images.dataset.classes:
+        images = dataclasses.replace(images, dataset=_classes_of_teacher(config, given, images, device))
     capture = pick_capture(config.capture, device)
     torch.manual_seed(config.seed)
     paired = _place(given.paired, device) if given.paired is not None else _pair(config, given, images, device)
@@ -140,6 +151,8 @@ def gather(config: DistillConfig, given: Given) -> Materials:
     image_dtype = torch.float32
     if precision.dtype != torch.float32 and images.dataset.popularity is None:  # numbers of users are not rounded
         image_dtype = pick_image_dtype(paired, images.first(device)[:TRIAL_IMAGES])
+    if images.validation is not None:
+        images = dataclasses.replace(images, validation=judged(images.validation, paired))
     return Materials(config, device, ranks, resumed, images, capture, paired, image_dtype)
 
 
@@ -237,6 +250,25 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
         return PairedBlocks.uncut(teacher, student, own)
 
 
+def _classes_of_teacher(config: DistillConfig, given: Given, images: Images, device: torch.device) -> Dataset:
+    """The data set with the teacher's classes, where no image says which there are. Raises ConfigError without a
+    teacher, ModelError for one whose classes cannot be told."""
+    dataset = images.dataset
+    module = given.paired.teacher if given.paired is not None else given.teacher
+    if isinstance(module, BlackBox):
+        count = module.classes
+    elif module is not None:
+        module, example = placed(unwrapped(module), device).eval(), images.first(device)
+        own = _teacher_input(config, dataset, module, {}, example.shape[-1])
+        count = check_runs(module, example if own is None else own.to(device)(example)).shape[1]
+    elif names := card_of(config.teacher_weights).get("classes"):
+        return dataclasses.replace(dataset, classes=list(names))
+    else:
+        size = config.teacher_image_size or dataset.model_size(images.first(device))
+        count = models.classes_in(models.build(config.teacher, 1000, size), _weights_of(config))
+    return dataclasses.replace(dataset, classes=[str(number) for number in range(count)])
+
+
 def _check_black_box(config: DistillConfig, objectives: Objectives) -> None:
     """Raise ConfigError for a method that needs more of the teacher than its answers."""
     auxiliary = objectives.auxiliary
@@ -316,15 +348,21 @@ def _place(paired: PairedBlocks, device: torch.device) -> PairedBlocks:
     return paired
 
 
-def _named_teacher(config: DistillConfig, classes: int, size: int) -> nn.Module:
+def _weights_of(config: DistillConfig) -> str:
+    """The file of the teacher's weights. Raises ConfigError if none was given."""
     if not config.teacher_weights:
         raise ConfigError(
             f"The method {config.method} needs a trained teacher, but no --teacher-weights were given. Train "
             f"one with `stablekd distill --method ce --student {config.teacher} --data {config.data} "
             "--out teacher` and pass --teacher-weights teacher/student.safetensors."
         )
+    return config.teacher_weights
+
+
+def _named_teacher(config: DistillConfig, classes: int, size: int) -> nn.Module:
+    weights = _weights_of(config)
     teacher = models.build(config.teacher, classes, size)
-    models.load_weights(teacher, config.teacher_weights)
+    models.load_weights(teacher, weights)
     return teacher
 
 
