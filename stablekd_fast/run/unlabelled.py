@@ -17,7 +17,6 @@ _CE = "ce_weight"
 NEED_LABELS = {
     "logits": {
         "dkd": "compares the class of the label with the others",
-        "gkd": "compares groups of classes around the label",
         "bpr": "compares items that are a user's with others",
     },
     "auxiliary": {
@@ -51,13 +50,19 @@ def without_labels(config: DistillConfig) -> DistillConfig:
                 f"{losses[place]} {reason}, and the training images have no labels; use --method kd or another loss "
                 "with --logits-options.ce-weight 0."
             )
-    weight = getattr(objectives_of(config).logits.config, _CE, 0.0)
+    head = objectives_of(config).logits.config
+    weight = getattr(head, _CE, 0.0)
     if not weight:
         return config
     if _CE in config.logits_options:
         raise ConfigError(
             f"logits_options.{_CE}={weight} was given, but the training images have no labels; leave it out, or give "
             "--logits-options.ce-weight 0."
+        )
+    if getattr(head, "kl_weight", None) == 0:
+        raise ConfigError(
+            f"The head of method={config.method} learns from labels alone, and the training images have none; give "
+            "--logits-options.kl-weight 1 and --logits-options.ce-weight 0."
         )
     warnings.warn(
         "The training images have no labels: the cross entropy with them is left out, as by "
