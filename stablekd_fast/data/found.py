@@ -1,4 +1,4 @@
-"""What encoded images lie at a path, and with which labels: before any is decoded, and before they become a data set."""
+"""What encoded images lie at a path, and with which labels: before any is decoded, and before they are a data set."""
 
 from __future__ import annotations
 

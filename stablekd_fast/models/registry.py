@@ -16,6 +16,7 @@ from stablekd_fast.models import (
     mobilenet_v1,
     torchvision_models,
 )
+from stablekd_fast.models.published import published, without_weights
 from stablekd_fast.models.score_models import build_score_model
 from stablekd_fast.models.timm_models import build_timm
 from stablekd_fast.models.torchvision_models import build_torchvision, torchvision_names
@@ -51,7 +52,7 @@ ALIASES = {
 """What the distillation literature calls models of ours."""
 
 
-def build(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
+def build(name: str, num_classes: int, image_size: int | None = None, *, weights: bool = True) -> nn.Module:
     """A model with random weights (global generator): images `[N, 3, H, W]` → logits `[N, num_classes]`.
 
     `name` is one of `names()`, or `timm/NAME` where timm is installed; or `mf/WIDTH`, which maps numbers of users
@@ -59,13 +60,20 @@ def build(name: str, num_classes: int, image_size: int | None = None) -> nn.Modu
     models and one of torchvision's share a name, the plain name is ours and `torchvision/NAME` is theirs. `image_size`
     (pixels, square) matters only to models that are tied to one, such as vision transformers.
 
+    Names that ask for published weights (`torchvision/NAME@WEIGHTS`, `timm/NAME@WEIGHTS`, `hf:OWNER/NAME`, see
+    `published.py`) have them, fetched by the library that owns them; with `weights` false the same network without them
+    is made, where it has a name of its own. No other name fetches anything.
+
     Raises ModelError for an unknown name (with the nearest ones) or a size that the model cannot be made for.
     """
     if num_classes < 1:
         raise ModelError(f"{name} was asked for {num_classes} classes; at least 1 is needed.")
     if image_size is not None and image_size < 1:
         raise ModelError(f"{name} was asked for images of {image_size} pixels; a positive size is needed.")
-    name = ALIASES.get(name, name)
+    name = ALIASES.get(name if weights else without_weights(name), name if weights else without_weights(name))
+    found = published(name)
+    if found is not None:
+        return found.build(num_classes, image_size)
     if name in OWN_MODELS:
         return OWN_MODELS[name](num_classes, image_size)
     if name.startswith("mf/"):
@@ -88,4 +96,6 @@ def _unknown(name: str) -> ModelError:
     known = {valid.removeprefix("torchvision/"): valid for valid in reversed(names())}
     near = difflib.get_close_matches(name.removeprefix("torchvision/").lower(), known, 5, 0.5)
     hint = f"The nearest: {', '.join(known[word] for word in near)}" if near else f"Our own: {', '.join(OWN_MODELS)}"
-    return ModelError(f"There is no model {name!r}. {hint}. torchvision's names and timm/NAME are known too.")
+    return ModelError(
+        f"There is no model {name!r}. {hint}. torchvision's names and timm/NAME are known too, and hf:OWNER/NAME."
+    )

@@ -107,8 +107,8 @@ def _headline(runs: list[dict], methods: list[str], baseline: str | None) -> str
     notes = "Test split, last weights. Mean ± sample standard deviation over runs; one dot per run, a bar at the mean."
     if any(run.get("truth") == "teacher" for run in runs):
         notes += (
-            " These images have no labels: accuracy is how often student and teacher have the same first class, and the "
-            "loss is held against the teacher's first class."
+            " These images have no labels: accuracy is how often student and teacher have the same first class, and "
+            "the loss is held against the teacher's first class."
         )
     if baseline is not None:
         notes += f" Differences to {escape(baseline)} are in percentage points."

@@ -245,7 +245,9 @@ class Distiller:
         images, progress, student = self.materials.images, engine.progress, engine.composed_student()
         engine.check_composed(student)
         self._export(out, student)
-        test = eval_source(images.dataset, images.test, self.config, self.ranks.rank, self.ranks.size, engine.parts.device)
+        test = eval_source(
+            images.dataset, images.test, self.config, self.ranks.rank, self.ranks.size, engine.parts.device
+        )
         test = judged(test, self.materials.paired)
         metrics = self._tested(engine, student, test, out)
         names = ("accuracy", "top5") if test.truth == "labels" else ("agreement", "agreement_top5")

@@ -56,7 +56,7 @@ def evaluate_file(
         dataset.mean, dataset.std = tuple(said["mean"]), tuple(said["std"])
     images = eval_source(dataset, getattr(dataset, split), config, device=target)
     size = dataset.model_size(next(iter(images.batches())).pixels)
-    network = models.build(model, len(dataset.classes), size)
+    network = models.build(model, len(dataset.classes), size, weights=False)
     if run:
         # What a run evaluates and exports is the average, where it keeps one.
         restore_state(network, below(tensors, STUDENT) | below(tensors, AVERAGE))

@@ -25,8 +25,6 @@ from stablekd_fast.execution.capture import pick_capture
 from stablekd_fast.execution.memory import placed, watched
 from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
 from stablekd_fast.models.black_box import BlackBox
-from stablekd_fast.models.inputs import Adapted, ImageInput, input_of
-from stablekd_fast.models.weights import card_of
 from stablekd_fast.models.wrappers import unwrapped
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.planning.costs import views_shown
@@ -41,8 +39,9 @@ from stablekd_fast.run.builders import (
     train_source,
     training_stream,
 )
-from stablekd_fast.run.unlabelled import judged, without_labels
 from stablekd_fast.run.synthesised import bank_source, check_synthesis, held_out_images
+from stablekd_fast.run.teachers import checked_card, named_teacher, teacher_input, with_classes_of
+from stablekd_fast.run.unlabelled import judged, without_labels
 
 CALIBRATION_BATCHES = 2
 """Training batches to which bridges are fitted."""
@@ -138,7 +137,9 @@ def gather(config: DistillConfig, given: Given) -> Materials:
     if not images.source.split.labelled:
         config = without_labels(config)
     if not images.dataset.classes:
-        images = dataclasses.replace(images, dataset=_classes_of_teacher(config, given, images, device))
+        module = given.paired.teacher if given.paired is not None else given.teacher
+        dataset = with_classes_of(config, images.dataset, module, images.first(device))
+        images = dataclasses.replace(images, dataset=dataset)
     capture = pick_capture(config.capture, device)
     torch.manual_seed(config.seed)
     paired = _place(given.paired, device) if given.paired is not None else _pair(config, given, images, device)
@@ -225,12 +226,12 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
         check_runs(student, example[:1], training=True)
     if not config.has_teacher:
         return PairedBlocks.without_teacher(student)
-    card = {} if given.teacher is not None or not config.teacher_weights else _checked_card(config, images.dataset)
+    card = {} if given.teacher is not None else checked_card(config, images.dataset)
     teacher = given.teacher
     if teacher is None:
-        teacher = _named_teacher(config, classes, config.teacher_image_size or card.get("image_size") or size)
+        teacher = named_teacher(config, classes, config.teacher_image_size or card.get("image_size") or size)
     teacher = placed(unwrapped(teacher), device).eval()
-    own = _teacher_input(config, images.dataset, teacher, card, size)
+    own = teacher_input(config, images.dataset, teacher, card, size)
     own = own if own is None else own.to(device)
     _check_classes(teacher, example if own is None else own(example), classes, images.dataset.name, "teacher")
     objectives = objectives_of(config)
@@ -250,25 +251,6 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
         return PairedBlocks.uncut(teacher, student, own)
 
 
-def _classes_of_teacher(config: DistillConfig, given: Given, images: Images, device: torch.device) -> Dataset:
-    """The data set with the teacher's classes, where no image says which there are. Raises ConfigError without a
-    teacher, ModelError for one whose classes cannot be told."""
-    dataset = images.dataset
-    module = given.paired.teacher if given.paired is not None else given.teacher
-    if isinstance(module, BlackBox):
-        count = module.classes
-    elif module is not None:
-        module, example = placed(unwrapped(module), device).eval(), images.first(device)
-        own = _teacher_input(config, dataset, module, {}, example.shape[-1])
-        count = check_runs(module, example if own is None else own.to(device)(example)).shape[1]
-    elif names := card_of(config.teacher_weights).get("classes"):
-        return dataclasses.replace(dataset, classes=list(names))
-    else:
-        size = config.teacher_image_size or dataset.model_size(images.first(device))
-        count = models.classes_in(models.build(config.teacher, 1000, size), _weights_of(config))
-    return dataclasses.replace(dataset, classes=[str(number) for number in range(count)])
-
-
 def _check_black_box(config: DistillConfig, objectives: Objectives) -> None:
     """Raise ConfigError for a method that needs more of the teacher than its answers."""
     auxiliary = objectives.auxiliary
@@ -279,54 +261,6 @@ def _check_black_box(config: DistillConfig, objectives: Objectives) -> None:
             f"The method {config.method} needs the teacher's {needed}, as it is set, but the teacher is a black box, "
             "which only answers; use kd, dkd or mekd, without --cuts and --blocks."
         )
-
-
-def _checked_card(config: DistillConfig, dataset: Dataset) -> dict:
-    """What the teacher's weight file says of it. Raises ModelError if its classes are those of the data set in another
-    order."""
-    card = card_of(config.teacher_weights)
-    theirs = card.get("classes")
-    if theirs and theirs != dataset.classes:
-        if sorted(theirs) == sorted(dataset.classes):
-            place = next(k for k, pair in enumerate(zip(theirs, dataset.classes)) if pair[0] != pair[1])
-            raise ModelError(
-                f"{config.teacher_weights} has the classes of {dataset.name} in another order: its class {place} is "
-                f"{theirs[place]!r}, the data set's {dataset.classes[place]!r}. Use a teacher that was trained on this "
-                "order, or name the folders so that they sort alike."
-            )
-        shown = [", ".join(map(str, names[:3])) for names in (theirs, dataset.classes)]
-        warnings.warn(
-            f"The teacher's file names other classes ({shown[0]}, ...) than {dataset.name} does ({shown[1]}, ...); "
-            "they are taken for each other in this order.",
-            stacklevel=1,
-        )
-    return card
-
-
-def _teacher_input(
-    config: DistillConfig, dataset: Dataset, teacher: nn.Module, card: dict, size: int
-) -> Adapted | None:
-    """What gives the teacher its own images; None where they are the student's, of `size` pixels."""
-    given = ImageInput(dataset.mean, dataset.std, dataset.name, size)
-    wanted = input_of(teacher, card, config.teacher_weights) or given
-    if config.teacher_mean is not None or config.teacher_std is not None:
-        mean, std = config.teacher_mean or dataset.mean, config.teacher_std or dataset.std
-        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-            raise ConfigError(
-                f"teacher_mean={list(mean)} and teacher_std={list(std)} were given; three numbers each are needed, the "
-                "standard deviations greater than 0."
-            )
-        wanted = ImageInput((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), "the settings", wanted.size)
-    wanted = dataclasses.replace(wanted, size=config.teacher_image_size or wanted.size or size)
-    if dataclasses.replace(wanted, source=given.source) == given:
-        return None
-    warnings.warn(
-        f"The teacher's images are made by mean {list(wanted.mean)}, std {list(wanted.std)} and {wanted.size} pixels "
-        f"({wanted.source}), the student's by {list(given.mean)}, {list(given.std)} and {given.size} pixels "
-        f"({given.source}).",
-        stacklevel=1,
-    )
-    return Adapted(given, wanted)
 
 
 def _check_classes(model: nn.Module, example: Tensor, classes: int, dataset: str, role: str) -> None:
@@ -346,24 +280,6 @@ def _place(paired: PairedBlocks, device: torch.device) -> PairedBlocks:
             placed(module, device)
     nn.ModuleList([paired.teacher, *paired.teacher_blocks]).eval()
     return paired
-
-
-def _weights_of(config: DistillConfig) -> str:
-    """The file of the teacher's weights. Raises ConfigError if none was given."""
-    if not config.teacher_weights:
-        raise ConfigError(
-            f"The method {config.method} needs a trained teacher, but no --teacher-weights were given. Train "
-            f"one with `stablekd distill --method ce --student {config.teacher} --data {config.data} "
-            "--out teacher` and pass --teacher-weights teacher/student.safetensors."
-        )
-    return config.teacher_weights
-
-
-def _named_teacher(config: DistillConfig, classes: int, size: int) -> nn.Module:
-    weights = _weights_of(config)
-    teacher = models.build(config.teacher, classes, size)
-    models.load_weights(teacher, weights)
-    return teacher
 
 
 def _precision(

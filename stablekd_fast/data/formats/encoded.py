@@ -37,9 +37,13 @@ class Encoded:
 
 
 def encoded_splits(
-    root: Path, parts: Mapping[str, tuple[Records, list[int] | None]], *, crop_size: int | None, on_bad_image: OnBadImage
+    root: Path,
+    parts: Mapping[str, tuple[Records, list[int] | None]],
+    *,
+    crop_size: int | None,
+    on_bad_image: OnBadImage,
 ) -> tuple[dict[str, Split], list[str]]:
-    """Return the splits of images, with labels or without (None), by part, and what was decided for them, in sentences.
+    """Return the splits of images, with labels or without (None), by part, and what was decided, in sentences.
 
     Images of which most have at most 64 pixels on both sides are kept in memory, at their own size or resized to
     `crop_size`, unless that is larger; others are read batch by batch at `crop_size` (default 224). `root` names the

@@ -199,6 +199,8 @@ def _visible(folder: Path) -> list[str]:
 
 
 def visible_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, in the order of their names, without those that systems make."""
+    """The folders in a folder, in the order of their names, without those that systems make."""
     return [folder / name for name in _visible(folder) if (folder / name).is_dir()]
 
 

@@ -116,5 +116,3 @@ def _records_of(places: list[Path], left_out: LeftOut, counted: Counter[str]) ->
 
 def _named(parts: dict[str, list[Path]]) -> str:
     return " and ".join(place.name for places in parts.values() for place in places)
-
-

@@ -144,8 +144,16 @@ def test_a_list_names_images_folders_and_tars(photos, tmp_path):
     write_tar(tmp_path / "more.tar", {"a/x.png": encoded(70), "a/y.png": encoded(71)})
     listed = tmp_path / "lists" / "mine.txt"
     listed.parent.mkdir()
-    lines = ["# mine", "", "../photos/01.png", f"{photos}/02.png", "../photos/01.png", "../photos/summer", "../more.tar"]
-    listed.write_text("\n".join([*lines, "../photos/01.png 3"]))
+    lines = [
+        "# mine",
+        "",
+        "../photos/01.png",
+        f"{photos}/02.png",
+        "../photos/01.png",
+        "../photos/summer",
+        "../more.tar",
+    ]
+    listed.write_text("\n".join([*lines, "../more.tar", "../photos/01.png 3"]))
     dataset = open_dataset(listed)
     assert names(dataset) == sorted(
         ["01.png", "02.png", "x.png", "y.png", *(f"{number:02}.png" for number in range(0, 30, 3))]
