@@ -20,13 +20,13 @@ class DistillConfig:
 
     data: str = "digits"
     """A data set: `digits` (embedded), cifar10, cifar100, fashion-mnist, imagenette, imagewoof, imagenet, or a path: a
-    folder of images, of WebDataset tars or of TFRecords, a CIFAR / MNIST archive, or an .npz file. Images need no labels:
-    any folder that has some in it, a .txt file of paths, a .tar. Several of these with commas between them are one data
-    set."""
+    folder of images, of WebDataset tars or of TFRecords, a CIFAR / MNIST archive, or an .npz file. Images need no
+    labels: any folder that has some in it, a .txt file of paths, a .tar. Several of these with commas between them are
+    one data set."""
     teacher: str = "resnet56"
-    """The teacher's name: that of a CIFAR model, torchvision/NAME or timm/NAME. With published weights, which are fetched
-    unless they are on this machine: torchvision/NAME@WEIGHTS, timm/NAME@WEIGHTS (`pretrained` are the default ones),
-    hf:OWNER/NAME or hf:FOLDER."""
+    """The teacher's name: that of a CIFAR model, torchvision/NAME or timm/NAME. With published weights, which are
+    fetched unless they are on this machine: torchvision/NAME@WEIGHTS, timm/NAME@WEIGHTS (`pretrained` are the default
+    ones), hf:OWNER/NAME or hf:FOLDER."""
     teacher_weights: str | None = None
     """The teacher's weights: a safetensors file or a PyTorch one. All methods but ce need them, or published ones."""
     student: str = "resnet20"

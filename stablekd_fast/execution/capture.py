@@ -141,7 +141,7 @@ def _compiling() -> Iterator[None]:
 
 
 class EmulatedRunner:
-    """Warms the bodies up, records them once and replays the records: what a CUDA graph would compute, on any device."""
+    """Warms the bodies up, records them once and replays the records: what a CUDA graph would compute on any device."""
 
     def __init__(self, phases: Sequence[Sequence[Body]], state: Sequence[Tensor], device: torch.device) -> None:
         self._operations: list[Operation] = []

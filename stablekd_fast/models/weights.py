@@ -23,6 +23,7 @@ from stablekd_fast.errors import ModelError, first_line
 from stablekd_fast.files.pickles import Recorded, load_torch
 from stablekd_fast.files.reading import check_format, foreign, open_regular
 from stablekd_fast.files.sealed import check_tensors, text_of
+from stablekd_fast.models.families import OWN_MODELS
 
 State = dict[str, Tensor]
 
@@ -313,8 +314,6 @@ def _by_timm(model: nn.Module, values: State) -> State:
 
 def _what_fits(found: State, targets: State) -> str:
     """Which of the models by name the weights are those of, as far as names and shapes tell."""
-    from stablekd_fast.models.registry import OWN_MODELS
-
     values, classes = _without_prefix(found), len(next(reversed(targets.values())))
     fitting = []
     for name, make in OWN_MODELS.items():

@@ -99,8 +99,8 @@ def with_classes_of(config: DistillConfig, dataset: Dataset, module: nn.Module |
         count = models.classes_in(models.build(config.teacher, 1000, size), _weights_of(config))
     if not count:
         raise ModelError(
-            f"{config.teacher} has no classifier, and the images have no labels, so that nothing says which classes there "
-            "are. Use a teacher that tells classes apart."
+            f"{config.teacher} has no classifier, and the images have no labels, so that nothing says which classes "
+            "there are. Use a teacher that tells classes apart."
         )
     return dataclasses.replace(dataset, classes=[str(number) for number in range(count)])
 
