@@ -22,13 +22,17 @@ class DistillConfig:
 
     data: str = "digits"
     """A data set: `digits` (embedded), cifar10, cifar100, fashion-mnist, imagenette, imagewoof, imagenet, or a path: a
-    folder of images, of WebDataset tars or of TFRecords, a CIFAR / MNIST archive, or an .npz file."""
+    folder of images, of WebDataset tars or of TFRecords, a CIFAR / MNIST archive, or an .npz file. Images need no
+    labels: any folder that has some in it, a .txt file of paths, a .tar. Several of these with commas between them are
+    one data set."""
     teacher: str = "resnet56"
-    """The teacher's name: that of a CIFAR model, torchvision/NAME or timm/NAME."""
+    """The teacher's name: that of a CIFAR model, torchvision/NAME or timm/NAME. With published weights, which are
+    fetched unless they are on this machine: torchvision/NAME@WEIGHTS, timm/NAME@WEIGHTS (`pretrained` are the default
+    ones), hf:OWNER/NAME or hf:FOLDER."""
     teacher_weights: str | None = None
-    """The teacher's weights: a safetensors file or a PyTorch one. All methods but ce need them."""
+    """The teacher's weights: a safetensors file or a PyTorch one. All methods but ce need them, or published ones."""
     student: str = "resnet20"
-    """The student's name, as for the teacher."""
+    """The student's name, as for the teacher; with published weights, it starts from them."""
     teacher_mean: list[float] | None = None
     """By which the teacher's images are normalised, per channel of 0 to 1; None takes what its weight file or timm
     says, else the data set's."""

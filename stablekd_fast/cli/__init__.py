@@ -116,6 +116,9 @@ def _evaluate(options: jsonargparse.Namespace) -> int:
 def _print_reached(title: str, found: dict) -> None:
     """Print what a network reaches; how well it ranks items has a table of its own."""
     ranking = found.pop("ranking", None)
+    if found.pop("truth", "labels") == "teacher":
+        title += ", held against the teacher"
+        found = {"agreement" if name == "accuracy" else name: value for name, value in found.items()}
     print_rows(title, [found])
     if ranking is not None:
         print_rows("Lists of 20 items for each user", [ranking])

@@ -16,7 +16,8 @@ from stablekd_fast.kernels import augment_batch
 class Batch:
     """`sample_ids` int64 `[N]`; `view` (-1: unchanged images; None: crops that have no name); `images` `[N, 3, H, W]`,
     normalised, float32 unless asked for otherwise, and channels last in memory (None where nobody needs them);
-    `labels` int64 `[N]`, or probabilities float32 `[N, classes]` where images are mixed; `second` like `images`, in
+    `labels` int64 `[N]`, or probabilities float32 `[N, classes]` where images are mixed, or int64 `[N, 0]` where images
+    have none; `second` like `images`, in
     another view, where a loss asks for it (see `second.py`)."""
 
     sample_ids: Tensor

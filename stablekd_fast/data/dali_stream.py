@@ -15,7 +15,7 @@ from torch import Tensor
 from stablekd_fast.data.batch import Batch, normalised
 from stablekd_fast.data.dali import copied_to_gpu, device_id_of, load_dali, require_dali
 from stablekd_fast.data.decoders import STREAM, SourceChoice
-from stablekd_fast.data.records import ArchiveRecords, FileRecords, Records
+from stablekd_fast.data.records import ArchiveRecords, FileRecords, JoinedRecords, Records
 from stablekd_fast.data.source import Needed, TrainSource
 from stablekd_fast.data.views import Stream, below, counter_hash, epoch_order
 from stablekd_fast.errors import ConfigError, DataError
@@ -138,11 +138,10 @@ class ReaderPipeline:
 
         self.batch_size, self.size, self.device = batch_size, size, device
         with TemporaryDirectory() as folder, _explained():
-            if isinstance(records, FileRecords):
-                reader = _file_reader(records, samples)
-            else:
-                assert isinstance(records, ArchiveRecords)
+            if isinstance(records, ArchiveRecords):
                 reader = _tar_reader(records, samples, Path(folder))
+            else:
+                reader = _file_reader(records, samples)
             self._dali = crops()
             self._dali.build()
 
@@ -160,13 +159,15 @@ class ReaderPipeline:
 
 
 def can_stream(records: Records) -> bool:
-    """Return whether `ReaderPipeline` reads them: image files and tars."""
+    """Return whether `ReaderPipeline` reads them: image files of any number of folders, or tars of one source."""
     if isinstance(records, ArchiveRecords):
         return all(path.suffix == ".tar" for path in records.archives)
+    if isinstance(records, JoinedRecords):
+        return all(isinstance(source, FileRecords) for source in records.sources)
     return isinstance(records, FileRecords)
 
 
-def _file_reader(records: FileRecords, samples: np.ndarray) -> Callable:
+def _file_reader(records: Records, samples: np.ndarray) -> Callable:
     """Make a reader of image files. A sample's place stands where DALI expects its label."""
     files = [str(records.name(sample)) for sample in samples.tolist()]
     return partial(load_dali().fn.readers.file, files=files, labels=list(range(len(files))))

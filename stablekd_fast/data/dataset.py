@@ -1,9 +1,7 @@
 """Opening a data set by path or name: images, classes, normalisation and augmentation that suit it."""
 
-import os
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -11,15 +9,15 @@ from typing import get_args
 import torch
 
 from stablekd_fast.data.augmentation import Augmentation
-from stablekd_fast.data.formats.archives import find_archives, is_archive, open_archives
 from stablekd_fast.data.formats.arrays import find_idx, read_digits, read_idx, read_npz
 from stablekd_fast.data.formats.cifar import read_cifar
-from stablekd_fast.data.formats.encoded import SMALL_SIDE, encoded_splits
-from stablekd_fast.data.formats.folder import find_tree, list_tree
+from stablekd_fast.data.formats.encoded import SMALL_SIDE, Encoded, encoded_splits
 from stablekd_fast.data.formats.interactions import Interactions, divided, made_up, read_interactions
 from stablekd_fast.data.formats.presets import PRESETS, class_names, preset_folder
+from stablekd_fast.data.formats.several import joined, with_test
+from stablekd_fast.data.formats.unlabelled import unlabelled_folder
+from stablekd_fast.data.found import images_in_file, laid_out_images
 from stablekd_fast.data.pixels import resize
-from stablekd_fast.data.records import Records
 from stablekd_fast.data.split import OnBadImage, Split
 from stablekd_fast.errors import ConfigError, DataError
 from stablekd_fast.files.reading import foreign
@@ -56,7 +54,8 @@ _KINDS = (
     f"give {', '.join(EMBEDDED)}, {', '.join(PRESETS)}, a folder with train/CLASS/* and test/CLASS/* (or val), one "
     "with train*.tar and val*.tar (WebDataset) or with train-*-of-* and validation-*-of-* (TFRecord), a CIFAR-10 or "
     "CIFAR-100 archive or its folder, a folder with MNIST's four idx files, an .npz file, or an .inter file of what "
-    "users had to do with items"
+    "users had to do with items; for images without labels a folder that has some in it or below it, a .txt file of "
+    "paths, a .tar, or several of these with commas between them"
 )
 
 
@@ -71,6 +70,7 @@ class Dataset:
 
     name: str
     classes: list[str]
+    """In the order of their numbers; empty where no image has a label, until a teacher gives them."""
     train: Split
     test: Split
     mean: Channels
@@ -91,16 +91,22 @@ class Dataset:
 
 
 def open_dataset(
-    path_or_name: str | Path, *, image_size: int | None = None, on_bad_image: OnBadImage = "stop"
+    path_or_name: str | Path | Sequence[str | Path],
+    *,
+    image_size: int | None = None,
+    on_bad_image: OnBadImage = "stop",
 ) -> Dataset:
-    """Open the data set at a path, or by its name. Raises `DataError`.
+    """Open the data set at a path, or by its name; or several as one, given as a list or with commas between them.
+    Raises `DataError`.
 
     Names: "digits" and "fashion-mnist-small" (embedded), "interactions" (users and items, made up), and those of
     `PRESETS`, which are fetched where they are not there yet. Kinds: a folder with `train/CLASS/*` and `test/CLASS/*`
     (or `val`, or both), itself or one level below; a folder with WebDataset tars or TFRecords, named `train*` and
     `val*` or `test*`; the archives of CIFAR-10 and CIFAR-100 (Python or binary version, packed or not); a folder with
     the four idx files of MNIST or Fashion-MNIST; `.npz` with x_train, y_train, x_test, y_test; `.inter` with users and
-    items (see `read_interactions`).
+    items (see `read_interactions`). Images without labels: a folder of anything with images in it or below it, a text
+    file (`.txt`, `.lst`, `.list`) of paths, a `.tar`. Their split's `labelled` is false, `classes` is empty, and where
+    there is no test split, some of them are held out as one.
 
     `image_size` is the side in pixels to which all images are brought; by default small ones (up to 64 pixels) keep
     their size and large ones are trained on at 224. What was decided about the files, and what of them is not used, is
@@ -111,15 +117,11 @@ def open_dataset(
         raise ConfigError(f"on_bad_image must be 'stop' or 'skip', got {on_bad_image!r}.")
     if image_size is not None and image_size < 1:
         raise ConfigError(f"The image size must be at least 1 pixel, got {image_size}.")
-    if path_or_name in EMBEDDED:
-        return _open_embedded(str(path_or_name), image_size)
-    path = Path(path_or_name).expanduser()
-    if isinstance(path_or_name, str) and path_or_name in PRESETS and not path.exists():
-        path = preset_folder(path_or_name)
-    if not path.exists():
-        raise DataError(f"There is no data set at {path}; {_KINDS}.")
-    with foreign(path, DataError, "Mend, fetch or write it anew."):
-        dataset = _open_folder(path, image_size, on_bad_image) if path.is_dir() else _open_file(path, image_size)
+    sources = _sources(path_or_name)
+    if len(sources) == 1:
+        dataset = _open_one(sources[0], image_size, on_bad_image)
+    else:
+        dataset = _open_several(sources, image_size, on_bad_image)
     for note in dataset.notes:
         warnings.warn(note, stacklevel=2)
     return dataset
@@ -135,35 +137,69 @@ def _open_embedded(name: str, image_size: int | None) -> Dataset:
     return _array_dataset(name, list(_FASHION_CLASSES), train, test, augmentation, image_size)
 
 
-def _open_folder(path: Path, image_size: int | None, on_bad_image: OnBadImage) -> Dataset:
-    root = find_tree(path)
-    if root is not None and root != path and any(is_archive(name) for name in os.listdir(path)):
-        root = None  # a folder wins over archives beside it, not over nearer ones
-    if root is not None:
-        tree = list_tree(root)
-        beside = sorted(name for name in os.listdir(root) if is_archive(name))
-        if beside:
-            tree.notes.append(f"{beside[0]} is not used, as the folders beside it hold the images.")
-        notes = [*tree.notes, *filter(None, [tree.left_out.sentence()])]
-        dataset = _encoded_dataset(root, tree.classes, tree.parts, image_size, on_bad_image, notes)
-        dataset.left_out = tree.left_out.counts()
-        return dataset
-    archives = find_archives(path)
-    if archives is not None:
-        classes, parts = open_archives(archives)
-        left_out = sum((Counter(records.left_out) for records, _ in parts.values()), Counter())
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
-        notes = [f"Not used of the archives: {listed}."] if listed else []
-        dataset = _encoded_dataset(path, classes, parts, image_size, on_bad_image, notes)
-        dataset.left_out = dict(left_out)
-        return dataset
+def _sources(given: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    """What was given, one by one: a list, or a text with commas that is no path itself."""
+    if isinstance(given, str) and "," in given and not Path(given).expanduser().exists():
+        given = [source.strip() for source in given.split(",") if source.strip()]
+    given = [given] if isinstance(given, (str, Path)) else list(given)
+    if not given:
+        raise DataError(f"No data set was given; {_KINDS}.")
+    return given
+
+
+def _open_one(path_or_name: str | Path, image_size: int | None, on_bad_image: OnBadImage) -> Dataset:
+    if path_or_name in EMBEDDED:
+        return _open_embedded(str(path_or_name), image_size)
+    path = _place_of(path_or_name)
+    with foreign(path, DataError, "Mend, fetch or write it anew."):
+        found = _encoded_at(path)
+        if found is not None:
+            return _encoded_dataset(found, image_size, on_bad_image)
+        return _open_arrays_in(path, image_size) if path.is_dir() else _open_file(path, image_size)
+
+
+def _open_several(sources: Sequence[str | Path], image_size: int | None, on_bad_image: OnBadImage) -> Dataset:
+    found = []
+    for source in sources:
+        path = None if source in EMBEDDED else _place_of(source)
+        with foreign(source, DataError, "Mend, fetch or write it anew."):
+            encoded = _encoded_at(path) if path is not None else None
+        if encoded is None:
+            raise DataError(
+                f"{source} was given among several data sets, and it holds no image files; only folders of images, "
+                "lists of them and tars go together. Give it by itself."
+            )
+        found.append(encoded)
+    return _encoded_dataset(joined(found), image_size, on_bad_image)
+
+
+def _place_of(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name).expanduser()
+    if isinstance(path_or_name, str) and path_or_name in PRESETS and not path.exists():
+        path = preset_folder(path_or_name)
+    if not path.exists():
+        raise DataError(f"There is no data set at {path}; {_KINDS}.")
+    return path
+
+
+def _encoded_at(path: Path) -> Encoded | None:
+    """The encoded images at a path; None where it holds arrays or nothing."""
+    if not path.is_dir():
+        return images_in_file(path)
+    found = laid_out_images(path)
+    if found is not None or find_idx(path) is not None or read_cifar(path) is not None:
+        return found
+    return unlabelled_folder(path)
+
+
+def _open_arrays_in(path: Path, image_size: int | None) -> Dataset:
     idx_files = find_idx(path)
     if idx_files is not None:
         return _open_idx(path, idx_files, image_size)
     cifar = read_cifar(path)
     if cifar is not None:
         return _array_dataset(*cifar, Augmentation("pad_crop", flip=True, padding=4), image_size)
-    raise DataError(f"{path} has no train folder and is no other known data set; {_KINDS}.")
+    raise DataError(f"{path} has no train folder, no images and is no other known data set; {_KINDS}.")
 
 
 def _open_file(path: Path, image_size: int | None) -> Dataset:
@@ -176,28 +212,26 @@ def _open_file(path: Path, image_size: int | None) -> Dataset:
         cifar = read_cifar(path)
         if cifar is not None:
             return _array_dataset(*cifar, augmentation, image_size)
-    if path.name.endswith((".tar", ".tar.gz", ".tgz", ".zip")):
+    if path.name.endswith((".tar.gz", ".tgz", ".zip")):
         raise DataError(f"{path} is a packed archive: unpack it first and give the folder.")
     raise DataError(f"{path} is no known data set; {_KINDS}.")
 
 
-def _encoded_dataset(
-    root: Path,
-    classes: list[str],
-    parts: Mapping[str, tuple[Records, list[int]]],
-    image_size: int | None,
-    on_bad_image: OnBadImage,
-    notes: Sequence[str] = (),
-) -> Dataset:
-    splits, decided = encoded_splits(root, parts, crop_size=image_size, on_bad_image=on_bad_image)
-    train = splits["train"]
+def _encoded_dataset(found: Encoded, image_size: int | None, on_bad_image: OnBadImage) -> Dataset:
+    labels, count = found.parts["train"][1], len(found.parts["train"][0])
+    found = with_test(found)
+    splits, decided = encoded_splits(found.root, found.parts, crop_size=image_size, on_bad_image=on_bad_image)
+    train, name = splits["train"], found.root.resolve().name
     if train.resident:
         augmentation = Augmentation("pad_crop", flip=True, padding=4)
     else:
         augmentation = Augmentation("resized_crop", flip=True, size=train.crop_size)
+    notes = [*found.notes, *decided]
+    if labels is None:
+        notes.insert(0, f"{name}: {count:,} images without labels.")
     return Dataset(
-        root.resolve().name, class_names(classes), train, splits["test"], IMAGENET_MEAN, IMAGENET_STD, augmentation,
-        splits.get("validation"), [*notes, *decided],
+        name, class_names(found.classes), train, splits["test"], IMAGENET_MEAN, IMAGENET_STD, augmentation,
+        splits.get("validation"), notes, found.left_out,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import copy
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
@@ -50,6 +51,8 @@ class EvalSource:
         if split.resident and image_size is not None:
             _check_own_size(split, image_size)
         self.split, self.mean, self.std = split, mean, std
+        self._answer: Callable[[Tensor], Tensor] | None = None
+        self._answered = torch.empty(0, dtype=torch.int64)
         self.batch_size, self.workers = batch_size, workers
         self.rank, self.ranks, self.device = rank, ranks, torch.device(device)
         self.image_size = image_size or split.crop_size
@@ -65,6 +68,26 @@ class EvalSource:
         """Show this rank's images once, in the order of the split."""
         return self._resident_batches() if self.split.resident else self._decoded_batches()
 
+    @property
+    def truth(self) -> str:
+        """What the labels of its batches are: `labels` of the data set, or the `teacher`'s answers."""
+        return "labels" if self._answer is None else "teacher"
+
+    def labelled_by(self, answer: Callable[[Tensor], Tensor]) -> EvalSource:
+        """Return the same batches with labels that `answer` gives for images `[N, 3, H, W]`, int64 `[N]`. It is asked
+        once for each image."""
+        other = copy.copy(self)
+        other._answer, other._answered = answer, torch.full((self.split.total,), -1)
+        return other
+
+    def _labels(self, rows: Tensor, images: Tensor) -> Tensor:
+        if self._answer is None:
+            return self.split.labels[rows]
+        samples = self.split.sample_ids[rows]
+        if bool((self._answered[samples] < 0).any()):
+            self._answered[samples] = self._answer(images).to(self._answered)
+        return self._answered[samples]
+
     def _chunks(self) -> Iterator[Tensor]:
         return islice(torch.arange(len(self.split)).split(self.batch_size), self.rank, None, self.ranks)
 
@@ -72,7 +95,7 @@ class EvalSource:
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         images = normalised(pixels.to(self.device, non_blocking=True), self.mean, self.std)
-        return Batch(self.split.sample_ids[rows], EVAL_VIEW, images, self.split.labels[rows])
+        return Batch(self.split.sample_ids[rows], EVAL_VIEW, images, self._labels(rows, images))
 
     def _resident_batches(self) -> Generator[Batch]:
         for rows in self._chunks():

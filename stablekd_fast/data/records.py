@@ -39,6 +39,10 @@ class Records(Protocol):
         """Return size in bytes and time of change in nanoseconds of what holds the image; zeros if it is not there."""
         ...
 
+    def taken(self, numbers: Sequence[int]) -> Records:
+        """Return the records of these numbers alone, in this order."""
+        ...
+
 
 @dataclass(frozen=True)
 class FileRecords:
@@ -72,6 +76,9 @@ class FileRecords:
 
     def stamp(self, number: int) -> tuple[int, int]:
         return _stamp(os.path.join(self.folder, self.names[number]))
+
+    def taken(self, numbers: Sequence[int]) -> FileRecords:
+        return FileRecords(self.folder, [self.names[number] for number in numbers])
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +130,13 @@ class ArchiveRecords:
         archive, _, size = self.places[number].tolist()
         return size, self._changed[archive]
 
+    def taken(self, numbers: Sequence[int]) -> ArchiveRecords:
+        chosen = np.asarray(numbers, np.int64)
+        checked = None if self.checked is None else self.checked[chosen]
+        return ArchiveRecords(
+            self.archives, self.places[chosen], [self.names[n] for n in numbers], self.left_out, checked
+        )
+
     def __getstate__(self) -> dict:
         """Leave open files out: another process must open them for itself."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_changed")}
@@ -134,6 +148,50 @@ class ArchiveRecords:
     @cached_property
     def _changed(self) -> list[int]:
         return [_stamp(path)[1] for path in self.archives]
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedRecords:
+    """Images of several sources, one source behind the other."""
+
+    sources: list[Records]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def name(self, number: int) -> Path:
+        source, own = self._at(number)
+        return source.name(own)
+
+    def read(self, number: int) -> bytes:
+        source, own = self._at(number)
+        return source.read(own)
+
+    def told_by(self) -> Iterator[bytes]:
+        return (b"%d/%s" % (place, told) for place, source in enumerate(self.sources) for told in source.told_by())
+
+    def stamp(self, number: int) -> tuple[int, int]:
+        source, own = self._at(number)
+        return source.stamp(own)
+
+    def taken(self, numbers: Sequence[int]) -> JoinedRecords:
+        chosen = np.asarray(numbers, np.int64)
+        order = np.argsort(np.searchsorted(self._ends, chosen, side="right"), kind="stable")
+        if not np.array_equal(order, np.arange(len(order))):
+            raise ValueError("records of several sources are taken in the order of the sources")
+        starts = [0, *self._ends[:-1].tolist()]
+        within = [chosen[(chosen >= s) & (chosen < e)] - s for s, e in zip(starts, self._ends.tolist())]
+        return JoinedRecords([source.taken(own.tolist()) for source, own in zip(self.sources, within)])
+
+    def _at(self, number: int) -> tuple[Records, int]:
+        """Return the source that holds a record, and the record's number in it."""
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        return self.sources[place], number - (int(self._ends[place - 1]) if place else 0)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """Behind the last record of each source, int64 `[sources]`."""
+        return np.cumsum([len(source) for source in self.sources], dtype=np.int64)
 
 
 def _stamp(path: str | Path) -> tuple[int, int]:

@@ -42,7 +42,8 @@ class TrainSource:
     names the views, so that runs of other seeds can meet the same images. Small images are kept in the memory of
     `device`, and cropped and normalised there. Large ones are decoded by the source that `source` names (see
     `pick_source`) with `workers` threads, `prefetch` batches ahead, and normalised on `device`; one that is skipped as
-    bad is replaced by the next good one, so that batches keep their size. Mixed labels need the number of `classes`.
+    bad is replaced by the next good one, so that batches keep their size. Mixed labels need the number of `classes`;
+    images without labels are mixed without.
 
     Each of `ranks` processes with the same settings gets its own, equal part of every batch of `batch_size` images.
     """
@@ -272,7 +273,8 @@ class TrainSource:
         if partners is not None:
             others, other_images = partners[0], self._changed(partners[1], partners[0], view)
             images, weights = mixed(images, other_images, self.augmentation, self.view_seed, ids, view)
-            labels = self._mixed_labels(positions, others, torch.from_numpy(weights).float()[:, None])
+            if self.split.labelled:
+                labels = self._mixed_labels(positions, others, torch.from_numpy(weights).float()[:, None])
         if self.augmentation.erasing:
             images = erased(images, self.augmentation, 255 * torch.tensor(self.mean), self.view_seed, ids, view)
         return self._batch(positions, view, normalised(images, self.mean, self.std, dtype=dtype), labels)

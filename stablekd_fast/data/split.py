@@ -60,12 +60,20 @@ def check_room(count: int, height: int, width: int, device: torch.device) -> Non
         )
 
 
+def no_labels(count: int) -> torch.Tensor:
+    """Return what stands for the labels of images without labels, int64 `[count, 0]`."""
+    return torch.empty(count, 0, dtype=torch.int64)
+
+
 class Split:
-    """Labelled images. Sample ids index the whole split and stay the same in every subset of it.
+    """Images, labelled or not. Sample ids index the whole split and stay the same in every subset of it.
 
     Images are given as an array uint8 `[N, H, W, 3]` or as `ImageFiles`. Small files are decoded when they are first
     needed, so that a subset decodes only its own. Where bad files are skipped, the length of such a split is not known
     before, so that asking for it decodes them too.
+
+    `labels` are class indices int64 `[N]`. Images without labels have int64 `[N, 0]` (see `no_labels`): a row for each
+    image and nothing in it, so that batches, ranks and buffers treat them alike and no loss can take them for classes.
     """
 
     def __init__(
@@ -91,9 +99,14 @@ class Split:
 
     @property
     def labels(self) -> torch.Tensor:
-        """Class indices, int64 `[N]`."""
+        """Class indices, int64 `[N]`; `[N, 0]` where the images have none."""
         self._settle()
         return self._labels
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return self._labels.dim() != 2 or self._labels.shape[1] > 0
 
     @property
     def sample_ids(self) -> torch.Tensor:
@@ -133,7 +146,7 @@ class Split:
         """
         whole = self._whole
         if whole._digest is None:
-            digest = hashlib.blake2b(whole._all_labels.numpy().data, digest_size=16)
+            digest = hashlib.blake2b(whole._all_labels.numpy().tobytes(), digest_size=16)
             if self._files is None:
                 digest.update(str(list(whole.images.shape)).encode())
                 digest.update(whole.images.contiguous().numpy().data)
@@ -306,7 +319,8 @@ class Split:
 
     def _proportional_mask(self, count: int, stream: Stream, seed: int) -> torch.Tensor:
         """Choose `count` samples, in each class those of the lowest hash: bool `[N]`."""
-        labels, total = self._labels.numpy(), len(self._labels)
+        total = len(self._labels)
+        labels = self._labels.numpy() if self.labelled else np.zeros(total, np.int64)
         sizes = np.bincount(labels)
         # Whole numbers throughout: a rounded quotient would decide ties between remainders.
         quotas, remainders = np.divmod(sizes * count, total)

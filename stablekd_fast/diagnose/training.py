@@ -9,7 +9,7 @@ from rich.progress import track
 from torch import nn
 
 from stablekd_fast.blocks.pair import Cut
-from stablekd_fast.config import DistillConfig, objectives_of
+from stablekd_fast.config import DistillConfig
 from stablekd_fast.data import Dataset
 from stablekd_fast.diagnose.probe import Probe, probe_inputs
 from stablekd_fast.diagnose.settings import ARMS, END_TO_END, NOT_USED, Probing
@@ -66,7 +66,7 @@ class Twin:
     def __init__(self, parts: Materials, probing: Probing) -> None:
         if len(parts.paired) < 2:
             raise ConfigError("The pair has one block; entanglement is between blocks. Give --cuts or --blocks.")
-        self.parts, self.probing, self.objectives = parts, probing, objectives_of(parts.config)
+        self.parts, self.probing, self.objectives = parts, probing, parts.objectives
         self.first = {name: value.clone() for name, value in parts.paired.student.state_dict().items()}
         # The probe batches come from the epochs after the training, one from each: independent, in views of their own.
         per_epoch = parts.source.steps_per_epoch

@@ -356,7 +356,7 @@ class Engine:
             metrics = self.measured(self.composed_student(), self.parts.validation.batches())
             if not metrics.finite:
                 raise self._diverged("loss on held-out images is", self.progress.step - 1)
-            self.emit_evaluation("validation", metrics)
+            self.emit_evaluation("validation", metrics, self.parts.validation.truth)
 
     def measured(self, student: nn.Module, batches: Iterable[Batch]) -> Metrics | Alignment:
         """What a composed student reaches on images: how near it comes to its teacher, where it has no classifier."""
@@ -365,13 +365,15 @@ class Engine:
         pair = compared(self.parts.paired, self.parts.objectives, student)
         return aligned(pair, batches, self.to_device, self.ranks.all_reduce)
 
-    def emit_evaluation(self, split: str, metrics: Metrics | Alignment) -> None:
-        """Log what the composed student reaches on a split."""
+    def emit_evaluation(self, split: str, metrics: Metrics | Alignment, truth: str) -> None:
+        """Log what the composed student reaches on a split; `truth`: whether an accuracy is held against labels or the
+        teacher."""
         self.recorder.emit(
             "evaluate",
             step=self.progress.step,
             epoch=self.progress.step / self.parts.source.steps_per_epoch,
             split=split,
+            truth=truth,
             seconds=self.progress.seconds,
             **metrics.event(),
         )

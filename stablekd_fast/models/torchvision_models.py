@@ -1,6 +1,7 @@
 """torchvision's classification models by name, without weights, and variants of them."""
 
 from functools import partial
+from typing import Any
 
 import torchvision
 from torch import nn
@@ -36,6 +37,22 @@ def build_torchvision(name: str, num_classes: int, image_size: int | None) -> nn
         return torchvision.models.get_model(name, **options)
     except (ValueError, AssertionError) as error:
         raise _wrong_size(name, image_size, error) from error
+
+
+def torchvision_weights(name: str, tag: str) -> Any:
+    """Return the member of torchvision's enumeration of the weights of a model. `pretrained` is the default one.
+
+    Raises ModelError for a model or weights that there are not.
+    """
+    if name not in torchvision_names():
+        raise ModelError(
+            f"torchvision has no classification model {name!r}; {len(torchvision_names())} others are known."
+        )
+    members = torchvision.models.get_model_weights(name)
+    if tag not in ("pretrained", "DEFAULT", *(member.name for member in members)):
+        there = ", ".join(["DEFAULT", *(member.name for member in members)]) if len(members) else "none"
+        raise ModelError(f"torchvision has no weights {tag!r} of {name}; it has {there}.")
+    return members["DEFAULT" if tag == "pretrained" else tag]
 
 
 def vit_b_16_6l(num_classes: int, image_size: int | None) -> nn.Module:

@@ -23,6 +23,7 @@ from stablekd_fast.errors import ModelError, first_line
 from stablekd_fast.files.pickles import Recorded, load_torch
 from stablekd_fast.files.reading import check_format, foreign, open_regular
 from stablekd_fast.files.sealed import check_tensors, text_of
+from stablekd_fast.models.families import OWN_MODELS
 
 State = dict[str, Tensor]
 
@@ -72,6 +73,23 @@ def load_weights(model: nn.Module, path: str | os.PathLike, taken_off: Sequence[
         for name, target in own.items():
             if name in values:
                 target.copy_(values[name])
+
+
+def classes_in(model: nn.Module, path: str | os.PathLike) -> int:
+    """Return how many classes the weights in `path` tell apart, which are those of a network like `model` made for
+    another number of classes. Raises ModelError if the file is no such one."""
+    path = Path(path)
+    found = _without_prefix(_unnested(_read(path), path))
+    targets = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    last = next(reversed(targets), "")
+    for values in (found, _renamed(targets, found), _by_timm(model, found)):
+        rows = next((value for name, value in values.items() if name == last or name.endswith(f".{last}")), None)
+        if rows is not None and rows.dim():
+            return len(rows)
+    raise ModelError(
+        f"{path} has no {last}, so that it does not tell how many classes {type(model).__name__} was trained on. Give "
+        "the weights of that network, or images with labels."
+    )
 
 
 def restore_state(model: nn.Module, state: Mapping[str, Tensor], *, partial: bool = False) -> None:
@@ -310,8 +328,6 @@ def _by_timm(model: nn.Module, values: State) -> State:
 
 def _what_fits(found: State, targets: State) -> str:
     """Which of the models by name the weights are those of, as far as names and shapes tell."""
-    from stablekd_fast.models.registry import OWN_MODELS
-
     values, classes = _without_prefix(found), len(next(reversed(targets.values())))
     fitting = []
     for name, make in OWN_MODELS.items():

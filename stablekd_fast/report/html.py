@@ -108,6 +108,11 @@ def _headline(runs: list[dict], methods: list[str], baseline: str | None) -> str
     measure = measure_of(runs)
     values = {row["method"]: [run[measure] for run in runs if run["method"] == row["method"]] for row in rows}
     notes = "Test split, last weights. Mean ± sample standard deviation over runs; one dot per run, a bar at the mean."
+    if any(run.get("truth") == "teacher" for run in runs):
+        notes += (
+            " These images have no labels: accuracy is how often student and teacher have the same first class, and "
+            "the loss is held against the teacher's first class."
+        )
     if baseline is not None:
         unit = " are in percentage points" if measure == "accuracy" else " are those of the cosine"
         notes += f" Differences to {escape(baseline)}{unit}."

@@ -119,8 +119,10 @@ class Bar:
 def _evaluation(event: dict) -> str:
     measure = measure_of([event])
     other = "loss" if measure == "accuracy" else "relative_error"
+    held = measure == "accuracy" and event.get("truth") == "teacher"
+    what = "agreement with the teacher" if held else measure
     name = other.replace("_", " ")
-    return f"{event['split']} {measure} {shown(measure, event[measure])}, {name} {_number(event[other], '.4f')}"
+    return f"{event['split']} {what} {shown(measure, event[measure])}, {name} {_number(event[other], '.4f')}"
 
 
 def _teacher(event: dict) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.cache.columns import Plan
 from stablekd_fast.cache.fingerprint import image_fingerprint
-from stablekd_fast.config import DistillConfig, identity, objectives_of
+from stablekd_fast.config import DistillConfig, identity
 from stablekd_fast.data.bank import BankSource
 from stablekd_fast.distributed import Layout
 from stablekd_fast.engine.checkpoint import ends_of
@@ -53,7 +53,7 @@ def decide(materials: Materials) -> Decisions:
     rows belong to something else.
     """
     config, source, paired = materials.config, materials.source, materials.paired
-    objectives = objectives_of(config)
+    objectives = materials.objectives
     asked = config.stages or _stages(config, paired)
     ends = _ends(config, materials.resumed)
     first, *later = (max(round(epochs * source.steps_per_epoch), 1) for epochs in ends)

@@ -18,7 +18,7 @@ from stablekd_fast.blocks import PairedBlocks
 from stablekd_fast.blocks.modes import sources_forgotten
 from stablekd_fast.cache.columns import Plan
 from stablekd_fast.config import DistillConfig, exported_name
-from stablekd_fast.data import Dataset, TrainSource
+from stablekd_fast.data import Dataset, EvalSource, TrainSource
 from stablekd_fast.distributed import Ranks
 from stablekd_fast.engine.alignment import Alignment
 from stablekd_fast.engine.checkpoint import RunState, resume_run, save_tensors
@@ -36,8 +36,9 @@ from stablekd_fast.planning.rows import decisions, predict
 from stablekd_fast.report import NoRecorder, Recorder, machine, versions, write_results, write_run_report
 from stablekd_fast.run.builders import bn_batches, eval_source, pick_device
 from stablekd_fast.run.decisions import Decisions, decide
+from stablekd_fast.run.first_look import look_at_teacher
 from stablekd_fast.run.materials import Given, Materials, gather
-from stablekd_fast.run.teacher_check import look_at_teacher
+from stablekd_fast.run.unlabelled import judged
 from stablekd_fast.teacher.cached import CachedTeacher
 
 
@@ -61,24 +62,31 @@ class RunResult:
     """Unreadable images left out (with `on_bad_image="skip"`); the event log names them."""
     ranking: Ranking | None = None
     """How well items are ranked for users; `accuracy` is then recall, and `top5` NDCG."""
+    truth: str = "labels"
+    """What the student is held against: the `labels` of the test images, or the `teacher` where they have none;
+    `accuracy` is then how often both have the same first class, and `top5` how often the teacher's is among the
+    student's first five."""
     cosine: float | None = None
     relative_error: float | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON types; of the two measures the one that the run has."""
-        lacks = ("cosine", "relative_error") if self.cosine is None else ("accuracy", "top5", "ranking")
+        lacks = ("cosine", "relative_error") if self.cosine is None else ("accuracy", "top5", "ranking", "truth")
         return {name: value for name, value in asdict(self).items() if name not in lacks}
 
     @property
     def reached(self) -> str:
         """The measure in words."""
-        return f"accuracy {self.accuracy:.2%}" if self.cosine is None else f"cosine {self.cosine:.4f}"
+        if self.cosine is not None:
+            return f"cosine {self.cosine:.4f}"
+        return f"{'accuracy' if self.truth == 'labels' else 'agreement with the teacher'} {self.accuracy:.2%}"
 
 
 STUDENT_FILE = "student.safetensors"
 
-MEASURES = ("accuracy", "top5", "cosine", "relative_error")
-"""What an exported student's card says of it, where it was measured."""
+_IN_CARDS = {"accuracy": "agreement", "top5": "agreement_top5", "cosine": "cosine", "relative_error": "relative_error"}
+"""What an exported student's card says of it, where it was measured, and under which name where it was held against the
+teacher."""
 
 
 class Distiller:
@@ -212,8 +220,7 @@ class Distiller:
             self._keep_digests(out / "images.log", resumes)
             if not resumes:
                 self._emit_start(recorder)
-                if seen := look_at_teacher(self.materials, given=self.given.teacher is not None):
-                    recorder.emit("teacher", step=0, split="held-out", **seen)
+                look_at_teacher(self.materials, self.given, recorder)
             engine = Engine(parts, state, recorder, signals)
             with signals.awaited(ranks.can_name):
                 engine.train()
@@ -257,12 +264,18 @@ class Distiller:
         images, progress, student = self.materials.images, engine.progress, engine.composed_student()
         engine.check_composed(student)
         self._export(out, student)
-        metrics = self._tested(engine, student, out)
+        test = eval_source(
+            images.dataset, images.test, self.config, self.ranks.rank, self.ranks.size, engine.parts.device
+        )
+        if self.config.head == "classifier":
+            test = judged(test, self.materials.paired)
+        metrics = self._tested(engine, student, test, out)
         found = metrics.event()
-        self._export(out, student, **{name: found[name] for name in MEASURES if name in found})
+        named = {name: name if test.truth == "labels" else other for name, other in _IN_CARDS.items()}
+        self._export(out, student, **{named[name]: found[name] for name in named if name in found})
         skipped = [[str(path), reason] for split in images.splits for path, reason in split.skipped]
         with _a_line_not_a_run("the event log"):
-            engine.emit_evaluation("test", metrics)
+            engine.emit_evaluation("test", metrics, test.truth)
             if skipped:
                 engine.recorder.emit("skipped_images", step=progress.step, images=skipped)
             if isinstance(self.parts.teacher, CachedTeacher):
@@ -279,14 +292,14 @@ class Distiller:
             data_wait_share=progress.wait_seconds / progress.seconds,
             skipped_images=len(skipped),
             ranking=metrics.ranking if isinstance(metrics, Metrics) else None,
+            truth=test.truth,
             cosine=found.get("cosine"),
             relative_error=found.get("relative_error"),
         )
 
-    def _tested(self, engine: Engine, student: nn.Module, out: Path) -> Metrics | Alignment:
+    def _tested(self, engine: Engine, student: nn.Module, test: EvalSource, out: Path) -> Metrics | Alignment:
         """Evaluate on the test split; images of it that cannot be read are left out, and that is said."""
-        images, ranks = self.materials.images, self.ranks
-        test = eval_source(images.dataset, images.test, self.config, ranks.rank, ranks.size, self.materials.device)
+        images = self.materials.images
         try:
             metrics = engine.measured(student, test.batches())
         except DataError as error:

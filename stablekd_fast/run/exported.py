@@ -56,7 +56,7 @@ def evaluate_file(
     elsewhere need model and data. The batch-norm statistics of a checkpoint are re-estimated, as at the end of a run.
     Raises ConfigError, ModelError, DataError or CheckpointError if something is missing or does not fit.
     """
-    found = _opened(path, model, data, device)
+    found = _opened(path, model, data, split, device)
     if found.head != "classifier":
         raise ConfigError(
             f"{path} holds a backbone without a classifier, which has no accuracy of its own; pass --probe knn,linear "
@@ -82,7 +82,7 @@ def probe_file(
     all. Features are computed once, of images that are not augmented. All else, and what is raised, is that of
     `evaluate_file`.
     """
-    found = _opened(path, model, data, device, headless=True)
+    found = _opened(path, model, data, split, device, headless=True)
     train = found.dataset.train if images is None else found.dataset.train.subset(images, 0)
     learnt, asked = (
         features_of(found.network, found.batches(part), found.to_device)
@@ -91,7 +91,9 @@ def probe_file(
     return probed(probes, learnt, asked)
 
 
-def _opened(path: Path, model: str | None, data: str | None, device: str, headless: bool = False) -> _Opened:
+def _opened(
+    path: Path, model: str | None, data: str | None, split: str, device: str, headless: bool = False
+) -> _Opened:
     """Open what `evaluate_file` says; `headless`: take a classifier off."""
     tensors, metadata = load_tensors(path) if path.suffix == ".safetensors" else ({}, {})
     run = metadata.get("identity")
@@ -103,6 +105,11 @@ def _opened(path: Path, model: str | None, data: str | None, device: str, headle
     target = pick_device(device)
     config = _config_of(metadata, model, data)
     dataset = open_dataset(data, image_size=config.image_size)
+    if not getattr(dataset, split).labelled or not dataset.classes:
+        raise ConfigError(
+            f"The {split} images of {data} have no labels, which accuracy is held against; pass --data with a data set "
+            "that has some."
+        )
     if "mean" in said and "std" in said:
         dataset.mean, dataset.std = tuple(said["mean"]), tuple(said["std"])
     images = eval_source(dataset, dataset.test, config, device=target)
@@ -110,7 +117,7 @@ def _opened(path: Path, model: str | None, data: str | None, device: str, headle
     head = said.get("head", "classifier")
     if run:
         # What a run evaluates and exports is the average, where it keeps one.
-        network = named_network(model, classes, size, head)
+        network = named_network(model, classes, size, head, fetches=False)
         restore_state(network, below(tensors, STUDENT) | below(tensors, AVERAGE))
     else:
         network = named_network(model, classes, size, "embedding" if headless else head, path)

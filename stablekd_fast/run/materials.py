@@ -24,9 +24,6 @@ from stablekd_fast.execution.capture import pick_capture
 from stablekd_fast.execution.memory import placed, watched
 from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
 from stablekd_fast.models.black_box import BlackBox
-from stablekd_fast.models.headless import named_network
-from stablekd_fast.models.inputs import Adapted, ImageInput, input_of
-from stablekd_fast.models.weights import card_of
 from stablekd_fast.models.wrappers import unwrapped
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.planning.costs import views_shown
@@ -42,6 +39,8 @@ from stablekd_fast.run.builders import (
     training_stream,
 )
 from stablekd_fast.run.synthesised import bank_source, check_synthesis, held_out_images
+from stablekd_fast.run.teachers import checked_card, named_teacher, teacher_input, with_classes_of
+from stablekd_fast.run.unlabelled import judged, without_labels
 
 CALIBRATION_BATCHES = 2
 """Training batches to which bridges are fitted."""
@@ -87,6 +86,7 @@ class Images:
         return {
             "name": dataset.name,
             "classes": len(dataset.classes),
+            "labelled": self.source.split.labelled,
             "training_images": len(self.source.split),
             "held_out": len(self.validation.split) if self.validation is not None else 0,
             "test_images": dataset.test.total,
@@ -112,6 +112,12 @@ class Materials:
     """The type of the images that steps read."""
 
     @property
+    def objectives(self) -> Objectives:
+        """The losses of the run, which take no labels where the images have none."""
+        objectives = objectives_of(self.config)
+        return dataclasses.replace(objectives, use_labels=objectives.use_labels and self.source.split.labelled)
+
+    @property
     def source(self) -> TrainSource:
         """Named views of the training images."""
         return self.images.source
@@ -128,6 +134,13 @@ def gather(config: DistillConfig, given: Given) -> Materials:
     ranks.check_alike(_settings(config))
     resumed = _resumed(config, ranks)
     images = _open_images(config, given.dataset, device, ranks)
+    has_classifier = config.head == "classifier"
+    if has_classifier and not images.source.split.labelled:
+        config = without_labels(config)
+    if has_classifier and not images.dataset.classes:
+        module = given.paired.teacher if given.paired is not None else given.teacher
+        dataset = with_classes_of(config, images.dataset, module, images.first(device))
+        images = dataclasses.replace(images, dataset=dataset)
     capture = pick_capture(config.capture, device)
     torch.manual_seed(config.seed)
     if config.reuses_classifier and given.paired is not None:
@@ -151,6 +164,8 @@ def gather(config: DistillConfig, given: Given) -> Materials:
     image_dtype = torch.float32
     if precision.dtype != torch.float32 and images.dataset.popularity is None:  # numbers of users are not rounded
         image_dtype = pick_image_dtype(paired, images.first(device)[:TRIAL_IMAGES])
+    if has_classifier and images.validation is not None:
+        images = dataclasses.replace(images, validation=judged(images.validation, paired))
     return Materials(config, device, ranks, resumed, images, capture, paired, image_dtype)
 
 
@@ -221,14 +236,12 @@ def _pair(config: DistillConfig, given: Given, images: Images, device: torch.dev
         check_runs(student, example[:1], training=True)
     if not config.has_teacher:
         return PairedBlocks.without_teacher(student)
-    card = {}
-    if given.teacher is None and config.teacher_weights:
-        card = card_of(config.teacher_weights) if headless else _checked_card(config, images.dataset)
+    card = {} if given.teacher is not None else checked_card(config, images.dataset)
     teacher = given.teacher
     if teacher is None:
-        teacher = _named_teacher(config, classes, config.teacher_image_size or card.get("image_size") or size)
+        teacher = named_teacher(config, classes, config.teacher_image_size or card.get("image_size") or size)
     teacher = placed(unwrapped(teacher), device).eval()
-    own = _teacher_input(config, images.dataset, teacher, card, size)
+    own = teacher_input(config, images.dataset, teacher, card, size)
     own = own if own is None else own.to(device)
     shown = example if own is None else own(example)
     _check_output(teacher, shown, None if headless else classes, images.dataset.name, "teacher")
@@ -266,54 +279,6 @@ def _check_black_box(config: DistillConfig, objectives: Objectives) -> None:
         )
 
 
-def _checked_card(config: DistillConfig, dataset: Dataset) -> dict:
-    """What the teacher's weight file says of it. Raises ModelError if its classes are those of the data set in another
-    order."""
-    card = card_of(config.teacher_weights)
-    theirs = card.get("classes")
-    if theirs and theirs != dataset.classes:
-        if sorted(theirs) == sorted(dataset.classes):
-            place = next(k for k, pair in enumerate(zip(theirs, dataset.classes)) if pair[0] != pair[1])
-            raise ModelError(
-                f"{config.teacher_weights} has the classes of {dataset.name} in another order: its class {place} is "
-                f"{theirs[place]!r}, the data set's {dataset.classes[place]!r}. Use a teacher that was trained on this "
-                "order, or name the folders so that they sort alike."
-            )
-        shown = [", ".join(map(str, names[:3])) for names in (theirs, dataset.classes)]
-        warnings.warn(
-            f"The teacher's file names other classes ({shown[0]}, ...) than {dataset.name} does ({shown[1]}, ...); "
-            "they are taken for each other in this order.",
-            stacklevel=1,
-        )
-    return card
-
-
-def _teacher_input(
-    config: DistillConfig, dataset: Dataset, teacher: nn.Module, card: dict, size: int
-) -> Adapted | None:
-    """What gives the teacher its own images; None where they are the student's, of `size` pixels."""
-    given = ImageInput(dataset.mean, dataset.std, dataset.name, size)
-    wanted = input_of(teacher, card, config.teacher_weights) or given
-    if config.teacher_mean is not None or config.teacher_std is not None:
-        mean, std = config.teacher_mean or dataset.mean, config.teacher_std or dataset.std
-        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-            raise ConfigError(
-                f"teacher_mean={list(mean)} and teacher_std={list(std)} were given; three numbers each are needed, the "
-                "standard deviations greater than 0."
-            )
-        wanted = ImageInput((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), "the settings", wanted.size)
-    wanted = dataclasses.replace(wanted, size=config.teacher_image_size or wanted.size or size)
-    if dataclasses.replace(wanted, source=given.source) == given:
-        return None
-    warnings.warn(
-        f"The teacher's images are made by mean {list(wanted.mean)}, std {list(wanted.std)} and {wanted.size} pixels "
-        f"({wanted.source}), the student's by {list(given.mean)}, {list(given.std)} and {given.size} pixels "
-        f"({given.source}).",
-        stacklevel=1,
-    )
-    return Adapted(given, wanted)
-
-
 def _check_output(model: nn.Module, example: Tensor, classes: int | None, dataset: str, role: str) -> None:
     """Raise ModelError if a network does not compute the images, or does not tell so many classes apart; None: it has
     no classifier."""
@@ -340,16 +305,6 @@ def _place(paired: PairedBlocks, device: torch.device) -> PairedBlocks:
             placed(module, device)
     nn.ModuleList([paired.teacher, *paired.teacher_blocks]).eval()
     return paired
-
-
-def _named_teacher(config: DistillConfig, classes: int, size: int) -> nn.Module:
-    if not config.teacher_weights:
-        raise ConfigError(
-            f"The method {config.method} needs a trained teacher, but no --teacher-weights were given. Train "
-            f"one with `stablekd distill --method ce --student {config.teacher} --data {config.data} "
-            "--out teacher` and pass --teacher-weights teacher/student.safetensors."
-        )
-    return named_network(config.teacher, classes, size, config.head, config.teacher_weights)
 
 
 def _precision(

@@ -16,6 +16,7 @@ from pathlib import Path
 import jsonargparse
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -55,7 +56,18 @@ def data_of_the_readme(folder):
     write_images(folder / "path" / "to" / "data", 32, 32)
 
 
-STAND_INS = {"README": data_of_the_readme, "your-data": lambda folder: write_images(folder / "photos", 80, 72)}
+def images_without_labels(folder):
+    """Images at two depths, others with labels, and a teacher for both of their classes."""
+    write_images(folder / "labelled", 80, 72)
+    write_images(folder / "photos" / "summer", 80, 72)
+    safetensors.torch.save_file(models.build("torchvision/resnet18", 2).state_dict(), folder / "teacher.safetensors")
+
+
+STAND_INS = {
+    "README": data_of_the_readme,
+    "images-without-labels": images_without_labels,
+    "your-data": lambda folder: write_images(folder / "photos", 80, 72),
+}
 
 
 def names_given():

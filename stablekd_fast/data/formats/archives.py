@@ -17,7 +17,7 @@ import numpy as np
 
 from stablekd_fast.data.formats.sample import NoClass, Sample
 from stablekd_fast.data.formats.tfrecords import tfrecord_samples
-from stablekd_fast.data.formats.webdataset import PARTS, tar_samples
+from stablekd_fast.data.formats.webdataset import PARTS, tar_images, tar_samples
 from stablekd_fast.data.records import ArchiveRecords
 from stablekd_fast.errors import DataError, first_line
 
@@ -29,6 +29,18 @@ _ILSVRC = re.compile(r"ILSVRC2012_img_(train|val)\.tar")
 _ILSVRC_WITHOUT_USE = re.compile(r"ILSVRC2012_img_(train_t3|test)")
 """The dogs of a task of their own, which the others have, too, and images without classes."""
 _INDEX = ".idx"
+
+
+class PartMissing(DataError):
+    """A folder holds archives of one part of a data set, and none of another part that is needed.
+
+    Attributes:
+        archives: those that it holds.
+    """
+
+    def __init__(self, message: str, archives: list[Path]) -> None:
+        super().__init__(message)
+        self.archives = archives
 
 
 def is_archive(name: str) -> bool:
@@ -71,8 +83,9 @@ def find_archives(folder: Path) -> dict[str, list[Path]] | None:
         if packed:
             raise DataError(f"{packed[0]} is compressed, and images are read in place: unpack it to a plain file.")
         if any(found.values()):
-            raise DataError(
-                f"{folder} holds archives but none named {part}; name them train*.tar and val*.tar (or test*)."
+            raise PartMissing(
+                f"{folder} holds archives but none named {part}; name them train*.tar and val*.tar (or test*).",
+                [path for paths in found.values() for path in paths],
             )
     if not any(found.values()):
         return None
@@ -130,8 +143,9 @@ def archive_records(
     return ArchiveRecords(archives, places, names, dict(left_out or {}), checked)
 
 
-def read_index(path: Path, left_out: Counter[str] | None = None) -> list[Sample]:
-    """List the labelled images of one archive, in its order; count in `left_out`, by reason, what is not listed.
+def read_index(path: Path, left_out: Counter[str] | None = None, *, labelled: bool = True) -> list[Sample]:
+    """List the labelled images of one archive, in its order; count in `left_out`, by reason, what is not listed. Of a
+    tar that need not be `labelled` all images are listed, with empty labels.
 
     Raises `DataError`; `NoClass` where no image has a class.
     """
@@ -140,7 +154,7 @@ def read_index(path: Path, left_out: Counter[str] | None = None) -> list[Sample]
     index = index if index.is_file() else None
     counted = Counter() if left_out is None else left_out
     try:
-        return (tar_samples if tar else tfrecord_samples)(path, index, counted)
+        return (tfrecord_samples if not tar else tar_samples if labelled else tar_images)(path, index, counted)
     except DataError:
         raise
     except Exception as error:  # whatever damaged bytes lead to

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from stablekd_fast.data.pixels import BadImage, read_header
 from stablekd_fast.data.records import Records
-from stablekd_fast.data.split import ImageFiles, OnBadImage, Split
+from stablekd_fast.data.split import ImageFiles, OnBadImage, Split, no_labels
 from stablekd_fast.errors import DataError
 
 SMALL_SIDE = 64
@@ -19,10 +20,30 @@ _LOOKED_AT = 256
 """From so many images it is told whether they are small."""
 
 
+@dataclass(eq=False)
+class Encoded:
+    """What was found of encoded images before they become splits."""
+
+    root: Path
+    """Names the images in errors."""
+    classes: list[str]
+    """Empty where no image has a label."""
+    parts: Mapping[str, tuple[Records, list[int] | None]]
+    """Images and labels (None: without) by "train", "test" and "validation", of which the latter may be missing."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided, in sentences."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """How many files and folders are not used, by reason."""
+
+
 def encoded_splits(
-    root: Path, parts: Mapping[str, tuple[Records, list[int]]], *, crop_size: int | None, on_bad_image: OnBadImage
+    root: Path,
+    parts: Mapping[str, tuple[Records, list[int] | None]],
+    *,
+    crop_size: int | None,
+    on_bad_image: OnBadImage,
 ) -> tuple[dict[str, Split], list[str]]:
-    """Return the splits of images with labels, by part, and what was decided for them, in sentences.
+    """Return the splits of images, with labels or without (None), by part, and what was decided, in sentences.
 
     Images of which most have at most 64 pixels on both sides are kept in memory, at their own size or resized to
     `crop_size`, unless that is larger; others are read batch by batch at `crop_size` (default 224). `root` names the
@@ -39,7 +60,7 @@ def encoded_splits(
     resident = 2 * small > len(sizes) and (crop_size or 0) <= SMALL_SIDE
     shape = _small_shape(root, sizes, crop_size) if resident else None
 
-    def split(records: Records, labels: list[int]) -> Split:
+    def split(records: Records, labels: list[int] | None) -> Split:
         files = ImageFiles(
             records=records,
             crop_size=crop_size or DEFAULT_CROP,
@@ -47,7 +68,7 @@ def encoded_splits(
             resizing=crop_size is not None,
             on_bad_image=on_bad_image,
         )
-        return Split(torch.tensor(labels), files=files)
+        return Split(no_labels(len(records)) if labels is None else torch.tensor(labels), files=files)
 
     return {part: split(*found) for part, found in parts.items()}, notes
 

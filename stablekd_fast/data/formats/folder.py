@@ -46,15 +46,15 @@ def find_tree(path: Path) -> Path | None:
     """Return the folder that holds `train`, with folders in it: `path` itself or its only such child."""
     if _holds_train(path):
         return path
-    nested = [child for child in _folders(path) if _holds_train(child)]
+    nested = [child for child in visible_folders(path) if _holds_train(child)]
     return nested[0] if len(nested) == 1 else None
 
 
 def list_tree(root: Path) -> Tree:
     """List the images of a tree. Raises `DataError`."""
-    train = _part(root, "train")
+    train = part_folder(root, "train")
     assert train is not None, "find_tree gave a folder without train"
-    classes = [child.name for child in _folders(train)]
+    classes = [child.name for child in visible_folders(train)]
     if not classes:
         raise DataError(f"{train} holds no class folders; needed is {_LAYOUT}.")
     tree = Tree(root, classes, {})
@@ -65,14 +65,14 @@ def list_tree(root: Path) -> Tree:
 
 
 def _holds_train(path: Path) -> bool:
-    train = _part(path, "train")
-    return train is not None and (bool(_folders(train)) or not any(map(is_packed, _visible(train))))
+    train = part_folder(path, "train")
+    return train is not None and (bool(visible_folders(train)) or not any(map(is_packed, _visible(train))))
 
 
-def _part(root: Path, part: str) -> Path | None:
+def part_folder(root: Path, part: str) -> Path | None:
     """The folder of a part by any of its names; one that is written as here comes first."""
-    found = {child.name.lower(): child for child in reversed(_folders(root))}
-    found |= {child.name: child for child in _folders(root)}
+    found = {child.name.lower(): child for child in reversed(visible_folders(root))}
+    found |= {child.name: child for child in visible_folders(root)}
     return next((found[name] for name in NAMES[part] if name in found), None)
 
 
@@ -80,10 +80,10 @@ def _labelled(tree: Tree, train: Path) -> dict[str, Path]:
     """The folders of the parts to evaluate on, of those that hold classes of the training images."""
     known, found = set(tree.classes), {}
     for part in ("validation", "test"):
-        folder = _part(tree.root, part)
+        folder = part_folder(tree.root, part)
         if folder is None:
             continue
-        own = {child.name for child in _folders(folder)}
+        own = {child.name for child in visible_folders(folder)}
         if own - known and own & known:
             raise _differing(train, known, folder, own)
         if own & known:
@@ -96,10 +96,11 @@ def _labelled(tree: Tree, train: Path) -> dict[str, Path]:
     if not found:
         raise DataError(
             f"{tree.root} has no test images: neither {'/'.join(NAMES['validation'])} nor test holds class folders of "
-            f"train ({_some(sorted(known))}); needed is {_LAYOUT}."
+            f"train ({_some(sorted(known))}); needed is {_LAYOUT}. Give {train} itself to use its images "
+            "without labels."
         )
     if "test" not in found:
-        if _part(tree.root, "test") is not None:
+        if part_folder(tree.root, "test") is not None:
             tree.notes.append(f"{found['validation']} is the test split.")
         return {"test": found["validation"]}
     if "validation" in found:
@@ -123,7 +124,7 @@ def _list_part(tree: Tree, folder: Path) -> tuple[FileRecords, list[int]]:
     if loose:
         tree.left_out.add("files beside the class folders", folder / loose[0], len(loose))
     for label, name in enumerate(tree.classes):
-        found = sorted(_images_below(str(folder), name, tree.left_out)) if (folder / name).is_dir() else []
+        found = sorted(images_below(str(folder), name, tree.left_out)) if (folder / name).is_dir() else []
         if not found and folder.name.lower() in NAMES["train"]:
             raise DataError(
                 f"Class folder {printable(folder / name)} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); "
@@ -143,8 +144,9 @@ def _said(left_out: LeftOut) -> str:
     return f" {sentence}" if sentence else ""
 
 
-def _images_below(root: str, name: str, left_out: LeftOut) -> Iterator[str]:
-    """Names of the images in a class folder and below it, from `root`; a folder is gone into once on each way."""
+def images_below(root: str, name: str, left_out: LeftOut, tars: list[str] | None = None) -> Iterator[str]:
+    """Names of the images in the folder `name` and below it, from `root` (which an empty name stands for); a folder is
+    gone into once on each way. Names of plain tars are added to `tars` where it is given."""
     todo: list[tuple[str, frozenset[tuple[int, int]]]] = [(name, frozenset())]
     while todo:
         folder, above = todo.pop()
@@ -155,13 +157,15 @@ def _images_below(root: str, name: str, left_out: LeftOut) -> Iterator[str]:
         above |= {(place.st_dev, place.st_ino)}
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:
-                inside = f"{folder}/{entry.name}"
+                inside = f"{folder}/{entry.name}" if folder else entry.name
                 if _is_hidden(entry.name):
                     left_out.add("hidden files and folders", entry.path)
                 elif _is_folder(entry):
                     todo.append((inside, above))
                 elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                     yield inside
+                elif tars is not None and entry.name.lower().endswith(".tar"):
+                    tars.append(inside)
                 else:
                     left_out.add(_what(entry, left_out), entry.path)
 
@@ -194,7 +198,9 @@ def _visible(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if not _is_hidden(name))
 
 
-def _folders(folder: Path) -> list[Path]:
+def visible_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, in the order of their names, without those that systems make."""
+    """The folders in a folder, in the order of their names, without those that systems make."""
     return [folder / name for name in _visible(folder) if (folder / name).is_dir()]
 
 

@@ -81,6 +81,21 @@ def tar_samples(path: Path, index: Path | None, left_out: Counter[str]) -> list[
     return samples
 
 
+def tar_images(path: Path, index: Path | None, left_out: Counter[str]) -> list[Sample]:
+    """List the images of a tar as `tar_samples` does, but whether they have a class or not: the labels are empty."""
+    contents = _contents(path, index, left_out)
+    _follow_links(contents, left_out)
+    if not contents.images:
+        raise ValueError(f"it holds no images{_counted(left_out)}")
+    samples = []
+    for name, place in contents.images.items():
+        if name.rpartition("/")[2].count(".") > 1 and _belongs_to_another(name, contents.images):
+            left_out[_EXTRA] += 1
+        else:
+            samples.append(Sample(name, *place, ""))
+    return samples
+
+
 def _contents(path: Path, index: Path | None, left_out: Counter[str]) -> _Contents:
     contents, best = _Contents(), len(_KINDS)
     images, links = contents.images, contents.links

@@ -205,7 +205,7 @@ def test_truncated_archive_is_named(tmp_path):
         open_dataset(path)
 
 
-@pytest.mark.parametrize("name", ["flowers.tar", "flowers.tar.gz", "flowers.tgz", "flowers.zip"])
+@pytest.mark.parametrize("name", ["flowers.tar.gz", "flowers.tgz", "flowers.zip"])
 def test_other_archives_are_to_be_unpacked_first(tmp_path, name):
     path = pack({f"train/rose/{number}.png": b"" for number in range(40)}, tmp_path / name)
     with pytest.raises(DataError, match="unpack it first"):
@@ -213,6 +213,6 @@ def test_other_archives_are_to_be_unpacked_first(tmp_path, name):
 
 
 def test_other_files_are_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "notes.md").write_text("hello")
     with pytest.raises(DataError, match="no known data set"):
-        open_dataset(tmp_path / "notes.txt")
+        open_dataset(tmp_path / "notes.md")
