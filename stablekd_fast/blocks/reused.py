@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import torch
 from torch import Tensor, nn
@@ -152,15 +153,22 @@ def _map(layout: Layout) -> tuple[int, int, int]:
 
 
 def _last_map(network: TracedNetwork, role: str) -> CutPoint:
-    """The last place before the classifier that holds a feature map. Raises CutError if it holds something else."""
-    places = [point for point in network.points if point.layout.extended and point.divides is None]
-    if not places or len(places[-1].layout.shape) != 3 or places[-1].layout.channel_axis != 1:
-        found = f"carries {list(places[-1].layout.shape)} per image there" if places else "has no such place"
+    """The feature map that the classifier reads: that of the last convolution before it, before it is pooled.
+
+    A map may have a single place. Raises CutError if the network carries something else than maps there.
+    """
+    before = [point for point in network.points if point.divides is None and point.flops < network.flops]
+    maps = [point for point in before if len(point.layout.shape) == 3 and point.layout.channel_axis == 1]
+    others = [point for point in before if point.layout.extended and point not in maps]
+    if not maps or (others and others[-1].flops >= maps[-1].flops):
+        found = f"carries {list(others[-1].layout.shape)} per image there" if others else "has no such place"
         raise CutError(
             f"A student that reuses the teacher's classifier needs a feature map [C, H, W] before the classifier of "
             f"both networks, but the {role} {found}. Choose a convolutional {role}, or another method."
         )
-    return places[-1]
+    last = [point for point in maps if point.flops == maps[-1].flops]  # pooling costs nothing
+    most = max(math.prod(point.layout.places) for point in last)
+    return [point for point in last if math.prod(point.layout.places) == most][-1]
 
 
 def name_of(student: str, teacher: str) -> str:

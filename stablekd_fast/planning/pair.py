@@ -17,6 +17,7 @@ from stablekd_fast.config import DistillConfig, objectives_of
 from stablekd_fast.data import Batch
 from stablekd_fast.engine.schedule import PlannedStage, group_name, method_stages, plan_stages
 from stablekd_fast.errors import ConfigError, CutError
+from stablekd_fast.objectives import method_named
 from stablekd_fast.planning.assign import assign, loads_of
 from stablekd_fast.planning.costs import Job, measured_costs, predicted_costs, views_shown
 from stablekd_fast.planning.networks import measure_students
@@ -78,6 +79,11 @@ class PairPlan:
         for name in ("epochs", "images", "batch_size", "image_size", "classes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must be greater than 0.")
+        if method_named(self.method).reuses_classifier:
+            raise ConfigError(
+                f"method={self.method} was given, but its student is put together in a run, and a plan is one for a "
+                "pair as it is; plan for kd+features, which reads as much of the teacher."
+            )
         if self.ranks is not None and self.ranks < 1:
             raise ConfigError(f"ranks={self.ranks} was given; it must be at least 1.")
         if self.batch_size > self.images:

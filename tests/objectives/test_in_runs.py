@@ -9,8 +9,9 @@ import torch
 
 from stablekd_fast import models
 from stablekd_fast.cache import CacheSettings
-from stablekd_fast.config import DistillConfig, objectives_of
+from stablekd_fast.config import DistillConfig, exported_name, objectives_of
 from stablekd_fast.engine.checkpoint import load_tensors, save_tensors
+from stablekd_fast.engine.schedule import Optimizer, Stage
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.objectives import METHODS
 from stablekd_fast.run.distiller import Distiller
@@ -75,7 +76,8 @@ def test_a_neighbour_gives_the_bits_of_its_eager_run(make, method):
     module = again.parts.objectives.module
     assert len(own) == (0 if module is None else len(module.state_dict()))
     student = load_tensors(Path(again.config.out) / "student.safetensors")[0]
-    assert student.keys() == models.build("resnet20_half", 10, 8).state_dict().keys()  # nothing of the loss's own
+    name = exported_name(method, "resnet20_half", "resnet20")
+    assert student.keys() == models.build(name, 10, 8).state_dict().keys()  # nothing of the loss's own
 
 
 def stop_after(distiller, step):
@@ -94,7 +96,7 @@ def stop_after(distiller, step):
         distiller.run(progress=False)
 
 
-@pytest.mark.parametrize("method", NEIGHBOURS)
+@pytest.mark.parametrize("method", [name for name in NEIGHBOURS if not METHODS[name].reuses_classifier])
 def test_a_neighbours_losses_inside_the_blocks_of_stablekd(make, method):
     """They train the merged student at least; a loss that waits for the merge is named."""
     own = METHODS[method]
@@ -135,6 +137,10 @@ REFUSED = [
     ("kd", {"auxiliary_options": {"weight": 1.0}}, "auxiliary_options were given without auxiliary"),
     ("kd", {"auxiliary": "crdd"}, "There is no auxiliary objective 'crdd'; the nearest is 'crd'"),
     ("crdd", {}, "method 'crdd' does not exist; the nearest is 'crd'"),
+    ("simkd", {"blocks": 3}, "blocks was given, but the method simkd cuts both networks before the classifier"),
+    ("simkd", {"cuts": ["layer3"]}, "cuts was given, but the method simkd cuts"),
+    ("simkd", {"stages": [Stage([[0], [1]], 1.0, Optimizer())]}, "stages was given, .* trains the student as one"),
+    ("simkd", {"student": "simkd/resnet20_half+resnet20"}, "name the student that is to be their encoder"),
     ("stablekd", {"bridge": "none"}, "bridge=none was given, but blocks are to be fed by the teacher"),
 ]
 
