@@ -24,6 +24,7 @@ from stablekd_fast.execution.capture import pick_capture
 from stablekd_fast.execution.memory import placed, watched
 from stablekd_fast.execution.precision import Precision, pick_precision, seconds_per_pass
 from stablekd_fast.models.black_box import BlackBox
+from stablekd_fast.models.headless import named_network
 from stablekd_fast.models.wrappers import unwrapped
 from stablekd_fast.objectives import Objectives
 from stablekd_fast.planning.costs import views_shown
