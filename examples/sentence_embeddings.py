@@ -29,19 +29,19 @@ from torch.nn import functional as F
 from stablekd_fast.losses import ContrastiveLoss, MSELoss
 
 WORDS, LENGTH = 8192, 24
-TEACHER, STUDENT = 256, 32
+TEACHER = 256
 TRIED = {
     "contrast": [{"lr": lr, "temperature": t, "queue": 2048} for t in (0.1, 0.2) for lr in (0.01, 0.03, 0.1)],
     "squares": [{"lr": lr, "normalize": kind} for kind in (None, "l2") for lr in (0.01, 0.03, 0.1)],
 }
 CHOSEN = {
     "contrast": [
-        {"by": "nearness", "lr": 0.03, "temperature": 0.2, "queue": 2048, "mapped": True},
-        {"by": "teacher", "lr": 0.1, "temperature": 0.2, "queue": 2048, "mapped": True},
+        {"by": "nearness", "lr": 0.01, "temperature": 0.1, "queue": 2048, "mapped": True},
+        {"by": "teacher", "lr": 0.03, "temperature": 0.2, "queue": 2048, "mapped": True},
     ],
     "squares": [
-        {"by": "nearness", "lr": 0.03, "normalize": None, "mapped": True},
-        {"by": "teacher", "lr": 0.03, "normalize": None, "mapped": True},
+        {"by": "nearness", "lr": 0.01, "normalize": None, "mapped": True},
+        {"by": "teacher", "lr": 0.03, "normalize": "l2", "mapped": True},
     ],
 }
 """What `--search` found best for each loss, by either correlation. `mapped`: cosines are those behind the student's map
@@ -144,17 +144,17 @@ def trained_teacher(sections: list[Tensor], steps: int, batch: int = 256) -> Enc
     return teacher.eval()
 
 
-def distilled(name: str, settings: dict, sentences: Tensor, targets: Tensor, seed: int, steps: int) -> nn.Sequential:
+def distilled(name: str, settings: dict, sentences: Tensor, targets: Tensor, seed: int, asked) -> nn.Sequential:
     """A student and its map to the teacher's width, distilled from the teacher's embeddings `targets` of sentences."""
     torch.manual_seed(seed)
     width = targets.shape[1]
-    student = nn.Sequential(Encoder(STUDENT), nn.Linear(STUDENT, width))
+    student = nn.Sequential(Encoder(asked.width), nn.Linear(asked.width, width))
     if name == "contrast":
         criterion = ContrastiveLoss(width, settings["temperature"], settings["queue"])
     else:
         criterion = MSELoss(normalize=settings["normalize"])
-    step = optimize(student, settings["lr"], steps)
-    for _ in range(steps):
+    step = optimize(student, settings["lr"], asked.steps)
+    for _ in range(asked.steps):
         drawn = torch.randint(len(sentences), (256,))
         step(criterion(student(sentences[drawn]), targets[drawn]))
     return student.eval()
@@ -183,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--teacher-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=1000, help="steps of each student")
+    parser.add_argument("--width", type=int, default=32, help="width of the student")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--search", action="store_true", help="try settings, on other held-out sentences")
     asked = parser.parse_args()
@@ -203,7 +204,7 @@ def main() -> None:
         (name, one) for name, several in (TRIED if asked.search else CHOSEN).items() for one in several
     ):
         for seed in seeds:
-            student = distilled(name, settings, sentences, targets, seed, asked.steps)
+            student = distilled(name, settings, sentences, targets, seed, asked)
             for mapped, values in correlations(student, pairs, teachers).items():
                 if settings.get("mapped", mapped) == mapped:
                     show({"loss": name, **settings, "mapped": mapped, "seed": seed, **values})
