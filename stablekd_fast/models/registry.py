@@ -30,10 +30,9 @@ def build(name: str, num_classes: int, image_size: int | None = None, *, weights
 
     `name` is one of `names()`, or `timm/NAME` where timm is installed; or `mf/WIDTH`, which maps numbers of users
     int64 `[N]` to scores `[N, num_classes]`, and for which `image_size` is the number of users; or, where
-    `stablekd_fast.blocks` is imported, `simkd/STUDENT+TEACHER`, a student that ends in its teacher's classifier. Where
-    one of our own
-    models and one of torchvision's share a name, the plain name is ours and `torchvision/NAME` is theirs. `image_size`
-    (pixels, square) matters only to models that are tied to one, such as vision transformers.
+    `stablekd_fast.blocks` is imported, `simkd/STUDENT+TEACHER`, a student that ends in its teacher's classifier.
+    Where one of our own models and one of torchvision's share a name, the plain name is ours and `torchvision/NAME` is
+    theirs. `image_size` (pixels, square) matters only to models that are tied to one, such as vision transformers.
 
     Names that ask for published weights (`torchvision/NAME@WEIGHTS`, `timm/NAME@WEIGHTS`, `hf:OWNER/NAME`, see
     `published.py`) have them, fetched by the library that owns them; with `weights` false the same network without them

@@ -11,7 +11,7 @@ from stablekd_fast import models
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.config import DistillConfig, exported_name, objectives_of
 from stablekd_fast.engine.checkpoint import load_tensors, save_tensors
-from stablekd_fast.engine.schedule import Optimizer, Stage
+from stablekd_fast.engine.schedule import Stage
 from stablekd_fast.errors import ConfigError
 from stablekd_fast.objectives import METHODS
 from stablekd_fast.run.distiller import Distiller
@@ -139,7 +139,7 @@ REFUSED = [
     ("crdd", {}, "method 'crdd' does not exist; the nearest is 'crd'"),
     ("simkd", {"blocks": 3}, "blocks was given, but the method simkd cuts both networks before the classifier"),
     ("simkd", {"cuts": ["layer3"]}, "cuts was given, but the method simkd cuts"),
-    ("simkd", {"stages": [Stage([[0], [1]], 1.0, Optimizer())]}, "stages was given, .* trains the student as one"),
+    ("simkd", {"stages": [Stage([[0], [1]], share=1.0)]}, "stages was given, .* trains the student as one"),
     ("simkd", {"student": "simkd/resnet20_half+resnet20"}, "name the student that is to be their encoder"),
     ("stablekd", {"bridge": "none"}, "bridge=none was given, but blocks are to be fed by the teacher"),
 ]

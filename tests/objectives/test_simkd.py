@@ -243,9 +243,9 @@ class Flat(nn.Module):
         return self.head(self.conv(x).flatten(1))
 
 
-class Other(nn.Module):
+class Unsure(nn.Module):
     def forward(self, x):
-        return torch.zeros(len(x), 10)
+        return torch.full((len(x), 10), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ class Other(nn.Module):
     [
         (Tokens, {}, CutError, r"the teacher carries \[16, 6\] per image there. Choose a convolutional teacher"),
         (Flat, {}, CutError, r"does not take .* student's grid is \[2, 2\], the teacher's \[4, 4\]"),
-        (lambda: black_box(Other(), classes=10), {}, ConfigError, "needs the teacher's outputs at cuts, .* black box"),
+        (lambda: black_box(Unsure(), classes=10), {}, ConfigError, "needs the teacher's outputs at cuts, .* black box"),
         (None, {"teacher_image_size": 16}, CutError, "images have 16 pixels a side, the student's 8"),
     ],
 )
