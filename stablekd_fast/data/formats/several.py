@@ -79,7 +79,7 @@ def with_test(found: Encoded) -> Encoded:
     count = min(max(round(TEST_SHARE * len(records)), 1), MOST_TEST)
     if len(records) < 2:
         raise DataError(
-            f"{printable(found.root)} holds {len(records)} image; at least 2 are needed, one of them to test on. Add some."
+            f"{printable(found.root)} holds {len(records)} image; at least 2 are needed, one to test on. Add some."
         )
     keys = [hashlib.blake2b(told, digest_size=8).digest() for told in records.told_by()]
     held_out = set(sorted(range(len(keys)), key=keys.__getitem__)[:count])

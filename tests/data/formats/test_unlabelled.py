@@ -277,6 +277,14 @@ def test_unlabelled_images_join_labelled_ones_which_stay_the_test(write_tree, ph
     assert any("labels of the training images of" in note and "are not used" in note for note in dataset.notes)
 
 
+def test_test_images_without_labels_give_way_to_those_with_some(write_tree, tmp_path):
+    for number in range(8):
+        write(tmp_path / "flat" / ("train" if number < 6 else "test") / f"{number}.png", number)
+    dataset = open_dataset([write_tree(), tmp_path / "flat"])
+    assert len(dataset.train) == 24 and len(dataset.test) == 6 and dataset.test.labelled
+    assert any("Of the test images those of" in note and "flat are not used" in note for note in dataset.notes)
+
+
 def test_sources_of_other_classes_have_no_labels_together(write_tree, tmp_path):
     other = write_tree(root=tmp_path / "second")
     for part in ("train", "test"):
