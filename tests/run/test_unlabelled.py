@@ -198,7 +198,9 @@ def test_every_loss_that_reads_labels_is_known_to():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_goes_without_labels_or_is_refused(settings, name):
-    config, method = DistillConfig(**{**settings, "method": name}), METHODS[name]
+    options = {"teachers": ["resnet14:more.safetensors"]} if name == "multi-teacher" else {}
+    config = DistillConfig(**{**settings, "method": name, "auxiliary_options": options})
+    method = METHODS[name]
     losses = losses_of(config)
     needs = any(losses[place] in NEED_LABELS[place] for place in NEED_LABELS) or not method.needs_teacher
     if losses["synthesis"]:
@@ -212,7 +214,12 @@ def test_every_method_goes_without_labels_or_is_refused(settings, name):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"method": "mix-kd", "mix": "cutmix"}, {"method": "crd", "logits_options": {"kl_weight": 1.0}}, {"method": "gkd"}],
+    [
+        {"method": "mix-kd", "mix": "cutmix"},
+        {"method": "crd", "logits_options": {"kl_weight": 1.0}},
+        {"method": "logit-std"},
+        {"method": "gkd"},
+    ],
     ids=lambda changed: changed["method"],
 )
 def test_losses_of_all_places_train_without_labels(settings, changed, one_thread):

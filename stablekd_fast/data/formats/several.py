@@ -17,7 +17,7 @@ TEST_SHARE, MOST_TEST = 0.04, 10_000
 
 def merged(sources: Sequence[Records]) -> tuple[Records, int]:
     """Return the images of all sources, each once, and how many were there again."""
-    if len(sources) == 1:
+    if len(sources) == 1 and not _names_twice(sources[0]):
         return sources[0], 0
     seen: set[str] = set()
     chosen, twice = [], 0
@@ -79,7 +79,7 @@ def with_test(found: Encoded) -> Encoded:
     count = min(max(round(TEST_SHARE * len(records)), 1), MOST_TEST)
     if len(records) < 2:
         raise DataError(
-            f"{printable(found.root)} holds {len(records)} image; at least 2 are needed, one of them to test."
+            f"{printable(found.root)} holds {len(records)} image; at least 2 are needed, one to test on. Add some."
         )
     keys = [hashlib.blake2b(told, digest_size=8).digest() for told in records.told_by()]
     held_out = set(sorted(range(len(keys)), key=keys.__getitem__)[:count])
@@ -123,6 +123,10 @@ def _refuse_leaks(parts: dict[str, tuple[Records, list[int] | None]]) -> None:
                 f"{len(shared):,} {part} images are training images of another source too, the first: "
                 f"{printable(shared[0])}. Leave one of the two sources out."
             )
+
+
+def _names_twice(records: Records) -> bool:
+    return isinstance(records, FileRecords) and len(set(records.names)) < len(records)
 
 
 def _places(records: Records) -> Iterator[str]:

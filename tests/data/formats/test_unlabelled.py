@@ -153,13 +153,26 @@ def test_a_list_names_images_folders_and_tars(photos, tmp_path):
         "../photos/summer",
         "../more.tar",
     ]
-    listed.write_text("\n".join([*lines, "../more.tar", "../photos/01.png 3"]))
+    listed.write_text("\n".join([*lines, "../photos/01.png 3"]))
     dataset = open_dataset(listed)
     assert names(dataset) == sorted(
         ["01.png", "02.png", "x.png", "y.png", *(f"{number:02}.png" for number in range(0, 30, 3))]
     )
     assert any("1 images of" in note and "named twice" in note for note in dataset.notes)
     assert dataset.left_out == {"lines that name no image, folder or tar": 1}
+
+
+def test_an_image_that_a_list_names_twice_is_used_once(photos, tmp_path):
+    (tmp_path / "list.txt").write_text("photos/01.png\nphotos/02.png\nphotos/../photos/01.png\nphotos/04.png\n")
+    dataset = open_dataset(tmp_path / "list.txt")
+    assert names(dataset) == ["01.png", "02.png", "04.png"]
+    assert any("1 images of" in note and "named twice" in note for note in dataset.notes)
+
+
+def test_one_image_is_too_few(tmp_path):
+    write(tmp_path / "few" / "a.png", 1)
+    with pytest.raises(DataError, match="few holds 1 image; at least 2 are needed"):
+        open_dataset(tmp_path / "few")
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n", "a.jpg 3\nb.jpg 4\n"])
@@ -262,6 +275,14 @@ def test_unlabelled_images_join_labelled_ones_which_stay_the_test(write_tree, ph
     assert len(dataset.train) == 48 and not dataset.train.labelled
     assert dataset.test.labelled and len(dataset.test) == 6 and dataset.classes == ["ant", "bee", "cat"]
     assert any("labels of the training images of" in note and "are not used" in note for note in dataset.notes)
+
+
+def test_test_images_without_labels_give_way_to_those_with_some(write_tree, tmp_path):
+    for number in range(8):
+        write(tmp_path / "flat" / ("train" if number < 6 else "test") / f"{number}.png", number)
+    dataset = open_dataset([write_tree(), tmp_path / "flat"])
+    assert len(dataset.train) == 24 and len(dataset.test) == 6 and dataset.test.labelled
+    assert any("Of the test images those of" in note and "flat are not used" in note for note in dataset.notes)
 
 
 def test_sources_of_other_classes_have_no_labels_together(write_tree, tmp_path):
