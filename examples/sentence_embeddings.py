@@ -35,17 +35,26 @@ TRIED = {
     "squares": [{"lr": lr, "normalize": kind} for kind in (None, "l2") for lr in (0.01, 0.03, 0.1)],
 }
 CHOSEN = {
-    "contrast": [
-        {"by": "nearness", "lr": 0.01, "temperature": 0.1, "queue": 2048, "mapped": True},
-        {"by": "teacher", "lr": 0.03, "temperature": 0.2, "queue": 2048, "mapped": True},
-    ],
-    "squares": [
-        {"by": "nearness", "lr": 0.01, "normalize": None, "mapped": True},
-        {"by": "teacher", "lr": 0.03, "normalize": "l2", "mapped": True},
-    ],
+    32: {
+        "contrast": [
+            {"by": "nearness", "lr": 0.01, "temperature": 0.1, "queue": 2048, "mapped": True},
+            {"by": "teacher", "lr": 0.03, "temperature": 0.2, "queue": 2048, "mapped": True},
+        ],
+        "squares": [
+            {"by": "nearness", "lr": 0.01, "normalize": None, "mapped": True},
+            {"by": "teacher", "lr": 0.03, "normalize": "l2", "mapped": True},
+        ],
+    },
+    8: {
+        "contrast": [{"by": "both", "lr": 0.03, "temperature": 0.2, "queue": 2048, "mapped": True}],
+        "squares": [
+            {"by": "nearness", "lr": 0.03, "normalize": "l2", "mapped": True},
+            {"by": "teacher", "lr": 0.03, "normalize": "l2", "mapped": False},
+        ],
+    },
 }
-"""What `--search` found best for each loss, by either correlation. `mapped`: cosines are those behind the student's map
-to the teacher's width."""
+"""What `--search` found best for each of the student's widths and each loss, by either correlation. `mapped`: cosines
+are those behind the student's map to the teacher's width."""
 
 
 # The text.
@@ -144,7 +153,9 @@ def trained_teacher(sections: list[Tensor], steps: int, batch: int = 256) -> Enc
     return teacher.eval()
 
 
-def distilled(name: str, settings: dict, sentences: Tensor, targets: Tensor, seed: int, asked) -> nn.Sequential:
+def distilled(
+    name: str, settings: dict, sentences: Tensor, targets: Tensor, seed: int, asked: argparse.Namespace
+) -> nn.Sequential:
     """A student and its map to the teacher's width, distilled from the teacher's embeddings `targets` of sentences."""
     torch.manual_seed(seed)
     width = targets.shape[1]
@@ -183,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--teacher-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=1000, help="steps of each student")
-    parser.add_argument("--width", type=int, default=32, help="width of the student")
+    parser.add_argument("--width", type=int, default=32, choices=CHOSEN, help="width of the student")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--search", action="store_true", help="try settings, on other held-out sentences")
     asked = parser.parse_args()
@@ -200,9 +211,8 @@ def main() -> None:
         targets = torch.cat([teacher(part) for part in sentences.split(1024)])
     show({"loss": "the teacher", "nearness": spearmanr(teachers, pairs[2])[0]})
     seeds = [100] if asked.search else range(asked.seeds)
-    for name, settings in (
-        (name, one) for name, several in (TRIED if asked.search else CHOSEN).items() for one in several
-    ):
+    tried = TRIED if asked.search else CHOSEN[asked.width]
+    for name, settings in ((loss, one) for loss in tried for one in tried[loss]):
         for seed in seeds:
             student = distilled(name, settings, sentences, targets, seed, asked)
             for mapped, values in correlations(student, pairs, teachers).items():

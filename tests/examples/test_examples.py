@@ -77,12 +77,13 @@ def test_accelerate(run, tmp_path):
 
 
 def test_sentence_embeddings(run):
-    """Each loss teaches something within a few steps: an untrained student's cosines are far from the teacher's."""
-    first, *rows = run("sentence_embeddings.py", "--teacher-steps", "30", "--steps", "30", "--seeds", "1").splitlines()
+    """Students learn: after one step they correlate with the teacher by 0.26 and 0.18, after 150 by 0.57 and 0.31."""
+    first, *rows = run("sentence_embeddings.py", "--teacher-steps", "60", "--steps", "150", "--seeds", "1").splitlines()
     assert int(first.split()[0]) > 1000
     teacher, *students = map(json.loads, rows)
-    assert teacher["nearness"] > 0.1 and [row["loss"] for row in students] == 2 * ["contrast"] + 2 * ["squares"]
-    assert all(row["teacher"] > 0.2 for row in students), students
+    assert teacher["nearness"] > 0.25 and len(students) == 4
+    learnt = {row["loss"]: row["teacher"] for row in students if row["by"] == "teacher"}
+    assert learnt["contrast"] > 0.45 and learnt["squares"] > 0.25, students
 
 
 def test_one_file(run, tmp_path):
