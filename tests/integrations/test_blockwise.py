@@ -132,7 +132,7 @@ FEATURES = {"feature/layer1", "feature/layer2", "feature/layer3"}
         ({"feature": "at"}, FEATURES),
         ({"logits": "dkd"}, {"kd"}),
     ],
-    ids=str,
+    ids=lambda one: str(sorted(one)) if isinstance(one, set) else str(one),
 )
 def test_settings_of_losses_reach_them(pair, settings, changes):
     images, labels = digits(1, torch.float32)[0]
