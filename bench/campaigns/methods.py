@@ -24,7 +24,7 @@ ARMS: dict[str, dict] = {
     **{
         name: {"method": name} for name in ("ce", "kd", "dkd", "dist", "gkd", "logit-std", "at", "fitnet", "crd", "ckd")
     },
-    **{name: {"method": name} for name in ("reviewkd", "cckd", "r2kd", "dlb", "stablekd")},
+    **{name: {"method": name} for name in ("reviewkd", "simkd", "cckd", "r2kd", "dlb", "stablekd")},
     "kdiga": {"method": "kdiga", **LIVE},
     "kd, mixed images": {"method": "kd", **MIXED},
     "mix-kd": {"method": "mix-kd", **MIXED},

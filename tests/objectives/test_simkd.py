@@ -221,6 +221,26 @@ def test_an_export_is_a_model_by_name_for_other_runs(make):
     evaluate_file(Path(again.config.out) / "student.safetensors", device="cpu")
 
 
+class Convolved(nn.Module):
+    """A classifier that is a convolution of one place, whose map of logits is pooled."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.classifier = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 10, 1)
+
+    def forward(self, x):
+        return self.classifier(self.conv(x).relu()).mean((2, 3))
+
+
+def test_a_classifier_may_be_a_convolution():
+    """The features are what it reads, not its logits."""
+    paired = pair_reused(Convolved().eval(), models.build("resnet20_half", 10, 8), torch.randn(4, 3, 8, 8))
+    assert paired.cuts[0].teacher_shape == (6, 4, 4)
+    assert [name for name, _ in paired.student.classifier.named_parameters()] == [
+        "network.classifier.weight", "network.classifier.bias"
+    ]  # fmt: skip
+
+
 class Tokens(nn.Module):
     """What a transformer carries, tokens `[N, T, C]`, and a classifier of their mean."""
 
