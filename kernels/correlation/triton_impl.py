@@ -234,7 +234,7 @@ def of_columns(student_at, teacher_at, rows_at, rows, cols, inside, samples, stu
 
 @triton.jit
 def probabilities(logits, top, share, rate):
-    """Of a `[ROWS, BLOCK]` tile, from the maxima of its rows and one over their sums of exponentials, `[ROWS]`."""
+    """Return those of a `[ROWS, BLOCK]` tile, from its rows' maxima and one over their sums of exponentials, `[ROWS]`."""
     return tl.exp2((logits - top[:, None]) * rate) * share[:, None]
 
 
@@ -262,7 +262,7 @@ def distance(q_square, p_square, both, scale):
 
 @triton.jit
 def derivative(q, p, of_q, of_p, columns_at, cols, classes):
-    """Of the distances with respect to a `[ROWS, BLOCK]` tile of the student's probabilities."""
+    """Return that of the distances with respect to a `[ROWS, BLOCK]` tile of the student's probabilities."""
     known = cols < classes
     even = 1 / classes.to(tl.float32)
     q_mean = tl.load(columns_at + cols, mask=known, other=0.0)

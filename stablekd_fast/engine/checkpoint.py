@@ -39,7 +39,7 @@ FORMAT = 1
 
 _ADDED = {
     "deterministic": False, "folded_teacher": False, "auxiliary": None, "auxiliary_options": {}, "synthesis": None,
-    "synthesis_options": {},
+    "synthesis_options": {}, "head": "classifier",
 }  # fmt: skip
 """Settings that checkpoints of earlier versions do not hold, and what was so then."""
 _MAY_CHANGE = ("data", "on_bad_image")

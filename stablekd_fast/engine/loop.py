@@ -366,8 +366,7 @@ class Engine:
         return aligned(pair, batches, self.to_device, self.ranks.all_reduce)
 
     def emit_evaluation(self, split: str, metrics: Metrics | Alignment, truth: str) -> None:
-        """Log what the composed student reaches on a split; `truth`: whether an accuracy is held against labels or the
-        teacher."""
+        """Log what the composed student reaches on a split; an accuracy is held against `truth`, labels or teacher."""
         self.recorder.emit(
             "evaluate",
             step=self.progress.step,

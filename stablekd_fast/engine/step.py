@@ -119,13 +119,12 @@ class GroupStep:
                 "gradient. Move its cuts (`stablekd plan` shows the parameters of each block), or merge it with a "
                 "neighbour."
             )
-        self.auxiliary = objectives.module if objectives.helps(group, len(paired.cuts)) else None
-        if self.auxiliary is not None:
-            self.parameters = trained | {AUXILIARY + name: p for name, p in self.auxiliary.named_parameters()}
-            inputs.wants_ids |= self.auxiliary.reads_ids
-            self.auxiliary.gather = None if averaging is None else averaging.gather
-        gathers = self.auxiliary is not None and self.auxiliary.gathers
-        self.exchanges = averaging is not None and (sync_norms or gathers)
+        self.auxiliary = own = objectives.module if objectives.helps(group, len(paired.cuts)) else None
+        if own is not None:
+            self.parameters = trained | {AUXILIARY + name: p for name, p in own.named_parameters()}
+            inputs.wants_ids |= own.reads_ids
+            own.gather = None if averaging is None else averaging.gather
+        self.exchanges = averaging is not None and (sync_norms or (own is not None and own.gathers))
         """Whether forward and backward exchange something with other ranks."""
         device = self.device = inputs.device
         self.rates = rates.table

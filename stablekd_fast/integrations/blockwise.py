@@ -28,7 +28,7 @@ class BlockwiseOutput(NamedTuple):
     terms: dict[str, Tensor]
     """`ce`, `kd` and `feature/CUT` for each cut, weighted: 0-dim, without a graph, on the networks' device."""
     logits: Tensor
-    """Of the last block, without a graph, `[N, classes]`: while the student is decomposed, that block reads the
+    """The last block's, `[N, classes]`, without a graph: while the student is decomposed, that block reads the
     teacher's activation."""
 
 

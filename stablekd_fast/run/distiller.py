@@ -63,9 +63,8 @@ class RunResult:
     ranking: Ranking | None = None
     """How well items are ranked for users; `accuracy` is then recall, and `top5` NDCG."""
     truth: str = "labels"
-    """What the student is held against: the `labels` of the test images, or the `teacher` where they have none;
-    `accuracy` is then how often both have the same first class, and `top5` how often the teacher's is among the
-    student's first five."""
+    """What the student is held against: the `labels` of the test images, or the `teacher` where they have none; then
+    `accuracy` and `top5` say how often the teacher's first class is the student's first, or among its first five."""
     cosine: float | None = None
     relative_error: float | None = None
 
@@ -85,8 +84,7 @@ class RunResult:
 STUDENT_FILE = "student.safetensors"
 
 _IN_CARDS = {"accuracy": "agreement", "top5": "agreement_top5", "cosine": "cosine", "relative_error": "relative_error"}
-"""What an exported student's card says of it, where it was measured, and under which name where it was held against the
-teacher."""
+"""What an exported student's card says of it, and under which name where the teacher stood in for labels."""
 
 
 class Distiller:

@@ -125,7 +125,9 @@ def test_bad_test_images_cost_a_line_and_not_a_run(tree, tmp_path):
     bad = root / "test" / "a" / "03.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
     out = tmp_path / "out"
-    with pytest.warns(UserWarning, match=r"1 test images could not be read.*a/03.jpg .*accuracy is that of 15 images"):
+    with pytest.warns(
+        UserWarning, match=r"1 test images could not be read.*a/03.jpg .*What was reached is that of 15 images"
+    ):
         result = distill(**{**SMALL, "data": str(root), "out": str(out), "image_size": 16})
     events = [json.loads(line) for line in (out / "events.jsonl").open()]
     assert [event["images"][0][0] for event in events if event["kind"] == "skipped_images"] == [str(bad)]

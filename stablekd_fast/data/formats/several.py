@@ -12,7 +12,7 @@ from stablekd_fast.data.records import ArchiveRecords, FileRecords, JoinedRecord
 from stablekd_fast.errors import DataError, printable
 
 TEST_SHARE, MOST_TEST = 0.04, 10_000
-"""Of images without a test split this part is held out as one, and at most so many images."""
+"""This part of the images, and at most so many, is held out as a test split where there is none."""
 
 
 def merged(sources: Sequence[Records]) -> tuple[Records, int]:
