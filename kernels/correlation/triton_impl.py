@@ -234,7 +234,7 @@ def of_columns(student_at, teacher_at, rows_at, rows, cols, inside, samples, stu
 
 @triton.jit
 def probabilities(logits, top, share, rate):
-    """Return those of a `[ROWS, BLOCK]` tile, from its rows' maxima and one over their sums of exponentials, `[ROWS]`."""
+    """Return those of a `[ROWS, BLOCK]` tile, from its rows' maxima and 1 over their sums of exponentials, `[ROWS]`."""
     return tl.exp2((logits - top[:, None]) * rate) * share[:, None]
 
 
