@@ -78,7 +78,7 @@ def task_of(arguments: argparse.Namespace) -> Task:
     return Task(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Task)})
 
 
-def settings_of(arguments: argparse.Namespace) -> dict:
+def recorded_settings(arguments: argparse.Namespace) -> dict:
     """Return parsed arguments for the record: all but the paths, which are of one machine."""
     paths = ("data", "teacher_weights", "out", "remember")
     return {name: value for name, value in vars(arguments).items() if name not in paths}

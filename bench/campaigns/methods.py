@@ -12,7 +12,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, settings_of, task_of
+from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, recorded_settings, task_of
 from stablekd_fast.bench.output import write_document
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.report.terminal import print_rows
@@ -69,7 +69,7 @@ def main(words: list[str] | None = None) -> None:
                 found.setdefault(name, {})[seed] = row["accuracy"]
     rows = table(found)
     print_rows("methods, not tuned", rows)
-    write_document(out / "methods.json", {"rows": rows}, settings_of(arguments))
+    write_document(out / "methods.json", {"rows": rows}, recorded_settings(arguments))
 
 
 if __name__ == "__main__":

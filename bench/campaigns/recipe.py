@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 from stablekd_fast.bench.campaigns.accuracy import SGD
-from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, settings_of, task_of
+from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, recorded_settings, task_of
 from stablekd_fast.bench.output import write_document
 from stablekd_fast.engine.schedule import DECOMPOSED_SHARE, MERGED_LR, Optimizer
 from stablekd_fast.report.terminal import print_rows
@@ -104,7 +104,7 @@ def main(words: list[str] | None = None) -> None:
                     results.setdefault((choice, variant), []).append(row["accuracy"])
     rows = table(results)
     print_rows("one choice changed at a time", rows)
-    write_document(out / "recipe.json", {"rows": rows}, settings_of(arguments))
+    write_document(out / "recipe.json", {"rows": rows}, recorded_settings(arguments))
 
 
 if __name__ == "__main__":

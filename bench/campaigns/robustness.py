@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stablekd_fast import models
-from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, settings_of, task_of
+from stablekd_fast.bench.campaigns.campaign import Campaign, add_task_arguments, recorded_settings, task_of
 from stablekd_fast.bench.output import write_document
 from stablekd_fast.cache import CacheSettings
 from stablekd_fast.data import Dataset
@@ -165,7 +165,7 @@ def main(words: list[str] | None = None) -> None:
     table = summary(rows)
     print_rows("accuracy in percent", rows)
     print_rows("what kdiga gains", table)
-    write_document(out / "robustness.json", {"rows": rows, "gains": table}, settings_of(arguments))
+    write_document(out / "robustness.json", {"rows": rows, "gains": table}, recorded_settings(arguments))
 
 
 if __name__ == "__main__":
