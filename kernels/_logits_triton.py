@@ -58,9 +58,10 @@ def tiling(classes: int, align: int) -> Tiling:
     return Tiling(max(1, tile // block), block, min(16, max(4, block // 256)))
 
 
-def tilings() -> Iterator[tuple[Tiling, int]]:
-    """Every tiling that can be chosen, with its alignment."""
-    return ((tiling(classes, align), align) for classes in (*BLOCKS, BLOCKS[-1] + 1) for align in ALIGNMENTS)
+def tilings(widest: int = BLOCKS[-1] + 1) -> Iterator[tuple[Tiling, int]]:
+    """Every tiling that can be chosen for rows of up to `widest` classes, with its alignment."""
+    counts = [classes for classes in (*BLOCKS, BLOCKS[-1] + 1) if classes <= widest]
+    return ((tiling(classes, align), align) for classes in counts for align in ALIGNMENTS)
 
 
 def alignment(*extents: int) -> int:

@@ -21,7 +21,6 @@ from stablekd_fast.kernels._launch import Listed, launch, packed, variant
 from stablekd_fast.kernels._logits import in_single_precision, row_by_row
 from stablekd_fast.kernels._logits_triton import (
     LN2,
-    WIDE,
     alignment,
     as_rows,
     finite,
@@ -145,10 +144,8 @@ def grouped_kl_with_grad(given: Operands, factor: float, upstream: Tensor | None
 def specialisations() -> Iterator[Listed]:
     yield from _triton_finish.specialisations()
     for (tile, align), student, teacher, (has_gradient, upstream) in product(
-        tilings(), FLOATS, FLOATS, ((False, None), (True, None), (True, torch.float32))
+        tilings(WIDEST), FLOATS, FLOATS, ((False, None), (True, None), (True, torch.float32))
     ):
-        if tile is WIDE or tile.constants["BLOCK"] > WIDEST:
-            continue
         gradient = student if has_gradient else None
         tensors = (student, teacher, upstream, gradient, torch.float32)
         arguments = _arguments(tensors, [0] * len(_INTEGERS), [0.0] * len(_NUMBERS))

@@ -19,7 +19,6 @@ from stablekd_fast.kernels._checks import FLOATS, laid_out_like
 from stablekd_fast.kernels._launch import Listed, launch, packed, variant
 from stablekd_fast.kernels._logits import in_single_precision, row_by_row
 from stablekd_fast.kernels._logits_triton import (
-    WIDE,
     alignment,
     as_rows,
     compare,
@@ -136,9 +135,7 @@ def specialisations() -> Iterator[Listed]:
     yield from _triton_finish.specialisations()
     flags = product((None, torch.int64), ((False, None), (True, None), (True, torch.float32)))
     for labels, (has_gradient, upstream) in flags:
-        for (tile, align), student, teacher in product(tilings(), FLOATS, FLOATS):
-            if tile is WIDE or tile.block > WIDEST:
-                continue
+        for (tile, align), student, teacher in product(tilings(WIDEST), FLOATS, FLOATS):
             gradient = student if has_gradient else None
             tensors = (student, teacher, labels, upstream, gradient, torch.float32)
             arguments = _arguments(tensors, [0] * len(_INTEGERS), [0.0] * len(_NUMBERS))

@@ -18,6 +18,7 @@ from stablekd_fast.errors import CutError, ModelError
 from stablekd_fast.execution.memory import placed
 from stablekd_fast.models.registry import REUSING, add_family
 from stablekd_fast.models.wrappers import unwrapped
+from stablekd_fast.objectives.auxiliary import mean_pooling
 
 FACTOR = 2
 """How much narrower than the teacher's features the projector is inside."""
@@ -66,7 +67,7 @@ def projector_of(student: tuple[int, int, int], teacher: tuple[int, int, int]) -
     (width, *grid), (wanted, *coarser) = student, teacher
     inside = max(wanted // FACTOR, 1)
     return nn.Sequential(
-        *([_pooled(grid, coarser)] if grid > coarser else []),
+        *([mean_pooling(grid, coarser)] if grid > coarser else []),
         *_layer(width, inside, 1),
         *_layer(inside, inside, 3),
         *_layer(inside, wanted, 1),
@@ -76,14 +77,6 @@ def projector_of(student: tuple[int, int, int], teacher: tuple[int, int, int]) -
 def _layer(width: int, wanted: int, size: int) -> list[nn.Module]:
     convolution = nn.Conv2d(width, wanted, size, padding=size // 2, bias=False)
     return [convolution, nn.BatchNorm2d(wanted), nn.ReLU()]
-
-
-def _pooled(grid: list[int], coarser: list[int]) -> nn.Module:
-    """The mean of what each place of a coarser grid covers. Only where sizes do not divide torch's adaptive pooling
-    does it, whose gradients a GPU adds up in any order."""
-    if any(size % less for size, less in zip(grid, coarser)):
-        return nn.AdaptiveAvgPool2d((coarser[0], coarser[1]))
-    return nn.AvgPool2d((grid[0] // coarser[0], grid[1] // coarser[1]))
 
 
 def pair_reused(

@@ -6,7 +6,7 @@ export; its buffers are its memory. Both are kept in checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -166,6 +166,15 @@ class Auxiliary(nn.Module):
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32, if it is in less."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def mean_pooling(grid: Sequence[int], wanted: Sequence[int]) -> nn.Module:
+    """Make what pools maps of so many rows and columns, `grid`, to those `wanted` by the mean. Only where sizes do not
+    divide torch's adaptive pooling does it, whose gradients a GPU adds up in any order."""
+    (rows, odd), (columns, odd_too) = (divmod(size, less) for size, less in zip(grid, wanted))
+    if odd or odd_too:
+        return nn.AdaptiveAvgPool2d((wanted[0], wanted[1]))
+    return nn.AvgPool2d((rows, columns))
 
 
 def last_cut(name: str, cuts: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stablekd_fast.errors import ConfigError, check_range
-from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, Network, StepBatch, wide
+from stablekd_fast.objectives.auxiliary import Auxiliary, Facts, Network, StepBatch, mean_pooling, wide
 from stablekd_fast.objectives.methods import Method, add_method
 from stablekd_fast.objectives.registry import register
 
@@ -97,19 +97,10 @@ def pyramid_distance(student: Tensor, teacher: Tensor) -> Tensor:
         if size >= student.shape[2]:
             continue
         weight /= 2
-        own, theirs = (_pooled(x, size) for x in (student, teacher))
-        loss = loss + weight * F.mse_loss(own, theirs)
+        pool = mean_pooling(student.shape[2:], (size, size))
+        loss = loss + weight * F.mse_loss(pool(student), pool(teacher))
         total += weight
     return loss / total
-
-
-def _pooled(x: Tensor, size: int) -> Tensor:
-    """Return maps `[N, C, H, W]` pooled to `size` places a side. Only where these do not divide H and W torch's
-    adaptive pooling does it, whose gradients a GPU adds up in any order."""
-    (rows, odd), (columns, odd_too) = (divmod(side, size) for side in x.shape[2:])
-    if odd or odd_too:
-        return F.adaptive_avg_pool2d(x, size)
-    return F.avg_pool2d(x, (rows, columns))
 
 
 add_method("reviewkd", Method(auxiliary="reviewkd", options={"logits": {"kl_weight": 0.0}}))
